@@ -1,0 +1,25 @@
+"""Test set-up: Triton's interpreter where there is no GPU, poisoned allocations everywhere."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    # The interpreter's numpy and torch's thread pools fight over cores; tests are small.
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+import pytest
+
+from vitfast import testing
+
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+if not torch.cuda.is_available():
+    testing.repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    with testing.poisoned_allocations():
+        yield

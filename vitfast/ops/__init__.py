@@ -1,0 +1,285 @@
+"""The ops of a Vision Transformer forward, one public function each.
+
+Axes: B batch, N tokens, C width, H heads, D head dim, M = B*N rows, K input width of a product.
+Every function takes `backend`: None calls `torch.ops.vitfast.<op>` (traceable by torch.compile),
+which takes the first able backend in default order; "torch", "triton" or "native" forces one and
+raises `BackendError` with every reason if it cannot run. Products accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast.ops import checks
+from vitfast.ops import library as _library  # registers torch.ops.vitfast
+from vitfast.ops.reference import PIXEL_CENTER, STATS_TILE
+from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "PIXEL_CENTER",
+    "STATS_TILE",
+    "Backend",
+    "BackendError",
+    "Spec",
+    "add_layer_norm",
+    "attention",
+    "choose",
+    "fold_norm",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "pack_patch_embed",
+    "patch_embed",
+    "row_stats",
+]
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    position: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    patch_size: tuple[int, int],
+    channels_last: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Images to tokens [B, P + L, C]: patches @ weightᵀ + bias + position, after P prefix tokens.
+
+    Args:
+        images: [B, Cin, H, W], or [B, H, W, Cin] if channels_last; uint8 or floating point.
+            uint8 pixels enter as pixel - 128, which is exact in every dtype.
+        weight: [C, K], as `pack_patch_embed` makes it; K runs over (Cin, ph, pw), or
+            (ph, pw, Cin) if channels_last. Its dtype is the output's.
+        bias: [C].
+        position: [L, C], L = (H / ph) * (W / pw), row-major.
+        prefix: [P, C], the same for every image.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or the image is not a multiple of the patch.
+    """
+    checks.check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last)
+    if backend is None:
+        return torch.ops.vitfast.patch_embed(
+            images, weight, bias, position, prefix, list(patch_size), channels_last
+        )
+    entry = choose(checks.patch_embed_spec(images, weight), backend)
+    return entry.call(
+        images, weight, bias, position, prefix, patch_size=tuple(patch_size), channels_last=channels_last
+    )
+
+
+def pack_patch_embed(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    uint8: bool = False,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fold (pixel / 255 - mean) / std into a patch convolution; returns weight [C, K] and bias [C].
+
+    Args:
+        weight: [C, Cin, ph, pw], the convolution's weight. bias: [C] or None.
+        mean, std: per channel, in units of a pixel range of 0 to 1; None for no normalisation
+            (float images that are normalised already).
+        uint8: the images will be uint8, entering `patch_embed` as pixel - 128.
+        channels_last: the images will be [B, H, W, Cin].
+        dtype: of the returned tensors; the weight's by default. Folding is done in float64.
+    """
+    dtype = dtype or weight.dtype
+    folded = weight.double()
+    offset = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+    if bias is not None:
+        offset += bias.double()
+    channels = weight.shape[1]
+    center = torch.full((channels,), PIXEL_CENTER / 255 if uint8 else 0.0, dtype=torch.float64)
+    shift = center - torch.tensor(mean or (0.0,) * channels, dtype=torch.float64)
+    scale = 1 / torch.tensor(std or (1.0,) * channels, dtype=torch.float64)
+    shift, scale = shift.to(weight.device), scale.to(weight.device)
+    offset += torch.einsum("oihw,i->o", folded, shift * scale)
+    folded = folded * (scale / (255 if uint8 else 1)).view(1, -1, 1, 1)
+    if channels_last:
+        folded = folded.permute(0, 2, 3, 1)
+    return folded.reshape(weight.shape[0], -1).to(dtype).contiguous(), offset.to(dtype)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba, Kiros, Hinton 2016).
+
+    x: [..., C]; weight, bias: [C]. The variance is the biased one. Returns x's shape and dtype.
+    """
+    checks.check_norm("layer_norm", x, weight, bias)
+    if backend is None:
+        return torch.ops.vitfast.layer_norm(x, weight, bias, eps)
+    return choose(Spec.of("layer_norm", x, width=x.shape[-1]), backend).call(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm(x + residual)` and the sum itself, in one pass over memory. Shapes as layer_norm."""
+    checks.check_norm("add_layer_norm", x, weight, bias, residual)
+    if backend is None:
+        return torch.ops.vitfast.add_layer_norm(x, residual, weight, bias, eps)
+    return choose(Spec.of("add_layer_norm", x, width=x.shape[-1]), backend).call(x, residual, weight, bias, eps)
+
+
+def row_stats(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """Statistics of each row: [M, T, 2] fp32, one (mean, M2) pair per 128 columns of x [..., C].
+
+    M2 is the sum of squared deviations from that pair's mean; the pairs are combined by Chan's
+    formula (Chan, Golub, LeVeque 1979), so no E[x²] - mean² is ever formed. T = ceil(C / 128).
+    """
+    if backend is None:
+        return torch.ops.vitfast.row_stats(x)
+    return choose(Spec.of("row_stats", x, width=x.shape[-1]), backend).call(x)
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold LayerNorm's affine part into the product that follows it.
+
+    LN(x) Wᵀ + b = rstd * (x W'ᵀ - mean * s) + b' with W' = W diag(γ), s_n = Σ_k W'_nk,
+    b' = b + W β. Returns W' [N, K] in the weight's dtype, s [N] in fp32 (summed over the rounded
+    W', so that both terms see the same numbers) and b' [N]: `linear`'s weight, weight_sum, bias.
+    """
+    folded = (weight.double() * norm_weight.double()).to(weight.dtype)
+    shift = weight.double() @ norm_bias.double()
+    if bias is not None:
+        shift = shift + bias.double()
+    return folded.contiguous(), folded.double().sum(dim=1).float(), shift.to(weight.dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act(norm(x) @ weightᵀ + bias) * layer_scale + residual, in one pass over the output.
+
+    Args:
+        x: [..., K]. weight: [N, K], or [2F, K] with gate rows first for "swiglu" (output [..., F]).
+        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "swiglu".
+        layer_scale: [N]. residual: of the output's shape.
+        row_stats: [M, ceil(K / 128), 2] of x, as `row_stats` gives: LayerNorm of x is applied as
+            a correction of the product; weight, weight_sum and bias are then those of `fold_norm`.
+        eps: of that LayerNorm.
+        stats: also return `row_stats` of the output (as stored), computed in the epilogue.
+
+    Returns:
+        [..., N] in x's dtype, or that and [M, ceil(N / 128), 2] fp32.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or the activation is unknown.
+    """
+    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum)
+    if backend is None:
+        op = torch.ops.vitfast.linear_stats if stats else torch.ops.vitfast.linear
+        return op(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)
+    return choose(checks.linear_spec(x, weight), backend).call(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        layer_scale=layer_scale,
+        residual=residual,
+        row_stats=row_stats,
+        weight_sum=weight_sum,
+        eps=eps,
+        stats=stats,
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(q kᵀ * scale + bias) v per head, on strided inputs (a packed qkv is three views).
+
+    Args:
+        q: [B, Nq, H, D], k, v: [B, Nk, H, D]; any strides with a contiguous last axis, 1 <= D <= 256.
+        bias: added to the scaled scores; broadcastable to [B, H, Nq, Nk].
+        mask: bool, True where a key may be seen; broadcastable to [B, H, Nq, Nk].
+        key_mask: bool [B, Nk], True for real keys (key padding); combined with mask.
+        causal: query i sees keys 0..i (aligned at the top left, as in torch).
+        scale: 1 / sqrt(D) by default.
+
+    Returns:
+        [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
+
+    Raises:
+        ValueError: if a shape, dtype or stride does not fit.
+    """
+    if key_mask is not None:
+        checks.check_key_mask(k, key_mask)
+        key_mask = key_mask[:, None, None, :]
+        mask = key_mask if mask is None else mask & key_mask
+    checks.check_attention(q, k, v, bias, mask)
+    if backend is None:
+        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale)
+    return choose(checks.attention_spec(q, k), backend).call(
+        q, k, v, bias=bias, mask=mask, causal=causal, scale=scale
+    )
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """act(x @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
+
+    x: [..., C]; fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F]. Returns [..., C].
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or the activation is unknown.
+    """
+    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+    if backend is None:
+        return torch.ops.vitfast.mlp(
+            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual
+        )
+    return choose(checks.mlp_spec(x, fc1_weight), backend).call(
+        x,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        activation=activation,
+        layer_scale=layer_scale,
+        residual=residual,
+    )

@@ -1,0 +1,189 @@
+"""Argument checks of the public ops, and the Spec of each call. Every message has the bad value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast.ops.reference import STATS_TILE
+from vitfast.ops.registry import Spec
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _dtype(op: str, name: str, tensor: Tensor | None, *allowed: torch.dtype) -> None:
+    if tensor is not None and tensor.dtype not in allowed:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, allowed: {', '.join(map(str, allowed))}")
+
+
+def _device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device} like the first argument")
+
+
+def _activation(op: str, activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def check_patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    prefix: Tensor | None,
+    patch_size: tuple[int, int],
+    channels_last: bool,
+) -> None:
+    op = "patch_embed"
+    _dtype(op, "images", images, torch.uint8, *FLOATS, torch.float64)
+    _dtype(op, "weight", weight, *FLOATS)
+    layout = "[B, H, W, Cin]" if channels_last else "[B, Cin, H, W]"
+    if images.ndim != 4:
+        raise ValueError(f"{op}: images must be {layout}, got shape {tuple(images.shape)}")
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight must be [C, K] (see pack_patch_embed), got shape {tuple(weight.shape)}")
+    ph, pw = patch_size
+    height, width, channels = (images.shape[i] for i in ((1, 2, 3) if channels_last else (2, 3, 1)))
+    if ph < 1 or pw < 1 or height < ph or width < pw or height % ph or width % pw:
+        raise ValueError(f"{op}: image size {height}x{width} is not a positive multiple of the patch {ph}x{pw}")
+    if weight.shape[1] != channels * ph * pw:
+        raise ValueError(
+            f"{op}: images {layout} of shape {tuple(images.shape)} have {channels} channels, "
+            f"so weight needs K = {channels}*{ph}*{pw} = {channels * ph * pw}, got {weight.shape[1]}"
+        )
+    c, patches = weight.shape[0], (height // ph) * (width // pw)
+    _shape(op, "bias", bias, (c,))
+    _shape(op, "position", position, (patches, c))
+    if prefix is not None and (prefix.ndim != 2 or prefix.shape[1] != c):
+        raise ValueError(f"{op}: prefix has shape {tuple(prefix.shape)}, expected (P, {c})")
+    for name, tensor in (("bias", bias), ("position", position), ("prefix", prefix)):
+        _dtype(op, name, tensor, weight.dtype)
+    _device(op, images, weight=weight, bias=bias, position=position, prefix=prefix)
+
+
+def patch_embed_spec(images: Tensor, weight: Tensor) -> Spec:
+    return Spec.of("patch_embed", images, weight.dtype, width=weight.shape[0], patch=weight.shape[1])
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    _dtype(op, "x", x, *FLOATS)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
+    _shape(op, "weight", weight, (x.shape[-1],))
+    _shape(op, "bias", bias, (x.shape[-1],))
+    _shape(op, "residual", residual, tuple(x.shape))
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        _dtype(op, name, tensor, x.dtype)
+    _device(op, x, weight=weight, bias=bias, residual=residual)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    row_stats: Tensor | None,
+    weight_sum: Tensor | None,
+    op: str = "linear",
+) -> None:
+    _activation(op, activation)
+    _dtype(op, "x", x, *FLOATS)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    rows = weight.shape[0]
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
+    out = rows // 2 if activation == "swiglu" else rows
+    _shape(op, "bias", bias, (rows,))
+    _shape(op, "layer_scale", layer_scale, (out,))
+    _shape(op, "residual", residual, (*x.shape[:-1], out))
+    named = {"weight": weight, "bias": bias, "layer_scale": layer_scale, "residual": residual}
+    for name, tensor in named.items():
+        _dtype(op, name, tensor, x.dtype)
+    if (row_stats is None) != (weight_sum is None):
+        raise ValueError(f"{op}: row_stats and weight_sum go together (see fold_norm); only one was given")
+    if row_stats is not None and weight_sum is not None:
+        m = x.numel() // x.shape[-1]
+        _shape(op, "row_stats", row_stats, (m, -(-x.shape[-1] // STATS_TILE), 2))
+        _shape(op, "weight_sum", weight_sum, (rows,))
+        _dtype(op, "row_stats", row_stats, torch.float32)
+        _dtype(op, "weight_sum", weight_sum, torch.float32)
+    _device(op, x, **named, row_stats=row_stats, weight_sum=weight_sum)
+
+
+def linear_spec(x: Tensor, weight: Tensor) -> Spec:
+    return Spec.of("linear", x, rows=x.numel() // x.shape[-1], inner=weight.shape[1], width=weight.shape[0])
+
+
+def check_key_mask(k: Tensor, key_mask: Tensor) -> None:
+    _dtype("attention", "key_mask", key_mask, torch.bool)
+    _shape("attention", "key_mask", key_mask, (k.shape[0], k.shape[1]))
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    op = "attention"
+    _dtype(op, "q", q, *FLOATS)
+    _dtype(op, "k", k, q.dtype)
+    _dtype(op, "v", v, q.dtype)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{op}: {name} must be [B, N, H, D], got shape {tuple(tensor.shape)}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last axis of {name} has stride {tensor.stride(-1)}, expected 1")
+    b, nq, h, d = q.shape
+    _shape(op, "k", k, (b, k.shape[1], h, d))
+    _shape(op, "v", v, tuple(k.shape))
+    if not 1 <= d <= 256:
+        raise ValueError(f"{op}: head dim must be 1..256, got {d}")
+    scores = (b, h, nq, k.shape[1])
+    _dtype(op, "mask", mask, torch.bool)
+    _dtype(op, "bias", bias, *FLOATS)
+    for name, tensor in (("bias", bias), ("mask", mask)):
+        if tensor is None:
+            continue
+        pairs = zip(reversed(tensor.shape), reversed(scores), strict=False)
+        if tensor.ndim > 4 or any(have not in (1, want) for have, want in pairs):
+            raise ValueError(f"{op}: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {scores}")
+    _device(op, q, k=k, v=v, bias=bias, mask=mask)
+
+
+def attention_spec(q: Tensor, k: Tensor) -> Spec:
+    return Spec.of("attention", q, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
+
+
+def check_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, "mlp (fc1)")
+    hidden = fc1_weight.shape[0] // 2 if activation == "swiglu" else fc1_weight.shape[0]
+    _shape("mlp", "fc2_weight", fc2_weight, (x.shape[-1], hidden))
+    _shape("mlp", "fc2_bias", fc2_bias, (x.shape[-1],))
+    _shape("mlp", "layer_scale", layer_scale, (x.shape[-1],))
+    _shape("mlp", "residual", residual, tuple(x.shape))
+    named = {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias, "layer_scale": layer_scale, "residual": residual}
+    for name, tensor in named.items():
+        _dtype("mlp", name, tensor, x.dtype)
+    _device("mlp", x, **named)
+
+
+def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:
+    return Spec.of("mlp", x, rows=x.numel() // x.shape[-1], width=x.shape[-1], hidden=fc1_weight.shape[0])

@@ -1,0 +1,208 @@
+"""Every op in plain PyTorch: the oracle (`upcast=True`) and the "torch" backend (`upcast=False`).
+
+With `upcast=True` everything is computed in float64 from the given (possibly rounded) inputs and
+the result is returned in float64: what a kernel with no rounding at all would give.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIXEL_CENTER = 128
+"""Subtracted from uint8 pixels before the product. Exact in every dtype, and near the mean of real
+images, so that folding mean and std into low-precision weights costs no accuracy."""
+
+STATS_TILE = 128
+"""Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    None: lambda x: x,
+}
+
+
+def _up(upcast: bool, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [t.double() if upcast and t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Element-wise activation, or `silu(gate) * up` over the halves of the last axis for "swiglu".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if activation == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {(*_ACTIVATIONS, 'swiglu')}, got {activation!r}")
+    return _ACTIVATIONS[activation](x)
+
+
+def patches(images: Tensor, patch_size: tuple[int, int], channels_last: bool) -> Tensor:
+    """Cut images into rows [B, L, K], K in the order (ph, pw, Cin) if channels_last else (Cin, ph, pw)."""
+    ph, pw = patch_size
+    if channels_last:
+        b, h, w, c = images.shape
+        cut = images.reshape(b, h // ph, ph, w // pw, pw, c).permute(0, 1, 3, 2, 4, 5)
+    else:
+        b, c, h, w = images.shape
+        cut = images.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(b, (h // ph) * (w // pw), ph * pw * c)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    position: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    patch_size: tuple[int, int],
+    channels_last: bool = False,
+    upcast: bool = False,
+) -> Tensor:
+    weight, bias, position, prefix = _up(upcast, weight, bias, position, prefix)
+    rows = patches(images, patch_size, channels_last).to(weight.dtype)
+    if images.dtype == torch.uint8:
+        rows -= PIXEL_CENTER
+    tokens = F.linear(rows, weight, bias)
+    if position is not None:
+        tokens = tokens + position
+    if prefix is not None:
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return tokens
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, upcast: bool = False) -> Tensor:
+    x, weight, bias = _up(upcast, x, weight, bias)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, upcast: bool = False
+) -> tuple[Tensor, Tensor]:
+    x, residual = _up(upcast, x, residual)
+    total = x + residual
+    return layer_norm(total, weight, bias, eps, upcast=upcast), total
+
+
+def row_stats(x: Tensor, *, upcast: bool = False) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows.double() if upcast else rows.float()
+    pairs = []
+    for tile in rows.split(STATS_TILE, dim=1):
+        mean = tile.mean(dim=1)
+        pairs.append(torch.stack([mean, (tile - mean[:, None]).square().sum(dim=1)], dim=1))
+    return torch.stack(pairs, dim=1)
+
+
+def combine_stats(stats: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Row statistics [M, T, 2] -> mean [M] and 1/sqrt(var + eps) [M] (Chan, Golub, LeVeque 1979)."""
+    tiles = stats.shape[1]
+    count = torch.full((tiles,), float(STATS_TILE), dtype=stats.dtype, device=stats.device)
+    count[-1] = width - STATS_TILE * (tiles - 1)
+    mean = (stats[..., 0] * count).sum(dim=1) / width
+    m2 = (stats[..., 1] + count * (stats[..., 0] - mean[:, None]).square()).sum(dim=1)
+    return mean, torch.rsqrt(m2 / width + eps)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
+    upcast: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    x, weight, bias, layer_scale, residual = _up(upcast, x, weight, bias, layer_scale, residual)
+    if row_stats is None:
+        y = F.linear(x, weight, bias)
+    else:
+        mean, rstd = combine_stats(row_stats.double() if upcast else row_stats, x.shape[-1], eps)
+        mean, rstd = (t.reshape(*x.shape[:-1], 1) for t in (mean, rstd))
+        y = rstd * (F.linear(x, weight).to(mean.dtype) - mean * weight_sum.to(mean.dtype))
+        y = (y if bias is None else y + bias).to(x.dtype)
+    y = activate(y, activation)
+    if layer_scale is not None:
+        y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
+    elif residual is not None:
+        y = y + residual
+    return (y, _row_stats(y, upcast=upcast)) if stats else y
+
+
+_row_stats = row_stats
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    upcast: bool = False,
+) -> Tensor:
+    if upcast:
+        return _attention_oracle(q, k, v, bias, mask, causal, scale)
+    if causal and (bias is not None or mask is not None):
+        keep = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        mask = keep if mask is None else mask & keep
+        causal = False
+    if bias is not None and mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+        mask = None
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask if bias is None else bias.to(q.dtype),
+        is_causal=causal,
+        scale=scale,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _attention_oracle(q, k, v, bias, mask, causal, scale):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.double()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~keep, float("-inf"))
+    # A row with no key left gives zeros, as torch's scaled_dot_product_attention does.
+    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    return (weights @ v).transpose(1, 2).contiguous()
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    upcast: bool = False,
+) -> Tensor:
+    hidden = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
+    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)

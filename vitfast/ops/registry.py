@@ -1,0 +1,184 @@
+"""Backends and what each can do, as data.
+
+A backend entry says on which devices, dtypes, compute capabilities and sizes it runs;
+`why_not(spec)` lists every reason why a call would not. A choice is made once, by `choose`; a
+forced choice that cannot run raises with all its reasons. Nothing falls back silently, and a
+backend that cannot be imported keeps its reason for `vitfast doctor`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitfast.ops import reference
+
+OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp")
+BACKENDS = ("torch", "triton", "native")
+
+_KERNEL_FILES = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm"}
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call; the message has every reason."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op at one shape: all that a backend needs to know to say yes or no.
+
+    `dims` holds the op's sizes by name (head_dim, rows, width, ...).
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    capability: tuple[int, int] | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, **dims: int) -> Spec:
+        """The spec of a call whose tensors live where `tensor` does."""
+        return cls(op, tensor.device.type, dtype or tensor.dtype, device_capability(tensor.device), dims)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    `limits` maps a name of `Spec.dims` to its inclusive (low, high). `call` is None where the
+    backend could not be loaded; `missing` then says why.
+    """
+
+    name: str
+    op: str
+    call: Callable[..., Any] | None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = _FLOATS
+    min_capability: tuple[int, int] | None = None
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    missing: str = ""
+
+    def why_not(self, spec: Spec) -> list[str]:
+        """Every reason why this backend cannot run `spec`; empty if it can."""
+        if self.call is None:
+            return [self.missing]
+        reasons = []
+        if spec.device not in self.devices:
+            reasons.append(f"device {spec.device} is not among {', '.join(self.devices)}")
+        dtype = str(spec.dtype).removeprefix("torch.")
+        if dtype not in self.dtypes:
+            reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
+        if self.min_capability and spec.capability and spec.capability < self.min_capability:
+            have, need = (".".join(map(str, c)) for c in (spec.capability, self.min_capability))
+            reasons.append(f"compute capability {have} is below {need}")
+        for name, (low, high) in self.limits.items():
+            if name in spec.dims and not low <= spec.dims[name] <= high:
+                reasons.append(f"{name} {spec.dims[name]} is outside {low}..{high}")
+        return reasons
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def backend(op: str, name: str) -> Backend:
+    """The entry of one backend for one op. Loading is tried once and its outcome remembered.
+
+    Raises:
+        ValueError: if there is no such op or backend.
+    """
+    if op not in OPS:
+        raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
+    if name == "torch":
+        return Backend("torch", op, getattr(reference, op))
+    if name == "triton":
+        return _triton(op)
+    if name == "native":
+        return _native(op)
+    raise ValueError(f"no backend named {name!r}; the backends are {', '.join(BACKENDS)}")
+
+
+def _triton(op: str) -> Backend:
+    try:
+        module = importlib.import_module(f"vitfast.kernels.{_KERNEL_FILES.get(op, op)}")
+        common = importlib.import_module("vitfast.kernels._common")
+    except ImportError as error:
+        return Backend("triton", op, None, missing=f"triton kernels cannot be imported: {error}")
+    entry = module.CAPABILITIES
+    return Backend(
+        "triton",
+        op,
+        getattr(module, op),
+        devices=("cpu", "cuda") if common.interpreting() else ("cuda",),
+        dtypes=entry["dtypes"],
+        min_capability=entry["min_capability"],
+        limits=entry["limits"],
+    )
+
+
+def _native(op: str) -> Backend:
+    try:
+        extension = importlib.import_module("vitfast._C")
+    except ImportError as error:
+        return Backend("native", op, None, missing=f"the C++ extension is not built: {error}")
+    if op not in extension.ops():
+        return Backend("native", op, None, missing=f"the C++ extension has no {op}")
+    return Backend("native", op, getattr(torch.ops.vitfast_native, op), **extension.ops()[op])
+
+
+@functools.cache
+def proven(op: str, gpu: str) -> bool:
+    """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    table = Path(__file__).parents[1] / "kernels" / "configs" / f"{slug}.json"
+    return table.is_file() and op in json.loads(table.read_text()).get("proven", [])
+
+
+def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
+    """Backends able to run `spec`, in default order, and the reasons of the others by name.
+
+    The default order puts the plain torch op first; a Triton kernel comes before it only on a GPU
+    for which a shipped table says that it is right and faster.
+    """
+    able, refused = [], {}
+    for name in BACKENDS:
+        entry = backend(spec.op, name)
+        if reasons := entry.why_not(spec):
+            refused[name] = reasons
+        else:
+            able.append(entry)
+    if spec.device == "cuda" and proven(spec.op, torch.cuda.get_device_name()):
+        able.sort(key=lambda entry: entry.name != "triton")
+    return able, refused
+
+
+def choose(spec: Spec, name: str = "auto") -> Backend:
+    """The backend that runs `spec`: the named one, or with "auto" the first in default order.
+
+    Raises:
+        BackendError: if the named backend (or any, with "auto") cannot run it; has every reason.
+        ValueError: if there is no backend of that name.
+    """
+    if name != "auto":
+        entry = backend(spec.op, name)
+        if reasons := entry.why_not(spec):
+            raise BackendError(f"backend {name!r} cannot run {spec.op}: {'; '.join(reasons)}")
+        return entry
+    able, refused = candidates(spec)
+    if not able:
+        reasons = "; ".join(f"{key}: {', '.join(value)}" for key, value in refused.items())
+        raise BackendError(f"no backend can run {spec.op}: {reasons}")
+    return able[0]

@@ -1,0 +1,206 @@
+"""What tests and benchmarks share: tolerances, input makers, shape grids, interpreter support.
+
+Numbers about accuracy stand here and nowhere else. The rule: a kernel's error against the oracle
+(`reference` with upcast=True) is at most twice the error of the same-dtype torch backend, plus a
+floor of two ulps of the largest value; its RMS error stays under a bound per dtype; and inf and
+nan stand in exactly the same places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`rms`: bound on RMS(error) / RMS(oracle). `ulp`: spacing of the dtype's numbers near 1."""
+
+    rms: float
+    ulp: float
+
+
+TOLERANCES = {
+    # Rounding an input or output once costs about ulp / 4 RMS; sums over K <= 4096 in fp32 add
+    # less. Eight such roundings in a row (bf16, fp16), or a long fp32 sum, stay below these bounds.
+    torch.float32: Tolerance(rms=2e-6, ulp=2.0**-23),
+    torch.float16: Tolerance(rms=1e-3, ulp=2.0**-10),
+    torch.bfloat16: Tolerance(rms=8e-3, ulp=2.0**-7),
+}
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Real shapes, each with the model it comes from.
+TOKENS = {
+    50: "B/32 at 224",
+    197: "/16 at 224",
+    257: "/14 at 224",
+    577: "/16 at 384",
+    785: "/8 at 224",
+    1025: "/16 at 512",
+    1370: "/14 at 518",
+}
+WIDTHS = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "G"}
+HEAD_DIMS = {
+    32: "small heads",
+    64: "nearly all",
+    72: "So400m",
+    76: "EVA-02 S-like widths",
+    80: "H",
+    88: "g",
+    96: "some MAE decoders",
+    104: "G",
+    112: "odd timm configs",
+    128: "large heads",
+}
+AWKWARD_ROWS = {1: "a single row", 7: "less than any tile", 131: "prime", 257: "one more than a tile"}
+
+
+def device() -> torch.device:
+    """The device tests run on: the GPU if there is one, else the CPU (Triton in its interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal random numbers of standard deviation `scale`, the same on every device."""
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(device(), dtype)
+
+
+def poison_value(dtype: torch.dtype) -> float | int | bool:
+    """What fills memory nobody may read: NaN, or the largest integer."""
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def guarded(tensor: Tensor, margin: int = 4096) -> Tensor:
+    """A contiguous copy that lies inside a larger poisoned buffer: an out-of-bounds read shows.
+
+    The margin (in elements) keeps the copy 16-byte aligned, as a fresh allocation would be.
+    """
+    size = tensor.numel()
+    buffer = tensor.new_full((size + 2 * margin,), poison_value(tensor.dtype))
+    inner = buffer[margin : margin + size].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner
+
+
+def strided(tensor: Tensor, gap: int = 8) -> Tensor:
+    """The same values with rows `gap` elements further apart, poison between; last axis contiguous."""
+    *lead, last = tensor.shape
+    buffer = tensor.new_full((*lead, last + gap), poison_value(tensor.dtype))
+    view = buffer[..., :last]
+    view.copy_(tensor)
+    return view
+
+
+def assert_close(
+    actual: Tensor | Sequence[Tensor],
+    oracle: Tensor | Sequence[Tensor],
+    baseline: Tensor | Sequence[Tensor],
+    what: str = "",
+) -> None:
+    """Check a result against the oracle, by the rule at the top of this file.
+
+    Args:
+        actual: the result under test. oracle: the upcast reference. baseline: the torch backend's
+            result in the same dtype. Sequences are compared pairwise.
+
+    Raises:
+        AssertionError: with the largest errors and the bounds they broke.
+    """
+    if not isinstance(actual, Tensor):
+        assert not isinstance(oracle, Tensor) and not isinstance(baseline, Tensor)
+        assert len(actual) == len(oracle) == len(baseline)
+        for i, parts in enumerate(zip(actual, oracle, baseline, strict=True)):
+            assert_close(*parts, what=f"{what}[{i}]")
+        return
+    assert isinstance(oracle, Tensor) and isinstance(baseline, Tensor)
+    assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert actual.dtype == baseline.dtype, f"{what}: dtype {actual.dtype}, expected {baseline.dtype}"
+    tolerance = TOLERANCES[actual.dtype]
+    got, want, base = (t.detach().double().cpu() for t in (actual, oracle, baseline))
+    if not actual.numel():
+        return
+    for kind, test in (("nan", torch.isnan), ("inf", torch.isinf)):
+        assert torch.equal(test(got), test(want)), f"{what}: {kind} in other places than in the oracle"
+    finite = torch.isfinite(want)
+    got, want, base = got[finite], want[finite], base[finite]
+    if not got.numel():
+        return
+    scale = want.abs().max().item()
+    error, base_error = (got - want).abs(), (base - want).abs()
+    bound = 2 * base_error.max().item() + 2 * tolerance.ulp * scale
+    rms = error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
+    rms_base = base_error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
+    rms_bound = max(tolerance.rms, 2 * rms_base)
+    problems = []
+    if error.max().item() > bound:
+        problems.append(f"max error {error.max():.3e} exceeds {bound:.3e} (torch: {base_error.max():.3e})")
+    if rms > rms_bound:
+        problems.append(f"relative RMS error {rms:.3e} exceeds {rms_bound:.3e} (torch: {rms_base:.3e})")
+    assert not problems, f"{what or 'result'} {tuple(actual.shape)} {actual.dtype}: " + "; ".join(problems)
+
+
+def check_op(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, what: str = "", **kwargs: Any) -> None:
+    """Run a kernel and both references on the same arguments and compare. Tensors in args are guarded
+    copies only if the caller made them so."""
+    oracle = reference(*args, **kwargs, upcast=True)
+    baseline = reference(*args, **kwargs)
+    assert_close(op(*args, **kwargs), oracle, baseline, what=what)
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Make torch.empty, empty_like and Tensor.new_empty, when called from vitfast, give poison."""
+    originals = (torch.empty, torch.empty_like, Tensor.new_empty)
+
+    def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = original(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("vitfast") and tensor.device.type in ("cpu", "cuda"):
+                tensor.fill_(poison_value(tensor.dtype))
+            return tensor
+
+        return allocate
+
+    torch.empty, torch.empty_like, Tensor.new_empty = map(wrap, originals)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, Tensor.new_empty = originals
+
+
+def repair_interpreter() -> None:
+    """Make `tl.dot` on bf16 right in Triton's interpreter, which multiplies the raw 16-bit patterns.
+
+    bf16 operands are widened to fp32 first, which is exact. tests/test_testing.py fails when
+    Triton no longer needs this.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if getattr(InterpreterBuilder.create_dot, "widens_bf16", False):
+        return
+    original = InterpreterBuilder.create_dot
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, widen(a), widen(b), *rest)
+
+    create_dot.widens_bf16 = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_dot = create_dot
