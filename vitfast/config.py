@@ -113,9 +113,7 @@ class ViTConfig:
         if ph < 1 or pw < 1:
             raise ValueError(f"patch size must be positive, got {ph}x{pw}")
         if height < ph or width < pw or height % ph or width % pw:
-            raise ValueError(
-                f"image size {height}x{width} is not a positive multiple of the patch size {ph}x{pw}"
-            )
+            raise ValueError(f"image size {height}x{width} is not a positive multiple of the patch size {ph}x{pw}")
         return height // ph, width // pw
 
     def tokens(self, image_size: tuple[int, int] | None = None) -> int:

@@ -9,13 +9,18 @@ nan stand in exactly the same places.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitfast.config import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ TOLERANCES = {
     torch.float16: Tolerance(rms=1e-3, ulp=2.0**-10),
     torch.bfloat16: Tolerance(rms=8e-3, ulp=2.0**-7),
 }
+
+PEER_TOLERANCE = 1e-4
+"""Largest error of a whole forward in fp32 against another library's, by the largest value of the output.
+Both round differently at every step; over a few layers this comes to 1e-6 ... 1e-5; a wrong weight to 1e-1."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -137,6 +146,7 @@ def assert_close(
         return
     scale = want.abs().max().item()
     error, base_error = (got - want).abs(), (base - want).abs()
+    base_error = base_error.nan_to_num(0.0, posinf=0.0)  # a baseline that overflows excuses nothing
     bound = 2 * base_error.max().item() + 2 * tolerance.ulp * scale
     rms = error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
     rms_base = base_error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
@@ -163,6 +173,9 @@ def poisoned_allocations() -> Iterator[None]:
     originals = (torch.empty, torch.empty_like, Tensor.new_empty)
 
     def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if getattr(original, "poisons", False):  # nested: the outer wrapper would look like vitfast's own call
+            return original
+
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
             tensor = original(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -170,6 +183,7 @@ def poisoned_allocations() -> Iterator[None]:
                 tensor.fill_(poison_value(tensor.dtype))
             return tensor
 
+        allocate.poisons = True  # type: ignore[attr-defined]
         return allocate
 
     torch.empty, torch.empty_like, Tensor.new_empty = map(wrap, originals)
@@ -204,3 +218,46 @@ def repair_interpreter() -> None:
 
     create_dot.widens_bf16 = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot = create_dot
+
+
+_SHIM: list[Any] = []
+
+
+def import_peer(name: str) -> Any:
+    """Import a library that vitfast is compared with: timm, torchvision or transformers.
+
+    torchvision's compiled ops cannot load beside a CPU-only torch build, and its import then fails
+    for want of two schemas it never runs here; they are declared first where that is the case.
+
+    Raises:
+        ImportError: if the library is not installed.
+    """
+    if name in ("timm", "torchvision") and not _SHIM and not hasattr(torch.ops.torchvision, "nms"):
+        spec = importlib.util.find_spec("torchvision")
+        if spec is None:
+            raise ImportError(f"{name} needs torchvision, which is not installed")
+        try:
+            torch.ops.load_library(str(next(Path(str(spec.origin)).parent.glob("_C*.so"))))
+        except (OSError, StopIteration):
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _SHIM.append(library)  # a Library undefines its schemas when it is collected
+    return importlib.import_module(name)
+
+
+def random_weights(config: ViTConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Canonical weights of a config, random at the scale training gives: norms near 1, activations O(1)."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, (shape, _) in config.weight_shapes().items():
+        values = torch.randn(shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            weights[name] = 1 + 0.1 * values
+        elif name.endswith("weight"):
+            weights[name] = values * values[0].numel() ** -0.5
+        elif "layer_scale" in name:
+            weights[name] = 0.1 + 0.02 * values
+        else:
+            weights[name] = 0.1 * values
+    return weights

@@ -64,13 +64,9 @@ def patch_embed(
     """
     checks.check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last)
     if backend is None:
-        return torch.ops.vitfast.patch_embed(
-            images, weight, bias, position, prefix, list(patch_size), channels_last
-        )
+        return torch.ops.vitfast.patch_embed(images, weight, bias, position, prefix, list(patch_size), channels_last)
     entry = choose(checks.patch_embed_spec(images, weight), backend)
-    return entry.call(
-        images, weight, bias, position, prefix, patch_size=tuple(patch_size), channels_last=channels_last
-    )
+    return entry.call(images, weight, bias, position, prefix, patch_size=tuple(patch_size), channels_last=channels_last)
 
 
 def pack_patch_embed(
@@ -110,9 +106,7 @@ def pack_patch_embed(
     return folded.reshape(weight.shape[0], -1).to(dtype).contiguous(), offset.to(dtype)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba, Kiros, Hinton 2016).
 
     x: [..., C]; weight, bias: [C]. The variance is the biased one. Returns x's shape and dtype.
@@ -145,19 +139,26 @@ def row_stats(x: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 def fold_norm(
-    weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold LayerNorm's affine part into the product that follows it.
 
     LN(x) Wᵀ + b = rstd * (x W'ᵀ - mean * s) + b' with W' = W diag(γ), s_n = Σ_k W'_nk,
-    b' = b + W β. Returns W' [N, K] in the weight's dtype, s [N] in fp32 (summed over the rounded
-    W', so that both terms see the same numbers) and b' [N]: `linear`'s weight, weight_sum, bias.
+    b' = b + W β. Returns W' [N, K] in `dtype` (the weight's by default), s [N] in fp32 (summed over
+    the rounded W', so that both terms see the same numbers) and b' [N] in `dtype`: `linear`'s
+    weight, weight_sum and bias. Folding is done in float64.
     """
-    folded = (weight.double() * norm_weight.double()).to(weight.dtype)
+    dtype = dtype or weight.dtype
+    folded = (weight.double() * norm_weight.double()).to(dtype)
     shift = weight.double() @ norm_bias.double()
     if bias is not None:
         shift = shift + bias.double()
-    return folded.contiguous(), folded.double().sum(dim=1).float(), shift.to(weight.dtype)
+    return folded.contiguous(), folded.double().sum(dim=1).float(), shift.to(dtype)
 
 
 def linear(
@@ -244,9 +245,7 @@ def attention(
     checks.check_attention(q, k, v, bias, mask)
     if backend is None:
         return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale)
-    return choose(checks.attention_spec(q, k), backend).call(
-        q, k, v, bias=bias, mask=mask, causal=causal, scale=scale
-    )
+    return choose(checks.attention_spec(q, k), backend).call(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
 
 def mlp(
@@ -270,9 +269,7 @@ def mlp(
     """
     checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
     if backend is None:
-        return torch.ops.vitfast.mlp(
-            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual
-        )
+        return torch.ops.vitfast.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
     return choose(checks.mlp_spec(x, fc1_weight), backend).call(
         x,
         fc1_weight,

@@ -99,9 +99,7 @@ def check_linear(
     _activation(op, activation)
     _dtype(op, "x", x, *FLOATS)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     rows = weight.shape[0]
     if activation == "swiglu" and rows % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")

@@ -103,7 +103,7 @@ def backend(op: str, name: str) -> Backend:
     if op not in OPS:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
     if name == "torch":
-        return Backend("torch", op, getattr(reference, op))
+        return Backend("torch", op, getattr(reference, op), dtypes=(*_FLOATS, "float64"))
     if name == "triton":
         return _triton(op)
     if name == "native":

@@ -1,0 +1,231 @@
+// patch_embed on the CPU: images -> tokens [B, P + L, C], as vitfast/ops/reference.py defines it.
+//
+// The output is seen as B * (P + L) rows, shared out among the threads. A thread takes a chunk of rows
+// at a time: it gathers their patches straight from the image into a small buffer of the weight's dtype
+// (uint8 pixels as pixel - 128, which is exact), multiplies them by the weight, and adds bias and
+// position in fp32 while the product is still in cache. Prefix rows are gathered as zeros and written at
+// the end. Bound by the product's FLOPs; beside the plain torch ops it saves the unfolded copies of the
+// images and the passes over the output for position and prefix.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <type_traits>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "simd.h"
+
+namespace vitfast {
+namespace {
+
+constexpr float kPixelCenter = 128.0f;
+// Rows per product. With fewer the weight is packed too often, with more the buffer leaves the cache.
+constexpr int64_t kChunk = 512;
+// A thread is worth waking for this many rows.
+constexpr int64_t kMinRows = 32;
+
+using Optional = std::optional<at::Tensor>;
+
+// Where patches lie in the images; strides in elements. `size` and `stride` are the three nested runs of
+// pixels of one patch, outermost first, in the order of the weight's K axis.
+struct Geometry {
+  int64_t batch, prefix, grid_h, grid_w;
+  int64_t image_stride, down, right;
+  std::array<int64_t, 3> size, stride;
+
+  int64_t tokens() const { return prefix + grid_h * grid_w; }
+};
+
+Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool channels_last, int64_t prefix) {
+  const int64_t h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
+  const int64_t ph = patch_size[0], pw = patch_size[1], channels = images.size(c);
+  const int64_t sh = images.stride(h), sw = images.stride(w), sc = images.stride(c);
+  Geometry g{
+      images.size(0), prefix, images.size(h) / ph, images.size(w) / pw, images.stride(0), ph * sh, pw * sw, {}, {}};
+  if (channels_last && sc == 1 && sw == channels) {  // a row of the patch is one run
+    g.size = {1, ph, pw * channels};
+    g.stride = {0, sh, 1};
+  } else if (channels_last) {
+    g.size = {ph, pw, channels};
+    g.stride = {sh, sw, sc};
+  } else {
+    g.size = {channels, ph, pw};
+    g.stride = {sc, sh, sw};
+  }
+  return g;
+}
+
+template <typename pixel_t>
+VITFAST_INLINE float to_float(pixel_t pixel) {
+  if constexpr (std::is_same_v<pixel_t, uint8_t>) {
+    return static_cast<float>(static_cast<int32_t>(pixel)) - kPixelCenter;
+  } else {
+    return static_cast<float>(pixel);
+  }
+}
+
+template <typename pixel_t, typename row_t>
+VITFAST_INLINE void gather_loop(const pixel_t* patch, const Geometry& g, row_t* row) {
+  for (int64_t i = 0; i < g.size[0]; ++i) {
+    for (int64_t j = 0; j < g.size[1]; ++j, row += g.size[2]) {
+      const pixel_t* run = patch + i * g.stride[0] + j * g.stride[1];
+      if (g.stride[2] == 1) {
+        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = to_float(run[k]);
+      } else {
+        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = to_float(run[k * g.stride[2]]);
+      }
+    }
+  }
+}
+
+// One patch as a row of K numbers. The pixel types that matter get a clone per vector width.
+VITFAST_SIMD void gather(const uint8_t* patch, const Geometry& g, float* row) { gather_loop(patch, g, row); }
+VITFAST_SIMD void gather(const float* patch, const Geometry& g, float* row) { gather_loop(patch, g, row); }
+VITFAST_SIMD void gather(const uint8_t* patch, const Geometry& g, at::BFloat16* row) { gather_loop(patch, g, row); }
+VITFAST_SIMD void gather(const float* patch, const Geometry& g, at::BFloat16* row) { gather_loop(patch, g, row); }
+template <typename pixel_t, typename row_t>
+void gather(const pixel_t* patch, const Geometry& g, row_t* row) {
+  gather_loop(patch, g, row);
+}
+
+// Rows [begin, end) of the whole as rows of `buffer` [end - begin, K].
+template <typename pixel_t, typename row_t>
+void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int64_t end, const at::Tensor& buffer) {
+  const int64_t k = buffer.size(1);
+  const pixel_t* data = images.const_data_ptr<pixel_t>();
+  row_t* row = buffer.mutable_data_ptr<row_t>();
+  for (int64_t r = begin; r < end; ++r, row += k) {
+    const int64_t patch = r % g.tokens() - g.prefix;
+    if (patch < 0) {
+      std::fill(row, row + k, row_t(0.0f));
+    } else {
+      const pixel_t* image = data + r / g.tokens() * g.image_stride;
+      gather(image + patch / g.grid_w * g.down + patch % g.grid_w * g.right, g, row);
+    }
+  }
+}
+
+template <typename row_t>
+VITFAST_INLINE void add_loop(row_t* row, const row_t* bias, const row_t* position, int64_t n) {
+  if (bias && position) {
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = static_cast<float>(row[i]) + (static_cast<float>(bias[i]) + static_cast<float>(position[i]));
+    }
+  } else if (const row_t* one = bias ? bias : position) {
+    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(row[i]) + static_cast<float>(one[i]);
+  }
+}
+
+// row [n] += bias + position, either of which may be null.
+VITFAST_SIMD void add(float* row, const float* bias, const float* position, int64_t n) {
+  add_loop(row, bias, position, n);
+}
+VITFAST_SIMD void add(at::BFloat16* row, const at::BFloat16* bias, const at::BFloat16* position, int64_t n) {
+  add_loop(row, bias, position, n);
+}
+
+template <typename row_t>
+const row_t* data_or_null(const Optional& tensor) {
+  return tensor ? tensor->const_data_ptr<row_t>() : nullptr;
+}
+
+// Makes products into tokens: rows [begin, end) of out [B * (P + L), C]; bias [C], position [L, C], prefix [P, C].
+template <typename row_t>
+void finish_rows(const Geometry& g, int64_t begin, int64_t end, const Optional& bias, const Optional& position,
+                 const Optional& prefix, const at::Tensor& out) {
+  const int64_t n = out.size(1);
+  const row_t *b = data_or_null<row_t>(bias), *pos = data_or_null<row_t>(position), *pre = data_or_null<row_t>(prefix);
+  row_t* row = out.mutable_data_ptr<row_t>() + begin * n;
+  for (int64_t r = begin; r < end; ++r, row += n) {
+    const int64_t token = r % g.tokens(), patch = token - g.prefix;
+    if (patch < 0) {
+      std::copy(pre + token * n, pre + (token + 1) * n, row);
+    } else {
+      add(row, b, pos ? pos + patch * n : nullptr, n);
+    }
+  }
+}
+
+template <typename row_t>
+auto gather_rows_of(at::ScalarType pixel) {
+  return AT_DISPATCH_SWITCH(
+      pixel, "patch_embed", AT_DISPATCH_CASE(at::kByte, [] {
+        return &gather_rows<scalar_t, row_t>;
+      }) AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, [] { return &gather_rows<scalar_t, row_t>; }));
+}
+
+void check(const at::Tensor& images, const at::Tensor& weight, const Optional& bias, const Optional& position,
+           const Optional& prefix, at::IntArrayRef patch_size, bool channels_last) {
+  const char* op = "patch_embed";
+  check_dtype(op, "images", images, {at::kByte, at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
+  check_dtype(op, "weight", weight, {at::kFloat, at::kBFloat16});
+  const char* layout = channels_last ? "[B, H, W, Cin]" : "[B, Cin, H, W]";
+  TORCH_CHECK_VALUE(images.dim() == 4, op, ": images must be ", layout, ", got shape ", shape_text(images.sizes()));
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [C, K] (see pack_patch_embed), got shape ",
+                    shape_text(weight.sizes()));
+  TORCH_CHECK_VALUE(patch_size.size() == 2, op, ": patch_size must be (height, width), got ", shape_text(patch_size));
+  const int64_t ph = patch_size[0], pw = patch_size[1];
+  const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
+  const int64_t channels = images.size(channels_last ? 3 : 1);
+  TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
+                    ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
+  TORCH_CHECK_VALUE(weight.size(1) == channels * ph * pw, op, ": images ", layout, " of shape ",
+                    shape_text(images.sizes()), " have ", channels, " channels, so weight needs K = ", channels, "*",
+                    ph, "*", pw, " = ", channels * ph * pw, ", got ", weight.size(1));
+  const int64_t c = weight.size(0), patches = (height / ph) * (width / pw);
+  check_shape(op, "bias", bias, {c});
+  check_shape(op, "position", position, {patches, c});
+  TORCH_CHECK_VALUE(!prefix || (prefix->dim() == 2 && prefix->size(1) == c), op, ": prefix has shape ",
+                    shape_text(prefix->sizes()), ", expected (P, ", c, ")");
+  if (bias) check_dtype(op, "bias", *bias, {weight.scalar_type()});
+  if (position) check_dtype(op, "position", *position, {weight.scalar_type()});
+  if (prefix) check_dtype(op, "prefix", *prefix, {weight.scalar_type()});
+}
+
+Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
+
+}  // namespace
+
+at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, const Optional& bias,
+                           const Optional& position, const Optional& prefix, at::IntArrayRef patch_size,
+                           bool channels_last) {
+  check(images, weight, bias, position, prefix, patch_size, channels_last);
+  const Geometry g = geometry(images, patch_size, channels_last, prefix ? prefix->size(0) : 0);
+  const int64_t width = weight.size(0), k = weight.size(1), rows = g.batch * g.tokens();
+  const bool fp32 = weight.scalar_type() == at::kFloat;
+  auto* gather_chunk =
+      fp32 ? gather_rows_of<float>(images.scalar_type()) : gather_rows_of<at::BFloat16>(images.scalar_type());
+  auto* finish_chunk = fp32 ? &finish_rows<float> : &finish_rows<at::BFloat16>;
+
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  // Copied if need be, unlike the images: they are small, and packed already in a planned model.
+  const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
+  const at::Tensor transposed = weight.t();
+  const at::Tensor out = at::empty({g.batch, g.tokens(), width}, weight.options());
+  const at::Tensor flat = out.view({rows, width});
+
+  // One parallel region for everything: each thread works through its own rows, product included
+  // (BLAS does not thread inside a parallel region), and waits for the others only once.
+  const int64_t threads = at::get_num_threads(), share = std::max(kMinRows, (rows + threads - 1) / threads);
+  at::parallel_for(0, rows, share, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, weight.options());
+    for (int64_t start = begin; start < end; start += kChunk) {
+      const int64_t stop = std::min(start + kChunk, end);
+      gather_chunk(images, g, start, stop, buffer);
+      at::Tensor product = flat.narrow(0, start, stop - start);
+      at::mm_out(product, buffer.narrow(0, 0, stop - start), transposed);
+      finish_chunk(g, start, stop, b, pos, pre, flat);
+    }
+  });
+  return out;
+}
+
+}  // namespace vitfast

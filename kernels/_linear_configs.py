@@ -1,0 +1,103 @@
+"""Tile shapes of the linear kernels, as data, and the rule that picks one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from vitfast.kernels import _common
+from vitfast.kernels._common import STATS_TILE, Config
+
+GROUP_M = 8
+"""Tile rows in a group: the tiles that run at the same time read few rows of x and few of W."""
+
+
+def _config(name: str, m: int, n: int, k: int, warps: int, stages: int, since: tuple[int, int] = (8, 0)) -> Config:
+    return Config(name, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages, since)
+
+
+# Where these come from: compiling for sm_80, sm_90 and sm_100. Each is the largest tile of its kind
+# that spills no register with the epilogues of `compile_cases`, with as many stages as fit in shared
+# memory, and smaller tiles that spread less work over more multiprocessors. None is measured yet.
+TMA_CONFIGS = [
+    _config("tma_128x256x64", 128, 256, 64, 8, 3, (9, 0)),
+    _config("tma_128x128x64", 128, 128, 64, 8, 4, (9, 0)),
+    _config("tma_64x128x64", 64, 128, 64, 4, 4, (9, 0)),
+    _config("tma_64x64x64", 64, 64, 64, 4, 4, (9, 0)),
+]
+POINTER_CONFIGS = [
+    _config("128x128x64", 128, 128, 64, 8, 3),
+    _config("128x64x64", 128, 64, 64, 8, 3),
+    _config("64x128x64", 64, 128, 64, 4, 3),
+    _config("64x64x64", 64, 64, 64, 4, 4),
+]
+# float32 in full precision runs on the ordinary multiply-add units, which hold their operands in
+# registers: BLOCK_K = 16 spills.
+FLOAT32_CONFIGS = [
+    _config("float32_64x128x8", 64, 128, 8, 8, 3),
+    _config("float32_64x64x8", 64, 64, 8, 8, 3),
+]
+CONFIGS = TMA_CONFIGS + POINTER_CONFIGS + FLOAT32_CONFIGS
+
+
+def uses_tma(width: int, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether `_linear_tma_kernel` can run on these matrices [rows, columns] and an output this wide.
+
+    The tensor memory accelerator came with sm_90 and wants rows that start at multiples of 16 bytes.
+    """
+    if _common.capability(x.device) < (9, 0) or x.dtype == torch.float32:
+        return False
+    step = 16 // x.element_size()
+    return width % step == 0 and all(
+        t.stride(0) % step == 0 and t.stride(0) >= t.shape[1] and t.stride(1) == 1 and t.data_ptr() % 16 == 0
+        for t in (x, weight, residual)
+        if t is not None
+    )
+
+
+def widest_tile(*, tma: bool, gated: bool = False, stats: bool = False, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Largest BLOCK_N that spills no register: "gated" has two accumulators, pointers take registers."""
+    if not gated:
+        return 256
+    return 128 if tma or stats or dtype == torch.float32 else 64
+
+
+def pick_config(
+    rows: int, width: int, dtype: torch.dtype, *, tma: bool, sms: int, gated: bool = False, stats: bool = False
+) -> Config:
+    """The tile that keeps the busiest of `sms` multiprocessors busy for the shortest time.
+
+    The output is rows x width. A tile costs its multiply-adds per step of K, BLOCK_M * BLOCK_N, plus
+    64 for each of the BLOCK_M + BLOCK_N operands it reads (an assumption, not a measurement); the
+    price of a config is that cost times the tiles that the busiest multiprocessor gets. Row
+    statistics need tiles of a multiple of 128 columns.
+    """
+    pool = FLOAT32_CONFIGS if dtype == torch.float32 else TMA_CONFIGS if tma else POINTER_CONFIGS
+    widest = widest_tile(tma=tma, gated=gated, stats=stats, dtype=dtype)
+
+    def able(config: Config) -> bool:
+        return config.blocks["BLOCK_N"] <= widest and not (stats and config.blocks["BLOCK_N"] % STATS_TILE)
+
+    def price(config: Config) -> int:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
+        return triton.cdiv(tiles, sms) * (block_m * block_n + 64 * (block_m + block_n))
+
+    return min(filter(able, pool), key=price)
+
+
+def check_config(config: Config, dtype: torch.dtype, tma: bool, gated: bool, stats: bool) -> None:
+    """Raise ValueError if a config cannot run this call."""
+    if (config in FLOAT32_CONFIGS) != (dtype == torch.float32):
+        raise ValueError(f"linear: config {config.name} is not one for {dtype}")
+    if config in TMA_CONFIGS and not tma:
+        raise ValueError(
+            f"linear: config {config.name} needs compute capability 9.0, a 16-bit dtype and 16-byte aligned rows"
+        )
+    if stats and config.blocks["BLOCK_N"] % STATS_TILE:
+        raise ValueError(
+            f"linear: config {config.name} has tiles of no multiple of {STATS_TILE} columns, as stats need"
+        )
+    if gated and config.blocks["BLOCK_N"] > 128:
+        raise ValueError(f"linear: config {config.name} has no room for the two accumulators of swiglu")

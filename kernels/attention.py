@@ -1,0 +1,385 @@
+"""softmax(q kᵀ * scale + bias) v per head, without forming the [Nq, Nk] matrix in memory.
+
+    q [B, Nq, H, D], k, v [B, Nk, H, D]  ->  out [B, Nq, H, D];  fp32, fp16 or bf16, fp32 accumulation
+
+Reads strided views, so the packed qkv [B, N, 3, H, D] of a linear layer goes in as it is. Additive
+bias and bool mask are broadcast by strides of 0, causal masking is aligned at the top left, and a
+query that may see no key gives zeros.
+
+One program holds a tile of queries and walks over tiles of keys with the online softmax (Milakov
+and Gimelshein 2018; Dao et al. 2022). Key tiles that lie wholly inside need no mask; what is left
+(5 keys of 197, 1 of 257) is one narrow tile of its own. Any D up to 256: it is cut into up to two
+power-of-two chunks (72 = 64 + 16), because padding 72 to 128 would waste 44 % of the products.
+
+Bound by the tensor cores and the exponentials for long sequences, by bytes for N below about 200.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vitfast.kernels._common import (
+    DTYPES,
+    CompileCase,
+    Config,
+    capability,
+    check_device,
+    check_dtype,
+    check_last_contiguous,
+    check_shape,
+)
+
+LOG2E = 1.4426950408889634
+
+CONFIGS = [
+    Config("half-64-short", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+]
+
+CAPABILITIES = {"dtypes": DTYPES, "min_capability": (8, 0), "limits": {"head_dim": (1, 256)}}
+
+
+@triton.jit
+def _load_rows(pointer, stride, rows, row_count, START: tl.constexpr, SIZE: tl.constexpr,
+               HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """Columns START..START+SIZE of some rows; zeros beyond HEAD_DIM and, if BOUNDED, row_count."""
+    columns = START + tl.arange(0, SIZE)
+    tile = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if START + SIZE <= HEAD_DIM and not BOUNDED:
+        return tl.load(tile)
+    else:
+        inside = (columns < HEAD_DIM)[None, :]
+        if BOUNDED:
+            inside &= (rows < row_count)[:, None]
+        return tl.load(tile, mask=inside, other=0.0)
+
+
+@triton.jit
+def _key_tile(
+    acc,  # [BLOCK_M, D_MAIN] running sums of weight * v
+    acc_rest,  # [BLOCK_M, D_REST]
+    row_shift,  # [BLOCK_M] largest score * unit so far; -inf where no key was seen
+    row_sum,  # [BLOCK_M] of the weights so far
+    q,  # [BLOCK_M, D_MAIN]
+    q_rest,  # [BLOCK_M, D_REST]
+    k,  # this head's keys and values
+    v,
+    bias,  # [BLOCK_M or 1, 1] pointers to this head's rows, or None
+    mask,
+    k_stride_n,
+    v_stride_n,
+    bias_stride_k,
+    mask_stride_k,
+    start,  # first key of this tile
+    key_count,
+    queries,  # [BLOCK_M] indices
+    scale,
+    unit,  # what exp2 needs the scores to be multiplied by; positive
+    SCALE_FIRST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Take one tile of keys into the online softmax."""
+    in_tile = tl.arange(0, BLOCK_N)
+    keys = start + in_tile
+    left = key_count - start
+    first = tl.cast(start, tl.int64)
+    k += first * k_stride_n
+    v += first * v_stride_n
+
+    k_tile = _load_rows(k, k_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+    if D_REST > 0:
+        k_tile = _load_rows(k, k_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
+        scores = tl.dot(q_rest, tl.trans(k_tile), scores, input_precision="ieee")
+
+    if SCALE_FIRST:
+        scores = scores * scale
+    if bias is not None:
+        bias_tile = bias + first * bias_stride_k + in_tile.to(tl.int64)[None, :] * bias_stride_k
+        if BOUNDED:
+            added = tl.load(bias_tile, mask=(keys < key_count)[None, :], other=0.0)
+        else:
+            added = tl.load(bias_tile)
+        scores += added.to(tl.float32)
+    if mask is not None:
+        mask_tile = mask + first * mask_stride_k + in_tile.to(tl.int64)[None, :] * mask_stride_k
+        if BOUNDED:
+            seen = tl.load(mask_tile, mask=(keys < key_count)[None, :], other=0)
+        else:
+            seen = tl.load(mask_tile)
+        scores = tl.where(seen != 0, scores, float("-inf"))
+    if BOUNDED:
+        scores = tl.where((keys < key_count)[None, :], scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(keys[None, :] <= queries[:, None], scores, float("-inf"))
+
+    # Scores are counted in powers of two from here on. Products with the unit stay exact in the
+    # fma, and the shift is rounded once, so that all weights of a row carry the same error.
+    new_shift = tl.maximum(row_shift, tl.max(scores, 1) * unit)
+    finite_shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)  # -inf - -inf would be NaN
+    weights = tl.exp2(tl.fma(scores, unit, -finite_shift[:, None]))
+    decay = tl.exp2(row_shift - finite_shift)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+
+    v_tile = _load_rows(v, v_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
+    weights = weights.to(v_tile.dtype)
+    acc = tl.dot(weights, v_tile, acc * decay[:, None], input_precision="ieee")
+    if D_REST > 0:
+        v_tile = _load_rows(v, v_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
+        acc_rest = tl.dot(weights, v_tile, acc_rest * decay[:, None], input_precision="ieee")
+    return acc, acc_rest, new_shift, row_sum
+
+
+@triton.jit(do_not_specialize=["query_count", "key_count"])
+def _attention_kernel(
+    out,  # [B, Nq, H, D] contiguous
+    q,  # [B, Nq, H, D]
+    k,  # [B, Nk, H, D]
+    v,  # [B, Nk, H, D]
+    bias,  # [B, H, Nq, Nk], any strides, or None
+    mask,  # [B, H, Nq, Nk] bool, any strides, or None
+    q_stride_b,
+    q_stride_n,
+    q_stride_h,
+    k_stride_b,
+    k_stride_n,
+    k_stride_h,
+    v_stride_b,
+    v_stride_n,
+    v_stride_h,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    heads,
+    query_count,
+    key_count,
+    scale,
+    unit,  # log2(e), times the scale unless SCALE_FIRST; positive
+    SCALE_FIRST: tl.constexpr,  # scale before maxima are taken: with a bias, or a scale <= 0
+    BIAS_PER_QUERY: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements by which every stride and pointer of q, k, v, out is aligned
+    HEAD_DIM: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,  # keys per tile where masks are needed
+):
+    # Locate: query tiles of one head are neighbours, so that they share its keys in L2.
+    tiles = tl.cdiv(query_count, BLOCK_M)
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = ((program // tiles) % heads).to(tl.int64)
+    batch = ((program // tiles) // heads).to(tl.int64)
+    queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_offset = batch * q_stride_b + head * q_stride_h
+    k_offset = batch * k_stride_b + head * k_stride_h
+    v_offset = batch * v_stride_b + head * v_stride_h
+    out_offset = (batch * query_count * heads + head) * HEAD_DIM
+    out_stride_n = heads * HEAD_DIM
+    if VECTOR > 1:  # head strides such as 72 are no multiple of 16, the only alignment Triton infers
+        q_offset, q_stride_n = tl.multiple_of(q_offset, VECTOR), tl.multiple_of(q_stride_n, VECTOR)
+        k_offset, k_stride_n = tl.multiple_of(k_offset, VECTOR), tl.multiple_of(k_stride_n, VECTOR)
+        v_offset, v_stride_n = tl.multiple_of(v_offset, VECTOR), tl.multiple_of(v_stride_n, VECTOR)
+        out_offset, out_stride_n = tl.multiple_of(out_offset, VECTOR), tl.multiple_of(out_stride_n, VECTOR)
+    q, k, v, out = q + q_offset, k + k_offset, v + v_offset, out + out_offset
+    # Rows past the end repeat the last one: no mask in the loop, and what they give is not stored.
+    bias_rows = tl.minimum(queries, query_count - 1).to(tl.int64)[:, None]
+    if bias is not None:
+        bias += batch * bias_stride_b + head * bias_stride_h
+        bias += bias_rows * bias_stride_q if BIAS_PER_QUERY else tl.zeros([1, 1], tl.int64)
+    if mask is not None:
+        mask += batch * mask_stride_b + head * mask_stride_h
+        mask += bias_rows * mask_stride_q if MASK_PER_QUERY else tl.zeros([1, 1], tl.int64)
+
+    # Load.
+    q_tile = _load_rows(q, q_stride_n, queries, query_count, 0, D_MAIN, HEAD_DIM, True)
+    q_rest = q_tile
+    if D_REST > 0:
+        q_rest = _load_rows(q, q_stride_n, queries, query_count, D_MAIN, D_REST, HEAD_DIM, True)
+
+    # Compute.
+    acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
+    acc_rest = tl.zeros([BLOCK_M, D_REST if D_REST > 0 else 1], tl.float32)
+    row_shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    whole = key_count // BLOCK_N * BLOCK_N
+    if CAUSAL:  # keys that every query of this tile sees
+        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
+    for start in tl.range(0, whole, BLOCK_N):
+        acc, acc_rest, row_shift, row_sum = _key_tile(
+            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, bias, mask,
+            k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
+            start, key_count, queries, scale, unit, SCALE_FIRST,
+            HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=False, CAUSAL=False,
+        )  # fmt: skip
+    # The rest: the last few keys, or the tiles on the diagonal; those above it are skipped.
+    end = tl.minimum(key_count, (tile + 1) * BLOCK_M) if CAUSAL else key_count
+    for start in tl.range(whole, end, BLOCK_TAIL):
+        acc, acc_rest, row_shift, row_sum = _key_tile(
+            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, bias, mask,
+            k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
+            start, key_count, queries, scale, unit, SCALE_FIRST,
+            HEAD_DIM, D_MAIN, D_REST, BLOCK_TAIL, BOUNDED=True, CAUSAL=CAUSAL,
+        )  # fmt: skip
+
+    # Store. A query that saw no key has sum 0 and gives zeros.
+    norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
+    columns = tl.arange(0, D_MAIN)
+    rows = out + queries.to(tl.int64)[:, None] * out_stride_n
+    inside = (queries < query_count)[:, None]
+    tl.store(rows + columns[None, :], (acc * norm[:, None]).to(out.dtype.element_ty),
+             mask=inside & (columns < HEAD_DIM)[None, :])  # fmt: skip
+    if D_REST > 0:
+        columns = D_MAIN + tl.arange(0, D_REST)
+        tl.store(rows + columns[None, :], (acc_rest * norm[:, None]).to(out.dtype.element_ty),
+                 mask=inside & (columns < HEAD_DIM)[None, :])  # fmt: skip
+
+
+def head_chunks(head_dim: int) -> tuple[int, int]:
+    """Cut D into a power of two and a smaller one (0 for none): 64 -> 64, 0; 72 -> 64, 16; 112 -> 128, 0.
+
+    Products need a chunk of at least 16.
+    """
+    main = max(16, 1 << head_dim.bit_length() - 1)
+    if head_dim <= main:
+        return main, 0
+    rest = max(16, triton.next_power_of_2(head_dim - main))
+    return (main, rest) if rest < main else (2 * main, 0)
+
+
+def pick_config(head_dim: int, query_count: int, dtype: torch.dtype, per_query: bool) -> Config:
+    return CONFIGS[0]
+
+
+def _vector(head_dim: int, *tensors: torch.Tensor) -> int:
+    """Elements (a power of two, at most 16 bytes) that divide D and every address and stride."""
+    size = tensors[0].element_size()
+    steps = [step for t in tensors for n, step in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
+    return math.gcd(16 // size, head_dim, *steps, *(t.data_ptr() // size for t in tensors))
+
+
+def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of `tensor` as seen with `shape`, 0 for the axes it is broadcast along."""
+    if tensor is None:
+        return (0,) * len(shape)
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
+        raise ValueError(f"attention: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {shape}")
+    strides = tensor.expand(shape).stride()
+    return tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None):
+    op = "attention"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{op}: {name} must be [B, N, H, D], got shape {tuple(tensor.shape)}")
+    check_dtype(op, q=q)
+    check_dtype(op, q.dtype, k=k, v=v)
+    check_dtype(op, bias=bias)
+    check_dtype(op, torch.bool, mask=mask)
+    batch, _, heads, head_dim = q.shape
+    check_shape(op, "k", k, (batch, k.shape[1], heads, head_dim))
+    check_shape(op, "v", v, tuple(k.shape))
+    low, high = CAPABILITIES["limits"]["head_dim"]
+    if not low <= head_dim <= high:
+        raise ValueError(f"{op}: head dim must be {low}..{high}, got {head_dim}")
+    check_last_contiguous(op, q=q, k=k, v=v)
+    check_device(op, q=q, k=k, v=v, bias=bias, mask=mask)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(q kᵀ * scale + bias) v per head.
+
+    Args:
+        q: [B, Nq, H, D]. k, v: [B, Nk, H, D], of q's dtype (fp32, fp16 or bf16); any strides with a
+            contiguous last axis. 1 <= D <= 256; Nk = 0 is legal and gives zeros.
+        bias: fp32, fp16 or bf16, added to the scaled scores; broadcastable to [B, H, Nq, Nk].
+        mask: bool, True where a key may be seen; broadcastable to [B, H, Nq, Nk].
+        causal: query i sees keys 0..i.
+        scale: any float; 1 / sqrt(D) by default.
+
+    Returns:
+        [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
+
+    Raises:
+        ValueError: if a shape, dtype, stride or device does not fit.
+    """
+    _check(q, k, v, bias, mask)
+    batch, query_count, heads, head_dim = q.shape
+    key_count = k.shape[1]
+    shape = (batch, heads, query_count, key_count)
+    bias_strides = _broadcast("bias", bias, shape)
+    mask_strides = _broadcast("mask", mask, shape)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+
+    config = pick_config(head_dim, query_count, q.dtype, bias_strides[2] != 0 or mask_strides[2] != 0)
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    main, rest = head_chunks(head_dim)
+    tail = block_n if causal else min(block_n, max(16, triton.next_power_of_2(key_count % block_n)))
+    scale = float(head_dim**-0.5 if scale is None else scale)
+    # Scaling inside the exponential saves a product per score, but needs a positive scale, and one
+    # that fp32 does not flush to zero: -inf times 0 is NaN.
+    scale_first = bias is not None or not scale > torch.finfo(torch.float32).tiny
+    grid = (triton.cdiv(query_count, block_m) * batch * heads,)
+    with torch.cuda.device_of(q):
+        _attention_kernel[grid](
+            out,
+            q,
+            k,
+            v,
+            bias,
+            mask,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *bias_strides,
+            *mask_strides,
+            heads,
+            query_count,
+            key_count,
+            scale,
+            LOG2E if scale_first else scale * LOG2E,
+            SCALE_FIRST=scale_first,
+            BIAS_PER_QUERY=bias_strides[2] != 0,
+            MASK_PER_QUERY=mask_strides[2] != 0,
+            CAUSAL=causal,
+            VECTOR=_vector(head_dim, q, k, v),
+            HEAD_DIM=head_dim,
+            D_MAIN=main,
+            D_REST=rest,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_TAIL=tail,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out

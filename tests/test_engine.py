@@ -1,0 +1,264 @@
+"""The engine: whole forwards against float64, plans, refusals, sizes, empty batches, graphs' bookkeeping."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+import vitfast
+from vitfast import model, planner, testing
+from vitfast.engine import Engine
+from vitfast.images import Preprocess
+from vitfast.ops import mkldnn
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+PREPROCESS = Preprocess(size=(32, 48), resize=(32, 48), interpolation="bicubic", center_crop=False, mean=MEAN, std=STD)
+SMALL = vitfast.ViTConfig((32, 48), (16, 16), width=64, depth=2, heads=2, mlp_dim=128, num_classes=10, name="small")
+TINY = vitfast.ViTConfig((224, 224), (16, 16), width=192, depth=12, heads=3, mlp_dim=768, num_classes=1000)
+FAMILIES = {
+    "vit": {},
+    "clip": {"activation": "quick_gelu", "pre_norm": True, "projection_dim": 24, "norm_eps": 1e-5, "num_classes": 0},
+    "dinov2 with registers": {"layer_scale": True, "prefix_tokens": 5, "activation": "swiglu", "dynamic_size": True},
+    "deit": {"prefix_tokens": 2, "distilled": True, "pool": "cls_dist"},
+    "average pool": {"pool": "avg", "pool_norm": True, "final_norm": False, "activation": "gelu_tanh"},
+    "no class token": {"class_token": False, "prefix_tokens": 0, "pool": "avg_all"},
+    "dinov2 classifier": {"head_concat_mean": True},
+    "odd head dim": {"head_dim": 20, "activation": "silu"},
+}
+
+
+def engine(config=SMALL, preprocess=PREPROCESS, **kwargs):
+    checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), preprocess)
+    return Engine(checkpoint, device=testing.device(), **kwargs)
+
+
+def oracle(config, images):
+    """The same forward in float64 on unrounded weights, torch ops only."""
+    plan = planner.build(config, device=testing.device(), dtype=torch.float64, backend="torch")
+    weights = model.arrange(
+        config,
+        testing.random_weights(config),
+        plan,
+        device=testing.device(),
+        dtype=torch.float64,
+        mean=PREPROCESS.mean,
+        std=PREPROCESS.std,
+    )
+    if images.dtype != torch.uint8:
+        images = images.double()
+    return model.forward(config, weights, weights.position, images, plan)
+
+
+def check(config, images, dtype, backend, **plan_changes):
+    """Every output of a backend against float64, measured against the torch backend's own error."""
+    candidate, baseline = engine(config, dtype=dtype, backend=backend), engine(config, dtype=dtype, backend="torch")
+    if plan_changes:
+        candidate.plan = dataclasses.replace(candidate.plan, **plan_changes)
+        candidate._weights = model.arrange(
+            config,
+            testing.random_weights(config),
+            candidate.plan,
+            device=candidate.device,
+            dtype=candidate.dtype,
+            mean=PREPROCESS.mean,
+            std=PREPROCESS.std,
+        )
+    got, base, want = candidate(images), baseline(images), oracle(config, images)
+    for field in ("tokens", "embedding", "logits"):
+        values = [getattr(output, field) for output in (got, want, base)]
+        if values[1] is None:
+            assert values[0] is None
+        else:
+            testing.assert_close(*values, what=f"{backend} {field}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_triton_forward_of_every_family(family, dtype):
+    config = dataclasses.replace(SMALL, **FAMILIES[family])
+    check(config, testing.make(2, 3, 32, 48), dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_forward_of_vit_tiny(dtype):
+    """A real ViT-Ti/16 at 224, from uint8 pixels, twelve blocks, norms folded: five launches a block."""
+    pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8, device=testing.device())
+    check(dataclasses.replace(TINY, depth=12), pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
+
+
+@pytest.mark.parametrize("fold_norm", [False, True])
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+def test_plan_variants_agree(fold_norm, fuse_mlp):
+    if fold_norm and fuse_mlp:
+        pytest.skip("the fused mlp takes a normalised input, so its norm is not folded")
+    check(SMALL, testing.make(2, 3, 32, 48), torch.float32, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_cpu_forward_of_every_family(family):
+    if testing.device().type == "cpu" and not mkldnn.available():
+        pytest.skip("this torch has no oneDNN")
+    config = dataclasses.replace(SMALL, **FAMILIES[family])
+    checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
+    got = Engine(checkpoint, device="cpu", dtype="fp32")(testing.make(2, 3, 32, 48).cpu())
+    want = oracle(config, testing.make(2, 3, 32, 48))
+    torch.testing.assert_close(got.embedding.double(), want.embedding.cpu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.tokens.double(), want.tokens.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_uint8_equals_normalised_float():
+    small = engine(dtype="fp32")
+    pixels = torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8)
+    mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
+    floats = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(small(pixels).logits, small(floats).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_uint8_of_another_size_is_preprocessed():
+    small = engine(dtype="fp32")
+    assert small(torch.zeros(2, 50, 70, 3, dtype=torch.uint8)).tokens.shape == (2, 7, 64)
+
+
+def test_dynamic_size_resizes_the_position_embedding():
+    config = dataclasses.replace(SMALL, dynamic_size=True, position_antialias=False)
+    dynamic = engine(config, dtype="fp32")
+    assert dynamic(testing.make(1, 3, 64, 16)).tokens.shape == (1, 1 + 4, 64)
+    grid = testing.random_weights(config)["position"].to(testing.device())
+    same = model.resize_position(grid, (2, 3), (2, 3), antialias=False)
+    assert torch.equal(same, grid)
+    want = torch.nn.functional.interpolate(grid.view(1, 2, 3, 64).permute(0, 3, 1, 2), size=(4, 1), mode="bicubic")
+    got = model.resize_position(grid, (2, 3), (4, 1), antialias=False)
+    torch.testing.assert_close(got, want.permute(0, 2, 3, 1).reshape(4, 64))
+    smooth = model.resize_position(grid, (2, 3), (1, 1), antialias=True)
+    assert not torch.allclose(smooth, model.resize_position(grid, (2, 3), (1, 1), antialias=False))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((0, 32, 48, 3), torch.uint8), ((0, 3, 32, 48), torch.float32)])
+def test_empty_batch_gives_empty_outputs(shape, dtype):
+    output = engine(dtype="fp32")(torch.zeros(shape, dtype=dtype))
+    assert output.tokens.shape == (0, 7, 64)
+    assert output.embedding.shape == (0, 64)
+    assert output.logits.shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 32, 48, 4, dtype=torch.uint8), "got 4 channels"),
+        (torch.zeros(2, 1, 32, 48), "got 1 channels"),
+        (torch.zeros(2, 3, 32, 32), "image size 32x32: this model takes 32x48 only"),
+        (torch.zeros(3, 32, 48), r"got shape \(3, 32, 48\)"),
+        (torch.zeros(2, 3, 32, 48, dtype=torch.int32), "got torch.int32"),
+        (torch.zeros(2, 0, 48, 3, dtype=torch.uint8), "no pixels"),
+        ([[1, 2]], "got list"),
+    ],
+)
+def test_bad_images_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        engine(dtype="fp32")(images)
+
+
+def test_size_not_a_multiple_of_the_patch_is_refused():
+    dynamic = engine(dataclasses.replace(SMALL, dynamic_size=True), dtype="fp32")
+    with pytest.raises(ValueError, match="33x48 is not a positive multiple of the patch size 16x16"):
+        dynamic(torch.zeros(1, 3, 33, 48))
+
+
+def test_uint8_without_known_normalisation_is_refused():
+    with pytest.raises(ValueError, match="does not say how its images are normalised"):
+        engine(preprocess=None, dtype="fp32")(torch.zeros(1, 32, 48, 3, dtype=torch.uint8))
+
+
+def test_nan_stays_in_its_own_image():
+    images = testing.make(3, 3, 32, 48)
+    images[1, 0, 0, 0] = float("nan")
+    output = engine(dtype="fp32")(images)
+    assert output.embedding.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dtype": "int8"}, "'int8'"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"backend": "cudnn"}, "'cudnn'"),
+    ],
+)
+def test_bad_settings_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        engine(**kwargs)
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99"])
+def test_bad_devices_are_refused(device):
+    checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL), PREPROCESS)
+    with pytest.raises(ValueError, match=device):
+        Engine(checkpoint, device=device)
+
+
+def test_forced_backend_that_is_missing_gives_its_reason(monkeypatch):
+    entry = vitfast.ops.Backend("native", "linear", None, missing="the C++ extension is not built: no compiler")
+    monkeypatch.setattr("vitfast.ops.registry.backend", lambda op, name: entry)
+    with pytest.raises(vitfast.BackendError, match="not built: no compiler"):
+        engine(backend="native")
+
+
+def test_measure_refuses_a_wrong_backend_and_keeps_the_fastest(monkeypatch):
+    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
+    right = vitfast.ops.registry.backend("layer_norm", "torch")
+    slow = dataclasses.replace(right, name="native", call=lambda *a, **k: right.call(*a, **k))
+    wrong = dataclasses.replace(right, name="triton", call=lambda *a, **k: right.call(*a, **k) * 1.01)
+    monkeypatch.setattr(planner, "time_calls", lambda calls, device: [2.0, 1.0][: len(calls)])
+    best, record = planner.measure(call, [right, slow, wrong], testing.device())
+    assert best.name == "native"
+    assert record["ms"] == {"torch": 2.0, "native": 1.0}
+    assert "exceeds" in record["refused"]["triton"]
+    with pytest.raises(planner.PlanError, match="exceeds"):
+        planner.measure(call, [wrong], testing.device())
+
+
+def test_choices_survive_on_disk(tmp_path):
+    path = tmp_path / "plans" / "a.json"
+    assert planner.load_choices(path) is None
+    planner.save_choices(path, {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}}})
+    assert planner.load_choices(path) == {"qkv": "torch"}
+
+
+def test_every_site_has_a_right_example_call():
+    for site in model.SITES:
+        call = planner.site_call(SMALL, site, 2, testing.device(), torch.float32)
+        result = getattr(vitfast.ops.reference, call.op)(*call.args, **call.kwargs)
+        assert result.isfinite().all()
+        assert call.spec.op == call.op
+
+
+def test_engine_is_thread_safe():
+    small, images = engine(dataclasses.replace(SMALL, dynamic_size=True), dtype="fp32"), testing.make(2, 3, 32, 48)
+    want = small(images).embedding
+    results = [None] * 8
+
+    def run(i):
+        small(testing.make(1, 3, 16 * (1 + i), 48))
+        results[i] = small(images).embedding
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, want) for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+@pytest.mark.parametrize("batch", [1, 3, 8, 21])
+def test_graphs_equal_eager(batch):
+    graphed, eager = engine(buckets=(1, 4, 8)), engine(graphs=False)
+    images = testing.make(batch, 3, 32, 48)
+    for _ in range(2):
+        torch.testing.assert_close(graphed(images).logits, eager(images).logits, rtol=0.02, atol=0.02)
+    first = graphed(images)
+    kept = first.embedding.clone()
+    graphed(images * 2)
+    assert torch.equal(first.embedding, kept)

@@ -1,0 +1,272 @@
+"""The `vitfast` command: arguments in, one answer out. The work is done elsewhere, imported on use.
+
+Exit codes: 0 all went well; 1 some images failed, or the operation did; 2 arguments or inputs that
+cannot be used; 130 interrupted. With --json, stdout holds exactly one JSON document, an error being
+{"error": ...}; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+import vitfast
+
+FAILURES_SHOWN = 20
+
+app = typer.Typer(
+    help="Vision Transformer inference on fused kernels.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+
+class Dtype(str, Enum):
+    """What --dtype takes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="What to compute in. [default: bf16 on a GPU, else fp32]")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitfast {vitfast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Vision Transformer inference on fused kernels."""
+    context.obj = debug
+
+
+@app.command(epilog="Example: `vitfast embed photos/ -m facebook/dinov2-small -o embeddings/`")
+def embed(
+    context: typer.Context,
+    sources: Sources,
+    model: Model,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the Parquet parts.")],
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Embed images into a folder of Parquet files.
+
+    One row per image: path, embedding, status. The same command again goes on where it stopped; bad
+    images are noted in the status column and tried again.
+    """
+    with _command(context, as_json) as answer:
+        from vitfast.embed import EmbeddingFolder, Summary, collect, embed_images, write_parquet
+
+        paths = collect(sources)
+        folder = EmbeddingFolder(out, model)
+        todo = folder.remaining(paths)
+        summary = Summary(skipped=len(paths) - len(todo))
+        interrupted = False
+        if todo:
+            engine = _load(model, device, dtype)
+            with _progress("embedding", len(todo)) as advance:
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers)
+                try:
+                    write_parquet(results, folder, engine, on_result=lambda _: advance(), summary=summary)
+                except KeyboardInterrupt:
+                    interrupted = True
+        answer.code = 130 if interrupted else 1 if summary.failed else 0
+        answer.json = {
+            "model": folder.model,
+            "output": str(folder.path),
+            "done": summary.done,
+            "failed": [{"path": path, "reason": reason} for path, reason in summary.failed.items()],
+            "skipped": summary.skipped,
+            "seconds": round(summary.seconds, 3),
+            "images_per_second": round(summary.images_per_second, 2),
+            "parts": summary.parts,
+            "interrupted": interrupted,
+        }
+        answer.text = _embed_text(summary, out, interrupted)
+
+
+@app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
+def classify(
+    context: typer.Context,
+    sources: Sources,
+    model: Model,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to print for each image.")] = 5,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Print the likeliest classes of each image."""
+    with _command(context, as_json) as answer:
+        from vitfast.embed import classify_images, collect, path_text
+
+        paths = collect(sources)
+        engine = _load(model, device, dtype)
+        rows = []
+        with _progress("classifying", len(paths)) as advance:
+            for row in classify_images(engine, paths, k=topk, batch_size=batch_size, workers=workers):
+                rows.append(row)
+                advance()
+        answer.code = int(any(row.status != "ok" for row in rows))
+        answer.json = [{"path": path_text(r.path), "status": r.status, "classes": r.classes} for r in rows]
+        answer.text = [line for row in rows for line in _classify_text(row)]
+
+
+@app.command(epilog="Example: `vitfast doctor --json`")
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Show what would run here, and every reason why not."""
+    with _command(context, as_json) as answer:
+        from vitfast import doctor as module
+
+        answer.json = module.report()
+        answer.text = module.render(answer.json)
+
+
+@app.command(epilog="Example: `vitfast inspect --arch sm_80 --arch sm_90 --kernel linear`")
+def inspect(
+    context: typer.Context,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architecture to compile for, e.g. sm_90; may be repeated.")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel to compile, e.g. linear; may be repeated. [default: all]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile the kernels, without a GPU, and report registers, spills and shared memory."""
+    with _command(context, as_json) as answer:
+        from vitfast import inspect as module
+
+        options: dict[str, Any] = {"archs": arch} if arch else {}
+        answer.json = module.inspect(**options, kernels=kernel or None)
+        answer.text = module.render(answer.json)
+
+
+class _Answer:
+    """What a command has to say: `json` with --json, else `text` (a string, lines, or a rich object)."""
+
+    json: Any = None
+    text: Any = ""
+    code: int = 0
+
+
+@contextlib.contextmanager
+def _command(context: typer.Context, as_json: bool) -> Iterator[_Answer]:
+    """Run a command's body; print its answer, or its error as one message, and exit with its code.
+
+    What libraries print goes to stderr meanwhile, so that stdout holds the answer alone.
+    """
+    answer = _Answer()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            _quiet_pillow()
+            yield answer
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, context.obj, as_json)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error), 2, context.obj, as_json)
+    except Exception as error:  # whatever else goes wrong in there, the user gets a message
+        _fail(f"{type(error).__name__}: {error}", 1, context.obj, as_json)
+    if as_json:
+        typer.echo(json.dumps(answer.json, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for item in answer.text if isinstance(answer.text, list) else [answer.text]:
+            console.print(item, markup=False, soft_wrap=isinstance(item, str))
+    raise typer.Exit(answer.code)
+
+
+def _fail(message: str, code: int, debug: bool, as_json: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    typer.echo(f"vitfast: {message}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"error": message}))
+    raise typer.Exit(code)
+
+
+def _quiet_pillow() -> None:
+    """Pillow warns of huge images before they are refused with the same words."""
+    import warnings
+
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
+    return vitfast.load(model, device=device, dtype=None if dtype is None else dtype.value)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            from rich.text import Text
+
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} img/s")
+
+    console = Console(file=sys.__stderr__ or sys.stderr)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _embed_text(summary: Any, out: str, interrupted: bool) -> list[str]:
+    lines = [f"failed: {path}: {reason}" for path, reason in list(summary.failed.items())[:FAILURES_SHOWN]]
+    if len(summary.failed) > FAILURES_SHOWN:
+        lines.append(f"... and {len(summary.failed) - FAILURES_SHOWN} more; see the status column in {out}")
+    lines.append(
+        f"{summary.done} done, {len(summary.failed)} failed, {summary.skipped} skipped (done before), "
+        f"{summary.images_per_second:.1f} img/s -> {out}"
+    )
+    if interrupted:
+        lines.append("interrupted; the same command goes on from here")
+    return lines
+
+
+def _classify_text(row: Any) -> list[str]:
+    from vitfast.embed import path_text
+
+    if row.status != "ok":
+        return [f"{path_text(row.path)}: failed: {row.status}"]
+    return [path_text(row.path), *(f"  {c['probability']:7.2%}  {c['label']}" for c in row.classes)]

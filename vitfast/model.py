@@ -1,0 +1,346 @@
+"""The Vision Transformer forward, written once, in terms of the ops a plan has chosen.
+
+"An Image Is Worth 16x16 Words" (Dosovitskiy et al. 2020) and its pre-norm descendants: DeiT
+(distillation token), CLIP (a norm before the blocks, a projection after), DINOv2 (LayerScale,
+register tokens, SwiGLU). `Weights` is what the forward reads: canonical weights (see
+`vitfast.config`) in the order and form the plan wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfast.config import ViTConfig
+from vitfast.ops import fold_norm, pack_patch_embed
+
+SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "mlp", "head")
+"""Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an engine returns for B images of N tokens.
+
+    Attributes:
+        tokens: [B, N, C] after the final norm: CLS (and distillation token), registers, patches.
+        embedding: [B, E], what the family's own users take: the projected image embedding for
+            CLIP, the normalised CLS token for ViT and DINOv2, the pooled vector where a model pools.
+        logits: [B, classes], or None if the model has no classifier.
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The implementation of each site, and how the forward is put together.
+
+    Every callable has the signature of the op's reference. `pack` turns a [N, K] weight of a
+    linear site into the form that site's callable wants. `fold_norm`: LayerNorm is applied as a
+    correction inside the following product, from statistics the previous product wrote.
+    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
+    x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    """
+
+    calls: Mapping[str, Callable[..., Tensor]]
+    backends: Mapping[str, str]
+    fold_norm: bool = False
+    fuse_mlp: bool = False
+    quick_gelu_as_silu: bool = False
+    pack: Callable[[Tensor], Tensor] = lambda weight: weight
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale and shift of a LayerNorm, [C] each."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One product: weight [N, K] (packed as the plan wants it) and bias [N]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_sum: Tensor | None = None
+    """Set where a LayerNorm has been folded into this product."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One pre-norm transformer block."""
+
+    norm1: Norm
+    qkv: Dense
+    proj: Dense
+    layer_scale1: Tensor | None
+    norm2: Norm
+    fc1: Dense
+    fc2: Dense
+    layer_scale2: Tensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Canonical weights arranged for one plan, dtype and device."""
+
+    activation: str
+    """The config's, or "silu" where the plan turned quick_gelu into it."""
+    embed_uint8: Dense | None
+    """For uint8 [B, H, W, Cin], mean and std folded in; None if the model's normalisation is unknown."""
+    embed_float: Dense
+    """For normalised float [B, Cin, H, W]."""
+    prefix: Tensor | None
+    position: Tensor | None
+    norm_pre: Norm | None
+    blocks: tuple[Block, ...]
+    norm: Norm | None
+    pool_norm: Norm | None
+    projection: Dense | None
+    head: Dense | None
+    head_dist: Dense | None
+
+
+def arrange(
+    config: ViTConfig,
+    weights: Mapping[str, Tensor],
+    plan: Plan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Weights:
+    """Cast, move, fold and pack canonical weights once. Folding is done in float64, before the cast."""
+
+    def get(name: str) -> Tensor | None:
+        tensor = weights.get(name)
+        return None if tensor is None else tensor.detach().to(device, dtype).contiguous()
+
+    def norm(name: str) -> Norm | None:
+        weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
+        return None if weight is None or bias is None else Norm(weight, bias)
+
+    def dense(name: str) -> Dense | None:
+        weight = get(f"{name}.weight")
+        return None if weight is None else Dense(plan.pack(weight), get(f"{name}.bias"))
+
+    def normed(name: str, before: str) -> Dense | None:
+        if not plan.fold_norm:
+            return dense(name)
+        bias = weights.get(f"{name}.bias")
+        folded, total, shift = fold_norm(
+            weights[f"{name}.weight"].detach().to(device, torch.float32),
+            None if bias is None else bias.detach().to(device, torch.float32),
+            weights[f"{before}.weight"].detach().to(device, torch.float32),
+            weights[f"{before}.bias"].detach().to(device, torch.float32),
+            dtype=dtype,
+        )
+        return Dense(plan.pack(folded), shift, total)
+
+    def embed(**layout: bool) -> Dense:
+        uint8 = layout.get("uint8", False)
+        bias = weights.get("patch_embed.bias")
+        return Dense(
+            *pack_patch_embed(
+                weights["patch_embed.weight"].detach().to(device),
+                None if bias is None else bias.detach().to(device),
+                mean=mean if uint8 else None,
+                std=std if uint8 else None,
+                dtype=dtype,
+                **layout,
+            )
+        )
+
+    activation = config.activation
+    if activation == "quick_gelu" and plan.quick_gelu_as_silu:
+        activation, weights = "silu", _quick_gelu_as_silu(config, weights)
+    blocks = tuple(
+        Block(
+            norm1=norm(f"blocks.{i}.norm1"),
+            qkv=normed(f"blocks.{i}.qkv", f"blocks.{i}.norm1"),
+            proj=dense(f"blocks.{i}.proj"),
+            layer_scale1=get(f"blocks.{i}.layer_scale1"),
+            norm2=norm(f"blocks.{i}.norm2"),
+            fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2"),
+            fc2=dense(f"blocks.{i}.fc2"),
+            layer_scale2=get(f"blocks.{i}.layer_scale2"),
+        )
+        for i in range(config.depth)
+    )
+    return Weights(
+        activation=activation,
+        embed_uint8=embed(uint8=True, channels_last=True) if mean and std else None,
+        embed_float=embed(),
+        prefix=get("prefix"),
+        position=get("position"),
+        norm_pre=norm("norm_pre"),
+        blocks=blocks,
+        norm=norm("norm"),
+        pool_norm=norm("pool_norm"),
+        projection=dense("projection"),
+        head=dense("head"),
+        head_dist=dense("head_dist"),
+    )
+
+
+def _quick_gelu_as_silu(config: ViTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, the factors moved into the products around it."""
+    scaled = dict(weights)
+    for i in range(config.depth):
+        for name in (f"blocks.{i}.fc1.weight", f"blocks.{i}.fc1.bias"):
+            if name in weights:
+                scaled[name] = (weights[name].double() * 1.702).to(weights[name].dtype)
+        name = f"blocks.{i}.fc2.weight"
+        scaled[name] = (weights[name].double() / 1.702).to(weights[name].dtype)
+    return scaled
+
+
+def resize_position(
+    position: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool, offset: float = 0.0
+) -> Tensor:
+    """Resample a position embedding [rows * columns, C] to another grid, bicubic, in fp32.
+
+    Args:
+        antialias: timm's convention if True; transformers' and the original DINOv2's if False.
+        offset: added to the new grid's sides before the scale factor is formed, as the original
+            DINOv2 does (0.1); 0 resizes to the exact size.
+    """
+    if old == new:
+        return position
+    grid = position.float().view(1, *old, -1).permute(0, 3, 1, 2)
+    if offset:
+        factor = ((new[0] + offset) / old[0], (new[1] + offset) / old[1])
+        grid = F.interpolate(grid, scale_factor=factor, mode="bicubic", antialias=antialias)
+    else:
+        grid = F.interpolate(grid, size=new, mode="bicubic", antialias=antialias, align_corners=False)
+    if tuple(grid.shape[2:]) != new:
+        raise ValueError(f"position embedding {old} resized to {tuple(grid.shape[2:])}, expected {new}")
+    return grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(position.dtype).contiguous()
+
+
+def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images: Tensor, plan: Plan) -> Output:
+    """Run the model on uint8 [B, H, W, Cin] or normalised float [B, Cin, H, W] images.
+
+    Args:
+        position: [L, C] for this image size (`weights.position`, or that resized).
+    """
+    embed = weights.embed_uint8 if images.dtype == torch.uint8 else weights.embed_float
+    x = plan.calls["patch_embed"](
+        images,
+        embed.weight,
+        embed.bias,
+        position,
+        weights.prefix,
+        patch_size=config.patch_size,
+        channels_last=images.dtype == torch.uint8,
+    )
+    if weights.norm_pre:
+        x = plan.calls["layer_norm"](x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
+    stats = plan.calls["row_stats"](x) if plan.fold_norm else None
+    for i, block in enumerate(weights.blocks):
+        last = i == config.depth - 1
+        x, stats = _block(config, weights.activation, block, x, stats, plan, last=last)
+    if weights.norm:
+        x = plan.calls["layer_norm"](x, weights.norm.weight, weights.norm.bias, config.norm_eps)
+    return _head(config, weights, x, plan)
+
+
+def _block(
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One pre-norm block; five launches where the norms are folded."""
+    calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
+    qkv = _normed(config, plan, "qkv", x, stats, block.norm1, block.qkv)
+    q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
+    mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
+    x = calls["proj"](
+        mixed,
+        block.proj.weight,
+        block.proj.bias,
+        layer_scale=block.layer_scale1,
+        residual=x,
+        stats=plan.fold_norm,
+    )
+    if plan.fold_norm:
+        x, stats = x
+    if plan.fuse_mlp:
+        normed = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps)
+        x = calls["mlp"](
+            normed,
+            block.fc1.weight,
+            block.fc1.bias,
+            block.fc2.weight,
+            block.fc2.bias,
+            activation=activation,
+            layer_scale=block.layer_scale2,
+            residual=x,
+        )
+        return x, None
+    hidden = _normed(config, plan, "fc1", x, stats, block.norm2, block.fc1, activation=activation)
+    want_stats = plan.fold_norm and not last
+    x = calls["fc2"](
+        hidden, block.fc2.weight, block.fc2.bias, layer_scale=block.layer_scale2, residual=x, stats=want_stats
+    )
+    return x if want_stats else (x, None)
+
+
+def _normed(
+    config: ViTConfig,
+    plan: Plan,
+    site: str,
+    x: Tensor,
+    stats: Tensor | None,
+    norm: Norm,
+    dense: Dense,
+    activation: str | None = None,
+) -> Tensor:
+    """LayerNorm followed by a product, in one op where the plan folds the norm."""
+    if plan.fold_norm:
+        return plan.calls[site](
+            x,
+            dense.weight,
+            dense.bias,
+            activation=activation,
+            row_stats=stats,
+            weight_sum=dense.weight_sum,
+            eps=config.norm_eps,
+        )
+    normed = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
+    return plan.calls[site](normed, dense.weight, dense.bias, activation=activation)
+
+
+def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
+    """Pool, norm, project and classify. A few rows only, so no fusion is worth having here."""
+    patches = tokens[:, config.prefix_tokens :]
+    if config.pool == "avg":
+        pooled = patches.mean(dim=1)
+    elif config.pool == "avg_all":
+        pooled = tokens.mean(dim=1)
+    elif config.pool == "cls_dist":
+        pooled = (tokens[:, 0] + tokens[:, 1]) / 2
+    else:
+        pooled = tokens[:, 0].contiguous()
+    if weights.pool_norm:
+        pooled = plan.calls["layer_norm"](pooled, weights.pool_norm.weight, weights.pool_norm.bias, config.norm_eps)
+    linear = plan.calls["head"]
+    embedding = linear(pooled, weights.projection.weight, None) if weights.projection else pooled
+    logits = None
+    if weights.head:
+        features = torch.cat([pooled, patches.mean(dim=1)], dim=1) if config.head_concat_mean else pooled
+        if weights.head_dist:
+            first = linear(tokens[:, 0].contiguous(), weights.head.weight, weights.head.bias)
+            second = linear(tokens[:, 1].contiguous(), weights.head_dist.weight, weights.head_dist.bias)
+            logits = (first + second) / 2
+        else:
+            logits = linear(features, weights.head.weight, weights.head.bias)
+    return Output(tokens, embedding, logits)

@@ -1,0 +1,278 @@
+"""Which backend runs each site of the forward: by capability first, then by measurement.
+
+For every site the registry names the backends able to run it. If one is left, or a backend is
+forced, that is the choice. If several are (torch and Triton on a GPU), each is checked against
+the reference and timed on the site's own shapes, and the fastest right one is kept. Choices are
+stored as JSON under the user cache directory, keyed by everything that could change them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vitfast
+from vitfast import testing
+from vitfast.config import ViTConfig
+from vitfast.model import SITES, Plan
+from vitfast.ops import mkldnn, reference
+from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose, device_capability
+
+LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
+MLP_MAX_WIDTH = 384
+"""Widest model for which the one-launch mlp is a candidate; wider, it would be two `linear` anyway."""
+
+
+class PlanError(RuntimeError):
+    """No backend able to run a site gave a right result on this device; lists each one's error."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One site's op at its shapes, with arguments to check and time it on."""
+
+    op: str
+    spec: Spec
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Spec:
+    """The registry's description of one site at a batch size."""
+    op = "linear" if site in LINEAR_SITES else site
+    tokens, c, f = config.tokens(), config.width, config.mlp_dim
+    hd, up = config.heads * config.head_dim, 2 * f if config.gated else f
+    rows = batch * tokens
+    dims = {
+        "patch_embed": {"width": c, "patch": config.in_channels * config.patch_size[0] * config.patch_size[1]},
+        "layer_norm": {"width": c},
+        "row_stats": {"width": c},
+        "qkv": {"rows": rows, "inner": c, "width": 3 * hd},
+        "attention": {"head_dim": config.head_dim, "queries": tokens, "keys": tokens},
+        "proj": {"rows": rows, "inner": hd, "width": c},
+        "fc1": {"rows": rows, "inner": c, "width": up},
+        "fc2": {"rows": rows, "inner": f, "width": c},
+        "mlp": {"rows": rows, "width": c, "hidden": up},
+        "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
+    }[site]
+    return Spec(op, device.type, dtype, device_capability(device), dims)
+
+
+def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Call:
+    """Random arguments of one site's real shapes, scaled so that activations stay near 1."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+
+    spec = site_spec(config, site, batch, device, dtype)
+    tokens, c = config.tokens(), config.width
+
+    def product(inner: int, width: int, **kwargs: Any) -> Call:
+        x = random(batch, tokens, inner) if site != "head" else random(batch, inner)
+        args = (x, random(width, inner, scale=inner**-0.5), random(width))
+        return Call("linear", spec, args, kwargs)
+
+    inner, width = spec.dims.get("inner", 0), spec.dims.get("width", 0)
+    if site == "patch_embed":
+        (height, breadth), (rows, columns) = config.image_size, config.grid(config.image_size)
+        pixels = torch.randint(
+            0, 256, (batch, height, breadth, config.in_channels), generator=generator, device=device, dtype=torch.uint8
+        )
+        prefix = random(config.prefix_tokens, c) if config.prefix_tokens else None
+        position = random(rows * columns, c)
+        patch = spec.dims["patch"]
+        weight = random(c, patch, scale=1 / (64 * patch**0.5))
+        kwargs = {"patch_size": config.patch_size, "channels_last": True}
+        return Call(site, spec, (pixels, weight, random(c), position, prefix), kwargs)
+    if site == "layer_norm":
+        return Call(site, spec, (random(batch, tokens, c), random(c), random(c), config.norm_eps), {})
+    if site == "row_stats":
+        return Call(site, spec, (random(batch, tokens, c),), {})
+    if site == "attention":
+        qkv = random(batch, tokens, 3, config.heads, config.head_dim)
+        return Call(site, spec, tuple(qkv.unbind(2)), {})
+    if site == "mlp":
+        up = spec.dims["hidden"]
+        weights = (random(up, c, scale=c**-0.5), random(up), random(c, config.mlp_dim, scale=c**-0.5), random(c))
+        kwargs = {"activation": config.activation, "residual": random(batch, tokens, c)}
+        return Call(site, spec, (random(batch, tokens, c), *weights), kwargs)
+    if site == "fc1":
+        return product(inner, width, activation=config.activation)
+    if site in ("proj", "fc2"):
+        return product(inner, width, residual=random(batch, tokens, c))
+    return product(inner, width)
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 10) -> list[float]:
+    """Median milliseconds of each call, in interleaved rounds, with a cold L2 cache on a GPU."""
+    times: list[list[float]] = [[] for _ in calls]
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            if flush is None:
+                start = time.perf_counter()
+                call()
+                times[i].append((time.perf_counter() - start) * 1e3)
+            else:
+                flush.zero_()
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.record()
+                call()
+                after.record()
+                after.synchronize()
+                times[i].append(before.elapsed_time(after))
+    return [sorted(t)[len(t) // 2] for t in times]
+
+
+def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tuple[Backend, dict[str, Any]]:
+    """Check each backend on the call against the reference, time the right ones, keep the fastest.
+
+    Returns:
+        The winner, and a record: milliseconds by backend, and the reason for each one left out.
+
+    Raises:
+        PlanError: if none is right.
+    """
+    oracle = getattr(reference, call.op)(*call.args, **call.kwargs, upcast=True)
+    baseline = getattr(reference, call.op)(*call.args, **call.kwargs)
+    right, wrong = [], {}
+    for entry in entries:
+        assert entry.call is not None
+        try:
+            testing.assert_close(entry.call(*call.args, **call.kwargs), oracle, baseline, what=call.op)
+            right.append(entry)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            wrong[entry.name] = f"{type(error).__name__}: {error}"
+    del oracle, baseline
+    if not right:
+        raise PlanError(f"no backend is right for {call.op} on {device}: {wrong}")
+    bound = [functools.partial(entry.call, *call.args, **call.kwargs) for entry in right]
+    median = dict(zip((entry.name for entry in right), time_calls(bound, device), strict=True))
+    best = min(right, key=lambda entry: median[entry.name])
+    return best, {"ms": median, "refused": wrong}
+
+
+def _site_backends(
+    config: ViTConfig, device: torch.device, dtype: torch.dtype, backend: str, batch: int
+) -> tuple[dict[str, Backend], dict[str, Any]]:
+    """The backend of every site, and what was measured to choose it."""
+    chosen: dict[str, Backend] = {}
+    record: dict[str, Any] = {}
+    for site in SITES:
+        if site == "mlp" and config.width > MLP_MAX_WIDTH:
+            continue
+        spec = site_spec(config, site, batch, device, dtype)
+        if backend != "auto":
+            chosen[site] = choose(spec, backend)
+            continue
+        able, refused = candidates(spec)
+        if not able:
+            raise BackendError(f"no backend can run {site}: {refused}")
+        if len(able) == 1 or device.type != "cuda":
+            chosen[site] = able[0]
+        else:
+            chosen[site], record[site] = measure(site_call(config, site, batch, device, dtype), able, device)
+    if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
+        del chosen["mlp"]
+    return chosen, record
+
+
+def _best(record: dict[str, Any], site: str) -> float:
+    """Fastest measured milliseconds at a site; 0 where there was nothing to choose from."""
+    return min(record[site]["ms"].values()) if site in record else 0.0
+
+
+def build(
+    config: ViTConfig, *, device: torch.device, dtype: torch.dtype, backend: str = "auto", batch: int = 64
+) -> Plan:
+    """Choose an implementation for every site.
+
+    Args:
+        backend: "auto", or one of "torch", "triton", "native" for all sites.
+        batch: the batch size whose shapes are measured on a GPU.
+
+    Raises:
+        BackendError: if a forced backend cannot run a site; the message has every reason.
+        PlanError: if no backend gives a right result on this device.
+    """
+    path = cache_path(config, device, dtype, backend, batch)
+    saved = load_choices(path) if path else None
+    if saved is not None:
+        chosen = {}
+        for site, name in saved.items():
+            chosen[site] = choose(site_spec(config, site, batch, device, dtype), name)
+    else:
+        chosen, record = _site_backends(config, device, dtype, backend, batch)
+        if path:
+            save_choices(path, {site: entry.name for site, entry in chosen.items()}, record)
+    return assemble(config, chosen, device=device, dtype=dtype)
+
+
+def assemble(config: ViTConfig, chosen: dict[str, Backend], *, device: torch.device, dtype: torch.dtype) -> Plan:
+    """Make a Plan of chosen backends: fold norms where every product is Triton, pack for oneDNN on CPU."""
+    names = {site: entry.name for site, entry in chosen.items()}
+    calls = {site: entry.call for site, entry in chosen.items()}
+    plan: dict[str, Any] = {}
+    if device.type == "cpu" and dtype == torch.float32 and mkldnn.available():
+        packed = [site for site in LINEAR_SITES if names[site] == "torch"]
+        if len(packed) == len(LINEAR_SITES):
+            calls |= dict.fromkeys(packed, mkldnn.linear)
+            plan |= {"pack": mkldnn.pack, "quick_gelu_as_silu": True}
+    fused = names.get("mlp") in ("triton", "native")
+    products = ("qkv", "proj") if fused else ("qkv", "proj", "fc1", "fc2")
+    fold = not fused and all(names[site] == "triton" for site in products)
+    return Plan(calls=calls, backends=names, fold_norm=fold, fuse_mlp=fused, **plan)
+
+
+def cache_path(config: ViTConfig, device: torch.device, dtype: torch.dtype, backend: str, batch: int) -> Path | None:
+    """Where this plan's measured choices are kept; None where nothing is measured (CPU, or forced)."""
+    if device.type != "cuda" or backend != "auto":
+        return None
+    import triton
+
+    key = {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "vitfast": vitfast.__version__,
+        "dtype": str(dtype),
+        "batch": batch,
+        "config": repr(config),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "plans" / f"{digest}.json"
+
+
+def cache_dir() -> Path:
+    """Where vitfast keeps what it can make again: $VITFAST_CACHE, else vitfast in the user's cache folder."""
+    if folder := os.environ.get("VITFAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
+
+
+def load_choices(path: Path) -> dict[str, str] | None:
+    """Choices saved by `save_choices`, or None if there are none."""
+    return json.loads(path.read_text())["choices"] if path.is_file() else None
+
+
+def save_choices(path: Path, choices: dict[str, str], record: dict[str, Any]) -> None:
+    """Write choices and their measurements as JSON, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        json.dump({"choices": choices, "measured": record}, file, indent=1)
+    os.replace(file.name, path)
