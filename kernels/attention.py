@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vitfast.kernels._attention_configs import CONFIGS, head_chunks, pick_config
 from vitfast.kernels._common import (
     DTYPES,
     CompileCase,
-    Config,
     capability,
     check_device,
     check_dtype,
@@ -33,11 +33,9 @@ from vitfast.kernels._common import (
     check_shape,
 )
 
-LOG2E = 1.4426950408889634
+__all__ = ["CAPABILITIES", "CONFIGS", "attention", "compile_cases"]
 
-CONFIGS = [
-    Config("half-64-short", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-]
+LOG2E = 1.4426950408889634
 
 CAPABILITIES = {"dtypes": DTYPES, "min_capability": (8, 0), "limits": {"head_dim": (1, 256)}}
 
@@ -58,10 +56,20 @@ def _load_rows(pointer, stride, rows, row_count, START: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
+def _load_scores(rows, stride, start, in_tile, left, BOUNDED: tl.constexpr):
+    """A tile of the bias or the mask, [BLOCK_M or 1, BLOCK_N]; `rows` are pointers to its rows."""
+    tile = rows + tl.cast(start, tl.int64) * stride + in_tile.to(tl.int64)[None, :] * stride
+    if BOUNDED:
+        return tl.load(tile, mask=(in_tile < left)[None, :], other=0)
+    else:
+        return tl.load(tile)
+
+
+@triton.jit
 def _key_tile(
     acc,  # [BLOCK_M, D_MAIN] running sums of weight * v
     acc_rest,  # [BLOCK_M, D_REST]
-    row_shift,  # [BLOCK_M] largest score * unit so far; -inf where no key was seen
+    row_shift,  # [BLOCK_M] largest score so far (times unit unless SCALE_FIRST); -inf where none was seen
     row_sum,  # [BLOCK_M] of the weights so far
     q,  # [BLOCK_M, D_MAIN]
     q_rest,  # [BLOCK_M, D_REST]
@@ -88,7 +96,6 @@ def _key_tile(
 ):
     """Take one tile of keys into the online softmax."""
     in_tile = tl.arange(0, BLOCK_N)
-    keys = start + in_tile
     left = key_count - start
     first = tl.cast(start, tl.int64)
     k += first * k_stride_n
@@ -103,30 +110,26 @@ def _key_tile(
     if SCALE_FIRST:
         scores = scores * scale
     if bias is not None:
-        bias_tile = bias + first * bias_stride_k + in_tile.to(tl.int64)[None, :] * bias_stride_k
-        if BOUNDED:
-            added = tl.load(bias_tile, mask=(keys < key_count)[None, :], other=0.0)
-        else:
-            added = tl.load(bias_tile)
-        scores += added.to(tl.float32)
+        scores += _load_scores(bias, bias_stride_k, start, in_tile, left, BOUNDED).to(tl.float32)
     if mask is not None:
-        mask_tile = mask + first * mask_stride_k + in_tile.to(tl.int64)[None, :] * mask_stride_k
-        if BOUNDED:
-            seen = tl.load(mask_tile, mask=(keys < key_count)[None, :], other=0)
-        else:
-            seen = tl.load(mask_tile)
+        seen = _load_scores(mask, mask_stride_k, start, in_tile, left, BOUNDED)
         scores = tl.where(seen != 0, scores, float("-inf"))
     if BOUNDED:
-        scores = tl.where((keys < key_count)[None, :], scores, float("-inf"))
+        scores = tl.where((in_tile < left)[None, :], scores, float("-inf"))
     if CAUSAL:
-        scores = tl.where(keys[None, :] <= queries[:, None], scores, float("-inf"))
+        scores = tl.where((start + in_tile)[None, :] <= queries[:, None], scores, float("-inf"))
 
-    # Scores are counted in powers of two from here on. Products with the unit stay exact in the
-    # fma, and the shift is rounded once, so that all weights of a row carry the same error.
-    new_shift = tl.maximum(row_shift, tl.max(scores, 1) * unit)
-    finite_shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)  # -inf - -inf would be NaN
-    weights = tl.exp2(tl.fma(scores, unit, -finite_shift[:, None]))
-    decay = tl.exp2(row_shift - finite_shift)
+    tile_max = tl.max(scores, 1)
+    if not SCALE_FIRST:
+        tile_max *= unit
+    new_shift = tl.maximum(row_shift, tile_max)
+    shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)  # -inf - -inf would be NaN
+    if SCALE_FIRST:  # multiplying before subtracting would overflow for a bias of finfo.min
+        weights = tl.exp2((scores - shift[:, None]) * unit)
+        decay = tl.exp2((row_shift - shift) * unit)
+    else:  # one fma per score; its shift is rounded once, so that a row's weights share that error
+        weights = tl.exp2(tl.fma(scores, unit, -shift[:, None]))
+        decay = tl.exp2(row_shift - shift)
     row_sum = row_sum * decay + tl.sum(weights, 1)
 
     v_tile = _load_rows(v, v_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
@@ -138,7 +141,7 @@ def _key_tile(
     return acc, acc_rest, new_shift, row_sum
 
 
-@triton.jit(do_not_specialize=["query_count", "key_count"])
+@triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
 def _attention_kernel(
     out,  # [B, Nq, H, D] contiguous
     q,  # [B, Nq, H, D]
@@ -252,27 +255,16 @@ def _attention_kernel(
                  mask=inside & (columns < HEAD_DIM)[None, :])  # fmt: skip
 
 
-def head_chunks(head_dim: int) -> tuple[int, int]:
-    """Cut D into a power of two and a smaller one (0 for none): 64 -> 64, 0; 72 -> 64, 16; 112 -> 128, 0.
-
-    Products need a chunk of at least 16.
-    """
-    main = max(16, 1 << head_dim.bit_length() - 1)
-    if head_dim <= main:
-        return main, 0
-    rest = max(16, triton.next_power_of_2(head_dim - main))
-    return (main, rest) if rest < main else (2 * main, 0)
-
-
-def pick_config(head_dim: int, query_count: int, dtype: torch.dtype, per_query: bool) -> Config:
-    return CONFIGS[0]
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, 0 where an axis has one entry: its stride can be any number, but is never used."""
+    return tuple(stride if n > 1 else 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _vector(head_dim: int, *tensors: torch.Tensor) -> int:
     """Elements (a power of two, at most 16 bytes) that divide D and every address and stride."""
     size = tensors[0].element_size()
-    steps = [step for t in tensors for n, step in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
-    return math.gcd(16 // size, head_dim, *steps, *(t.data_ptr() // size for t in tensors))
+    steps = [stride for tensor in tensors for stride in _strides(tensor)[:-1]]
+    return math.gcd(16 // size, head_dim, *steps, *(tensor.data_ptr() // size for tensor in tensors))
 
 
 def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -282,8 +274,7 @@ def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -
     pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
     if tensor.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
         raise ValueError(f"attention: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {shape}")
-    strides = tensor.expand(shape).stride()
-    return tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
+    return _strides(tensor.expand(shape))
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None):
@@ -341,7 +332,8 @@ def attention(
     if not out.numel():
         return out
 
-    config = pick_config(head_dim, query_count, q.dtype, bias_strides[2] != 0 or mask_strides[2] != 0)
+    per_query = bias_strides[2] != 0 or mask_strides[2] != 0
+    config = pick_config(head_dim, query_count, q.dtype, per_query, capability(q.device))
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     main, rest = head_chunks(head_dim)
     tail = block_n if causal else min(block_n, max(16, triton.next_power_of_2(key_count % block_n)))
@@ -358,9 +350,9 @@ def attention(
             v,
             bias,
             mask,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *_strides(q)[:3],
+            *_strides(k)[:3],
+            *_strides(v)[:3],
             *bias_strides,
             *mask_strides,
             heads,
@@ -383,3 +375,46 @@ def attention(
             num_stages=config.num_stages,
         )
     return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """The specialisations that models use, to compile without a GPU: bf16, packed qkv."""
+    plain = [(head_dim, tokens) for head_dim in (64, 72, 80, 88, 96) for tokens in (197, 577)] + [(128, 197)]
+    cases = []
+    for arch in (80, 90, 100):
+        cases += [_compile_case(head_dim, tokens, arch) for head_dim, tokens in plain]
+        cases += [_compile_case(64, 197, arch, bias="*bf16"), _compile_case(64, 197, arch, mask="*i1")]
+    return cases
+
+
+def _compile_case(head_dim: int, tokens: int, arch: int, **extra: str) -> CompileCase:
+    config = pick_config(head_dim, tokens, torch.bfloat16, bool(extra), divmod(arch, 10))
+    main, rest = head_chunks(head_dim)
+    constexprs = {
+        "SCALE_FIRST": "bias" in extra,
+        "BIAS_PER_QUERY": "bias" in extra,
+        "MASK_PER_QUERY": "mask" in extra,
+        "CAUSAL": False,
+        "VECTOR": 8,
+        "HEAD_DIM": head_dim,
+        "D_MAIN": main,
+        "D_REST": rest,
+        "BLOCK_TAIL": 16,
+        **config.blocks,
+    }
+    for name in ("bias", "mask"):
+        constexprs |= {f"{name}_stride_k": 1} if name in extra else {name: None}
+    types = dict.fromkeys(("out", "q", "k", "v"), "*bf16") | {"scale": "fp32", "unit": "fp32"} | extra
+    strides = (f"{name}_stride_{axis}" for name in "qkv" for axis in "bn")
+    return CompileCase(
+        kernel="attention",
+        config=config.name,
+        fn=_attention_kernel,
+        signature={name: types.get(name, "i32") for name in _attention_kernel.arg_names if name not in constexprs},
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=("out", "q", "k", "v", *strides),
+        archs=(arch,),
+        tile={"M": config.blocks["BLOCK_M"], "N": 16},  # the last key tile is as narrow as the keys left
+    )

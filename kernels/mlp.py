@@ -30,10 +30,13 @@ from vitfast.kernels.linear import linear
 
 # From compiling for sm_80, sm_90 and sm_100: the accumulator [BLOCK_M, C] takes at most 96 registers
 # of a thread, and BLOCK_F is the longest chunk of the hidden axis that leaves no spill and lets two
-# chunks of W1 and W2 into shared memory. "width" is the largest C. None is measured yet.
+# chunks of W1 and W2 into shared memory. The name has the largest C. None is measured yet.
 CONFIGS = [
-    Config("width192", {"BLOCK_M": 128, "BLOCK_F": 64}, 8, 2),
+    Config("width192", {"BLOCK_M": 128, "BLOCK_F": 64}, 8, 2, (9, 0)),
+    Config("width192_swiglu", {"BLOCK_M": 128, "BLOCK_F": 32}, 8, 2, (9, 0)),
+    Config("width192_sm80", {"BLOCK_M": 128, "BLOCK_F": 16}, 8, 3),
     Config("width384", {"BLOCK_M": 64, "BLOCK_F": 32}, 8, 2),
+    Config("width384_swiglu", {"BLOCK_M": 64, "BLOCK_F": 16}, 8, 2),
 ]
 
 MAX_WIDTH = 384
@@ -149,33 +152,119 @@ def column_tiles(width: int) -> tuple[int, int]:
     return (2 * large, 0) if small == large else (large, small)
 
 
-def pick_config(width: int) -> Config:
-    """The config for rows of `width` <= MAX_WIDTH: as many rows as the accumulator's registers allow."""
-    return CONFIGS[0] if width <= 192 else CONFIGS[1]
+def pick_config(width: int, *, gated: bool, capability: tuple[int, int]) -> Config:
+    """The config for C = `width` <= MAX_WIDTH: the first that is wide enough and spills no register."""
+    by_name = {config.name: config for config in CONFIGS}
+    if width > 192:
+        return by_name["width384_swiglu" if gated else "width384"]
+    if capability < (9, 0):
+        return by_name["width192_sm80"]
+    return by_name["width192_swiglu" if gated else "width192"]
+
+
+def _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual) -> None:
+    """What `vitfast.ops` checks too: this launcher is also called by itself."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if fc1_weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != fc1_weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            "mlp: x [..., C] and fc1_weight [F, C] with C >= 1 do not fit: "
+            f"{tuple(x.shape)} and {tuple(fc1_weight.shape)}"
+        )
+    units, width = fc1_weight.shape
+    if activation == "swiglu" and units % 2:
+        raise ValueError(f"mlp: swiglu needs an even number of fc1_weight rows, got {units}")
+    _common.check_shape("mlp", "fc1_bias", fc1_bias, (units,))
+    _common.check_shape("mlp", "fc2_weight", fc2_weight, (width, units // 2 if activation == "swiglu" else units))
+    _common.check_shape("mlp", "fc2_bias", fc2_bias, (width,))
+    _common.check_shape("mlp", "layer_scale", layer_scale, (width,))
+    _common.check_shape("mlp", "residual", residual, tuple(x.shape))
+    tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    tensors["layer_scale"] = layer_scale
+    _common.check_dtype("mlp", x=x)
+    _common.check_dtype("mlp", x.dtype, residual=residual, **tensors)
+    _common.check_last_contiguous("mlp", **tensors)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`vitfast.ops.mlp` on CUDA: one kernel for C <= MAX_WIDTH in a 16-bit dtype, else two `linear`.
+
+    Args:
+        x: [..., C], rows at one stride. fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F].
+        residual: of x's shape, rows at one stride.
+        config: a member of CONFIGS instead of `pick_config`'s choice, for the one-kernel form.
+
+    Returns:
+        [..., C] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: for a shape, dtype, stride, device or activation that does not fit.
+    """
+    device = _common.check_device(
+        "mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias, layer_scale=layer_scale, residual=residual,
+    )  # fmt: skip
+    _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+    width, units = fc2_weight.shape
+    if width > MAX_WIDTH or x.dtype == torch.float32:
+        if config is not None:
+            raise ValueError(f"mlp: config {config.name} needs C <= {MAX_WIDTH} in 16 bits, got {width} in {x.dtype}")
+        hidden = linear(x, fc1_weight, fc1_bias, activation=activation)
+        return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual)
+
+    x_rows = _common.rows_view("mlp", "x", x)
+    residual_rows = None if residual is None else _common.rows_view("mlp", "residual", residual)
+    y = x.new_empty(x.shape)
+    rows = x_rows.shape[0]
+    if not rows:
+        return y
+    if config is None:
+        config = pick_config(width, gated=activation == "swiglu", capability=_common.capability(device))
+    large, small = column_tiles(width)
+    _mlp_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]),)](
+        y, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows,
+        x_rows.stride(0), fc1_weight.stride(0), fc2_weight.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
+        rows, width, units, ACTIVATION=activation, C0=large, C1=small, **config.blocks,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every config at its width, with biases, LayerScale and residual."""
-    cases = []
-    for config, width in zip(CONFIGS, (192, 384), strict=True):
-        for activation in ("gelu", "swiglu"):
-            names = ("y", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale", "residual")
-            signature = dict.fromkeys(names, "*bf16")
-            signature |= dict.fromkeys(
-                ("x_stride", "fc1_stride", "fc2_stride", "residual_stride", "M", "C", "F"), "i32"
-            )
-            large, small = column_tiles(width)
-            cases.append(
-                CompileCase(
-                    kernel="mlp",
-                    config=f"{config.name}_{activation}",
-                    fn=_mlp_kernel,
-                    signature=signature,
-                    constexprs={"ACTIVATION": activation, "C0": large, "C1": small, **config.blocks},
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    aligned=tuple(name for name in signature if name != "M"),
-                    tile={"M": config.blocks["BLOCK_M"], "F": config.blocks["BLOCK_F"]},
-                )
-            )
-    return cases
+    """Every config at its largest width and its activations, with biases, LayerScale and residual."""
+    return [
+        _compile_case(config, activation)
+        for config in CONFIGS
+        for activation in ("gelu", "swiglu")
+        if config.name.endswith("swiglu") == (activation == "swiglu") or config.name == "width192_sm80"
+    ]
+
+
+def _compile_case(config: Config, activation: str) -> CompileCase:
+    tensors = ("y", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale", "residual")
+    sizes = ("x_stride", "fc1_stride", "fc2_stride", "residual_stride", "M", "C", "F")
+    large, small = column_tiles(192 if config.name.startswith("width192") else 384)
+    return CompileCase(
+        kernel="mlp",
+        config=config.name if config.name.endswith("swiglu") else f"{config.name}_{activation}",
+        fn=_mlp_kernel,
+        signature=dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sizes, "i32"),
+        constexprs={"ACTIVATION": activation, "C0": large, "C1": small, **config.blocks},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=tuple(name for name in (*tensors, *sizes) if name != "M"),
+        archs=tuple(arch for arch in (80, 90, 100) if divmod(arch, 10) >= config.min_capability),
+        tile={"M": config.blocks["BLOCK_M"], "F": config.blocks["BLOCK_F"]},
+    )

@@ -31,9 +31,10 @@ from vitfast.kernels import _common
 from vitfast.kernels._common import DTYPES, CompileCase, Config
 
 # Sides: the largest square tile whose accumulator leaves room for the epilogue, one for widths that it
-# would cover badly (192), and one to fill the GPU at small batches. BLOCK_K: 64 for one- and two-byte pixels;
-# 32 for wider ones, for shared memory, and for fp32 weights, whose products run on the ordinary
-# multiply-add units from registers. Compiled without spills and within shared memory; none is measured yet.
+# covers badly (192) or that allow no wide stores (odd ones), and one that fills the GPU at small batches.
+# BLOCK_K: 64 for one- and two-byte pixels, 32 for wider ones, to fit in shared memory. fp32 weights multiply
+# on the ordinary multiply-add units, whose operands sit in registers: a short K keeps them there.
+# All were compiled for their architectures: no spills, shared memory within the limit. None is measured yet.
 CONFIGS = [
     Config("128x128x64", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
     Config("128x64x64", {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
@@ -41,6 +42,7 @@ CONFIGS = [
     Config("128x128x32", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
     Config("128x64x32", {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
     Config("64x64x32", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+    Config("float32_64x128x16", {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16}, num_warps=8, num_stages=3),
 ]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,113 +56,31 @@ def pick_config(rows: int, width: int, pixel: torch.dtype, dtype: torch.dtype, s
     BLOCK_K, and with it the order of summation, depends on the dtypes alone: a token does not change
     with the batch that it is in.
     """
-    block_k = 64 if pixel.itemsize <= 2 and dtype.itemsize <= 2 else 32
-    block_n = 128 if triton.cdiv(width, 128) * 2 == triton.cdiv(width, 64) else 64
-    block_m = 128
-    if dtype.itemsize > 2 or pixel.itemsize > 4 or triton.cdiv(rows, 128) * triton.cdiv(width, block_n) < sms:
-        block_m = block_n = 64
-    name = f"{block_m}x{block_n}x{block_k}"
+    if dtype == torch.float32:
+        name = "float32_64x128x16"
+    else:
+        block_k = 64 if pixel.itemsize <= 2 else 32
+        fits_128 = width % 16 == 0 and triton.cdiv(width, 128) * 2 == triton.cdiv(width, 64)
+        block_m, block_n = 128, 128 if fits_128 else 64
+        if pixel.itemsize == 8 or triton.cdiv(rows, block_m) * triton.cdiv(width, block_n) < sms:
+            block_m = block_n = 64
+        name = f"{block_m}x{block_n}x{block_k}"
     return next(config for config in CONFIGS if config.name == name)
 
 
 @triton.jit
-def _patch_tile(
-    out,
-    images,
-    weight,
-    bias,
-    position,
-    stride_image,
-    stride_row,
-    stride_column,
-    stride_outer,
-    stride_middle,
-    stride_inner,
-    stride_position,
-    rows,
-    patches,
-    grid_width,
-    width,
-    prefix_tokens,
-    tile,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    K: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    INNER: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One BLOCK_M x BLOCK_N tile of the patch tokens; arguments as in `_patch_embed_kernel`."""
-    # Locate. Column tiles run fastest: those that share patches run together, and W stays in L2.
-    tiles_n = tl.cdiv(width, BLOCK_N)
-    row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < rows
-    column_mask = column < width
-    image = (row // patches).to(tl.int64)
-    patch = row % patches
-    y = (patch // grid_width * PATCH_H).to(tl.int64)
-    x = (patch % grid_width * PATCH_W).to(tl.int64)
-    corner = images + (image * stride_image + y * stride_row) * UNIT + x * stride_column  # [BLOCK_M]
-    weight_row = weight + column.to(tl.int64) * K  # [BLOCK_N]
-
-    # Load and compute. Beyond K the weights are 0, so the pixels there only need to be finite.
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        outer = (k // (INNER * MIDDLE)).to(tl.int64) * stride_outer * UNIT
-        middle = (k // INNER % MIDDLE).to(tl.int64) * stride_middle * UNIT
-        inner = (k % INNER).to(tl.int64) * stride_inner
-        if K % BLOCK_K == 0:
-            pixel_mask = row_mask[:, None]
-            weight_mask = column_mask[:, None]
-        else:
-            pixel_mask = row_mask[:, None] & (k < K)[None, :]
-            weight_mask = column_mask[:, None] & (k < K)[None, :]
-        pixels = tl.load(corner[:, None] + (outer + middle + inner)[None, :], mask=pixel_mask, other=0)
-        weights = tl.load(weight_row[:, None] + k[None, :], mask=weight_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-        if pixels.dtype == tl.uint8:
-            pixels = pixels.to(tl.float32) - 128.0
-        acc = tl.dot(pixels.to(weights.dtype), tl.trans(weights), acc, input_precision="ieee")
-
-    if bias is not None:
-        acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    if position is not None:
-        pointer = position + patch.to(tl.int64)[:, None] * stride_position + column[None, :]
-        acc += tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-
-    # Store
-    token = image * (patches + prefix_tokens) + prefix_tokens + patch
-    tl.store(out + token[:, None] * width + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _prefix_tile(
-    out,
-    prefix,
-    stride_prefix,
-    rows,
-    patches,
-    width,
-    prefix_tokens,
-    tile,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    out, prefix, stride_prefix, batch, tokens, width, prefix_tokens, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Copy BLOCK_M x BLOCK_N elements of the prefix tokens of all images, B * P rows."""
+    """Copy BLOCK_M x BLOCK_N elements of the B * P rows of prefix tokens; tokens = P + L."""
     tiles_n = tl.cdiv(width, BLOCK_N)
     row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     image = (row // prefix_tokens).to(tl.int64)
     which = (row % prefix_tokens).to(tl.int64)
-    mask = (image < rows // patches)[:, None] & (column < width)[None, :]
+    mask = (image < batch)[:, None] & (column < width)[None, :]
     value = tl.load(prefix + which[:, None] * stride_prefix + column[None, :], mask=mask, other=0.0)
-    token = image * (patches + prefix_tokens) + which
-    tl.store(out + token[:, None] * width + column[None, :], value, mask=mask)
+    tl.store(out + (image * tokens + which)[:, None] * width + column[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -195,41 +115,57 @@ def _patch_embed_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    patch_tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    if tile < patch_tiles:
-        _patch_tile(
-            out,
-            images,
-            weight,
-            bias,
-            position,
-            stride_image,
-            stride_row,
-            stride_column,
-            stride_outer,
-            stride_middle,
-            stride_inner,
-            stride_position,
-            rows,
-            patches,
-            grid_width,
-            width,
-            prefix_tokens,
-            tile,
-            PATCH_H,
-            PATCH_W,
-            K,
-            MIDDLE,
-            INNER,
-            UNIT,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    elif prefix is not None:
-        _prefix_tile(
-            out, prefix, stride_prefix, rows, patches, width, prefix_tokens, tile - patch_tiles, BLOCK_M, BLOCK_N
-        )
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    patch_tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    if tile >= patch_tiles:
+        if prefix is not None:
+            batch, tokens = rows // patches, patches + prefix_tokens
+            first = tile - patch_tiles
+            _prefix_tile(out, prefix, stride_prefix, batch, tokens, width, prefix_tokens, first, BLOCK_M, BLOCK_N)
+    else:
+        # Locate. Column tiles run fastest: those that share patches run together, and W stays in L2.
+        row = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_mask = row < rows
+        column_mask = column < width
+        image = (row // patches).to(tl.int64)
+        patch = row % patches
+        y = (patch // grid_width * PATCH_H).to(tl.int64)
+        x = (patch % grid_width * PATCH_W).to(tl.int64)
+        corner = images + (image * stride_image + y * stride_row) * UNIT + x * stride_column  # [BLOCK_M]
+        weight_row = weight + column.to(tl.int64) * K  # [BLOCK_N]
+
+        # Load and compute. Beyond K the weights are 0, so the pixels there only need to be finite.
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            outer = (k // (INNER * MIDDLE)).to(tl.int64) * stride_outer * UNIT
+            middle = (k // INNER % MIDDLE).to(tl.int64) * stride_middle * UNIT
+            inner = (k % INNER).to(tl.int64) * stride_inner
+            if K % BLOCK_K == 0:
+                pixel_mask = row_mask[:, None]
+                weight_mask = column_mask[:, None]
+            else:
+                pixel_mask = row_mask[:, None] & (k < K)[None, :]
+                weight_mask = column_mask[:, None] & (k < K)[None, :]
+            pixels = tl.load(corner[:, None] + (outer + middle + inner)[None, :], mask=pixel_mask, other=0)
+            weights = tl.load(weight_row[:, None] + k[None, :], mask=weight_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
+            if pixels.dtype == tl.uint8:
+                pixels = pixels.to(tl.float32) - 128.0
+            elif pixels.dtype == tl.float64:
+                pixels = pixels.to(tl.float32)
+            acc = tl.dot(pixels.to(weights.dtype), tl.trans(weights), acc, input_precision="ieee")
+
+        if bias is not None:
+            acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        if position is not None:
+            pointer = position + patch.to(tl.int64)[:, None] * stride_position + column[None, :]
+            acc += tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+        # Store
+        token = image * (patches + prefix_tokens) + prefix_tokens + patch
+        tl.store(out + token[:, None] * width + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 def _check(
@@ -364,7 +300,8 @@ _VARIANTS = {  # name: pixel and weight type, patch side, channels last
     "uint8_nhwc_14": ("u8", "bf16", 14, True),
     "bf16_nchw_14": ("bf16", "bf16", 14, False),
     "fp32_nchw_16": ("fp32", "bf16", 16, False),
-    "fp32_weight_16": ("fp32", "fp32", 16, False),
+    "uint8_nhwc_16_fp32": ("u8", "fp32", 16, True),
+    "fp32_nchw_16_fp32": ("fp32", "fp32", 16, False),
 }
 
 
@@ -372,19 +309,18 @@ def compile_cases() -> list[CompileCase]:
     """Every config with all of the epilogue, for 3-channel images of 224 pixels and widths that 16 divides."""
     cases = []
     for name, (pixel, element, side, channels_last) in _VARIANTS.items():
+        block_k = 16 if element == "fp32" else 32 if pixel == "fp32" else 64
         for config in CONFIGS:
-            if (config.blocks["BLOCK_K"] == 32) != (pixel == "fp32"):
-                continue
-            if element == "fp32" and config.name != "64x64x32":
+            if config.blocks["BLOCK_K"] != block_k:
                 continue
             kinds = dict.fromkeys(("out", "weight", "bias", "position", "prefix"), f"*{element}")
             kinds["images"] = f"*{pixel}"
-            constexprs = {"PATCH_H": side, "PATCH_W": side, "K": 3 * side * side, "stride_inner": 1, **config.blocks}
-            constexprs["UNIT"] = 16
-            constexprs |= {"MIDDLE": side, "INNER": 3 * side if channels_last else side}
+            constexprs = {"PATCH_H": side, "PATCH_W": side, "K": 3 * side * side, "UNIT": 16, **config.blocks}
+            constexprs |= {"MIDDLE": side, "INNER": 3 * side if channels_last else side, "stride_inner": 1}
             constexprs |= {} if channels_last else {"stride_column": 1}
             signature = {n: kinds.get(n, "i32") for n in _patch_embed_kernel.arg_names if n not in constexprs}
-            odd = ("rows", "patches", "grid_width", "prefix_tokens", "stride_column")
+            varying = ("rows", "patches", "grid_width", "prefix_tokens", "stride_column")
+            units = ("stride_image", "stride_row", "stride_outer", "stride_middle")
             cases.append(
                 CompileCase(
                     kernel="patch_embed",
@@ -394,7 +330,7 @@ def compile_cases() -> list[CompileCase]:
                     constexprs=constexprs,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
-                    aligned=tuple(n for n in signature if n not in odd),
+                    aligned=tuple(n for n in signature if n not in varying + units),
                     tile={"M": config.blocks["BLOCK_M"], "N": config.blocks["BLOCK_N"], "K": config.blocks["BLOCK_K"]},
                 )
             )

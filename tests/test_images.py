@@ -1,6 +1,6 @@
 """vitfast.images against Pillow, transformers' own processors and timm's own transforms."""
 
-import importlib.util
+import importlib
 import io
 import json
 import math
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import import_timm, import_torchvision, import_transformers
 from PIL import Image
 
 from vitfast import resample, testing
@@ -34,8 +35,11 @@ def noise(height, width, seed=0):
 
 def photos():
     data = pytest.importorskip("skimage.data", reason="photos come with scikit-image")
-    chelsea = data.chelsea()
-    return {"astronaut": data.astronaut(), "chelsea": chelsea, "coffee, portrait": data.coffee().swapaxes(0, 1)}
+    return {
+        "astronaut": data.astronaut(),
+        "chelsea": data.chelsea(),
+        "coffee, portrait": np.ascontiguousarray(data.coffee().swapaxes(0, 1)),
+    }
 
 
 def cases():
@@ -76,17 +80,8 @@ TRANSFORMERS = {
 }
 
 
-def peer(name):
-    try:
-        return testing.import_peer(name)
-    except ImportError as error:
-        pytest.skip(f"{name} cannot be imported: {error}")
-
-
 def processor_class(name):
-    if importlib.util.find_spec("torchvision"):
-        peer("torchvision")  # transformers imports it where it is installed
-    peer("transformers")
+    import_transformers()
     family = name.removesuffix("Pil").removesuffix("ImageProcessor")
     module = {"DINOv3ViT": "dinov3_vit"}.get(family, family.lower())
     return getattr(importlib.import_module(f"transformers.models.{module}"), name)
@@ -128,7 +123,7 @@ def test_timm_transform_bit_for_bit(case):
         case
     ]
     config.setdefault("mean", (0.485, 0.456, 0.406))
-    transform = peer("timm").data.create_transform(**config, is_training=False)
+    transform = import_timm().data.create_transform(**config, is_training=False)
     preprocess = Preprocess.from_timm(config)
     for what, image in cases():
         expected = transform(Image.fromarray(image))
@@ -138,7 +133,7 @@ def test_timm_transform_bit_for_bit(case):
 
 def test_timm_defaults():
     assert Preprocess.from_timm({}) == Preprocess.from_timm(
-        peer("timm").data.resolve_data_config({}, {"num_classes": 1})
+        import_timm().data.resolve_data_config({}, {"num_classes": 1})
     )
 
 
@@ -152,20 +147,31 @@ def test_the_two_roundings_differ_where_margins_are_odd():
 
 @pytest.mark.parametrize("case", ["ViT", "CLIP", "DINOv2", "SigLIP"])
 def test_bound_to_transformers_torchvision_processor(case):
-    """The docstring's promise: at most 1/255 where images are not smaller than the crop."""
+    """What the module's docstring promises of photos, at the sizes models take."""
     name, settings = TRANSFORMERS[case]
-    peer("torchvision")
+    settings = {key: seven_times(value) if "size" in key else value for key, value in settings.items()}
+    import_torchvision()
     processor = processor_class(name)(**settings, do_rescale=False, do_normalize=False)
     preprocess = Preprocess.from_transformers({"image_processor_type": name, **settings})
-    for what, image in cases():
-        expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        difference = np.abs(resize_and_crop(image, preprocess).astype(int) - expected.astype(int))
-        assert difference.max() <= 1, what
-        assert (difference > 0).mean() < 0.1, what
+    for what, photo in photos().items():
+        for image in (photo, np.ascontiguousarray(photo.swapaxes(0, 1))):
+            expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+            difference = np.abs(resize_and_crop(image, preprocess).astype(int) - expected.astype(int))
+            height, width = image.shape[:2]
+            if resample.vertical_first(height, width, *preprocess.resized(height, width)):
+                assert difference.max() <= 6, what
+                assert (difference > 0).mean() < 0.25, what
+            else:
+                assert difference.max() <= 1, what
+                assert (difference > 0).mean() < 0.01, what
+
+
+def seven_times(size):
+    return {side: 7 * n for side, n in size.items()} if isinstance(size, dict) else 7 * size
 
 
 def test_bound_to_transformers_dinov3_processor():
-    peer("torchvision")
+    import_torchvision()
     settings = {"size": {"height": 32, "width": 32}, "do_normalize": False}
     processor = processor_class("DINOv3ViTImageProcessor")(**settings)
     preprocess = Preprocess.from_transformers(json.loads(processor.to_json_string()))
@@ -256,7 +262,8 @@ def test_tensor_path_on_the_cpu_is_exact():
 
 def test_tensor_path_leaves_images_of_the_right_size():
     images = torch.from_numpy(noise(32, 33))[None].to(testing.device())
-    assert preprocess_batch(images, Preprocess((32, 33), 40)) is images
+    assert preprocess_batch(images, Preprocess((32, 33), 32)) is images
+    assert preprocess_batch(images, Preprocess((32, 33), 40)) is not images
     empty = images.new_empty(0, 50, 60, 3)
     assert preprocess_batch(empty, Preprocess((32, 33), 40)).shape == (0, 32, 33, 3)
 
@@ -349,7 +356,7 @@ def test_exif_orientation_as_transformers_loads(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(noise(20, 30)).save(path, exif=exif)
-    processor_class("ViTImageProcessorPil")  # makes transformers importable, or skips
+    import_transformers()
     from transformers.image_utils import load_image
 
     assert np.array_equal(open_image(path), np.array(load_image(str(path))))
@@ -380,8 +387,8 @@ def damaged_png():
         pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image", id="eps is not run"),
         pytest.param(truncated_jpeg(), "truncated", id="truncated jpeg"),
         pytest.param(damaged_png(), "cannot be decoded", id="damaged png"),
-        pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(40), "", id="png header only"),
-        pytest.param(b"P6 0 5 255\n", "", id="no width"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(40), "decoded|known format", id="png header only"),
+        pytest.param(b"P6 0 5 255\n", "decoded|known format|no pixels", id="no width"),
     ],
 )
 def test_open_image_says_what_is_wrong(data, reason, tmp_path):

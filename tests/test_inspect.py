@@ -263,7 +263,10 @@ def test_render_shows_every_row():
         "copy": "tma",
         "tile_efficiency": {"M=1576 N=768": 0.985},
     }
-    console = Console(width=220, record=True, file=io.StringIO())
-    console.print(inspect.render([row, row | {"config": "other"}]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(inspect.render([row, row | {"config": "other"}, row | {"arch": "sm_100"}]))
     text = console.export_text()
-    assert all(word in text for word in ("demo", "other", "M64 N64", "65,536", "wgmma", "tma", "98%", "19%"))
+    assert [text.count(word) for word in ("linear, sm_90", "linear, sm_100", "demo", "other")] == [1, 1, 2, 1]
+    words = text.split("demo")[1].split()
+    assert words[:10] == ["4", "x", "3", "123", "8", "64/227", "3", "shared", "wgmma", "tma"]
+    assert words[10] == "98%"

@@ -1,10 +1,12 @@
 """The engine against transformers' own models on pretrained weights and real photos, in fp32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import pytest
 import torch
 import weights
@@ -13,6 +15,9 @@ from torch import Tensor
 import vitfast
 from vitfast import testing
 from vitfast.checkpoints import load as load_checkpoint
+
+LIMIT = 1e-4
+"""Largest error over largest value. Twelve layers of fp32 sums in another order leave about 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Case:
     tokens: Tensor
     """After the final norm, [B, N, C]."""
     embedding: Tensor
+    stable: Tensor
+    """Tokens that noise of fp32's own size leaves in place, bool [B, N]; see `stable_tokens`."""
 
 
 def clip_case(photos: list[np.ndarray]) -> Case:
@@ -35,9 +42,13 @@ def clip_case(photos: list[np.ndarray]) -> Case:
     model = load(CLIPVisionModelWithProjection, path)
     pixels = process(Processor, path, photos)
     output = model(pixels)
-    # transformers norms the CLS token only; the engine gives all tokens after that norm
+
+    def tokens_of(pixels: Tensor) -> Tensor:  # transformers norms the CLS token only, the engine every token
+        return model.vision_model.post_layernorm(model(pixels).last_hidden_state)
+
     tokens = model.vision_model.post_layernorm(output.last_hidden_state)
-    return Case(path, pixels, tokens, output.image_embeds)
+    stable = stable_tokens(tokens_of, model.vision_model.embeddings, pixels, tokens)
+    return Case(path, pixels, tokens, output.image_embeds, stable)
 
 
 def dinov2_case(photos: list[np.ndarray]) -> Case:
@@ -48,7 +59,36 @@ def dinov2_case(photos: list[np.ndarray]) -> Case:
     model = load(Dinov2Model, path)
     pixels = process(Processor, path, photos)
     output = model(pixels)
-    return Case(path, pixels, output.last_hidden_state, output.pooler_output)
+    tokens = output.last_hidden_state
+    stable = stable_tokens(lambda pixels: model(pixels).last_hidden_state, model.embeddings, pixels, tokens)
+    return Case(path, pixels, tokens, output.pooler_output, stable)
+
+
+def stable_tokens(
+    tokens_of: Callable[[Tensor], Tensor], embeddings: torch.nn.Module, pixels: Tensor, tokens: Tensor
+) -> Tensor:
+    """Which tokens keep their value when the embeddings are off by what fp32 rounding puts there.
+
+    Half way up, these models turn a few background patches into tokens of high norm. A patch on the
+    brink of that amplifies rounding errors: in CLIP one of astronaut's patches moves by 1e-5 of the
+    scale when float64 embeddings get half an fp32 ulp of noise, nearly all others by 1e-7. Against
+    float64, transformers itself is off by 5e-5 at its worst token, and where it is worst is chance. The
+    noise here is 2e-6 RMS, as fp32 sums over a patch were measured to leave on that patch (1.3e-6 to
+    2.2e-6). Two draws, since one may miss the sensitive direction. It takes 15 of CLIP's 788 tokens out
+    and none of DINOv2's.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def add_noise(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        noise = torch.rand(output.shape, generator=generator).to(output) * 2 - 1
+        return output * (1 + 2.0**-18 * noise)
+
+    hook = embeddings.register_forward_hook(add_noise)
+    moved = torch.stack([(tokens_of(pixels) - tokens).abs().amax(-1) for _ in range(2)]).amax(0)
+    hook.remove()
+    stable = moved <= LIMIT / 4 * tokens.abs().max()
+    assert stable.float().mean() >= 0.95, f"{(~stable).sum()} of {stable.numel()} tokens are unstable"
+    return stable
 
 
 def load(kind: Any, path: Path) -> torch.nn.Module:
@@ -70,25 +110,26 @@ def photos() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module", params=[clip_case, dinov2_case], ids=["clip", "dinov2"])
 def case(request, photos) -> Case:
-    pytest.importorskip("transformers", reason="the oracle is transformers' own model")
-    weights.repair_torchvision()
+    peers.import_transformers()
     with torch.inference_mode():
         return request.param(photos)
 
 
-LIMIT = 1e-4
-"""Largest error over largest value. Twelve layers of fp32 sums in another order leave about 1e-5."""
+def check(output: vitfast.Output, case: Case, rows: slice = slice(None)) -> None:
+    """Check what the engine made of some of the case's images against transformers."""
+    tokens = relative_error(output.tokens, case.tokens[rows])
+    embedding = relative_error(output.embedding, case.embedding[rows])
+    stable = case.stable[rows]
+    assert embedding.max() <= LIMIT, f"embedding: {embedding.max():.1e}"
+    assert tokens[stable].max() <= LIMIT, f"tokens: {tokens[stable].max():.1e}"
+    assert tokens.max() <= 100 * LIMIT, f"unstable tokens: {tokens.max():.1e}"
 
 
-def error_of(output: vitfast.Output, case: Case, rows: slice = slice(None)) -> dict[str, float]:
-    """Largest error over largest value of what the engine made of some of the case's images."""
-    errors = {}
-    for name in ("tokens", "embedding"):
-        actual, expected = getattr(output, name), getattr(case, name)[rows]
-        assert actual.shape == expected.shape, name
-        assert torch.isfinite(actual).all(), name
-        errors[name] = ((actual - expected).abs().max() / expected.abs().max()).item()
-    return errors
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+    """Largest error of each vector [..., C] over the largest expected value; [...]."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    return (actual - expected).abs().amax(-1) / expected.abs().max()
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +140,7 @@ def engine(case) -> vitfast.Engine:
 def test_normalised_images_give_the_models_own_outputs(case, engine):
     output = engine(case.pixels)
     assert output.logits is None
-    errors = error_of(output, case)
-    assert max(errors.values()) <= LIMIT, errors
+    check(output, case)
 
 
 gpu_or_full = [] if torch.cuda.is_available() else pytest.mark.full  # minutes in Triton's interpreter
@@ -108,30 +148,20 @@ gpu_or_full = [] if torch.cuda.is_available() else pytest.mark.full  # minutes i
 
 @pytest.mark.parametrize("backend", [pytest.param(name, marks=gpu_or_full) for name in ("torch", "triton")])
 def test_each_backend_gives_the_models_own_outputs(case, backend):
-    first = slice(1)
-    errors = error_of(
-        vitfast.load(case.path, device=testing.device(), dtype="fp32", backend=backend)(case.pixels[first]), case, first
-    )
-    assert max(errors.values()) <= LIMIT, errors
+    forced = vitfast.load(case.path, device=testing.device(), dtype="fp32", backend=backend)
+    check(forced(case.pixels[:1]), case, slice(1))
 
 
 def test_photos_of_any_size_give_the_models_own_outputs(case, engine, photos):
+    assert len({photo.shape for photo in photos}) == len(photos)
     for i, photo in enumerate(photos):
-        errors = error_of(engine(torch.from_numpy(photo)[None]), case, slice(i, i + 1))
-        assert max(errors.values()) <= LIMIT, (photo.shape, errors)
+        check(engine(torch.from_numpy(photo)[None]), case, slice(i, i + 1))
 
 
-def test_a_wrong_architecture_is_noticed(case):
+def test_a_wrong_activation_is_noticed(case):
     checkpoint = load_checkpoint(case.path)
     wrong = "gelu" if checkpoint.config.activation == "quick_gelu" else "quick_gelu"
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, activation=wrong))
-    first = slice(1)
-    errors = error_of(
-        vitfast.Engine(checkpoint, device=testing.device(), dtype="fp32")(case.pixels[first]), case, first
-    )
-    assert min(errors.values()) > 10 * LIMIT, errors
-
-
-def test_an_image_does_not_depend_on_its_batch(case, engine):
-    together, alone = engine(case.pixels).embedding[:1], engine(case.pixels[:1]).embedding
-    assert (together - alone).abs().max() <= LIMIT * together.abs().max()
+    output = vitfast.Engine(checkpoint, device=testing.device(), dtype="fp32")(case.pixels[:1])
+    assert relative_error(output.tokens, case.tokens[:1]).min() > LIMIT  # every token is off
+    assert relative_error(output.embedding, case.embedding[:1]).min() > 10 * LIMIT

@@ -8,20 +8,17 @@ failure, never a skip.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import pretrained
 
-__all__ = ["clip_vit_b16", "dinov2_vit_s14", "obtain", "photos", "pretrained", "repair_torchvision"]
+__all__ = ["clip_vit_b16", "dinov2_vit_s14", "obtain", "photos", "pretrained"]
 
 
 @functools.cache
@@ -55,27 +52,3 @@ def photos() -> list[np.ndarray]:
     """Four colour photos of different sizes, uint8 [H, W, 3]: a person, a cat, a cup, a night launch."""
     data = pytest.importorskip("skimage.data", reason="the photos ship with scikit-image")
     return [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
-
-
-@functools.cache
-def repair_torchvision() -> None:
-    """Make torchvision importable beside a torch its compiled part does not fit; call before transformers.
-
-    A torchvision built for CUDA cannot load its extension beside a CPU build of torch, and then fails
-    on import over two schemas the extension would have defined. They are defined here, without
-    implementations; only where the import did fail that way. Without torchvision there is nothing to do.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        global _schemas
-        _schemas = torch.library.Library("torchvision", "DEF")  # they live as long as this object
-        for op in ("nms", "qnms"):
-            _schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")

@@ -191,7 +191,6 @@ def _command(context: typer.Context, as_json: bool) -> Iterator[_Answer]:
     answer = _Answer()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            _quiet_pillow()
             yield answer
     except KeyboardInterrupt:
         _fail("interrupted", 130, context.obj, as_json)
@@ -219,16 +218,13 @@ def _fail(message: str, code: int, debug: bool, as_json: bool) -> None:
     raise typer.Exit(code)
 
 
-def _quiet_pillow() -> None:
-    """Pillow warns of huge images before they are refused with the same words."""
+def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
     import warnings
 
     from PIL import Image
 
+    # Pillow warns of a huge image just before it is refused in the same words.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
-def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
     return vitfast.load(model, device=device, dtype=None if dtype is None else dtype.value)
 
 
@@ -242,7 +238,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         def render(self, task: Any) -> Any:
             from rich.text import Text
 
-            return Text(f"{task.finished_speed or task.speed or 0:.1f} img/s")
+            return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.1f} img/s")
 
     console = Console(file=sys.__stderr__ or sys.stderr)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())

@@ -73,7 +73,7 @@ class Summary:
 
 
 def path_text(path: str | Path) -> str:
-    """A path as text that any file or terminal takes: bytes that are not UTF-8 are written \\xNN."""
+    """A path as text that any file or terminal takes: bytes that are not UTF-8 are written as backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -214,7 +214,7 @@ def _batches(
 
 def _run(engine: Engine, images: list[np.ndarray]) -> Any:
     stacked = torch.from_numpy(np.stack(images))
-    return engine(stacked.pin_memory() if engine.device.type == "cuda" else stacked)
+    return engine(stacked.pin_memory() if engine.device.type == "cuda" else stacked, preprocessed=True)
 
 
 def _results(batch: list[tuple[Path, np.ndarray | str]], output: Any) -> Iterator[Result]:
@@ -310,7 +310,7 @@ class EmbeddingFolder:
         embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), dimension, mask=pa.array(~good))
         texts = [path_text(r.path) for r in results]
         table = pa.table([pa.array(texts), embeddings, pa.array([r.status for r in results])], schema=schema)
-        part = self.path / f"part-{time.time_ns() // 1_000_000:014d}-{uuid.uuid4().hex[:8]}.parquet"
+        part = self.path / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         _write_whole(table, part)
         self.done.update(text for text, ok in zip(texts, good, strict=True) if ok)
         return part

@@ -77,14 +77,15 @@ class Engine:
         return "+".join(sorted(set(self.plan.backends.values())))
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Output:
+    def __call__(self, images: Tensor, *, preprocessed: bool = False) -> Output:
         """Run the model.
 
         Args:
-            images: uint8 [B, H, W, 3], any size: preprocessed as the model wants it (resize, crop,
-                normalise); or floating point [B, 3, H, W], already normalised, of the model's size
+            images: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
+                (resize, crop, normalise); or floating point [B, 3, H, W], already normalised, of the model's size
                 (or any multiple of the patch size, if the model allows it). Moved to the engine's
                 device if elsewhere.
+            preprocessed: uint8 images have been resized and cropped already, and are only normalised.
 
         Returns:
             Output with tokens, embedding and logits in the engine's dtype, on its device. An empty
@@ -93,7 +94,7 @@ class Engine:
         Raises:
             ValueError: for a wrong number of axes, channel count, dtype or size.
         """
-        images = self._check(images)
+        images = self._check(images, preprocessed)
         size = self._size(images)
         if images.shape[0] == 0:
             return self._empty(size)
@@ -105,7 +106,7 @@ class Engine:
         """The forward itself on checked images of the model's size, without graphs or chunks."""
         return model.forward(self.config, self._weights, self._position(self._size(images)), images, self.plan)
 
-    def _check(self, images: Tensor) -> Tensor:
+    def _check(self, images: Tensor, preprocessed: bool) -> Tensor:
         channels = self.config.in_channels
         if not isinstance(images, Tensor):
             raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
@@ -128,6 +129,8 @@ class Engine:
             if images.shape[0] and 0 in images.shape[1:3]:
                 raise ValueError(f"images have no pixels: shape {tuple(images.shape)}")
             images = images.to(self.device, non_blocking=True)
+            if preprocessed:
+                return images
             if not images.shape[0]:
                 return images.new_empty(0, *self.preprocess.size, channels)
             return preprocess_batch(images, self.preprocess)

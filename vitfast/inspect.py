@@ -195,33 +195,38 @@ def tile_efficiency(kernel: str, tile: Mapping[str, int]) -> dict[str, float]:
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows as a rich table; tile efficiency at 8 images of ViT-B/16 (attention: 197 tokens)."""
-    from rich.table import Table
+    """The rows as a rich table, a section for each kernel and chip; spilling and misfitting ones red.
 
-    table = Table(title="compiled kernels")
-    for name in ("kernel", "config", "chip", "tile"):
-        table.add_column(name, overflow="fold")
-    for name in ("warps", "stages", "regs", "spill", "shared", "of", "blocks/SM", "warps used"):
+    blocks is how many a multiprocessor holds and what keeps it from more; useful is the tile
+    efficiency at 8 images of ViT-B/16 (attention: 197 tokens).
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, title="compiled kernels")
+    table.title_justify = "left"
+    table.add_column("config", min_width=20, overflow="fold")
+    table.add_column("warps\nstages")
+    for name in ("regs", "spill", "shared\nKiB of"):
         table.add_column(name, justify="right")
-    for name in ("limited by", "tensor core", "copy", "tile eff."):
+    for name in ("blocks,\nlimited by", "cores", "copy", "useful"):
         table.add_column(name)
+    section = None
     for row in rows:
+        if section != (row["kernel"], row["arch"]):
+            section = (row["kernel"], row["arch"])
+            table.add_section()
+            table.add_row(Text(", ".join(section), style="bold"))
         efficiency, occupancy = row["tile_efficiency"], row["occupancy"]
         typical = next((efficiency[key] for key in TYPICAL_SHAPES if key in efficiency), None)
         table.add_row(
-            row["kernel"],
-            row["config"],
-            row["arch"],
-            " ".join(f"{axis}{side}" for axis, side in row["tile"].items()),
-            str(row["num_warps"]),
-            str(row["num_stages"]),
+            Text(row["config"]),
+            f"{row['num_warps']} x {row['num_stages']}",
             str(row["registers"]),
             str(row["spill_bytes"]),
-            f"{row['shared_bytes']:,}",
-            f"{row['shared_limit']:,}",
-            str(occupancy["blocks_per_sm"]),
-            f"{occupancy['fraction']:.0%}",
-            occupancy["limited_by"],
+            f"{row['shared_bytes'] / 1024:.0f}/{row['shared_limit'] // 1024}",
+            f"{occupancy['blocks_per_sm']} {occupancy['limited_by'].removesuffix(' memory')}",
             row["tensor_core"],
             row["copy"],
             "" if typical is None else f"{typical:.0%}",

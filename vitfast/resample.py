@@ -1,10 +1,10 @@
 """Pillow's image resampling in integer torch operations: the same pixels, bit for bit, on any device.
 
-One axis at a time, in Pillow's order (`_vertical_first`). Output pixel i sees the input around c = (i + 1/2) s with s = in / out;
-tap j has weight f((j + 1/2 - c) / max(s, 1)), normalised to sum 1: the filter f widens when the image
-shrinks (antialiasing). Pillow then computes in fixed point: weights are rounded to 22 fractional bits,
-and after each axis the sum is rounded and clipped to 0..255. Both are integer arithmetic that fits
-int32, so nothing depends on the device or on the order of the sum.
+One axis after the other, in the order Pillow takes (`vertical_first`). Output pixel i sees the input
+around c = (i + 1/2) s, where s = in / out; tap j has weight f((j + 1/2 - c) / max(s, 1)), normalised to
+sum 1: the filter f widens when the image shrinks (antialiasing). Pillow then computes in fixed point:
+weights are rounded to 22 fractional bits, and after each axis the sum is rounded and clipped to 0..255.
+All of that fits int32, so nothing depends on the device or on the order of a sum.
 
 Source: Pillow's documentation of its filters and the fixed-point format of its 8-bit resampling.
 """
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 
@@ -73,12 +72,18 @@ def _taps(length: int, out: int, interpolation: str) -> tuple[np.ndarray, np.nda
     return np.minimum(index, length - 1)[used], fixed[used]
 
 
-def _vertical_first(height: int, width: int, rows: int, columns: int) -> bool:
-    """Whether the installed Pillow resizes the vertical axis first; results depend on it in the last bits."""
+def vertical_first(height: int, width: int, rows: int, columns: int) -> bool:
+    """Whether the installed Pillow, from height x width to rows x columns, resizes the vertical axis first.
+
+    Since the first pass rounds, the order shows in the pixels. Pillow 13 takes the cheaper one for tall
+    images; 12.2 and 12.3 do for very tall ones; before that columns always came first.
+    """
+    import PIL  # for its version only
+
     version = tuple(int(part) for part in PIL.__version__.split(".")[:2])
     if version >= (13, 0):
         return rows < height and height - rows > 2 * (width - columns)
-    return version >= (12, 3) and rows < height and height > 100 * width
+    return version >= (12, 2) and rows < height and height > 100 * width
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -99,7 +104,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
         raise ValueError(f"interpolation must be 'nearest' or one of {', '.join(FILTERS)}, got {interpolation!r}")
     height, width = images.shape[-3:-1]
     passes = [(-2, size[1]), (-3, size[0])]
-    if _vertical_first(height, width, *size):
+    if vertical_first(height, width, *size):
         passes.reverse()
     for axis, out in passes:
         if images.shape[axis] == out:
@@ -110,7 +115,8 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
             continue
         index, weights = index.to(images.device), weights.to(images.device)
         shape = (out,) + (1,) * (-axis - 1)
-        total: Tensor | int = 1 << (FRACTION_BITS - 1)  # rounds the shift below to nearest
+        half = 1 << (FRACTION_BITS - 1)  # rounds the shift below to nearest
+        total = torch.full((1,), half, dtype=torch.int32, device=images.device)
         for pixel, factor in zip(index, weights, strict=True):
             total = total + images.index_select(axis, pixel) * factor.view(shape)
         images = (total >> FRACTION_BITS).clamp_(0, 255).to(torch.uint8)

@@ -194,10 +194,11 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def repair_interpreter() -> None:
-    """Make `tl.dot` on bf16 right in Triton's interpreter, which multiplies the raw 16-bit patterns.
+    """Make bf16 right in Triton's interpreter, which holds it as raw 16-bit patterns.
 
-    bf16 operands are widened to fp32 first, which is exact. tests/test_testing.py fails when
-    Triton no longer needs this.
+    `tl.dot` there multiplies the patterns as integers: operands are widened to fp32 first, which is
+    exact. Casts from fp32 drop the low bits, where a GPU rounds to nearest even: they round.
+    tests/test_testing.py fails when Triton no longer needs one of these.
     """
     import numpy as np
     import triton.language as tl
@@ -205,7 +206,7 @@ def repair_interpreter() -> None:
 
     if getattr(InterpreterBuilder.create_dot, "widens_bf16", False):
         return
-    original = InterpreterBuilder.create_dot
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widen(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -214,10 +215,21 @@ def repair_interpreter() -> None:
         return TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original(self, widen(a), widen(b), *rest)
+        return dot(self, widen(a), widen(b), *rest)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return widen(src)
+        if kinds != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
+        return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
 
     create_dot.widens_bf16 = True  # type: ignore[attr-defined]
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
 _SHIM: list[Any] = []

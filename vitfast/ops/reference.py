@@ -165,11 +165,12 @@ def attention(
     if bias is not None and mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))
         mask = None
+    added = mask if bias is None else bias.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=mask if bias is None else bias.to(q.dtype),
+        attn_mask=None if added is None else torch.atleast_2d(added),  # torch refuses fewer axes
         is_causal=causal,
         scale=scale,
     )

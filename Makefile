@@ -1,0 +1,56 @@
+# `make help` lists the targets. All but `gpu` use the virtual environment .venv, made on first need.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Worker processes of the tests: empty for none. Two halve the time on two cores.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+READY := .venv/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help test test-full lint gpu demo clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
+
+# Torch first, so that the C++ extension is built against it (hence --no-build-isolation, and the PATH: ninja).
+# torchvision and timm without their dependencies: torchvision's compiled part is made for one build of
+# torch and does not load beside a CPU-only one, and only its Python part is needed.
+$(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja setuptools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+	  -e '.[test,lint,demo]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm
+	@$(BIN)/python -c "import importlib.util as u; print('C++ extension:', \
+	  'built' if u.find_spec('vitfast._C') else 'not built; pip install -v says why')"
+	@touch $@
+
+test: $(READY) ## run the tests, the long ones left out
+	$(BIN)/pytest $(if $(WORKERS),-n $(WORKERS)) $(PYTEST_ARGS)
+
+test-full: $(READY) ## run all tests
+	$(BIN)/pytest $(if $(WORKERS),-n $(WORKERS)) -m "full or not full" $(PYTEST_ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+demo: $(READY) ## embed sample photos and find the ones alike
+	$(BIN)/python examples/demo.py
+
+# On a GPU machine, with the Python, torch and triton found there: no environment, no network, no
+# install. Test files that need a package missing there are reported and the others run; the benchmarks
+# have correctness gates of their own and run even if a test failed.
+gpu: ## run tests and benchmarks with $(PYTHON) as it is, on its GPU
+	@status=0; export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$(PYTHON) -m pytest --continue-on-collection-errors $(PYTEST_ARGS) || status=$$?; \
+	$(PYTHON) -m benchmarks.gpu || status=$$?; \
+	exit $$status
+
+clean: ## remove the environment and all that was built
+	rm -rf .venv build dist demo *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so
+	find vitfast kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

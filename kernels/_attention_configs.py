@@ -1,0 +1,53 @@
+"""Tile shapes of the attention kernel, as data, and the rules that pick them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from vitfast.kernels._common import Config
+
+# Chosen by compiling for sm_80, sm_90 and sm_100: the largest tiles without spills and within the
+# shared memory of sm_86 and sm_89 (101,376 bytes) unless for sm_90 and up. None has been timed.
+# The number is the widest padded head dim. "half": fp16 and bf16. "dense": the same with a bias or
+# mask that differs from query to query, whose tile takes registers too. "short": few queries.
+CONFIGS = [
+    Config("half-96-short", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    Config("half-96", {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+    Config("half-128-sm90", {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3, min_capability=(9, 0)),
+    Config("half-128", {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    Config("half-192", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    Config("half-256", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config("dense-96", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    Config("dense-128", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config("dense-256", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("fp32-128", {"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config("fp32-256", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+]
+_WIDTHS = {"half": (96, 128, 192, 256), "dense": (96, 128, 256), "fp32": (128, 256)}
+_SHORT = 320
+"""Up to so many queries (224 px with patches of 14 or more) 64-row tiles: more, smaller programs."""
+
+
+def head_chunks(head_dim: int) -> tuple[int, int]:
+    """Cut D into a power of two and a smaller one (0 for none): 64 -> 64, 0; 72 -> 64, 16; 112 -> 128, 0.
+
+    Products need a chunk of at least 16.
+    """
+    main = max(16, 1 << head_dim.bit_length() - 1)
+    if head_dim <= main:
+        return main, 0
+    rest = max(16, triton.next_power_of_2(head_dim - main))
+    return (main, rest) if rest < main else (2 * main, 0)
+
+
+def pick_config(
+    head_dim: int, query_count: int, dtype: torch.dtype, per_query: bool, device_capability: tuple[int, int]
+) -> Config:
+    """The configuration for one call; `per_query`: a bias or mask differs from query to query."""
+    kind = "fp32" if dtype == torch.float32 else "dense" if per_query else "half"
+    width = next(w for w in _WIDTHS[kind] if w >= sum(head_chunks(head_dim)))
+    name = f"{kind}-{width}"
+    if name == "half-96" and query_count <= _SHORT:
+        name += "-short"
+    return next(c for c in CONFIGS if c.name in (f"{name}-sm90", name) and c.min_capability <= device_capability)

@@ -1,0 +1,16 @@
+"""Kernels made wrong on purpose: a check that lets one of these pass checks nothing."""
+
+import importlib.util
+from pathlib import Path
+
+
+def mutant(module, old, new, folder):
+    """A copy of a kernel module in which `old` is replaced by `new` everywhere."""
+    source = Path(module.__file__).read_text()
+    assert old in source, f"{module.__name__} no longer contains {old!r}"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("vitfast.kernels.mutant", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy

@@ -1,0 +1,312 @@
+"""linear: both kernels, every epilogue, folded LayerNorm, row statistics, and what is refused."""
+
+import pytest
+import torch
+
+from vitfast import ops
+from vitfast.kernels import _common, _linear_configs
+from vitfast.kernels import linear as kernels
+from vitfast.ops import reference
+from vitfast.testing import AWKWARD_ROWS, DTYPES, assert_close, check_op, device, guarded, make, strided
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def operands(rows, outputs, inner, dtype, offset=0.0):
+    """x, weight and bias of the size of a trained block's; `offset` is added to x."""
+    return (
+        guarded(make(rows, inner, dtype=dtype) + offset),
+        guarded(make(outputs, inner, dtype=dtype, seed=1, scale=inner**-0.5)),
+        guarded(make(outputs, dtype=dtype, seed=2, scale=0.3)),
+    )
+
+
+def extras(rows, width, dtype):
+    return {
+        "layer_scale": guarded(make(width, dtype=dtype, seed=3)),
+        "residual": guarded(make(rows, width, dtype=dtype, seed=4)),
+    }
+
+
+def folded(x, weight, bias):
+    """x with its statistics, and weight and bias with a LayerNorm folded in: `linear`'s arguments."""
+    inner = x.shape[-1]
+    gamma = 1 + make(inner, dtype=x.dtype, seed=5, scale=0.2)
+    weight, weight_sum, bias = ops.fold_norm(weight, bias, gamma, make(inner, dtype=x.dtype, seed=6, scale=0.2))
+    row_stats = guarded(ops.row_stats(x, backend="torch"))
+    return (x, guarded(weight), guarded(bias)), {"row_stats": row_stats, "weight_sum": guarded(weight_sum)}
+
+
+def with_config(config):
+    return lambda *args, **kwargs: kernels.linear(*args, config=config, **kwargs)
+
+
+def needs(config):
+    if _common.capability(device()) < config.min_capability:
+        pytest.skip(f"{config.name} needs compute capability {config.min_capability}")
+
+
+def config_dtype(config):
+    return torch.float32 if config in _linear_configs.FLOAT32_CONFIGS else torch.bfloat16
+
+
+def check_stats(result, *args, **kwargs):
+    """Compare an output with the references, and its statistics with those of the output as stored."""
+    y, stats = result
+    assert_close(y, reference.linear(*args, **kwargs, upcast=True), reference.linear(*args, **kwargs))
+    assert_close(stats, reference.row_stats(y, upcast=True), reference.row_stats(y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [*AWKWARD_ROWS, 197])
+def test_rows(rows, dtype):
+    check_op(kernels.linear, reference.linear, *operands(rows, 80, 72, dtype))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inner"),
+    [
+        (576, 192),  # qkv of Ti
+        (1000, 64),  # ImageNet classes: a last tile that is nearly empty
+        (192, 768),  # fc2 of Ti
+        (64, 588),  # patches of 14 x 14 x 3: rows of x no multiple of 16 bytes
+        (21, 67),  # nothing a multiple of 8
+        (1, 1),  # the least
+        (8, 3),  # fewer columns of x than any tile
+    ],
+)
+def test_widths(outputs, inner):
+    for dtype in HALVES:
+        check_op(kernels.linear, reference.linear, *operands(7, outputs, inner, dtype))
+    if inner < 200:
+        check_op(kernels.linear, reference.linear, *operands(7, outputs, inner, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("extra", ["none", "scale", "residual", "both", "norm", "norm_both"])
+def test_epilogues(activation, extra, dtype):
+    width = 72
+    args = operands(50, 2 * width if activation == "swiglu" else width, 40, dtype)
+    kwargs = {"activation": activation}
+    if extra.startswith("norm"):
+        args, norm = folded(*args)
+        kwargs |= norm
+    given = {"scale": ("layer_scale",), "residual": ("residual",)}
+    wanted = ("layer_scale", "residual") if extra.endswith("both") else given.get(extra, ())
+    kwargs |= {name: value for name, value in extras(50, width, dtype).items() if name in wanted}
+    check_op(kernels.linear, reference.linear, *args, **kwargs)
+
+
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
+def test_configs_with_everything(config):
+    """Several tiles each way in one config, with every part of the epilogue."""
+    needs(config)
+    dtype = config_dtype(config)
+    inner = 136 if dtype != torch.float32 else 40
+    args, norm = folded(*operands(197, 264, inner, dtype))
+    kwargs = {"activation": "gelu", **norm, **extras(197, 264, dtype)}
+    if config.blocks["BLOCK_N"] % ops.STATS_TILE:
+        check_op(with_config(config), reference.linear, *args, **kwargs)
+    else:
+        check_stats(kernels.linear(*args, **kwargs, stats=True, config=config), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in kernels.CONFIGS if c.blocks["BLOCK_N"] <= 128], ids=lambda config: config.name
+)
+def test_configs_with_swiglu(config):
+    needs(config)
+    dtype = config_dtype(config)
+    args, norm = folded(*operands(131, 2 * 152, 136 if dtype != torch.float32 else 40, dtype))
+    check_op(with_config(config), reference.linear, *args, activation="swiglu", **norm)
+
+
+def test_programs_take_several_tiles():
+    """More tiles than programs, and more tile rows than one group: the persistent loop turns."""
+    for config in (_linear_configs.TMA_CONFIGS[-1], _linear_configs.POINTER_CONFIGS[-1]):
+        needs(config)
+        rows = 64 * (_linear_configs.GROUP_M + 1) + 5
+        tiles = -(-rows // 64) * 3
+        if device().type == "cpu":
+            assert tiles > 2 * _common.num_sms(device()) * 2
+        check_op(with_config(config), reference.linear, *operands(rows, 136, 64, torch.bfloat16))
+
+
+def test_path_by_alignment():
+    """The tensor memory accelerator is used where it can be, and only there."""
+    x, weight, _ = operands(7, 64, 72, torch.bfloat16)
+    hopper = _common.capability(device()) >= (9, 0)
+    uses = _linear_configs.uses_tma
+    assert uses(64, x, weight) == hopper
+    assert uses(64, strided(x), weight, x) == hopper
+    assert not uses(65, x, weight)  # rows of the output
+    assert not uses(64, strided(x, gap=3), weight)  # rows of x
+    assert not uses(64, x, strided(weight, gap=1))
+    assert not uses(64, x, weight, strided(x, gap=4))  # rows of the residual
+    assert not uses(64, x[:, 1:65], weight[:, :64])  # a start between multiples of 16 bytes
+    assert not uses(64, x[:1].expand(7, 72), weight)  # overlapping rows
+    assert not uses(64, x.float(), weight.float())
+
+
+@pytest.mark.parametrize("gap", [8, 3], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided(dtype, gap):
+    x, weight, bias = operands(50, 72, 40, dtype)
+    residual = strided(make(50, 72, dtype=dtype, seed=4), gap=gap)
+    check_op(kernels.linear, reference.linear, strided(x, gap), strided(weight, gap), bias, residual=residual)
+
+
+def test_leading_axes():
+    x, weight, bias = operands(2 * 3 * 5, 24, 40, torch.float16)
+    batched = strided(x).view(2, 3, 5, 40)
+    y, stats = kernels.linear(batched, weight, bias, stats=True)
+    assert y.shape == (2, 3, 5, 24)
+    assert stats.shape == (30, 1, 2)
+    assert torch.equal(y.view(30, 24), kernels.linear(x, weight, bias))
+    assert torch.equal(kernels.linear(x[0], weight, bias), y.view(30, 24)[0])
+
+
+def test_empty():
+    x, weight, bias = operands(1, 24, 40, torch.float16)
+    assert kernels.linear(x[:0].view(0, 5, 40), weight, bias).shape == (0, 5, 24)
+    y, stats = kernels.linear(x[:0], weight, bias, stats=True)
+    assert y.shape == (0, 24)
+    assert stats.shape == (0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [40, 128, 192, 130], ids=["one tile", "a full tile", "one and a half", "2 left"])
+def test_folded_norm(inner, dtype):
+    """The fold equals its own reference, also where every row's mean is far from zero."""
+    args, norm = folded(*operands(50, 72, inner, dtype, offset=4.0))
+    check_op(kernels.linear, reference.linear, *args, **norm, eps=1e-5)
+
+
+def test_folded_norm_is_layer_norm():
+    """The fold gives LayerNorm then linear, in float32, where the two differ by rounding only."""
+    x, weight, bias = operands(50, 72, 136, torch.float32, offset=2.0)
+    gamma, beta = 1 + make(136, seed=5, scale=0.2), make(136, seed=6, scale=0.2)
+    weight_folded, weight_sum, bias_folded = ops.fold_norm(weight, bias, gamma, beta)
+    got = kernels.linear(
+        x, weight_folded, bias_folded, row_stats=ops.row_stats(x, backend="torch"), weight_sum=weight_sum, eps=1e-3
+    )
+    normed = reference.layer_norm(x, gamma, beta, 1e-3, upcast=True)
+    want = reference.linear(normed, weight, bias, upcast=True)
+    baseline = reference.linear(
+        x, weight_folded, bias_folded, row_stats=ops.row_stats(x, backend="torch"), weight_sum=weight_sum, eps=1e-3
+    )
+    assert_close(got, want, baseline)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [40, 128, 192, 264], ids=["one tile", "a full tile", "one and a half", "8 left"])
+def test_stats(width, dtype):
+    args = operands(131, width, 40, dtype)
+    kwargs = extras(131, width, dtype)
+    kwargs["residual"] += 100.0  # a mean far above the deviations, where E[x^2] - mean^2 would fail
+    check_stats(kernels.linear(*args, **kwargs, stats=True), *args, **kwargs)
+
+
+def test_stats_feed_the_next_norm():
+    """Two linear in a row, the second folding the LayerNorm of the first's output by its statistics."""
+    args = operands(50, 192, 40, torch.float32)
+    x, row_stats = kernels.linear(*args, stats=True)
+    (_, weight, bias), norm = folded(x, *operands(1, 72, 192, torch.float32)[1:])
+    norm["row_stats"] = row_stats
+    check_op(kernels.linear, reference.linear, x, weight, bias, **norm, activation="gelu")
+
+
+def test_wrong_results_are_noticed():
+    """A dropped eps, unbiased statistics, a forgotten tile of them, and tanh for erf all fail."""
+    args, norm = folded(*operands(64, 72, 136, torch.float32))
+    unbiased = norm["row_stats"].clone()
+    unbiased[..., 1] *= 136 / 135
+    partial = norm["row_stats"].clone()
+    partial[:, 1, 1] = 0
+    for change in ({"eps": 0.0}, {"row_stats": unbiased}, {"row_stats": partial}, {"activation": "gelu_tanh"}):
+        right = {**norm, "eps": 1e-3, "activation": "gelu"}
+        with pytest.raises(AssertionError, match="error"):
+            assert_close(
+                kernels.linear(*args, **(right | change)),
+                reference.linear(*args, **right, upcast=True),
+                reference.linear(*args, **right),
+            )
+
+
+def test_through_ops():
+    args = operands(7, 72, 40, torch.bfloat16)
+    y, stats = ops.linear(*args, activation="gelu", stats=True, backend="triton")
+    wanted = kernels.linear(*args, activation="gelu", stats=True)
+    assert torch.equal(y, wanted[0])
+    assert torch.equal(stats, wanted[1])
+
+
+def test_pick_config():
+    """Large tiles for much work, small ones for little, and never one that cannot run."""
+    name = lambda *args, **kwargs: kernels.pick_config(*args, sms=132, **kwargs).name  # noqa: E731
+    half = torch.bfloat16
+    assert name(256 * 197, 3072, half, tma=True) == "tma_128x256x64"
+    assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
+    assert name(197, 768, half, tma=True) == "tma_64x64x64"
+    assert name(197, 768, half, tma=True, stats=True) == "tma_64x128x64"
+    assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_128x128x64"
+    assert name(256 * 197, 4096, half, tma=False, gated=True) == "128x64x64"
+    assert name(197, 192, torch.float32, tma=False, stats=True).startswith("float32")
+    for rows in (1, 197, 50432):
+        for stats in (False, True):
+            for gated in (False, True):
+                for tma, dtype in ((True, half), (False, half), (False, torch.float32)):
+                    config = kernels.pick_config(rows, 768, dtype, tma=tma, sms=108, gated=gated, stats=stats)
+                    _linear_configs.check_config(config, dtype, tma, gated, stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "got 'relu'"),
+        ({"weight": (24, 39)}, r"\(7, 40\) and \(24, 39\)"),
+        ({"x": (7, 0), "weight": (24, 0)}, "K >= 1"),
+        ({"weight": (23, 40), "bias": (23,), "activation": "swiglu"}, "even number of weight rows, got 23"),
+        ({"bias": (25,)}, r"bias has shape \(25,\), expected \(24,\)"),
+        ({"layer_scale": (23,)}, r"layer_scale has shape \(23,\)"),
+        ({"residual": (6, 24)}, r"residual has shape \(6, 24\), expected \(7, 24\)"),
+        ({"weight_sum": (24,)}, "go together"),
+        ({"row_stats": (7, 2, 2), "weight_sum": (24,)}, r"row_stats has shape \(7, 2, 2\), expected \(7, 1, 2\)"),
+        ({"row_stats": (7, 1, 2), "weight_sum": (7,)}, r"weight_sum has shape \(7,\)"),
+    ],
+)
+def test_bad_input(change, message):
+    keywords = dict(zip(("x", "weight", "bias"), operands(7, 24, 40, torch.float32), strict=True))
+    for name, value in change.items():
+        keywords[name] = make(*value) if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=message):
+        kernels.linear(**keywords)
+
+
+def test_bad_dtype_and_stride():
+    x, weight, bias = operands(8, 24, 40, torch.float16)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.float64"):
+        kernels.linear(x.double(), weight, bias)
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.float32"):
+        kernels.linear(x, weight.float(), bias)
+    with pytest.raises(ValueError, match="last axis of x has stride 8"):
+        kernels.linear(x.T.contiguous().T, weight, bias)
+    with pytest.raises(ValueError, match="cannot be viewed as rows"):
+        kernels.linear(x.view(2, 4, 40).transpose(0, 1), weight, bias)
+    with pytest.raises(ValueError, match="row_stats must be contiguous"):
+        kernels.linear(x, weight, bias, row_stats=make(8, 2, 2)[:, :1], weight_sum=make(24))
+
+
+def test_bad_config():
+    configs = {config.name: config for config in kernels.CONFIGS}
+    x, weight, bias = operands(8, 24, 40, torch.float16)
+    with pytest.raises(ValueError, match="needs compute capability"):
+        kernels.linear(strided(x, gap=3), weight, bias, config=configs["tma_64x64x64"])
+    with pytest.raises(ValueError, match="no multiple of 128 columns"):
+        kernels.linear(x, weight, bias, stats=True, config=configs["64x64x64"])
+    with pytest.raises(ValueError, match="not one for"):
+        kernels.linear(x, weight, bias, config=configs["float32_64x64x8"])
+    if _common.capability(device()) >= (9, 0):
+        with pytest.raises(ValueError, match="two accumulators"):
+            kernels.linear(x, weight[:16], activation="swiglu", config=configs["tma_128x256x64"])

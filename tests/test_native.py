@@ -1,0 +1,237 @@
+"""The C++ extension: its patch_embed against the oracle, its errors, and building without it."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitfast import ops, testing
+from vitfast.ops import checks, reference, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+built = importlib.util.find_spec("vitfast._C") is not None
+needs_extension = pytest.mark.skipif(not built, reason="vitfast._C is not built (a C++ compiler builds it on install)")
+
+# batch, channels, height, width, patch (h, w), C, prefix tokens; and why.
+GRID = [
+    (2, 3, 32, 48, (16, 16), 64, 1, "/16, two rows of three patches, CLS"),
+    (3, 3, 28, 28, (14, 14), 48, 5, "/14, CLS and registers"),
+    (1, 3, 7, 7, (7, 7), 5, 0, "one patch, odd sizes, no prefix"),
+    (5, 1, 12, 20, (4, 5), 33, 2, "one channel, oblong patch"),
+    (1, 4, 3, 3, (1, 1), 7, 1, "patches of one pixel"),
+    (2, 3, 224, 224, (8, 8), 16, 1, "more rows than one chunk"),
+]
+
+
+def inputs(case, dtype, pixels, channels_last):
+    b, channels, height, width, (ph, pw), c, prefix, _ = case
+    shape = (b, height, width, channels) if channels_last else (b, channels, height, width)
+    if pixels == torch.uint8:
+        images = testing.make(*shape, scale=60).add_(128).clamp_(0, 255).to(torch.uint8)
+    else:
+        images = testing.make(*shape, dtype=pixels)
+    images = images.cpu()
+    k, patches = channels * ph * pw, (height // ph) * (width // pw)
+    tensors = [
+        testing.make(c, k, dtype=dtype, scale=k**-0.5),
+        testing.make(c, dtype=dtype),
+        testing.make(patches, c, dtype=dtype),
+        testing.make(prefix, c, dtype=dtype) if prefix else None,
+    ]
+    return images, *(None if t is None else t.cpu() for t in tensors)
+
+
+def native(*args, **kwargs):
+    return registry.backend("patch_embed", "native").call(*args, **kwargs)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
+def test_patch_embed(case, dtype, pixels, channels_last):
+    args = [None if t is None else testing.guarded(t) for t in inputs(case, dtype, pixels, channels_last)]
+    testing.check_op(native, reference.patch_embed, *args, patch_size=case[4], channels_last=channels_last)
+
+
+@needs_extension
+@pytest.mark.parametrize("given", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+def test_optional_arguments(given):
+    images, weight, *rest = inputs(GRID[0], torch.float32, torch.uint8, True)
+    rest = [tensor if there else None for tensor, there in zip(rest, given, strict=True)]
+    testing.check_op(native, reference.patch_embed, images, weight, *rest, patch_size=(16, 16), channels_last=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+def test_strided_inputs(channels_last):
+    images, *tensors = inputs(GRID[0], torch.float32, torch.uint8, channels_last)
+    tensors = [testing.strided(t) for t in tensors]
+    for view in (testing.strided(images), images.transpose(1, 3).contiguous().transpose(1, 3), images.flip(0)[::2]):
+        testing.check_op(
+            native, reference.patch_embed, view, *tensors, patch_size=(16, 16), channels_last=channels_last
+        )
+
+
+@needs_extension
+def test_prefix_does_not_meet_the_weight():
+    images, weight, bias, position, prefix = inputs(GRID[0], torch.float32, torch.uint8, True)
+    weight[0, 0] = float("inf")
+    out = native(images, weight, bias, position, prefix, patch_size=(16, 16), channels_last=True)
+    assert torch.equal(out[:, :1], prefix.expand(2, 1, -1))
+
+
+@needs_extension
+def test_empty_batch_and_prefix():
+    images, weight, bias, position, prefix = inputs(GRID[0], torch.float32, torch.uint8, True)
+    out = native(images[:0], weight, bias, position, prefix, patch_size=(16, 16), channels_last=True)
+    assert out.shape == (0, 7, 64)
+    out = native(images, weight, bias, position, prefix[:0], patch_size=(16, 16), channels_last=True)
+    assert out.shape == (2, 6, 64)
+
+
+@needs_extension
+def test_threads_agree():
+    case = GRID[-1]
+    args = inputs(case, torch.float32, torch.uint8, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = native(*args, patch_size=case[4], channels_last=True)
+        torch.set_num_threads(3)
+        three = native(*args, patch_size=case[4], channels_last=True)
+    finally:
+        torch.set_num_threads(threads)
+    baseline = reference.patch_embed(*args, patch_size=case[4], channels_last=True)
+    testing.assert_close(three, one, baseline)
+
+
+@needs_extension
+def test_grad_and_inference_mode():
+    images, weight, *rest = inputs(GRID[0], torch.float32, torch.uint8, True)
+    want = native(images, weight, *rest, patch_size=(16, 16), channels_last=True)
+    with torch.inference_mode():
+        assert torch.equal(native(images, weight, *rest, patch_size=(16, 16), channels_last=True), want)
+    weight.requires_grad_()
+    got = native(images, weight, *rest, patch_size=(16, 16), channels_last=True)
+    assert torch.equal(got.detach(), want)
+
+
+@needs_extension
+def test_public_op_reaches_it():
+    images, weight, *rest = inputs(GRID[0], torch.bfloat16, torch.uint8, True)
+    got = ops.patch_embed(images, weight, *rest, patch_size=(16, 16), channels_last=True, backend="native")
+    assert torch.equal(got, native(images, weight, *rest, patch_size=(16, 16), channels_last=True))
+    able, _ = registry.candidates(checks.patch_embed_spec(images, weight))
+    assert able[0].name == "torch"  # never the unmeasured default
+
+
+def bad_inputs():
+    """Arguments of patch_embed that differ from good ones in one thing."""
+    good = dict(
+        zip(
+            ("images", "weight", "bias", "position", "prefix"),
+            inputs(GRID[0], torch.float32, torch.uint8, True),
+            strict=True,
+        )
+    )
+    good |= {"patch_size": (16, 16), "channels_last": True}
+    images, weight, bias, position, prefix = (good[name] for name in ("images", "weight", "bias", "position", "prefix"))
+    for changed in (
+        {"images": images.int()},
+        {"images": images[0]},
+        {"images": images[:, :31]},
+        {"images": images[:, :8]},
+        {"images": images[..., :2]},
+        {"weight": weight.double()},
+        {"weight": weight[0]},
+        {"weight": weight[:, 1:]},
+        {"bias": bias[1:]},
+        {"bias": bias.bfloat16()},
+        {"position": position[:5]},
+        {"position": position.double()},
+        {"prefix": prefix[:, 1:]},
+        {"prefix": prefix[0]},
+        {"prefix": prefix.half()},
+        {"patch_size": (0, 16)},
+        {"patch_size": (64, 16)},
+        {"channels_last": False},
+    ):
+        yield pytest.param({**good, **changed}, id=f"{next(iter(changed))}-{len(str(changed))}")
+
+
+@needs_extension
+@pytest.mark.parametrize("arguments", list(bad_inputs()))
+def test_bad_input_is_refused_in_the_same_words(arguments):
+    with pytest.raises(ValueError, match="patch_embed: ") as ours:
+        native(**arguments)
+    with pytest.raises(ValueError, match="patch_embed: ") as theirs:
+        checks.check_patch_embed(**arguments)
+    # The native op takes fewer dtypes; the lists of what is allowed differ, and nothing else.
+    assert str(ours.value).partition(", allowed")[0] == str(theirs.value).partition(", allowed")[0]
+
+
+@needs_extension
+def test_patch_size_needs_two_numbers():
+    images, weight, *_ = inputs(GRID[0], torch.float32, torch.uint8, True)
+    with pytest.raises(ValueError, match=r"patch_size must be \(height, width\), got \(16,\)"):
+        native(images, weight, patch_size=[16], channels_last=True)
+
+
+@needs_extension
+def test_half_is_not_offered():
+    images, weight, *_ = inputs(GRID[0], torch.float16, torch.uint8, True)
+    with pytest.raises(registry.BackendError, match="float16"):
+        ops.patch_embed(images, weight, patch_size=(16, 16), channels_last=True, backend="native")
+    with pytest.raises(ValueError, match=r"weight has dtype torch.float16, allowed: torch.float32, torch.bfloat16"):
+        native(images, weight, patch_size=(16, 16), channels_last=True)
+
+
+@needs_extension
+def test_build_info():
+    from vitfast import _C
+
+    info = _C.build_info()
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["simd"] in ("avx512f", "avx2", "default")
+    assert set(info) == {"compiler", "flags", "torch", "simd", "threads"}
+    assert set(_C.ops()) <= set(registry.OPS)
+    for name, entry in _C.ops().items():
+        registry.Backend("native", name, getattr(torch.ops.vitfast_native, name), **entry)
+
+
+def test_missing_extension_has_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vitfast._C", None)
+    entry = registry._native("patch_embed")
+    assert entry.call is None
+    assert "the C++ extension is not built" in entry.missing
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "status", "message"),
+    [
+        ({"VITFAST_BUILD": "0"}, "", 0, "NOTICE: installing without the C++ extension: VITFAST_BUILD=0"),
+        ({}, "sys.modules['torch'] = None;", 0, "NOTICE: installing without the C++ extension: torch cannot be"),
+        ({"CXX": "no-such-c++"}, "", 0, "there is no C++ compiler 'no-such-c++'"),
+        ({"VITFAST_BUILD": "1", "CXX": "no-such-c++"}, "", 1, "VITFAST_BUILD=1, but the C++ extension cannot be"),
+    ],
+    ids=["off", "no torch", "no compiler", "insisted on"],
+)
+def test_install_without_extension(tmp_path, environment, code, status, message):
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = f"import sys, runpy; {code} sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
+    clean = {key: value for key, value in os.environ.items() if key not in ("VITFAST_BUILD", "CXX")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean | environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == status, result.stderr
+    assert message in result.stderr
