@@ -80,11 +80,17 @@ def draw_sheet(
 
 def with_256_colours(sheet: Image.Image) -> Image.Image:
     """A palette version, a quarter of the size as a PNG; the sheet's own plain colours stay exact."""
-    plain = [channel for colour in (PAPER, CARD, INK, SOFT, FAINT, ACCENT) for channel in ImageColor.getrgb(colour)]
+    plain = [ImageColor.getrgb(colour) for colour in (PAPER, CARD, INK, SOFT, FAINT, ACCENT)]
+    photos = sheet.quantize(256 - len(plain), method=Image.Quantize.FASTOCTREE)
     palette = Image.new("P", (1, 1))
-    photos = sheet.quantize(256 - len(plain) // 3, method=Image.Quantize.FASTOCTREE)
-    palette.putpalette(plain + photos.getpalette())
-    return sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    palette.putpalette([channel for colour in plain for channel in colour] + photos.getpalette())
+    reduced = sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    index, pixels = np.array(reduced), np.asarray(sheet)
+    for i, colour in enumerate(plain):  # Pillow's search is approximate and would tint the paper
+        index[(pixels == colour).all(axis=-1)] = i
+    exact = Image.fromarray(index)
+    exact.putpalette(reduced.getpalette())
+    return exact
 
 
 def _draw_card(

@@ -7,10 +7,11 @@ import triton
 
 from vitfast.kernels._common import Config
 
-# Chosen by compiling for sm_80, sm_90 and sm_100: the largest tiles without spills and within the
-# shared memory of sm_86 and sm_89 (101,376 bytes) unless for sm_90 and up. None has been timed.
-# The number is the widest padded head dim. "half": fp16 and bf16. "dense": the same with a bias or
-# mask that differs from query to query, whose tile takes registers too. "short": few queries.
+# Chosen by compiling for sm_80, sm_90 and sm_100: the largest tiles without spills (fp32, and
+# D = 256 on sm_100: 24 bytes of stack at most) and within the shared memory of sm_86 and sm_89
+# (101,376 bytes) unless for sm_90 and up. None has been timed. The number is the widest padded head
+# dim. "half": fp16 and bf16. "dense": the same with a bias or mask that differs from query to query,
+# whose tile takes registers too. "short": few queries.
 CONFIGS = [
     Config("half-96-short", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
     Config("half-96", {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),

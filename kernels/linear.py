@@ -370,13 +370,8 @@ def compile_cases() -> list[CompileCase]:
         for config in CONFIGS
         for name in _EPILOGUES
         if not (name == "residual_stats" and config.blocks["BLOCK_N"] % STATS_TILE)
-        and not (name == "norm_swiglu" and config.blocks["BLOCK_N"] > _widest(config))
+        and config.blocks["BLOCK_N"] <= widest_tile(tma=config in TMA_CONFIGS, gated="swiglu" in name)
     ]
-
-
-def _widest(config: Config) -> int:
-    dtype = torch.float32 if config in FLOAT32_CONFIGS else torch.bfloat16
-    return widest_tile(tma=config in TMA_CONFIGS, gated=True, dtype=dtype)
 
 
 def _compile_case(config: Config, epilogue: str) -> CompileCase:

@@ -17,7 +17,7 @@ Sources: Vaswani et al. 2017 (the feed-forward block); Shazeer 2020 (SwiGLU).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -220,8 +220,8 @@ def mlp(
     if width > MAX_WIDTH or x.dtype == torch.float32:
         if config is not None:
             raise ValueError(f"mlp: config {config.name} needs C <= {MAX_WIDTH} in 16 bits, got {width} in {x.dtype}")
-        hidden = linear(x, fc1_weight, fc1_bias, activation=activation)
-        return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual)
+        hidden = cast(Tensor, linear(x, fc1_weight, fc1_bias, activation=activation))
+        return cast(Tensor, linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual))
 
     x_rows = _common.rows_view("mlp", "x", x)
     residual_rows = None if residual is None else _common.rows_view("mlp", "residual", residual)

@@ -306,7 +306,7 @@ def test_bad_config():
     with pytest.raises(ValueError, match="no multiple of 128 columns"):
         kernels.linear(x, weight, bias, stats=True, config=configs["64x64x64"])
     with pytest.raises(ValueError, match="not one for"):
-        kernels.linear(x, weight, bias, config=configs["float32_64x64x8"])
+        kernels.linear(x, weight, bias, config=configs["float32_32x64x32"])
     if _common.capability(device()) >= (9, 0):
         with pytest.raises(ValueError, match="two accumulators"):
             kernels.linear(x, weight[:16], activation="swiglu", config=configs["tma_128x256x64"])

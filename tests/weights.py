@@ -34,7 +34,7 @@ def obtain(get: Callable[[], Path]) -> Path:
     """Return the directory that `get` makes; skip the test if the download fails."""
     result = _attempt(get)
     if isinstance(result, str):
-        pytest.skip(f"weights are not in the cache and {result}")
+        pytest.skip(f"weights are not in the cache and {result.splitlines()[0]}")
     return result
 
 

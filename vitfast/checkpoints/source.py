@@ -127,19 +127,19 @@ class Source:
         shapes = config.weight_shapes()
         problems = []
         for name, canonical in self._missing.items():
-            wanted = f" {list(shapes[canonical][0])}" if canonical in shapes else ""
-            problems.append(f"missing: {name} (for {canonical}{wanted})")
-        for canonical, (shape, required) in shapes.items():
+            shape = f" {list(shapes[canonical][0])}" if canonical in shapes else ""
+            problems.append(f"missing: {name} (for {canonical}{shape})")
+        for canonical, (size, required) in shapes.items():
             if required and canonical not in self._origins and canonical not in self._missing.values():
-                problems.append(f"missing: nothing gives {canonical} {list(shape)}")
+                problems.append(f"missing: nothing gives {canonical} {list(size)}")
         problems += [f"wrong shape: {line}" for line in self._misshapen]
         for canonical, tensor in self.weights.items():
             parts = ", ".join(f"{name} {_shape(self.state[name])}" for name in self._origins[canonical])
             if canonical not in shapes:
                 problems.append(f"unexpected: {parts} (the architecture has no {canonical})")
             elif tuple(tensor.shape) != shapes[canonical][0]:
-                problems.append(f"wrong shape: {parts} gives {canonical} {_shape(tensor)}, "
-                                f"expected {list(shapes[canonical][0])}")  # fmt: skip
+                wanted = list(shapes[canonical][0])
+                problems.append(f"wrong shape: {parts} gives {canonical} {_shape(tensor)}, expected {wanted}")
         ignored = re.compile("|".join(f"(?:{pattern})" for pattern in ignorable)) if ignorable else None
         for name in self.state.keys() - self._used:
             if ignored is None or not ignored.fullmatch(name):

@@ -74,8 +74,8 @@ def from_module(module: Any) -> tuple[ViTConfig, Mapping[str, Any], Preprocess]:
         source.dense(f"{ours}fc2", f"{theirs}mlp.3.")
     source.norm("norm", "encoder.ln.")
     if head:
-        source.dense("head", "heads.head." if isinstance(module.heads, nn.Sequential) else "heads.",
-                     bias=head.bias is not None)  # fmt: skip
+        theirs = "heads.head." if isinstance(module.heads, nn.Sequential) else "heads."
+        source.dense("head", theirs, bias=head.bias is not None)
     preprocess = Preprocess(
         size=config.image_size,
         resize=config.image_size[0] * 256 // 224,
