@@ -6,8 +6,9 @@ Nothing here knows about the rest of vitfast: `kernels/` imports torch, triton a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -75,6 +76,20 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 9, 0
     return torch.cuda.get_device_capability(device)
+
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Make a launcher run on its first tensor's GPU: Triton launches on the current one, whatever it is given."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(args[0] if args else next(iter(kwargs.values()))):
+            return launcher(*args, **kwargs)
+
+    return cast(Launcher, launch)
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> torch.device:

@@ -56,14 +56,14 @@ def uses_tma(width: int, x: Tensor, weight: Tensor, residual: Tensor | None = No
     )
 
 
-def widest_tile(*, tma: bool, gated: bool, stats: bool = False) -> int:
-    """Largest BLOCK_N that spills no register: "gated" has two accumulators, pointers take registers.
+def widest_tile(*, gated: bool, stats: bool = False) -> int:
+    """Largest BLOCK_N that spills no register: "gated" has two accumulators.
 
-    With statistics, which need 128 columns, a gated pointer tile does spill; no ViT asks for that.
+    With statistics, which need 128 columns, a gated tile does spill; no ViT asks for that.
     """
     if not gated:
         return 256
-    return 128 if tma or stats else 64
+    return 128 if stats else 64
 
 
 def pick_config(
@@ -77,7 +77,7 @@ def pick_config(
     statistics need tiles of a multiple of 128 columns.
     """
     pool = FLOAT32_CONFIGS if dtype == torch.float32 else TMA_CONFIGS if tma else POINTER_CONFIGS
-    widest = widest_tile(tma=tma, gated=gated, stats=stats)
+    widest = widest_tile(gated=gated, stats=stats)
 
     def able(config: Config) -> bool:
         return config.blocks["BLOCK_N"] <= widest and not (stats and config.blocks["BLOCK_N"] % STATS_TILE)

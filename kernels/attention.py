@@ -31,6 +31,7 @@ from vitfast.kernels._common import (
     check_dtype,
     check_last_contiguous,
     check_shape,
+    on_its_device,
 )
 
 __all__ = ["CAPABILITIES", "CONFIGS", "attention", "compile_cases"]
@@ -296,6 +297,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     check_device(op, q=q, k=k, v=v, bias=bias, mask=mask)
 
 
+@on_its_device
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -342,38 +344,37 @@ def attention(
     # that fp32 does not flush to zero: -inf times 0 is NaN.
     scale_first = bias is not None or not scale > torch.finfo(torch.float32).tiny
     grid = (triton.cdiv(query_count, block_m) * batch * heads,)
-    with torch.cuda.device_of(q):
-        _attention_kernel[grid](
-            out,
-            q,
-            k,
-            v,
-            bias,
-            mask,
-            *_strides(q)[:3],
-            *_strides(k)[:3],
-            *_strides(v)[:3],
-            *bias_strides,
-            *mask_strides,
-            heads,
-            query_count,
-            key_count,
-            scale,
-            LOG2E if scale_first else scale * LOG2E,
-            SCALE_FIRST=scale_first,
-            BIAS_PER_QUERY=bias_strides[2] != 0,
-            MASK_PER_QUERY=mask_strides[2] != 0,
-            CAUSAL=causal,
-            VECTOR=_vector(head_dim, q, k, v),
-            HEAD_DIM=head_dim,
-            D_MAIN=main,
-            D_REST=rest,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_TAIL=tail,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    _attention_kernel[grid](
+        out,
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        *_strides(q)[:3],
+        *_strides(k)[:3],
+        *_strides(v)[:3],
+        *bias_strides,
+        *mask_strides,
+        heads,
+        query_count,
+        key_count,
+        scale,
+        LOG2E if scale_first else scale * LOG2E,
+        SCALE_FIRST=scale_first,
+        BIAS_PER_QUERY=bias_strides[2] != 0,
+        MASK_PER_QUERY=mask_strides[2] != 0,
+        CAUSAL=causal,
+        VECTOR=_vector(head_dim, q, k, v),
+        HEAD_DIM=head_dim,
+        D_MAIN=main,
+        D_REST=rest,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_TAIL=tail,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return out
 
 

@@ -196,6 +196,7 @@ def _launch(
     )
 
 
+@_common.on_its_device
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm of x [..., C] over its last axis; returns a contiguous tensor of x's shape and dtype.
 
@@ -211,6 +212,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     return y
 
 
+@_common.on_its_device
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -226,6 +228,7 @@ def add_layer_norm(
     return y, total
 
 
+@_common.on_its_device
 def row_stats(x: Tensor) -> Tensor:
     """Statistics of each row of x [..., C]: [M, ceil(C / 128), 2] fp32, a (mean, M2) pair per 128 columns.
 

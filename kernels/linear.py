@@ -275,6 +275,7 @@ def _check(x, weight, bias, activation, layer_scale, residual, row_stats, weight
         raise ValueError(f"linear: row_stats must be contiguous, got strides {row_stats.stride()}")
 
 
+@_common.on_its_device
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -370,7 +371,7 @@ def compile_cases() -> list[CompileCase]:
         for config in CONFIGS
         for name in _EPILOGUES
         if not (name == "residual_stats" and config.blocks["BLOCK_N"] % STATS_TILE)
-        and config.blocks["BLOCK_N"] <= widest_tile(tma=config in TMA_CONFIGS, gated="swiglu" in name)
+        and config.blocks["BLOCK_N"] <= widest_tile(gated="swiglu" in name)
     ]
 
 

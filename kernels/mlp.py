@@ -186,6 +186,7 @@ def _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scal
     _common.check_last_contiguous("mlp", **tensors)
 
 
+@_common.on_its_device
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,

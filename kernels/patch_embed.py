@@ -223,6 +223,7 @@ def _k_axes(
     return (pw, channels), (row, column, channel)
 
 
+@_common.on_its_device
 def patch_embed(
     images: Tensor,
     weight: Tensor,

@@ -250,7 +250,7 @@ def test_pick_config():
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
     assert name(197, 768, half, tma=True) == "tma_64x64x64"
     assert name(197, 768, half, tma=True, stats=True) == "tma_64x128x64"
-    assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_128x128x64"
+    assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_64x64x64"
     assert name(256 * 197, 4096, half, tma=False, gated=True) == "128x64x64"
     assert name(197, 192, torch.float32, tma=False, stats=True).startswith("float32")
     for rows in (1, 197, 50432):

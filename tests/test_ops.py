@@ -124,7 +124,7 @@ BAD = {
         lambda: ops.attention(*(make(2, 5, 24, 2).transpose(2, 3) for _ in range(3))),
         "last axis of q has stride 2",
     ),
-    "patch size": (lambda: ops.patch_embed(IMAGES, make(8, 147), patch_size=(7, 7)), "16x16 is not a positive multiple"),
+    "patch size": (lambda: ops.patch_embed(IMAGES, make(8, 147), patch_size=(7, 7)), "16x16 is not a positive"),
     "patch channels": (lambda: ops.patch_embed(IMAGES, make(8, 256), patch_size=(8, 8)), "3 channels.*192, got 256"),
     "patch position": (
         lambda: ops.patch_embed(IMAGES, make(8, 192), None, make(5, 8), patch_size=(8, 8)),
@@ -172,7 +172,7 @@ def test_folded_norm_equals_norm_then_linear():
 
 
 @pytest.mark.skipif(not mkldnn.available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("activation", reference._ACTIVATIONS.keys() | {"swiglu"})
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 def test_packed_linear_equals_reference(activation, scaled, added):

@@ -122,7 +122,7 @@ def check(output: vitfast.Output, case: Case, rows: slice = slice(None)) -> None
     stable = case.stable[rows]
     assert embedding.max() <= LIMIT, f"embedding: {embedding.max():.1e}"
     assert tokens[stable].max() <= LIMIT, f"tokens: {tokens[stable].max():.1e}"
-    assert tokens.max() <= 100 * LIMIT, f"unstable tokens: {tokens.max():.1e}"
+    assert tokens.max() <= 10 * LIMIT, f"unstable tokens: {tokens.max():.1e}"
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
@@ -143,12 +143,16 @@ def test_normalised_images_give_the_models_own_outputs(case, engine):
     check(output, case)
 
 
-gpu_or_full = [] if torch.cuda.is_available() else pytest.mark.full  # minutes in Triton's interpreter
+def test_plain_torch_gives_every_token_of_the_model(case):
+    """Without packed weights the engine runs the ops that transformers runs, unstable tokens or not."""
+    output = vitfast.load(case.path, device=testing.device(), dtype="fp32", backend="torch")(case.pixels)
+    assert relative_error(output.tokens, case.tokens).max() <= LIMIT
+    assert relative_error(output.embedding, case.embedding).max() <= LIMIT
 
 
-@pytest.mark.parametrize("backend", [pytest.param(name, marks=gpu_or_full) for name in ("torch", "triton")])
-def test_each_backend_gives_the_models_own_outputs(case, backend):
-    forced = vitfast.load(case.path, device=testing.device(), dtype="fp32", backend=backend)
+@pytest.mark.full  # minutes in Triton's interpreter
+def test_triton_gives_the_models_own_outputs(case):
+    forced = vitfast.load(case.path, device=testing.device(), dtype="fp32", backend="triton")
     check(forced(case.pixels[:1]), case, slice(1))
 
 

@@ -295,7 +295,8 @@ def load(
             or a Hugging Face hub id.
         device: "cpu", "cuda", "cuda:1"...; the GPU if there is one by default.
         dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default.
-        backend: "auto", or "torch", "triton" or "native" to force one.
+        backend: "auto", or "torch", "triton" or "native" to force one. A forced "torch" runs PyTorch's
+            plain ops; on the CPU that gives the bits of the model's own library, at its speed.
         allow_pickle: read .bin and .pth files too (weights only, but still a pickle).
         revision: of a hub id.
 

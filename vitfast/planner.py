@@ -202,7 +202,7 @@ def build(
     """Choose an implementation for every site.
 
     Args:
-        backend: "auto", or one of "torch", "triton", "native" for all sites.
+        backend: "auto", or one of "torch" (its plain ops), "triton", "native" for all sites.
         batch: the batch size whose shapes are measured on a GPU.
 
     Raises:
@@ -219,19 +219,25 @@ def build(
         chosen, record = _site_backends(config, device, dtype, backend, batch)
         if path:
             save_choices(path, {site: entry.name for site, entry in chosen.items()}, record)
-    return assemble(config, chosen, device=device, dtype=dtype)
+    return assemble(config, chosen, device=device, dtype=dtype, packed=backend == "auto")
 
 
-def assemble(config: ViTConfig, chosen: dict[str, Backend], *, device: torch.device, dtype: torch.dtype) -> Plan:
-    """Make a Plan of chosen backends: fold norms where every product is Triton, pack for oneDNN on CPU."""
+def assemble(
+    config: ViTConfig, chosen: dict[str, Backend], *, device: torch.device, dtype: torch.dtype, packed: bool
+) -> Plan:
+    """Make a Plan of chosen backends: fold norms where every product is Triton, pack for oneDNN on the CPU.
+
+    Args:
+        packed: whether the torch backend may use packed weights. A forced "torch" may not: it runs the
+            plain ops, and gives the bits that the model's own library gives.
+    """
     names = {site: entry.name for site, entry in chosen.items()}
     calls = {site: entry.call for site, entry in chosen.items()}
     plan: dict[str, Any] = {}
-    if device.type == "cpu" and dtype == torch.float32 and mkldnn.available():
-        packed = [site for site in LINEAR_SITES if names[site] == "torch"]
-        if len(packed) == len(LINEAR_SITES):
-            calls |= dict.fromkeys(packed, mkldnn.linear)
-            plan |= {"pack": mkldnn.pack, "quick_gelu_as_silu": True}
+    packed = packed and device.type == "cpu" and dtype == torch.float32 and mkldnn.available()
+    if packed and all(names[site] == "torch" for site in LINEAR_SITES):
+        calls |= dict.fromkeys(LINEAR_SITES, mkldnn.linear)
+        plan |= {"pack": mkldnn.pack, "quick_gelu_as_silu": True}
     fused = names.get("mlp") in ("triton", "native")
     products = ("qkv", "proj") if fused else ("qkv", "proj", "fc1", "fc2")
     fold = not fused and all(names[site] == "triton" for site in products)

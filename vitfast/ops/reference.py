@@ -68,15 +68,20 @@ def patch_embed(
     upcast: bool = False,
 ) -> Tensor:
     weight, bias, position, prefix = _up(upcast, weight, bias, position, prefix)
-    rows = patches(images, patch_size, channels_last).to(weight.dtype)
-    if images.dtype == torch.uint8:
-        rows -= PIXEL_CENTER
-    tokens = F.linear(rows, weight, bias)
+    if images.dtype != torch.uint8 and not channels_last:
+        # The convolution that the libraries run, and on the CPU its very bits.
+        kernel = weight.view(weight.shape[0], -1, *patch_size)
+        tokens = F.conv2d(images.to(weight.dtype), kernel, bias, stride=patch_size).flatten(2).transpose(1, 2)
+    else:
+        rows = patches(images, patch_size, channels_last).to(weight.dtype)
+        if images.dtype == torch.uint8:
+            rows -= PIXEL_CENTER
+        tokens = F.linear(rows, weight, bias)
     if position is not None:
         tokens = tokens + position
     if prefix is not None:
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    return tokens
+    return tokens.contiguous()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, upcast: bool = False) -> Tensor:
