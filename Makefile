@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Worker processes of the tests: empty for none. Two halve the time on two cores.
+# Worker processes of the tests, empty for none. One thread each: with more they fight for the cores and
+# take longer than a single process would.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
 
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
@@ -28,10 +30,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@touch $@
 
 test: $(READY) ## run the tests, the long ones left out
-	$(BIN)/pytest $(if $(WORKERS),-n $(WORKERS)) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-full: $(READY) ## run all tests
-	$(BIN)/pytest $(if $(WORKERS),-n $(WORKERS)) -m "full or not full" $(PYTEST_ARGS)
+	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -280,3 +280,34 @@ def test_bf16_dot_in_the_interpreter_still_needs_the_repair(bf16_errors):
 
 def test_bf16_dot_in_the_interpreter_is_right_when_repaired(bf16_errors):
     assert max(bf16_errors[1:]) < 1e-6
+
+
+CAST = """
+import torch, triton, triton.language as tl
+from vitfast import testing
+
+@triton.jit
+def narrow(out, x, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.load(x + i).to(tl.bfloat16))
+
+def wrong():
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    x[:4] = torch.tensor([float("inf"), -float("inf"), 3.4e38, 1e-40])
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    narrow[(1,)](out, x, 1024)
+    return int((out != x.bfloat16()).sum())
+
+before = wrong()
+testing.repair_interpreter()
+print(before, wrong())
+"""
+
+
+def test_bf16_rounding_in_the_interpreter_needs_the_repair(tmp_path):
+    """Casts to bf16 are cut off instead of rounded; repaired, they are torch's own, bit for bit."""
+    script = tmp_path / "cast.py"
+    script.write_text(CAST)
+    before, after = run_python(f"import runpy; runpy.run_path({str(script)!r})", TRITON_INTERPRET="1").split()
+    assert int(before) > 0, f"Triton {triton.__version__} rounds to bf16 rightly: cast_impl's repair can go"
+    assert int(after) == 0

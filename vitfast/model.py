@@ -291,7 +291,8 @@ def _block(
     x = calls["fc2"](
         hidden, block.fc2.weight, block.fc2.bias, layer_scale=block.layer_scale2, residual=x, stats=want_stats
     )
-    return x if want_stats else (x, None)
+    x, stats = x if want_stats else (x, None)
+    return x, stats
 
 
 def _normed(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -150,18 +150,18 @@ def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tup
     oracle = getattr(reference, call.op)(*call.args, **call.kwargs, upcast=True)
     baseline = getattr(reference, call.op)(*call.args, **call.kwargs)
     right, wrong = [], {}
+    run = {entry.name: functools.partial(cast(Any, entry.call), *call.args, **call.kwargs) for entry in entries}
     for entry in entries:
-        assert entry.call is not None
         try:
-            testing.assert_close(entry.call(*call.args, **call.kwargs), oracle, baseline, what=call.op)
+            testing.assert_close(run[entry.name](), oracle, baseline, what=call.op)
             right.append(entry)
         except (AssertionError, RuntimeError, ValueError) as error:
             wrong[entry.name] = f"{type(error).__name__}: {error}"
     del oracle, baseline
     if not right:
         raise PlanError(f"no backend is right for {call.op} on {device}: {wrong}")
-    bound = [functools.partial(entry.call, *call.args, **call.kwargs) for entry in right]
-    median = dict(zip((entry.name for entry in right), time_calls(bound, device), strict=True))
+    times = time_calls([run[entry.name] for entry in right], device)
+    median = dict(zip((entry.name for entry in right), times, strict=True))
     best = min(right, key=lambda entry: median[entry.name])
     return best, {"ms": median, "refused": wrong}
 

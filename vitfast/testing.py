@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -126,37 +126,43 @@ def assert_close(
         AssertionError: with the largest errors and the bounds they broke.
     """
     if not isinstance(actual, Tensor):
-        assert not isinstance(oracle, Tensor) and not isinstance(baseline, Tensor)
-        assert len(actual) == len(oracle) == len(baseline)
+        if not len(actual) == len(oracle) == len(baseline):
+            raise AssertionError(f"{what}: {len(actual)} tensors, expected {len(oracle)}")
         for i, parts in enumerate(zip(actual, oracle, baseline, strict=True)):
             assert_close(*parts, what=f"{what}[{i}]")
         return
-    assert isinstance(oracle, Tensor) and isinstance(baseline, Tensor)
-    assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
-    assert actual.dtype == baseline.dtype, f"{what}: dtype {actual.dtype}, expected {baseline.dtype}"
+    problems = _problems(actual, cast(Tensor, oracle), cast(Tensor, baseline))
+    if problems:  # raised, not asserted: the planner relies on it, with or without python -O
+        raise AssertionError(f"{what or 'result'} {tuple(actual.shape)} {actual.dtype}: {'; '.join(problems)}")
+
+
+def _problems(actual: Tensor, oracle: Tensor, baseline: Tensor) -> list[str]:
+    """What is wrong with a result; empty if nothing is."""
+    if actual.shape != oracle.shape:
+        return [f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"]
+    if actual.dtype != baseline.dtype:
+        return [f"dtype {actual.dtype}, expected {baseline.dtype}"]
     tolerance = TOLERANCES[actual.dtype]
     got, want, base = (t.detach().double().cpu() for t in (actual, oracle, baseline))
-    if not actual.numel():
-        return
     for kind, test in (("nan", torch.isnan), ("inf", torch.isinf)):
-        assert torch.equal(test(got), test(want)), f"{what}: {kind} in other places than in the oracle"
+        if not torch.equal(test(got), test(want)):
+            return [f"{kind} in other places than in the oracle"]
     finite = torch.isfinite(want)
     got, want, base = got[finite], want[finite], base[finite]
     if not got.numel():
-        return
-    scale = want.abs().max().item()
+        return []
     error, base_error = (got - want).abs(), (base - want).abs()
     base_error = base_error.nan_to_num(0.0, posinf=0.0)  # a baseline that overflows excuses nothing
-    bound = 2 * base_error.max().item() + 2 * tolerance.ulp * scale
-    rms = error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
-    rms_base = base_error.square().mean().sqrt().item() / max(want.square().mean().sqrt().item(), 1e-30)
+    bound = 2 * base_error.max().item() + 2 * tolerance.ulp * want.abs().max().item()
+    size = max(want.square().mean().sqrt().item(), 1e-30)
+    rms, rms_base = (e.square().mean().sqrt().item() / size for e in (error, base_error))
     rms_bound = max(tolerance.rms, 2 * rms_base)
     problems = []
-    if error.max().item() > bound:
+    if not error.max().item() <= bound:
         problems.append(f"max error {error.max():.3e} exceeds {bound:.3e} (torch: {base_error.max():.3e})")
-    if rms > rms_bound:
+    if not rms <= rms_bound:
         problems.append(f"relative RMS error {rms:.3e} exceeds {rms_bound:.3e} (torch: {rms_base:.3e})")
-    assert not problems, f"{what or 'result'} {tuple(actual.shape)} {actual.dtype}: " + "; ".join(problems)
+    return problems
 
 
 def check_op(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, what: str = "", **kwargs: Any) -> None:
@@ -170,7 +176,6 @@ def check_op(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Make torch.empty, empty_like and Tensor.new_empty, when called from vitfast, give poison."""
-    originals = (torch.empty, torch.empty_like, Tensor.new_empty)
 
     def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if getattr(original, "poisons", False):  # nested: the outer wrapper would look like vitfast's own call
@@ -186,11 +191,15 @@ def poisoned_allocations() -> Iterator[None]:
         allocate.poisons = True  # type: ignore[attr-defined]
         return allocate
 
-    torch.empty, torch.empty_like, Tensor.new_empty = map(wrap, originals)
+    places = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
+    originals = [getattr(place, name) for place, name in places]
     try:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, wrap(original))
         yield
     finally:
-        torch.empty, torch.empty_like, Tensor.new_empty = originals
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
 
 
 def repair_interpreter() -> None:

@@ -6,6 +6,8 @@ the result is returned in float64: what a kernel with no rounding at all would g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -210,5 +212,6 @@ def mlp(
     residual: Tensor | None = None,
     upcast: bool = False,
 ) -> Tensor:
-    hidden = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
-    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
+    hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
+    out: Any = linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
+    return out

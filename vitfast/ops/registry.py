@@ -179,6 +179,6 @@ def choose(spec: Spec, name: str = "auto") -> Backend:
         return entry
     able, refused = candidates(spec)
     if not able:
-        reasons = "; ".join(f"{key}: {', '.join(value)}" for key, value in refused.items())
-        raise BackendError(f"no backend can run {spec.op}: {reasons}")
+        listed = "; ".join(f"{key}: {', '.join(value)}" for key, value in refused.items())
+        raise BackendError(f"no backend can run {spec.op}: {listed}")
     return able[0]
