@@ -49,7 +49,8 @@ demo: $(READY) ## embed sample photos and find the ones alike
 # have correctness gates of their own and run even if a test failed.
 gpu: ## run tests and benchmarks with $(PYTHON) as it is, on its GPU
 	@status=0; export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	$(PYTHON) -m pytest --continue-on-collection-errors $(PYTEST_ARGS) || status=$$?; \
+	workers=$$($(PYTHON) -c "import importlib.util as u; print('-n 8' if u.find_spec('xdist') else '')"); \
+	$(PYTHON) -m pytest $$workers --continue-on-collection-errors $(PYTEST_ARGS) || status=$$?; \
 	$(PYTHON) -m benchmarks.gpu || status=$$?; \
 	exit $$status
 

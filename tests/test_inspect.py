@@ -35,7 +35,7 @@ def run_code(code: str, **environment: str) -> str:
 # One process per chip and file: the work spreads over the workers of pytest-xdist, and a new file
 # in kernels/ is inspected without being named here.
 @pytest.mark.parametrize("kernel", KERNEL_FILES)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.full)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_compile_well(arch, kernel):
     rows = json.loads(run_python("-m", "vitfast", "inspect", "--arch", arch, "--kernel", kernel, "--json"))
     assert {(row["arch"], row["file"]) for row in rows} == {(arch, kernel)}
