@@ -17,7 +17,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["vitfast", "vitfast.checkpoints", "vitfast.kernels", "vitfast.ops"]
+PACKAGES = ["vitfast", "vitfast.checkpoints", "vitfast.integrations", "vitfast.kernels", "vitfast.ops"]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 

@@ -52,3 +52,41 @@ def pick_config(
     if name == "half-96" and query_count <= _SHORT:
         name += "-short"
     return next(c for c in CONFIGS if c.name in (f"{name}-sm90", name) and c.min_capability <= device_capability)
+
+
+# Chosen in the same way; the number is the widest padded head dim. "dense": with a bias or a mask,
+# or with dS written (for "dkdv" any bias or mask, for "dq" one that differs from query to query).
+# dq walks over BLOCK_N, dkdv over BLOCK_M.
+BACKWARD_CONFIGS = [
+    Config("dq-half-128", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    Config("dq-half-256", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("dq-dense-128", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2),
+    Config("dq-dense-256", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("dq-fp32-128", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
+    Config("dq-fp32-256", {"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
+    Config("dkdv-half-80", {"BLOCK_N": 64, "BLOCK_M": 32}, num_warps=4, num_stages=2),
+    Config("dkdv-half-96-sm90", {"BLOCK_N": 64, "BLOCK_M": 32}, num_warps=4, num_stages=2, min_capability=(9, 0)),
+    Config("dkdv-half-96", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=4, num_stages=2),
+    Config("dkdv-half-128", {"BLOCK_N": 64, "BLOCK_M": 32}, num_warps=4, num_stages=2),
+    Config("dkdv-half-256", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8, num_stages=2),
+    Config("dkdv-dense-64", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=4, num_stages=2),
+    Config("dkdv-dense-128", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8, num_stages=2),
+    Config("dkdv-dense-256", {"BLOCK_N": 32, "BLOCK_M": 16}, num_warps=8, num_stages=1),
+    Config("dkdv-fp32-128", {"BLOCK_N": 32, "BLOCK_M": 16}, num_warps=8, num_stages=1),
+    Config("dkdv-fp32-256", {"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8, num_stages=1),
+]
+
+
+def pick_backward_config(
+    kernel: str, head_dim: int, dtype: torch.dtype, dense: bool, device_capability: tuple[int, int]
+) -> Config:
+    """The configuration of "dq" or "dkdv"; `dense`: it reads or writes tiles of bias, mask or dS."""
+    kind = "fp32" if dtype == torch.float32 else "dense" if dense else "half"
+    fitting = (
+        config
+        for config in BACKWARD_CONFIGS
+        if config.name.startswith(f"{kernel}-{kind}-")
+        and int(config.name.split("-")[2]) >= sum(head_chunks(head_dim))
+        and config.min_capability <= device_capability
+    )
+    return next(fitting)

@@ -16,54 +16,26 @@ Bound by the tensor cores and the exponentials for long sequences, by bytes for 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from vitfast.kernels._attention_configs import CONFIGS, head_chunks, pick_config
-from vitfast.kernels._common import (
-    DTYPES,
-    CompileCase,
-    capability,
-    check_device,
-    check_dtype,
-    check_last_contiguous,
-    check_shape,
-    on_its_device,
+from vitfast.kernels._attention_common import (
+    CAPABILITIES,
+    LOG2E,
+    broadcast,
+    check_attention,
+    load_rows,
+    load_scores,
+    load_tile,
+    store_tile,
+    strides,
+    vector,
 )
+from vitfast.kernels._attention_configs import CONFIGS, head_chunks, pick_config
+from vitfast.kernels._common import CompileCase, capability, on_its_device
 
-__all__ = ["CAPABILITIES", "CONFIGS", "attention", "compile_cases"]
-
-LOG2E = 1.4426950408889634
-
-CAPABILITIES = {"dtypes": DTYPES, "min_capability": (8, 0), "limits": {"head_dim": (1, 256)}}
-
-
-@triton.jit
-def _load_rows(pointer, stride, rows, row_count, START: tl.constexpr, SIZE: tl.constexpr,
-               HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
-    """Columns START..START+SIZE of some rows; zeros beyond HEAD_DIM and, if BOUNDED, row_count."""
-    columns = START + tl.arange(0, SIZE)
-    tile = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if START + SIZE <= HEAD_DIM and not BOUNDED:
-        return tl.load(tile)
-    else:
-        inside = (columns < HEAD_DIM)[None, :]
-        if BOUNDED:
-            inside &= (rows < row_count)[:, None]
-        return tl.load(tile, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_scores(rows, stride, start, in_tile, left, BOUNDED: tl.constexpr):
-    """A tile of the bias or the mask, [BLOCK_M or 1, BLOCK_N]; `rows` are pointers to its rows."""
-    tile = rows + tl.cast(start, tl.int64) * stride + in_tile.to(tl.int64)[None, :] * stride
-    if BOUNDED:
-        return tl.load(tile, mask=(in_tile < left)[None, :], other=0)
-    else:
-        return tl.load(tile)
+__all__ = ["CAPABILITIES", "CONFIGS", "attention", "attention_forward", "compile_cases"]
 
 
 @triton.jit
@@ -102,18 +74,18 @@ def _key_tile(
     k += first * k_stride_n
     v += first * v_stride_n
 
-    k_tile = _load_rows(k, k_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
+    k_tile = load_rows(k, k_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     if D_REST > 0:
-        k_tile = _load_rows(k, k_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
+        k_tile = load_rows(k, k_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
         scores = tl.dot(q_rest, tl.trans(k_tile), scores, input_precision="ieee")
 
     if SCALE_FIRST:
         scores = scores * scale
     if bias is not None:
-        scores += _load_scores(bias, bias_stride_k, start, in_tile, left, BOUNDED).to(tl.float32)
+        scores += load_scores(bias, bias_stride_k, start, in_tile, left, BOUNDED).to(tl.float32)
     if mask is not None:
-        seen = _load_scores(mask, mask_stride_k, start, in_tile, left, BOUNDED)
+        seen = load_scores(mask, mask_stride_k, start, in_tile, left, BOUNDED)
         scores = tl.where(seen != 0, scores, float("-inf"))
     if BOUNDED:
         scores = tl.where((in_tile < left)[None, :], scores, float("-inf"))
@@ -133,11 +105,11 @@ def _key_tile(
         decay = tl.exp2(row_shift - shift)
     row_sum = row_sum * decay + tl.sum(weights, 1)
 
-    v_tile = _load_rows(v, v_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
+    v_tile = load_rows(v, v_stride_n, in_tile, left, 0, D_MAIN, HEAD_DIM, BOUNDED)
     weights = weights.to(v_tile.dtype)
     acc = tl.dot(weights, v_tile, acc * decay[:, None], input_precision="ieee")
     if D_REST > 0:
-        v_tile = _load_rows(v, v_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
+        v_tile = load_rows(v, v_stride_n, in_tile, left, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
         acc_rest = tl.dot(weights, v_tile, acc_rest * decay[:, None], input_precision="ieee")
     return acc, acc_rest, new_shift, row_sum
 
@@ -145,6 +117,8 @@ def _key_tile(
 @triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
 def _attention_kernel(
     out,  # [B, Nq, H, D] contiguous
+    max_out,  # [B, H, Nq] fp32: the largest score of each query, or None; with SCALE_FIRST only
+    sum_out,  # [B, H, Nq] fp32: sum of exp(score - largest), or None
     q,  # [B, Nq, H, D]
     k,  # [B, Nk, H, D]
     v,  # [B, Nk, H, D]
@@ -172,7 +146,7 @@ def _attention_kernel(
     key_count,
     scale,
     unit,  # log2(e), times the scale unless SCALE_FIRST; positive
-    SCALE_FIRST: tl.constexpr,  # scale before maxima are taken: with a bias, or a scale <= 0
+    SCALE_FIRST: tl.constexpr,  # scale before maxima are taken: with a bias or max_out, or a scale <= 0
     BIAS_PER_QUERY: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -212,10 +186,7 @@ def _attention_kernel(
         mask += bias_rows * mask_stride_q if MASK_PER_QUERY else tl.zeros([1, 1], tl.int64)
 
     # Load.
-    q_tile = _load_rows(q, q_stride_n, queries, query_count, 0, D_MAIN, HEAD_DIM, True)
-    q_rest = q_tile
-    if D_REST > 0:
-        q_rest = _load_rows(q, q_stride_n, queries, query_count, D_MAIN, D_REST, HEAD_DIM, True)
+    q_tile, q_rest = load_tile(q, q_stride_n, queries, query_count, HEAD_DIM, D_MAIN, D_REST, True)
 
     # Compute.
     acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
@@ -245,56 +216,12 @@ def _attention_kernel(
 
     # Store. A query that saw no key has sum 0 and gives zeros.
     norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
-    columns = tl.arange(0, D_MAIN)
-    rows = out + queries.to(tl.int64)[:, None] * out_stride_n
-    inside = (queries < query_count)[:, None]
-    tl.store(rows + columns[None, :], (acc * norm[:, None]).to(out.dtype.element_ty),
-             mask=inside & (columns < HEAD_DIM)[None, :])  # fmt: skip
-    if D_REST > 0:
-        columns = D_MAIN + tl.arange(0, D_REST)
-        tl.store(rows + columns[None, :], (acc_rest * norm[:, None]).to(out.dtype.element_ty),
-                 mask=inside & (columns < HEAD_DIM)[None, :])  # fmt: skip
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides, 0 where an axis has one entry: its stride can be any number, but is never used."""
-    return tuple(stride if n > 1 else 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _vector(head_dim: int, *tensors: torch.Tensor) -> int:
-    """Elements (a power of two, at most 16 bytes) that divide D and every address and stride."""
-    size = tensors[0].element_size()
-    steps = [stride for tensor in tensors for stride in _strides(tensor)[:-1]]
-    return math.gcd(16 // size, head_dim, *steps, *(tensor.data_ptr() // size for tensor in tensors))
-
-
-def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of `tensor` as seen with `shape`, 0 for the axes it is broadcast along."""
-    if tensor is None:
-        return (0,) * len(shape)
-    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
-    if tensor.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
-        raise ValueError(f"attention: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {shape}")
-    return _strides(tensor.expand(shape))
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None):
-    op = "attention"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{op}: {name} must be [B, N, H, D], got shape {tuple(tensor.shape)}")
-    check_dtype(op, q=q)
-    check_dtype(op, q.dtype, k=k, v=v)
-    check_dtype(op, bias=bias)
-    check_dtype(op, torch.bool, mask=mask)
-    batch, _, heads, head_dim = q.shape
-    check_shape(op, "k", k, (batch, k.shape[1], heads, head_dim))
-    check_shape(op, "v", v, tuple(k.shape))
-    low, high = CAPABILITIES["limits"]["head_dim"]
-    if not low <= head_dim <= high:
-        raise ValueError(f"{op}: head dim must be {low}..{high}, got {head_dim}")
-    check_last_contiguous(op, q=q, k=k, v=v)
-    check_device(op, q=q, k=k, v=v, bias=bias, mask=mask)
+    store_tile(out, out_stride_n, queries, query_count, acc * norm[:, None], acc_rest * norm[:, None],
+               HEAD_DIM, D_MAIN, D_REST)  # fmt: skip
+    if max_out is not None:
+        row = (batch * heads + head) * query_count + queries
+        tl.store(max_out + row, row_shift, mask=queries < query_count)
+        tl.store(sum_out + row, row_sum, mask=queries < query_count)
 
 
 @on_its_device
@@ -307,7 +234,8 @@ def attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q kᵀ * scale + bias) v per head.
 
     Args:
@@ -317,19 +245,59 @@ def attention(
         mask: bool, True where a key may be seen; broadcastable to [B, H, Nq, Nk].
         causal: query i sees keys 0..i.
         scale: any float; 1 / sqrt(D) by default.
+        return_lse: also give the log-sum-exp of each query's scores.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
+        With return_lse, that and [B, H, Nq] fp32, natural logarithm; -inf for such a query.
 
     Raises:
         ValueError: if a shape, dtype, stride or device does not fit.
     """
-    _check(q, k, v, bias, mask)
+    if return_lse:
+        out, stats = attention_forward(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+        return out, stats[0] + stats[1].log()
+    return _launch(q, k, v, bias, mask, causal, scale, None)
+
+
+@on_its_device
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention`, and what its backward needs: out and stats [2, B, H, Nq] fp32.
+
+    stats[0] is the largest score of each query (-inf if it may see no key), stats[1] the sum of
+    exp(score - largest). Their log-sum-exp alone would not do: for a row whose bias is finfo.min
+    throughout it rounds to finfo.min, and the weights of 1 / Nk could not be told from 1.
+    """
+    batch, query_count, heads, _ = q.shape if q.ndim == 4 else (0, 0, 0, 0)  # _launch refuses other shapes
+    stats = torch.empty((2, batch, heads, query_count), dtype=torch.float32, device=q.device)
+    return _launch(q, k, v, bias, mask, causal, scale, stats), stats
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    stats: torch.Tensor | None,
+) -> torch.Tensor:
+    check_attention("attention", q, k, v, bias, mask)
     batch, query_count, heads, head_dim = q.shape
     key_count = k.shape[1]
     shape = (batch, heads, query_count, key_count)
-    bias_strides = _broadcast("bias", bias, shape)
-    mask_strides = _broadcast("mask", mask, shape)
+    bias_strides = broadcast("attention", "bias", bias, shape)
+    mask_strides = broadcast("attention", "mask", mask, shape)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
@@ -341,19 +309,22 @@ def attention(
     tail = block_n if causal else min(block_n, max(16, triton.next_power_of_2(key_count % block_n)))
     scale = float(head_dim**-0.5 if scale is None else scale)
     # Scaling inside the exponential saves a product per score, but needs a positive scale, and one
-    # that fp32 does not flush to zero: -inf times 0 is NaN.
-    scale_first = bias is not None or not scale > torch.finfo(torch.float32).tiny
+    # that fp32 does not flush to zero: -inf times 0 is NaN. The backward scales first too, so that
+    # it finds the very scores whose maxima these are.
+    scale_first = bias is not None or stats is not None or not scale > torch.finfo(torch.float32).tiny
     grid = (triton.cdiv(query_count, block_m) * batch * heads,)
     _attention_kernel[grid](
         out,
+        None if stats is None else stats[0],
+        None if stats is None else stats[1],
         q,
         k,
         v,
         bias,
         mask,
-        *_strides(q)[:3],
-        *_strides(k)[:3],
-        *_strides(v)[:3],
+        *strides(q)[:3],
+        *strides(k)[:3],
+        *strides(v)[:3],
         *bias_strides,
         *mask_strides,
         heads,
@@ -365,7 +336,7 @@ def attention(
         BIAS_PER_QUERY=bias_strides[2] != 0,
         MASK_PER_QUERY=mask_strides[2] != 0,
         CAUSAL=causal,
-        VECTOR=_vector(head_dim, q, k, v),
+        VECTOR=vector(head_dim, q, k, v),
         HEAD_DIM=head_dim,
         D_MAIN=main,
         D_REST=rest,
@@ -385,14 +356,17 @@ def compile_cases() -> list[CompileCase]:
     for arch in (80, 90, 100):
         cases += [_compile_case(head_dim, tokens, arch) for head_dim, tokens in plain]
         cases += [_compile_case(64, 197, arch, bias="*bf16"), _compile_case(64, 197, arch, mask="*i1")]
+        stats = {"max_out": "*fp32", "sum_out": "*fp32"}
+        cases += [_compile_case(head_dim, 197, arch, **stats) for head_dim in (64, 72, 80, 88, 96, 128)]
+        cases += [_compile_case(64, 197, arch, bias="*bf16", **stats)]
     return cases
 
 
 def _compile_case(head_dim: int, tokens: int, arch: int, **extra: str) -> CompileCase:
-    config = pick_config(head_dim, tokens, torch.bfloat16, bool(extra), divmod(arch, 10))
+    config = pick_config(head_dim, tokens, torch.bfloat16, bool(extra.keys() & {"bias", "mask"}), divmod(arch, 10))
     main, rest = head_chunks(head_dim)
     constexprs = {
-        "SCALE_FIRST": "bias" in extra,
+        "SCALE_FIRST": bool(extra.keys() & {"bias", "max_out"}),
         "BIAS_PER_QUERY": "bias" in extra,
         "MASK_PER_QUERY": "mask" in extra,
         "CAUSAL": False,
@@ -404,7 +378,8 @@ def _compile_case(head_dim: int, tokens: int, arch: int, **extra: str) -> Compil
         **config.blocks,
     }
     for name in ("bias", "mask"):
-        constexprs |= {f"{name}_stride_k": 1} if name in extra else {name: None}
+        constexprs |= {f"{name}_stride_k": 1} if name in extra else {}
+    constexprs |= dict.fromkeys({"bias", "mask", "max_out", "sum_out"} - extra.keys())
     types = dict.fromkeys(("out", "q", "k", "v"), "*bf16") | {"scale": "fp32", "unit": "fp32"} | extra
     strides = (f"{name}_stride_{axis}" for name in "qkv" for axis in "bn")
     return CompileCase(

@@ -204,6 +204,23 @@ def test_empty(shape, causal):
     assert not actual.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [None, -0.2, 3.0])
+def test_log_sum_exp(dtype, scale):
+    q, k, v = inputs(2, 40, 70, 2, 72, dtype)
+    bias, mask = guarded(make(2, 40, 1, seed=5)), random_mask(2, 1, 40, 70)
+    mask[:, :, 7] = False
+    out, lse = kernel.attention(q, k, v, bias=bias, mask=mask, causal=True, scale=scale, return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * (72**-0.5 if scale is None else scale)
+    scores = (scores + bias).masked_fill(~mask.tril(), float("-inf"))
+    oracle = scores.logsumexp(-1)
+    assert_close(lse, oracle, oracle.float())
+    assert lse[:, :, 7].eq(float("-inf")).all()
+    kwargs = {"bias": bias, "mask": mask, "scale": scale}
+    baseline = reference.attention(q, k, v, **kwargs | {"mask": mask.tril()})
+    assert_close(out, reference.attention(q, k, v, **kwargs, causal=True, upcast=True), baseline)
+
+
 def test_output_is_contiguous_and_complete():
     q, k, v = inputs(2, 50, 50, 3, 72, BF16)
     actual = kernel.attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)

@@ -26,7 +26,8 @@ class Rule:
 
 # fmt: off
 RULES = {
-    "__init__":    Rule(later=("checkpoints", "config", "engine", "images", "model", "ops")),
+    "__init__":    Rule(later=("attention", "checkpoints", "config", "engine", "flash_attention", "images",
+                               "integrations", "model", "ops", "verify")),
     "__main__":    Rule(rooms=("cli",)),
     "config":      Rule(),
     "kernels":     Rule(outside=("torch", "triton")),
@@ -40,8 +41,16 @@ RULES = {
     "engine":      Rule(rooms=("config", "model", "planner", "checkpoints", "ops", "images"), outside=("torch",)),
     "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy", "pyarrow", "torch")),
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("planner", "engine", "_C"), outside=("torch",)),
+    "attention":   Rule(rooms=("ops",), outside=("torch",)),
+    "flash_attention": Rule(rooms=("attention",), outside=("torch",)),
+    "integrations": Rule(rooms=("attention",), outside=("torch",)),
     "inspect":     Rule(later=("kernels",)),
-    "cli":         Rule(rooms=("vitfast",), later=("embed", "doctor", "inspect", "engine", "ops"), outside=("typer",)),
+    "findings":    Rule(),
+    "differences": Rule(rooms=("findings", "testing"), outside=("torch",)),
+    "verify":      Rule(rooms=("differences", "findings"), later=("checkpoints", "embed", "engine", "images", "ops"),
+                        outside=("torch",)),
+    "cli":         Rule(rooms=("vitfast",), later=("embed", "doctor", "inspect", "engine", "ops", "verify"),
+                        outside=("typer",)),
 }
 # fmt: on
 

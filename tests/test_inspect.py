@@ -47,7 +47,7 @@ def test_kernels_compile_well(arch, kernel):
 
 # Kernels whose 16-bit products must be done by the best tensor-core instruction of the chip. fp32
 # products are exact (no TF32), which no tensor core can do.
-PRODUCTS = ("linear", "attention")
+PRODUCTS = ("linear", "attention", "attention_backward")
 BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 
 

@@ -1,6 +1,6 @@
 """The `vitfast` command: arguments in, one answer out. The work is done elsewhere, imported on use.
 
-Exit codes: 0 all went well; 1 some images failed, or the operation did; 2 arguments or inputs that
+Exit codes: 0 all went well; 1 some images failed, outputs differ, or the operation failed; 2 arguments or inputs that
 cannot be used; 130 interrupted. With --json, stdout holds exactly one JSON document, an error being
 {"error": ...}; everything else goes to stderr.
 """
@@ -37,6 +37,15 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class BackendName(str, Enum):
+    """What --backend takes."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+    native = "native"
 
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
@@ -172,6 +181,39 @@ def inspect(
         options: dict[str, Any] = {"archs": arch} if arch else {}
         answer.json = module.inspect(**options, kernels=kernel or None)
         answer.text = module.render(answer.json)
+
+
+@app.command(epilog="Example: `vitfast verify facebook/dinov2-small --dtype bf16 --images photos/`")
+def verify(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or .safetensors file.")],
+    against: Annotated[
+        str, typer.Option(help="`torch`: plain PyTorch ops in fp32; or another model that should give the same.")
+    ] = "torch",
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Image file, folder or quoted glob pattern; may be repeated. [default: random images]"),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
+    as_json: Json = False,
+) -> None:
+    """Check that a model's outputs are those of plain PyTorch.
+
+    In fp16 and bf16 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
+    0: the same; 1: different; 2: the model or the images cannot be used.
+    """
+    with _command(context, as_json) as answer:
+        from vitfast.verify import render, verify_model
+
+        name = None if dtype is None else dtype.value
+        report = verify_model(
+            model, against=against, images=images or (), device=device, dtype=name, backend=backend.value
+        )
+        answer.code = 0 if report.ok else 1
+        answer.json = report.to_dict()
+        answer.text = render(report)
 
 
 class _Answer:

@@ -184,7 +184,7 @@ def tile_efficiency(kernel: str, tile: Mapping[str, int]) -> dict[str, float]:
 
     if not {"M", "N", "C"} & tile.keys():
         return {}
-    if kernel == "attention":
+    if kernel.startswith("attention"):  # forward, dq and dkdv
         return {f"N={n}": round(share(n, "M") * share(n, "N"), 4) for n in ATTENTION_TOKENS}
     columns = "N" if "N" in tile else "C"
     return {

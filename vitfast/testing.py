@@ -43,6 +43,28 @@ PEER_TOLERANCE = 1e-4
 """Largest error of a whole forward in fp32 against another library's, by the largest value of the output.
 Both round differently at every step; over a few layers this comes to 1e-6 ... 1e-5; a wrong weight to 1e-1."""
 
+
+@dataclass(frozen=True)
+class ModelTolerance:
+    """How far two right forwards of a whole model in one dtype may be apart.
+
+    `rms`: RMS(difference) / RMS(values). `error`: largest difference / largest value.
+    """
+
+    rms: float
+    error: float
+
+
+MODEL_TOLERANCES = {
+    torch.float64: ModelTolerance(PEER_TOLERANCE * 2.0**-29, PEER_TOLERANCE * 2.0**-29),  # as many ulps as in fp32
+    torch.float32: ModelTolerance(PEER_TOLERANCE, PEER_TOLERANCE),
+    # About twice what transformers' SDPA and eager attention differ by on two photos (CLIP ViT-B/16 and DINOv2
+    # ViT-S/14 with their trained weights, on a CPU): in fp16 rms 7.8e-3 and error 3.6e-2, in bf16 3.1e-2 and 0.10.
+    # Both worst on CLIP's tokens before its last norm; its embeddings differ four to eight times less.
+    torch.float16: ModelTolerance(rms=1.6e-2, error=8e-2),
+    torch.bfloat16: ModelTolerance(rms=6.4e-2, error=0.25),
+}
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Real shapes, each with the model it comes from.
@@ -131,13 +153,13 @@ def assert_close(
         for i, parts in enumerate(zip(actual, oracle, baseline, strict=True)):
             assert_close(*parts, what=f"{what}[{i}]")
         return
-    problems = _problems(actual, cast(Tensor, oracle), cast(Tensor, baseline))
+    problems = why_not_close(actual, cast(Tensor, oracle), cast(Tensor, baseline))
     if problems:  # raised, not asserted: the planner relies on it, with or without python -O
         raise AssertionError(f"{what or 'result'} {tuple(actual.shape)} {actual.dtype}: {'; '.join(problems)}")
 
 
-def _problems(actual: Tensor, oracle: Tensor, baseline: Tensor) -> list[str]:
-    """What is wrong with a result; empty if nothing is."""
+def why_not_close(actual: Tensor, oracle: Tensor, baseline: Tensor) -> list[str]:
+    """What is wrong with a result by the rule of `assert_close`, one sentence each; empty if nothing is."""
     if actual.shape != oracle.shape:
         return [f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"]
     if actual.dtype != baseline.dtype:

@@ -233,7 +233,8 @@ def attention(
         scale: 1 / sqrt(D) by default.
 
     Returns:
-        [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
+        [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros. Can be
+        differentiated with respect to q, k, v and bias.
 
     Raises:
         ValueError: if a shape, dtype or stride does not fit.
@@ -243,9 +244,7 @@ def attention(
         key_mask = key_mask[:, None, None, :]
         mask = key_mask if mask is None else mask & key_mask
     checks.check_attention(q, k, v, bias, mask)
-    if backend is None:
-        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale)
-    return choose(checks.attention_spec(q, k), backend).call(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+    return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend or "auto")
 
 
 def mlp(

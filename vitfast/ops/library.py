@@ -1,11 +1,12 @@
 """`torch.ops.vitfast.*`: the ops as torch sees them, with schemas and fakes for torch.compile.
 
-Each takes the first able backend in default order. There is no autograd yet: a backward through
-one of these raises, as torch does for an op without a registered gradient.
+Each takes the first able backend in default order. attention can be differentiated (once, on the
+Triton backend); a backward through any other raises, as torch does for an op without a gradient.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from vitfast.ops import checks
+from vitfast.ops import checks, reference
 from vitfast.ops.reference import STATS_TILE
-from vitfast.ops.registry import Spec, choose
+from vitfast.ops.registry import BackendError, Spec, choose
 
 
 def _fresh(result: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -146,23 +147,125 @@ def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, ro
     return y, _stats_like(y, y.shape[-1])
 
 
-@custom_op("vitfast::attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    call = choose(checks.attention_spec(q, k)).call
+# attention is defined piece by piece, because its autograd depends on the backend: torch's own
+# function brings its gradient with it, our kernels need a forward that also saves statistics.
+_library = torch.library.Library("vitfast", "FRAGMENT")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
+    "float? scale=None, str backend='auto') -> Tensor"
+)
+
+
+def _attention(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
+    call = choose(checks.attention_spec(q, k), backend).call
     return _fresh(call(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale), q, k, v)
 
 
-@attention.register_fake
-def _(q, k, v, bias=None, mask=None, causal=False, scale=None):
+def _attention_autograd(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
+        entry = choose(checks.attention_spec(q, k), backend)
+        if entry.name == "torch":
+            return reference.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+        if entry.name == "triton":
+            return torch.ops.vitfast.attention_forward(q, k, v, bias, mask, causal, scale)[0]
+        raise BackendError(f"backend {entry.name!r} has no gradient of attention; the backends torch and triton have")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend)
+
+
+def _attention_autocast(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
+    """q, k, v in autocast's dtype, as torch's own attention; a bias keeps its own, so that no bit of it is lost."""
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        q, k, v = (t.to(dtype) if t.dtype in checks.FLOATS else t for t in (q, k, v))
+        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend)
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention", _attention_autograd, "Autograd")
+_library.impl("attention", _attention_autocast, "AutocastCPU")
+_library.impl("attention", _attention_autocast, "AutocastCUDA")
+
+
+@torch.library.register_fake("vitfast::attention")
+def _(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto"):
     return q.new_empty(q.shape)
+
+
+def _kernel_file(name: str) -> Any:
+    return importlib.import_module(f"vitfast.kernels.{name}")
+
+
+# No defaults: arguments that equal theirs would be missing from ctx.needs_input_grad.
+@custom_op("vitfast::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, with what its backward needs: out and stats, see kernels/attention.py."""
+    choose(checks.attention_spec(q, k), "triton")  # raises with the reasons where it cannot run
+    return _kernel_file("attention").attention_forward(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+
+
+@attention_forward.register_fake
+def _(q, k, v, bias, mask, causal, scale):
+    return q.new_empty(q.shape), q.new_empty((2, q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@custom_op("vitfast::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dbias; the last is empty unless bias_grad (a custom op cannot return None)."""
+    if dout.shape[-1] > 1 and dout.stride(-1) != 1:  # sum() and mean() give expanded gradients
+        dout = dout.contiguous()
+    dq, dk, dv, dbias = _kernel_file("attention_backward").attention_backward(
+        dout, q, k, v, out, stats, bias=bias, mask=mask, causal=causal, scale=scale, bias_grad=bias_grad
+    )
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, out, stats, bias, mask, causal, scale, bias_grad):
+    dbias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    q, k, v, bias, mask, ctx.causal, ctx.scale = inputs
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(q, k, v, out, stats, bias, mask)
+
+
+def _differentiate_attention(ctx, dout, _) -> tuple[Tensor | None, ...]:
+    bias_grad = ctx.needs_input_grad[3]
+    *grads, dbias = torch.ops.vitfast.attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale, bias_grad)
+    return *grads, dbias if bias_grad else None, None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError("attention: the Triton kernels have no second derivative; the backend torch has")
+
+
+attention_forward.register_autograd(_differentiate_attention, setup_context=_save_attention)
+attention_backward.register_autograd(_refuse_second_derivative)
 
 
 @custom_op("vitfast::mlp", mutates_args=())

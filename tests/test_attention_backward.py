@@ -1,0 +1,420 @@
+"""The gradients of attention against float64 autograd: the kernels, then the op that torch differentiates."""
+
+import itertools
+
+import pytest
+import torch
+from mutants import mutant
+
+from vitfast import ops, testing
+from vitfast.kernels import _attention_dkdv, _attention_dq
+from vitfast.kernels import attention as forward
+from vitfast.kernels import attention_backward as kernel
+from vitfast.kernels._attention_configs import BACKWARD_CONFIGS, pick_backward_config
+from vitfast.ops import reference, registry
+from vitfast.testing import DTYPES, HEAD_DIMS, assert_close, guarded, make, strided
+
+FP32, FP16, BF16 = DTYPES
+# Beyond the models' head dims: a single column, less than one chunk, two chunks, the largest.
+ODD_HEAD_DIMS = (1, 24, 192, 256)
+TOKENS = {1: "a single token", 7: "less than a tile", 50: "B/32", 131: "prime", 197: "/16"}
+
+
+def inputs(batch, queries, keys, heads, head_dim, dtype=FP32, scale=1.0):
+    """q, k, v in memory surrounded by poison."""
+    lengths = (queries, keys, keys)
+    return [
+        guarded(make(batch, n, heads, head_dim, dtype=dtype, seed=seed, scale=scale)) for seed, n in enumerate(lengths)
+    ]
+
+
+def random_mask(*shape, keep=0.7, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    return guarded((torch.rand(*shape, generator=generator) < keep).to(testing.device()))
+
+
+def autograd(dout, q, k, v, *, bias=None, upcast=False, **kwargs):
+    """Gradients by torch of the reference, in float64 (upcast) or in the inputs' dtype."""
+    leaves = [t.detach().double() if upcast else t.detach() for t in (q, k, v, bias) if t is not None]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    with torch.enable_grad():
+        out = reference.attention(*leaves[:3], bias=leaves[3] if bias is not None else None, upcast=upcast, **kwargs)
+        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def gradients(dout, q, k, v, *, bias=None, module=kernel, **kwargs):
+    """The same by the kernels: dq, dk, dv and, with a bias, dbias."""
+    out, stats = forward.attention_forward(q, k, v, bias=bias, **kwargs)
+    *grads, dbias = module.attention_backward(
+        dout, q, k, v, out, stats, bias=bias, bias_grad=bias is not None, **kwargs
+    )
+    assert (dbias is None) == (bias is None)
+    return grads if bias is None else [*grads, dbias]
+
+
+def recomputed(dout, q, k, v, *, bias=None, mask=None, causal=False, scale=None):
+    """The same in plain torch, where the backward makes the weights again from the rows' maxima and sums.
+
+    Torch's own gradient keeps them, and its error in fp32 is smaller: no product q kᵀ is summed in
+    one order in the forward and in another in the backward (here by halves of the head).
+    """
+    dout, q, k, v = (t.transpose(1, 2) for t in (dout, q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    seen = (seen.tril() if causal else seen) & (True if mask is None else mask)
+
+    def finish(products):
+        scores = products * scale + (0.0 if bias is None else bias)
+        return scores.masked_fill(~seen, float("-inf"))
+
+    scores = finish(q @ k.mT)
+    largest = scores.amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    total = (scores - largest).exp().sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0.0, 1.0)
+    delta = (dout * ((scores - largest).exp() / total @ v)).sum(-1, keepdim=True)
+    half = q.shape[-1] // 2
+    again = q[..., :half] @ k[..., :half].mT + q[..., half:] @ k[..., half:].mT
+    weights = (finish(again) - largest).exp() / total
+    dscores = weights * (dout @ v.mT - delta)
+    grads = [t.transpose(1, 2) for t in (dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout)]
+    return grads if bias is None else [*grads, dscores.sum_to_size(bias.shape)]
+
+
+def compare(actual, dout, *inputs, **kwargs):
+    """assert_close with float64 autograd; the baseline is torch's gradient, in fp32 the worse of two."""
+    oracle, baseline = (list(autograd(dout, *inputs, **kwargs, upcast=upcast)) for upcast in (True, False))
+    actual = list(actual)
+    if dout.dtype == FP32:
+        for i, other in enumerate(recomputed(dout, *inputs, **kwargs)):
+            if (other - oracle[i]).abs().max() > (baseline[i] - oracle[i]).abs().max():
+                baseline[i] = other
+    # A gradient of 0 where terms cancel (a bias that is the same for all keys changes nothing): the
+    # error is measured against the size of such terms, for which dv stands.
+    for i, want in enumerate(oracle):
+        if want.numel() and not want.abs().max() > 1e-12 * oracle[2].abs().max():
+            actual[i], oracle[i], baseline[i] = (
+                torch.cat([t[i].flatten(), t[2].to(t[i].dtype).flatten()]) for t in (actual, oracle, baseline)
+            )
+    assert_close(actual, oracle, baseline, what="gradient")
+
+
+def check(q, k, v, *, dout=None, **kwargs):
+    dout = guarded(make(*q.shape, dtype=q.dtype, seed=7)) if dout is None else dout
+    actual = gradients(dout, q, k, v, **kwargs)
+    compare(actual, dout, q, k, v, **kwargs)
+    assert all(grad.is_contiguous() for grad in actual[:3])
+    return actual
+
+
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *ODD_HEAD_DIMS])
+def test_head_dims(head_dim):
+    check(*inputs(1, 19, 83, 2, head_dim, DTYPES[head_dim % 3]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *ODD_HEAD_DIMS])
+@pytest.mark.parametrize("causal", [False, True])
+def test_head_dims_all(head_dim, dtype, causal):
+    check(*inputs(2, 67, 83, 3, head_dim, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_packed(tokens, dtype):
+    qkv = guarded(make(1, tokens, 3, 1, 64, dtype=dtype))
+    check(*qkv.unbind(2))
+
+
+@pytest.mark.parametrize("lengths", [(1, 131), (131, 1), (7, 50), (131, 7)], ids=str)
+def test_cross_attention(lengths):
+    check(*inputs(1, *lengths, 2, 80, FP16))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_separate_strides(dtype):
+    # [B, H, N, D] memory seen as [B, N, H, D]; rows with poison between; batches far apart.
+    q = guarded(make(2, 3, 45, 72, dtype=dtype, seed=0)).transpose(1, 2)
+    k = strided(make(2, 70, 3, 72, dtype=dtype, seed=1))
+    v = guarded(make(70, 3, 2, 72, dtype=dtype, seed=2)).permute(2, 0, 1, 3)
+    check(q, k, v, dout=guarded(make(2, 3, 45, 72, dtype=dtype, seed=3)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("gap", [1, 4], ids=["2-byte aligned", "8-byte aligned"])
+def test_unaligned(gap):
+    q, k, v, dout = (strided(make(1, 50, 2, 64, dtype=BF16, seed=seed), gap=gap) for seed in range(4))
+    check(q, k, v, dout=dout)
+
+
+def test_expanded_keys():
+    # Multi-query attention: one key head seen by all through a stride of 0; each head gets its own gradient.
+    q, (k, v) = guarded(make(2, 20, 4, 32)), inputs(2, 20, 33, 1, 32)[1:]
+    check(q, k.expand(-1, -1, 4, -1), v.expand(-1, -1, 4, -1))
+
+
+@pytest.mark.parametrize("lengths", [(50, 131), (131, 50), (131, 131), (1, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_causal(lengths, dtype):
+    check(*inputs(1, *lengths, 2, 64, dtype), causal=True)
+
+
+def test_causal_bias_gradient_above_the_diagonal_is_zero():
+    *_, dbias = check(*inputs(1, 70, 131, 2, 32), bias=guarded(make(2, 70, 131, seed=5)), causal=True)
+    assert not dbias.triu(1).any()
+
+
+BROADCASTS = [(2, 2, 20, 40), (1, 2, 20, 40), (2, 1, 20, 40), (2, 2, 1, 40), (2, 2, 20, 1), (1, 1, 1, 40),
+              (2, 20, 40), (20, 40), (40,), (1,), ()]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
+def test_bias_broadcast(shape):
+    check(*inputs(2, 20, 40, 2, 32), bias=guarded(make(1, *shape, seed=5)[0]))
+
+
+@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
+def test_mask_broadcast(shape):
+    check(*inputs(2, 20, 40, 2, 32), mask=random_mask(1, *shape)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+def test_bias_dtypes(dtype, bias_dtype):
+    q, k, v = inputs(1, 50, 70, 2, 64, dtype)
+    # Values that all three dtypes hold: the torch backend rounds the bias to q's dtype.
+    bias = guarded((make(2, 50, 70, seed=5) * 8).round() / 8).to(bias_dtype)
+    *_, dbias = check(q, k, v, bias=bias, mask=random_mask(1, 1, 1, 70), causal=True)
+    assert dbias.dtype == bias_dtype
+
+
+def test_transposed_bias_and_mask():
+    bias = guarded(make(70, 3, 2, 40, seed=5)).permute(2, 1, 3, 0)
+    check(*inputs(2, 40, 70, 3, 32), bias=bias, mask=random_mask(70, 40).transpose(0, 1))
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-45, 0.05, 0.5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scale(scale, causal):
+    q, k, v = inputs(1, 40, 70, 2, 64)
+    dout = make(*q.shape, seed=7)
+    # A mask, as torch's own causal form gives NaN for a scale <= 0 on some versions.
+    mask = torch.ones(40, 70, dtype=torch.bool, device=q.device).tril() if causal else None
+    compare(gradients(dout, q, k, v, scale=scale, causal=causal), dout, q, k, v, scale=scale, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_see_nothing(dtype):
+    q, k, v = inputs(1, 40, 70, 2, 64, dtype)
+    mask = random_mask(40, 70)
+    mask[[3, 10, 39]] = False
+    mask[10, 69] = True  # in the last tile, after one that had nothing for this row
+    dq, *_ = check(q, k, v, mask=mask)
+    assert not dq[:, [3, 39]].any()
+    nothing = gradients(make(*q.shape, dtype=dtype), q, k, v, mask=torch.zeros_like(mask))
+    assert not any(grad.any() for grad in nothing)
+
+
+def test_infinite_and_huge_bias():
+    q, k, v = inputs(1, 40, 70, 2, 64)
+    bias = make(40, 70, seed=5)
+    bias[:, :65] = float("-inf")  # the first tile is dead, the rest is not
+    bias[4] = float("-inf")
+    bias[5] = torch.finfo(FP32).min  # no key is better than another: dv gets dout / 70
+    dq, _, _, dbias = check(q, k, v, bias=bias)
+    assert not dq[:, 4].any()
+    assert not dbias[4].any()
+    only = torch.zeros_like(q)
+    only[:, 5] = 1.0
+    torch.testing.assert_close(gradients(only, q, k, v, bias=bias)[2], torch.full_like(v, 1 / 70))
+
+
+def test_nan_shows_and_stays_in_its_row():
+    q, k, v = inputs(1, 5, 20, 1, 32)
+    bias = make(5, 20, seed=5)
+    bias[2, 4] = float("nan")
+    dq, dk, dv, dbias = gradients(make(*q.shape, seed=7), q, k, v, bias=bias)
+    assert all(t.isnan().all() for t in (dq[:, 2], dk, dv, dbias[2]))
+    assert all(t.isfinite().all() for t in (dq[:, [0, 1, 3, 4]], dbias[[0, 1, 3, 4]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits(dtype):
+    # Scores of several hundred: log-sum-exp has few bits left for the differences that count.
+    q, k, v = inputs(1, 40, 131, 2, 64, dtype, scale=6.0)
+    check(q, k, v, scale=1.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_empty(shape, causal):
+    batch, queries, keys = shape
+    q, k, v = (make(batch, n, 2, 32) for n in (queries, keys, keys))
+    actual = gradients(torch.ones_like(q), q, k, v, bias=make(2, 1, keys), causal=causal)
+    assert [grad.shape for grad in actual] == [q.shape, k.shape, v.shape, (2, 1, keys)]
+    assert not any(grad.any() for grad in actual)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_same_bits_on_every_run(dtype):
+    q, k, v = inputs(2, 70, 70, 2, 72, dtype)
+    dout, bias = make(*q.shape, dtype=dtype, seed=7), make(1, 2, 1, 70)
+    first, second = (gradients(dout, q, k, v, bias=bias) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Every mutant is a mistake that gradients of plausible size would hide: (file, kernel, before, after).
+DQ, DKDV = (_attention_dq, "attention_dq_kernel"), (_attention_dkdv, "attention_dkdv_kernel")
+WRONG = {
+    "delta dropped from dq": (*DQ, ") - delta)", "))"),
+    "delta dropped from dk": (*DKDV, "- tile_delta[None, :]", ""),
+    "scale dropped from dk": (*DKDV, "dk_acc * scale", "dk_acc"),
+    "last keys dropped": (*DQ, "tl.range(whole, end,", "tl.range(whole, whole,"),
+    "last queries dropped": (*DKDV, "tl.range(whole, query_count,", "tl.range(whole, whole,"),
+    "weights 2 % off": (*DKDV, "dv_rest, weights,", "dv_rest, weights * 1.02,"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_kernels_are_caught(wrong, dtype, tmp_path, monkeypatch):
+    module, name, old, new = WRONG[wrong]
+    monkeypatch.setattr(kernel, name, getattr(mutant(module, old, new, tmp_path), name))
+    with pytest.raises(AssertionError, match="error"):
+        check(*inputs(1, 33, 65, 2, 64, dtype))
+
+
+REJECTED = {
+    "q must be [B, N, H, D], got shape (5, 32)": {"q": make(5, 32)},
+    "dout has shape (2, 4, 3, 32), expected (2, 5, 3, 32)": {"dout": make(2, 4, 3, 32)},
+    "out has dtype torch.float16": {"out": make(2, 5, 3, 32, dtype=FP16)},
+    "stats has shape (2, 2, 3, 4), expected (2, 2, 3, 5)": {"stats": make(2, 2, 3, 4)},
+    "stats has dtype torch.float16": {"stats": make(2, 2, 3, 5, dtype=FP16)},
+    "out must be contiguous, got strides": {"out": make(2, 3, 5, 32).transpose(1, 2)},
+    "the last axis of dout has stride 0, expected 1": {"dout": make(2, 5, 3, 1).expand(-1, -1, -1, 32)},
+    "attention_backward: bias of shape (4, 5) cannot be broadcast to (2, 3, 5, 5)": {"bias": make(4, 5)},
+    "mask has dtype torch.float32": {"mask": make(5, 5)},
+    "bias_grad is True, but no bias was given": {"bias_grad": True},
+    "stats is on meta": {"stats": torch.empty(2, 2, 3, 5, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", REJECTED)
+def test_rejects(message):
+    named = {name: make(2, 5, 3, 32) for name in ("dout", "q", "k", "v", "out")} | {"stats": make(2, 2, 3, 5)}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        kernel.attention_backward(**named | REJECTED[message])
+    assert message in str(caught.value)
+
+
+def test_every_config_is_reached():
+    grid = itertools.product(("dq", "dkdv"), range(1, 257), DTYPES, (False, True), ((8, 0), (8, 6), (9, 0), (10, 0)))
+    picked = {}
+    for name, head_dim, dtype, dense, chip in grid:
+        config = pick_backward_config(name, head_dim, dtype, dense, chip)
+        assert config.min_capability <= chip
+        picked[config.name] = config
+    assert sorted(picked) == sorted(config.name for config in BACKWARD_CONFIGS)
+
+
+# ---- torch.ops.vitfast.attention, as torch differentiates it
+
+
+def leaves(dtype=FP32, bias_shape=(2, 1, 7)):
+    q, k, v = (make(1, n, 2, 24, dtype=dtype, seed=seed) for seed, n in enumerate((5, 7, 7)))
+    return [t.requires_grad_() for t in (q, k, v, make(*bias_shape, seed=5))]
+
+
+def run(q, k, v, bias, backend="triton", mask=None):
+    return torch.ops.vitfast.attention(q, k, v, bias, mask, False, None, backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_op_gradients(backend):
+    q, k, v, bias = leaves()
+    mask = random_mask(1, 1, 1, 7)
+    out = run(q, k, v, bias, backend, mask)
+    actual = torch.autograd.grad(out.mean(), (q, k, v, bias))  # mean: a gradient of stride 0
+    dout = torch.full_like(out, 1 / out.numel())
+    compare(actual, dout, q, k, v, bias=bias, mask=mask)
+
+
+def test_public_function_is_differentiable():
+    q, k, v, bias = leaves()
+    ours, torchs = (
+        torch.autograd.grad(ops.attention(q, k, v, bias=bias, backend=backend).square().sum(), (q, k, v, bias))
+        for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    q, k, v, bias = (t.detach() for t in leaves())
+    v.requires_grad_()
+    run(q, k, v, bias).sum().backward()
+    assert v.grad is not None
+    assert q.grad is k.grad is bias.grad is None
+
+
+def test_statistics_are_made_for_a_backward_only(monkeypatch):
+    q, k, v, bias = leaves()
+    monkeypatch.setattr(forward, "attention_forward", lambda *args, **kwargs: pytest.fail("made for nothing"))
+    with torch.no_grad():
+        assert run(q, k, v, bias).grad_fn is None
+    with torch.inference_mode():
+        run(q, k, v, bias)
+    run(*(t.detach() for t in (q, k, v, bias)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend):
+    q, k, v, bias = leaves()
+    arguments = (q, k, v, bias, random_mask(5, 7), True, 0.3, backend)
+    torch.library.opcheck(torch.ops.vitfast.attention.default, arguments)
+
+
+def test_opcheck_of_both_halves():
+    q, k, v, bias = leaves()
+    torch.library.opcheck(torch.ops.vitfast.attention_forward.default, (q, k, v, bias, None, True, 0.3))
+    q, k, v, bias = (t.detach() for t in (q, k, v, bias))
+    out, stats = torch.ops.vitfast.attention_forward(q, k, v, bias, None, True, 0.3)
+    for bias_grad in (False, True):
+        arguments = (torch.ones_like(out), q, k, v, out, stats, bias, None, True, 0.3, bias_grad)
+        torch.library.opcheck(torch.ops.vitfast.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_in_one_graph_with_its_gradient(backend):
+    arguments = leaves()
+    compiled = torch.compile(lambda *args: run(*args, backend), fullgraph=True, backend="aot_eager")
+    expected, actual = (
+        torch.autograd.grad(call(*arguments).square().sum(), arguments)
+        for call in (lambda *args: run(*args, backend), compiled)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_autocast(dtype):
+    q, k, v, bias = leaves()
+    with torch.autocast(q.device.type, dtype):
+        out = run(q, k, v, bias)
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert [t.grad.dtype for t in (q, k, v, bias)] == [FP32] * 4
+    low = [t.detach().to(dtype) for t in (q, k, v)]
+    torch.testing.assert_close(out, run(*low, bias.detach()))
+
+
+def test_second_derivative_is_refused():
+    q, k, v, bias = leaves()
+    (dq,) = torch.autograd.grad(run(q, k, v, bias).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dq.sum().backward()
+
+
+def test_backend_without_a_gradient_is_refused(monkeypatch):
+    entry = ops.Backend("native", "attention", reference.attention)
+    monkeypatch.setattr(registry, "backend", lambda op, name: entry)
+    with pytest.raises(ops.BackendError, match="'native' has no gradient"):
+        run(*leaves(), "native")

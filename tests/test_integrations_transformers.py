@@ -1,0 +1,276 @@
+"""transformers with attn_implementation="vitfast": the same outputs, no mask lost, everything put back."""
+
+import copy
+import pickle
+
+import peers
+import pytest
+import torch
+
+import vitfast
+from vitfast import attention
+from vitfast.integrations import transformers as integration
+from vitfast.testing import PEER_TOLERANCE, device, make
+
+CLIP_TEXT = peers.TEXT | {"max_position_embeddings": 9, "eos_token_id": 2}
+DINOV3 = peers.VIT | {"num_register_tokens": 2}
+SIGLIP2 = peers.VIT | {"num_patches": 16}
+BEIT = peers.VIT | {"use_relative_position_bias": True, "use_shared_relative_position_bias": False}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [2], "num_heads": [2], "window_size": 4}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+
+
+def images(size=32):
+    return {"pixel_values": make(2, 3, size, size)}
+
+
+def text():
+    """Token ids of two texts, the second one padded."""
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    return {"input_ids": ids.to(device()), "attention_mask": mask.to(device())}
+
+
+def naflex():
+    """Two images of 16 patches, of which the second has 6 real ones."""
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 6:] = 0
+    shapes = torch.tensor([[4, 4], [2, 3]])
+    pixels = make(2, 16, 3 * 8 * 8)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask.to(device()), "spatial_shapes": shapes.to(device())}
+
+
+def detr():
+    mask = torch.ones(2, 64, 64, dtype=torch.long)
+    mask[1, :, 40:] = 0
+    return {"pixel_values": make(2, 3, 64, 64), "pixel_mask": mask.to(device())}
+
+
+def detr_config():
+    library = peers.import_transformers()
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 32, "num_queries": 5}
+    backbone = library.ResNetConfig(**RESNET)
+    return library.DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes, **heads)
+
+
+FAMILIES = {
+    "ViTModel": (peers.VIT, images, 2),
+    "DeiTModel": (peers.VIT, images, 2),
+    "ViTMAEModel": (peers.VIT | {"mask_ratio": 0.0}, images, 2),
+    "Dinov2Model": (peers.DINO, lambda: images(42), 2),
+    "DINOv3ViTModel": (DINOV3, images, 2),
+    "CLIPVisionModel": (peers.VIT, images, 2),
+    "CLIPTextModel": (CLIP_TEXT, text, 1),
+    "SiglipVisionModel": (peers.VIT | {"vision_use_head": False}, images, 2),
+    "Siglip2VisionModel": (SIGLIP2 | {"vision_use_head": False}, naflex, 2),
+    "BeitModel": (BEIT, images, 2),
+    "SwinModel": (SWIN, images, 2),
+    "DetrForObjectDetection": (detr_config, detr, 3),
+}
+"""Model class -> (settings, inputs, calls of attention in one forward)."""
+
+OFF_INTERFACE = {
+    "Swinv2Model": SWIN,
+    "HieraModel": {"image_size": [32, 32], "embed_dim": 24, "depths": [1, 1], "num_heads": [1, 2]}
+    | {"patch_stride": [4, 4], "query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4]},
+    "ImageGPTModel": {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2},
+    "BlipVisionModel": peers.VIT,
+    "GroupViTVisionModel": peers.VIT
+    | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
+    "LevitModel": {"image_size": 64},
+    "PvtModel": {"image_size": 64, "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2]},
+    "SamVisionModel": {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "window_size": 2}
+    | {"num_attention_heads": 2, "output_channels": 8, "global_attn_indexes": [0]},
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of vitfast's attention."""
+    made, original = [], attention.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        made.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    return made
+
+
+def build(name, settings):
+    config = settings() if callable(settings) else settings
+    return peers.transformers_model(name, config).to(device())
+
+
+def run(model, inputs):
+    """The tensors of a model's output that stand for results."""
+    torch.manual_seed(0)  # ViTMAE shuffles
+    with torch.no_grad():
+        output = model(**inputs)
+    names = ("last_hidden_state", "pooler_output", "logits", "pred_boxes")
+    return torch.cat([output[n].flatten() for n in names if output.get(n) is not None])
+
+
+def close(actual, expected):
+    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_outputs_and_back(name, calls):
+    settings, inputs, count = FAMILIES[name]
+    model, inputs = build(name, settings), inputs()
+    before, keys = run(model, inputs), list(model.state_dict())
+    settings_before = [config._attn_implementation for config in integration._configs(model)]
+    assert not calls
+    swap = vitfast.replace_attention(model, strict=True)
+    assert len(swap.replaced) >= count
+    close(run(model, inputs), before)
+    assert len(calls) == count
+    assert list(model.state_dict()) == keys
+    swap.restore()
+    assert [config._attn_implementation for config in integration._configs(model)] == settings_before
+    assert torch.equal(run(model, inputs), before)
+    assert len(calls) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("CLIPTextModel", "attention_mask"), ("Siglip2VisionModel", "pixel_attention_mask")]
+)
+def test_masks_reach_the_kernel(name, key, calls):
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs = build(name, settings), inputs()
+    expected = run(model, inputs)
+    unmasked = run(model, inputs | {key: torch.ones_like(inputs[key])})
+    assert (unmasked - expected).abs().max() > 0.01 * expected.abs().max()  # the mask matters
+    with vitfast.replace_attention(model), attention.attention_backend("triton"):
+        close(run(model, inputs), expected)
+    assert all(call["attn_mask"] is not None for call in calls)
+
+
+def test_vit_on_the_kernel(calls):
+    model, inputs = build("ViTModel", peers.VIT), images()
+    expected = run(model, inputs)
+    with vitfast.replace_attention(model), attention.attention_backend("triton"):
+        close(run(model, inputs), expected)
+    assert len(calls) == 2
+
+
+def test_built_with_the_name(calls):
+    """After register, the name works from the start, as in from_pretrained(attn_implementation=...)."""
+    library = peers.import_transformers()
+    integration.register()
+    integration.register()
+    expected = run(build("CLIPTextModel", CLIP_TEXT), text())
+    named = build("CLIPTextModel", library.CLIPTextConfig(**CLIP_TEXT, attn_implementation="vitfast"))
+    assert not calls
+    close(run(named, text()), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", OFF_INTERFACE)
+def test_off_the_interface_is_left(name):
+    model = build(name, OFF_INTERFACE[name])
+    before = [config._attn_implementation for config in integration._configs(model)]
+    swap = integration.replace(model)
+    assert not swap.replaced
+    assert swap.left
+    assert all("off transformers' attention interface" in why for why in swap.left.values())
+    assert [config._attn_implementation for config in integration._configs(model)] == before
+    with pytest.raises(ValueError, match="cannot be replaced"):
+        vitfast.replace_attention(model, strict=True)
+
+
+def test_siglip_head_is_left(calls):
+    """Its nn.MultiheadAttention is asked for weights: named, and the rest is replaced."""
+    model, inputs = build("SiglipVisionModel", peers.VIT), images()
+    before = run(model, inputs)
+    with vitfast.replace_attention(model) as swap:
+        assert len(swap.left) == 1
+        assert "attention weights" in next(iter(swap.left.values()))
+        close(run(model, inputs), before)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="attention weights"):
+        vitfast.replace_attention(model, strict=True)
+    assert {config._attn_implementation for config in integration._configs(model)} == {"sdpa"}
+
+
+def test_attention_weights_wanted():
+    model = build("ViTModel", peers.VIT | {"attn_implementation": "eager", "output_attentions": True})
+    swap = vitfast.replace_attention(model)
+    assert not swap.replaced
+    assert all("output_attentions" in why for why in swap.left.values())
+    assert model.config._attn_implementation == "eager"
+
+
+def test_sub_configs_are_restored_one_by_one():
+    library = peers.import_transformers()
+    config = library.CLIPConfig(text_config=CLIP_TEXT, vision_config=peers.VIT, projection_dim=8)
+    model = build("CLIPModel", config)
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    swap = vitfast.replace_attention(model)
+    assert {model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation} == {
+        "vitfast"
+    }
+    swap.restore()
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_restore_tells_of_a_change_since():
+    model = build("ViTModel", peers.VIT)
+    swap = vitfast.replace_attention(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="'eager' by now"):
+        swap.restore()
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_swapped_too(duplicate, calls):
+    model, inputs = build("ViTModel", peers.VIT), images()
+    swap = vitfast.replace_attention(model)
+    twin = duplicate(model)
+    swap.restore()
+    close(run(twin, inputs), run(model, inputs))
+    assert len(calls) == 2
+
+
+def sdpa(*args, **kwargs):
+    return peers.import_transformers().AttentionInterface()["sdpa"](*args, **kwargs)[0]
+
+
+@pytest.mark.parametrize("causal", [None, True, False])
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_function_equals_sdpa(causal, kind, biased, heads):
+    layer = torch.nn.Identity()  # without is_causal: a causal layer
+    layer.num_key_value_groups = 4 // heads
+    q, k, v = make(2, 5, 4, 8).transpose(1, 2), make(2, heads, 7, 8, seed=1), make(2, heads, 7, 8, seed=2)
+    mask = {"none": None, "bool": make(2, 1, 5, 7) > -0.5, "float": make(2, 1, 5, 7)}[kind]
+    bias = make(1, 4, 5, 7, seed=3) if biased else None
+    arguments = {"scaling": 0.3, "is_causal": causal, "position_bias": bias}
+    if causal is not False and kind == "none" and biased:
+        arguments["position_bias"] = bias[..., :5]  # "sdpa" cuts the keys that causal attention hides
+        k, v = k[:, :, :5], v[:, :, :5]
+    actual, weights = integration.attention_forward(layer, q, k, v, mask, **arguments)
+    close(actual, sdpa(layer, q, k, v, mask, **arguments))
+    assert weights is None
+    assert actual.shape == (2, 5, 4, 8)
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("softcap", 30.0), ("sliding_window", 3), ("output_attentions", True), ("cache", {})),
+        *((name, torch.ones(2)) for name in ("s_aux", "cu_seq_lens_q", "head_mask")),
+    ],
+)
+def test_unknown_arguments_are_refused(name, argument):
+    layer, q = torch.nn.Identity(), make(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=name):
+        integration.attention_forward(layer, q, q, q, None, **{name: argument})
+    integration.attention_forward(layer, q, q, q, None, **{name: None})

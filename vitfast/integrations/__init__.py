@@ -1,0 +1,45 @@
+"""Put vitfast's attention under models of other libraries, and take it away again.
+
+`replace_attention` picks what fits: transformers' attention interface (`integrations.transformers`),
+timm's attention classes (`integrations.timm`) and torch's nn.MultiheadAttention
+(`integrations.modules`), each usable alone; `integrations.torch_sdpa.use()` redirects every call of
+torch's scaled_dot_product_attention for a while. What cannot be replaced exactly is left and named.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vitfast.integrations import modules, timm, transformers
+from vitfast.integrations.swap import Swap, swap_forwards, unknown_attention
+
+__all__ = ["Swap", "replace_attention"]
+
+
+def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
+    """Route a model's attention through `vitfast.attention.scaled_dot_product_attention`, in place.
+
+    Args:
+        model: any torch module; those of transformers, timm, torchvision and open_clip are recognised.
+        strict: raise if any attention in the model is left; the model is then unchanged.
+
+    Returns:
+        The handle: `.replaced`, `.left` (name -> why) and `.restore()`; also a context manager.
+
+    Raises:
+        ValueError: if `model` is not a module; or, if strict, with every module left and why.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    swap = Swap()
+    finders = (transformers.find, timm.find, modules.find, unknown_attention)
+    try:
+        transformers.switch(model, swap)
+        swap_forwards(model, finders, swap)
+        if strict and swap.left:
+            listed = "\n  ".join(f"{name or 'the model'}: {why}" for name, why in swap.left.items())
+            raise ValueError(f"{len(swap.left)} attention module(s) cannot be replaced:\n  {listed}")
+    except BaseException:
+        swap.restore()
+        raise
+    return swap

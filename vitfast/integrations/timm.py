@@ -1,0 +1,266 @@
+"""timm's attention classes: instance forwards that do what timm's do, with vitfast's attention inside.
+
+timm has no switch for attention. Each forward here follows the fused path of one class of timm; it is
+used only where timm's own forward reads exactly the attributes and takes exactly the arguments that
+this file knows, so that another version of timm is left alone rather than changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitfast import attention
+from vitfast.integrations.swap import Found, Swap, source, swap_forwards, unknown_attention
+
+
+def replace(model: nn.Module) -> Swap:
+    """Replace the forward of every attention of timm in `model` for which that is exact."""
+    swap = Swap()
+    swap_forwards(model, (find, _unknown), swap)
+    return swap
+
+
+def find(module: Any, parent: nn.Module | None) -> Found:
+    """Finder for the classes in the table at the end of this file, exactly; subclasses are left."""
+    del parent
+    kind: Any = type(module)
+    known = _CLASSES.get(_path(kind))
+    if known is None:
+        base = next((base for base in kind.__mro__ if _path(base) in _CLASSES), None)
+        return f"{kind.__name__} is a subclass of timm's {base.__name__} that vitfast does not know" if base else None
+    if difference := _difference(kind, known):
+        return f"this version of timm's {kind.__name__} differs from the one vitfast knows: {difference}"
+    if not module.fused_attn:
+        return "fused_attn is off: timm was told to spell attention out"
+    return known.forward
+
+
+def _unknown(module: nn.Module, parent: nn.Module | None) -> Found:
+    return unknown_attention(module, parent) if type(module).__module__.startswith("timm.") else None
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One class of timm: the forward that replaces its own; what its own takes and which attributes it reads."""
+
+    forward: Callable[..., Tensor]
+    takes: str
+    reads: str
+
+
+@functools.cache
+def _difference(kind: Any, known: _Class) -> str:
+    """In what timm's forward is not the one that `known` stands for; "" if it is."""
+    takes = list(inspect.signature(kind.forward).parameters)[1:]
+    if takes != known.takes.split():
+        return f"its forward takes ({', '.join(takes)})"
+    reads = set(re.findall(r"self\.(\w+)", source(kind.forward)))
+    more, less = reads - set(known.reads.split()), set(known.reads.split()) - reads
+    parts = [f"it {verb} {', '.join(sorted(names))}" for verb, names in (("reads", more), ("lacks", less)) if names]
+    return " and ".join(parts)
+
+
+def _dropping(module: Any) -> bool:
+    """Whether attention weights are being dropped: then timm's own forward runs, random numbers and all."""
+    return module.training and module.attn_drop.p > 0
+
+
+def _packed(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as [B, H, N, D] views of a packed projection [B, N, 3 * H * D]."""
+    q, k, v = x.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _separate(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as [B, H or key heads, N, D] from three projections."""
+    q, k, v = (p(x).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _biased(module: Any, x: Tensor) -> Tensor:
+    """The packed projection of EVA and BEiT, whose key bias is a constant zero."""
+    if module.q_bias is None:
+        return module.qkv(x)
+    bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    return module.qkv(x) + bias if module.qkv_bias_separate else F.linear(x, module.qkv.weight, bias)
+
+
+def _rotated(module: Any, x: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
+    """RoPE on all but the prefix tokens of x [B, H, N, D]."""
+    from timm.layers import apply_rot_embed_cat
+
+    prefix = module.num_prefix_tokens
+    rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(module, "rotate_half", False))
+    return torch.cat([x[:, :, :prefix], rotated], dim=2).to(dtype)
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _projected(module: Any, x: Tensor, gate: Tensor | None) -> Tensor:
+    """What Attention, AttentionRope and EvaAttention do after attention; x is [B, H, N, D]."""
+    x = module.norm(_joined(x))
+    if gate is not None:
+        x = x * gate
+    return module.proj_drop(module.proj(x))
+
+
+def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, attn_mask, is_causal)
+    gate = module.gate(x).sigmoid() if module.gate is not None else None
+    q, k, v = _packed(module, module.qkv(x))
+    out = attention.scaled_dot_product_attention(
+        module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
+    )
+    return _projected(module, out, gate)
+
+
+def _attention_rope(
+    module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, rope, attn_mask, is_causal)
+    qkv = _packed(module, module.qkv(x)) if module.qkv is not None else _separate(module, x)
+    return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
+
+
+def _eva_attention(
+    module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, rope, attn_mask, is_causal)
+    qkv = _packed(module, _biased(module, x)) if module.qkv is not None else _separate(module, x)
+    return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
+
+
+def _with_rope(
+    module: Any,
+    x: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rope: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """What AttentionRope and EvaAttention share."""
+    gate = module.gate(x).sigmoid() if module.gate is not None else None
+    q, k, v = qkv
+    q, k = module.q_norm(q), module.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(module, part, rope, v.dtype) for part in (q, k))
+    if (groups := q.shape[1] // k.shape[1]) > 1:  # copied as timm does: the kernels take one key head per query head
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    return _projected(module, out, gate)
+
+
+def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, shared_rel_pos_bias)
+    q, k, v = _packed(module, _biased(module, x))
+    bias = shared_rel_pos_bias
+    if module.relative_position_bias_table is not None:
+        bias = module._get_rel_pos_bias()
+        if shared_rel_pos_bias is not None:
+            bias = bias + shared_rel_pos_bias
+    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return module.proj_drop(module.proj(_joined(out)))
+
+
+def _rel_pos_attention(module: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, shared_rel_pos)
+    q, k, v = _packed(module, module.qkv(x))
+    bias = module.rel_pos.get_bias() if module.rel_pos is not None else shared_rel_pos
+    out = attention.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=bias)
+    return module.proj_drop(module.proj(_joined(out)))
+
+
+def _attention_pool_latent(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    if module.pos_embed is not None:
+        x = x + module.pos_embed.unsqueeze(0).to(x.dtype)
+    latent = module.q(module.latent.expand(x.shape[0], -1, -1))
+    q = latent.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+    k, v = module.kv(x).unflatten(-1, (2, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    out = attention.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask)
+    x = module.proj_drop(module.proj(_joined(out)))
+    if module.mlp is not None:
+        x = x + module.mlp(module.norm(x))
+    if module.pool == "token":
+        return x[:, 0]
+    return x.mean(1) if module.pool == "avg" else x
+
+
+def _parallel_scaling_block(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    if _dropping(module):
+        return type(module).forward(module, x, attn_mask, is_causal)
+    hidden, *qkv = module.in_proj(module.in_norm(x)).split(module.in_split, dim=-1)
+    if module.mlp_bias is not None:
+        hidden = hidden + module.mlp_bias
+    q, k, v = (part.unflatten(-1, (module.num_heads, module.head_dim)) for part in qkv)
+    q, k, v = (part.transpose(1, 2) for part in (module.q_norm(q), module.k_norm(k), v))
+    out = _joined(attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
+    hidden = module.mlp_drop(module.mlp_act(hidden))
+    if module.out_proj is not None:
+        y = module.out_proj(torch.cat((out, hidden), dim=-1))
+    else:
+        y = module.attn_out_proj(out) + module.mlp_out_proj(hidden)
+    return x + module.drop_path(module.ls(y))
+
+
+_FUSED = "fused_attn scale "
+_AROUND = _FUSED + "attn_drop training num_heads proj proj_drop "
+
+_CLASSES = {
+    "timm.layers.attention.Attention": _Class(
+        _attention, "x attn_mask is_causal", _AROUND + "qkv head_dim attn_dim q_norm k_norm norm gate"
+    ),
+    "timm.layers.attention.AttentionRope": _Class(
+        _attention_rope,
+        "x rope attn_mask is_causal",
+        _AROUND
+        + "qkv q_proj k_proj v_proj head_dim attn_dim q_norm k_norm norm gate num_kv_heads num_kv_groups "
+        + "num_prefix_tokens",
+    ),
+    "timm.models.eva.EvaAttention": _Class(
+        _eva_attention,
+        "x rope attn_mask is_causal",
+        _AROUND
+        + "qkv q_proj k_proj v_proj q_bias k_bias v_bias qkv_bias_separate q_norm k_norm norm gate num_prefix_tokens",
+    ),
+    "timm.models.beit.Attention": _Class(
+        _beit_attention,
+        "x shared_rel_pos_bias",
+        _AROUND + "qkv q_bias k_bias v_bias qkv_bias_separate relative_position_bias_table _get_rel_pos_bias",
+    ),
+    "timm.models.vision_transformer_relpos.RelPosAttention": _Class(
+        _rel_pos_attention, "x shared_rel_pos", _AROUND + "qkv head_dim q_norm k_norm rel_pos"
+    ),
+    "timm.layers.attention_pool.AttentionPoolLatent": _Class(
+        _attention_pool_latent,
+        "x attn_mask",
+        _FUSED + "pos_embed latent latent_len q kv num_heads head_dim q_norm k_norm proj proj_drop norm mlp pool",
+    ),
+    "timm.models.vision_transformer.ParallelScalingBlock": _Class(
+        _parallel_scaling_block,
+        "x attn_mask is_causal",
+        _FUSED
+        + "attn_drop training num_heads head_dim in_norm in_proj in_split mlp_bias q_norm k_norm mlp_act mlp_drop "
+        + "out_proj attn_out_proj mlp_out_proj drop_path ls",
+    ),
+}
