@@ -41,7 +41,12 @@ RULES = {
     "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy", "pyarrow", "torch")),
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("planner", "engine", "_C"), outside=("torch",)),
     "inspect":     Rule(later=("kernels",)),
-    "cli":         Rule(rooms=("vitfast",), later=("embed", "doctor", "inspect", "engine", "ops"), outside=("typer",)),
+    "predict":     Rule(rooms=("config", "planner"), later=("kernels",), outside=("torch",)),
+    "cli":         Rule(
+        rooms=("vitfast",),
+        later=("config", "embed", "doctor", "inspect", "predict", "engine", "ops"),
+        outside=("typer",),
+    ),
 }
 # fmt: on
 
