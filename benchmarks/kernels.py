@@ -18,6 +18,7 @@ import torch
 from benchmarks import harness
 from vitfast import planner, testing
 from vitfast.config import NAMED, ViTConfig
+from vitfast.engine import resolve_device, resolve_dtype
 from vitfast.model import SITES
 from vitfast.ops import reference
 from vitfast.ops.registry import BACKENDS, backend
@@ -84,8 +85,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    from vitfast.engine import resolve_device, resolve_dtype
-
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     rows = []
