@@ -18,7 +18,18 @@ from benchmarks.harness import ROOT
 
 STEPS = (
     ("benchmarks.kernels", "-m", "vit_base_patch16_224", "--batch", "64"),
-    ("benchmarks.model", "-m", "vit_base_patch16_224", "--batch", "256", "1", "--compile", "--rounds", "20"),
+    (
+        "benchmarks.model",
+        "-m",
+        "vit_base_patch16_224",
+        "--batch",
+        "256",
+        "1",
+        "--peer",
+        "torch.compile",
+        "--rounds",
+        "20",
+    ),
     ("benchmarks.kernels", "-m", "vit_large_patch16_224", "vit_tiny_patch16_224", "--batch", "64"),
     ("benchmarks.model", "-m", "vit_large_patch16_224", "vit_tiny_patch16_224", "--batch", "128", "--rounds", "10"),
 )

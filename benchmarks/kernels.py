@@ -17,31 +17,12 @@ import torch
 
 from benchmarks import harness
 from vitfast import planner, testing
-from vitfast.config import ViTConfig
+from vitfast.config import NAMED, ViTConfig
+from vitfast.engine import resolve_device, resolve_dtype
 from vitfast.model import SITES
 from vitfast.ops import reference
 from vitfast.ops.registry import BACKENDS, backend
-
-CONFIGS = {
-    "vit_tiny_patch16_224": ViTConfig((224, 224), (16, 16), 192, 12, 3, 768, num_classes=1000),
-    "vit_base_patch16_224": ViTConfig((224, 224), (16, 16), 768, 12, 12, 3072, num_classes=1000),
-    "vit_large_patch16_224": ViTConfig((224, 224), (16, 16), 1024, 24, 16, 4096, num_classes=1000),
-    "vit_huge_patch14_224": ViTConfig((224, 224), (14, 14), 1280, 32, 16, 5120, num_classes=1000),
-}
-
-
-def flops(spec: Any, config: ViTConfig, batch: int) -> int:
-    """Multiply-adds times two that the op needs, padding not counted; 0 for memory-bound ops."""
-    dims, tokens = spec.dims, config.tokens()
-    if spec.op == "linear":
-        return 2 * dims["rows"] * dims["inner"] * dims["width"]
-    if spec.op == "mlp":
-        return 2 * dims["rows"] * dims["width"] * (dims["hidden"] + config.mlp_dim)
-    if spec.op == "attention":
-        return 4 * batch * config.heads * tokens * tokens * config.head_dim
-    if spec.op == "patch_embed":
-        return 2 * batch * (tokens - config.prefix_tokens) * dims["patch"] * dims["width"]
-    return 0
+from vitfast.predict import flops
 
 
 def nbytes(*values: Any) -> int:
@@ -81,7 +62,7 @@ def site_rows(
     for row in rows:
         if row["correct"]:
             row |= harness.summary(times[row["peer"]])
-            row["tflops"] = flops(call.spec, config, batch) / row["median_ms"] / 1e9
+            row["tflops"] = flops(config, site, batch) / row["median_ms"] / 1e9
             row["gb_per_s"] = moved / row["median_ms"] / 1e6
     torch_ms = next((row["median_ms"] for row in rows if row["peer"] == "torch" and row["correct"]), None)
     for row in rows:
@@ -96,7 +77,7 @@ COLUMNS = ["case", "peer", "correct", "median_ms", "p20_ms", "p80_ms", "tflops",
 def main() -> None:
     """Parse arguments, run, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", nargs="+", default=["vit_base_patch16_224"], choices=sorted(CONFIGS))
+    parser.add_argument("-m", "--model", nargs="+", default=["vit_base_patch16_224"], choices=sorted(NAMED))
     parser.add_argument("--site", nargs="+", default=list(SITES), choices=SITES)
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -104,8 +85,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    from vitfast.engine import resolve_device, resolve_dtype
-
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     rows = []
@@ -113,8 +92,8 @@ def main() -> None:
         for name in args.model:
             for batch in args.batch:
                 for site in args.site:
-                    if site != "mlp" or CONFIGS[name].width <= planner.MLP_MAX_WIDTH:
-                        rows += site_rows(name, CONFIGS[name], site, batch, device, dtype, args.rounds)
+                    if site != "mlp" or NAMED[name].width <= planner.MLP_MAX_WIDTH:
+                        rows += site_rows(name, NAMED[name], site, batch, device, dtype, args.rounds)
     harness.print_table("ms per call; ratio: times as fast as torch", rows, COLUMNS)
     print(f"written to {harness.save('kernels', device, rows, args.json)}")
     if any(str(row.get("error", "")).startswith("incorrect") for row in rows):

@@ -24,7 +24,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["| case | runs | median ms | p20–p80 | img/s | times as fast as timm |", "|---|---|---:|---:|---:|---:|"]
     for row in result["rows"]:
         if not row["correct"]:
-            lines.append(f"| {row['case']} | {row['peer']} | incorrect ({row['max_error']:.1e}) | | | |")
+            lines.append(f"| {row['case']} | {row['peer']} | {row['error']} | | | |")
             continue
         times = f"{row['median_ms']:.0f} | {row['p20_ms']:.0f}–{row['p80_ms']:.0f} | {row['images_per_s']:.1f}"
         lines.append(f"| {row['case']} | {row['peer']} | {times} | {row['ratio']:.2f} |")

@@ -58,7 +58,7 @@ README_PHOTOS = (PAIR[0], "astronaut", "retina", "grass", "cat", "rocket", "moon
 """The photos in the smaller picture for the README."""
 
 CREDIT = (
-    "Photos: scikit-image (public domain and CC0; motorcycle: Scharstein et al. 2014); scikit-learn "
+    "Photos: samples of scikit-image (motorcycle: Scharstein et al. 2014) and of scikit-learn "
     "(CC BY 2.0; flower: vultilion, pagoda: danielbuechele)."
 )
 

@@ -89,6 +89,21 @@ def test_triton_forward_of_vit_tiny(dtype):
     check(TINY, pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
 
 
+def test_a_folded_block_is_five_launches():
+    small, launches = engine(backend="triton", dtype="fp32"), []
+
+    def counted(site, call):
+        return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
+
+    calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
+    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=False)
+    checkpoint = testing.random_weights(SMALL)
+    small._weights = model.arrange(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
+    small.run(testing.make(1, 3, 32, 48))
+    block = ["qkv", "attention", "proj", "fc1", "fc2"]
+    assert launches == ["patch_embed", "row_stats", *block * SMALL.depth, "layer_norm", "head"]
+
+
 @pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True)])
 def test_plan_variants_agree(fold_norm, fuse_mlp):
     check(SMALL, testing.make(2, 3, 32, 48), torch.float32, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)

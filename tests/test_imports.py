@@ -49,8 +49,12 @@ RULES = {
     "differences": Rule(rooms=("findings", "testing"), outside=("torch",)),
     "verify":      Rule(rooms=("differences", "findings"), later=("checkpoints", "embed", "engine", "images", "ops"),
                         outside=("torch",)),
-    "cli":         Rule(rooms=("vitfast",), later=("embed", "doctor", "inspect", "engine", "ops", "verify"),
-                        outside=("typer",)),
+    "predict":     Rule(rooms=("config", "planner"), later=("kernels",), outside=("torch",)),
+    "cli":         Rule(
+        rooms=("vitfast",),
+        later=("config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
+        outside=("typer",),
+    ),
 }
 # fmt: on
 

@@ -163,7 +163,9 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
         answer.text = module.render(answer.json)
 
 
-@app.command(epilog="Example: `vitfast inspect --arch sm_80 --arch sm_90 --kernel linear`")
+@app.command(
+    epilog="Example: `vitfast inspect --arch sm_90 --kernel linear`, `vitfast inspect -m vit_base_patch16_224`"
+)
 def inspect(
     context: typer.Context,
     arch: Annotated[
@@ -172,15 +174,32 @@ def inspect(
     kernel: Annotated[
         list[str] | None, typer.Option(help="Kernel to compile, e.g. linear; may be repeated. [default: all]")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Predict this model's forward instead of compiling.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="With --model: images.")] = 256,
+    chip: Annotated[str, typer.Option(help="With --model: a100, l40s, h100, h200 or b200.")] = "h100",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="With --model: what to compute in.")] = Dtype.bf16,
     as_json: Json = False,
 ) -> None:
-    """Compile the kernels, without a GPU, and report registers, spills and shared memory."""
+    """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU."""
     with _command(context, as_json) as answer:
-        from vitfast import inspect as module
+        if model is None:
+            from vitfast import inspect as compiled
 
-        options: dict[str, Any] = {"archs": arch} if arch else {}
-        answer.json = module.inspect(**options, kernels=kernel or None)
-        answer.text = module.render(answer.json)
+            options: dict[str, Any] = {"archs": arch} if arch else {}
+            answer.json = compiled.inspect(**options, kernels=kernel or None)
+            answer.text = compiled.render(answer.json)
+            return
+        if arch or kernel:
+            raise ValueError("--arch and --kernel compile kernels, --model predicts: give one or the other")
+        from vitfast import predict
+        from vitfast.config import NAMED
+
+        if model not in NAMED:
+            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
+        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype.value)
+        answer.text = predict.render(answer.json)
 
 
 @app.command(epilog="Example: `vitfast verify facebook/dinov2-small --dtype bf16 --images photos/`")

@@ -163,3 +163,23 @@ class ViTConfig:
             if self.distilled:
                 dense("head_dist", self.num_classes, c)
         return shapes
+
+
+def _vit(name: str, image: int, patch: int, width: int, depth: int, heads: int, mlp_dim: int) -> ViTConfig:
+    return ViTConfig((image, image), (patch, patch), width, depth, heads, mlp_dim, num_classes=1000, name=name)
+
+
+NAMED = {
+    config.name: config
+    for config in (
+        _vit("vit_tiny_patch16_224", 224, 16, 192, 12, 3, 768),
+        _vit("vit_small_patch16_224", 224, 16, 384, 12, 6, 1536),
+        _vit("vit_base_patch16_224", 224, 16, 768, 12, 12, 3072),
+        _vit("vit_base_patch16_384", 384, 16, 768, 12, 12, 3072),
+        _vit("vit_large_patch16_224", 224, 16, 1024, 24, 16, 4096),
+        _vit("vit_large_patch16_384", 384, 16, 1024, 24, 16, 4096),
+        _vit("vit_large_patch14_518", 518, 14, 1024, 24, 16, 4096),
+        _vit("vit_huge_patch14_224", 224, 14, 1280, 32, 16, 5120),
+    )
+}
+"""Architectures by timm's names, for benchmarks and predictions, which need no weights."""

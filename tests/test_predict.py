@@ -1,0 +1,113 @@
+"""The analytic model against numbers derived by hand, and its command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vitfast import predict
+from vitfast.config import NAMED
+
+
+def prediction(model="vit_base_patch16_224", **changes):
+    return predict.predict(NAMED[model], **{"batch": 256, "chip": "h100", **changes})
+
+
+def row(result, site):
+    return next(row for row in result["launches"] if row["site"] == site)
+
+
+@pytest.mark.parametrize(
+    ("model", "gflop"),
+    [
+        ("vit_tiny_patch16_224", 2.51),
+        ("vit_small_patch16_224", 9.20),
+        ("vit_base_patch16_224", 35.13),
+        ("vit_large_patch16_224", 123.1),
+        ("vit_huge_patch14_224", 334.6),
+        ("vit_large_patch14_518", 1014),
+    ],
+)
+def test_flops_are_twice_the_multiply_adds_of_the_literature(model, gflop):
+    assert prediction(model)["gflop_per_image"] == pytest.approx(gflop, rel=2e-3)
+
+
+def test_flops_and_bytes_of_vit_base_by_hand():
+    result, m, c, f = prediction(), 256 * 197, 768, 3072
+    assert row(result, "qkv")["flops"] == 2 * m * c * 3 * c
+    assert row(result, "attention")["flops"] == 2 * 2 * 256 * 12 * 197 * 197 * 64
+    assert row(result, "patch_embed")["flops"] == 2 * 256 * 196 * 768 * c
+    assert row(result, "qkv")["bytes"] == 2 * (m * c + 3 * c * c + 3 * c + m * 3 * c)
+    assert row(result, "fc2")["bytes"] == 2 * (m * f + c * f + c + 2 * m * c)
+    assert row(result, "attention")["bytes"] == 2 * 4 * m * c
+    assert row(result, "patch_embed")["bytes"] == 256 * 224 * 224 * 3 + 2 * (c * 768 + c + 196 * c + m * c)
+    assert row(result, "row_stats")["bytes"] == 2 * m * c
+
+
+def test_launches_are_those_of_the_forward():
+    sites = {row["site"]: row["count"] for row in prediction()["launches"]}
+    assert sites == {
+        "patch_embed": 1, "row_stats": 1, "qkv": 12, "attention": 12, "proj": 12, "fc1": 12, "fc2": 12,
+        "norm": 1, "head": 1,
+    }  # fmt: skip
+
+
+def test_sum_share_and_rate_agree():
+    result = prediction()
+    total = sum(row["count"] * row["time_us"] for row in result["launches"])
+    assert result["time_us"] == pytest.approx(total)
+    assert sum(row["share"] for row in result["launches"]) == pytest.approx(1)
+    assert result["images_per_s"] == pytest.approx(256 / total * 1e6)
+    assert result["predicted"] is True
+
+
+def test_no_prediction_beats_the_data_sheet():
+    for model in NAMED:
+        for chip, card in predict.CHIPS.items():
+            for row in prediction(model, chip=chip)["launches"]:
+                assert row["flops"] / row["time_us"] / 1e6 <= card.half_tflops
+                assert row["bytes"] / row["time_us"] / 1e3 <= card.memory_gb_s
+                assert row["bound"] in ("math", "memory", "exp")
+                assert 0 < row["tile_share"] <= 1
+                assert 0 < row["wave_share"] <= 1
+
+
+def test_tile_and_wave_shares_by_hand():
+    assert predict._wave_share(132, 132) == 1
+    assert predict._wave_share(133, 132) == pytest.approx(133 / 264)
+    attention = row(prediction(), "attention")  # 197 queries in 4 tiles of 64, 197 keys in 208
+    assert attention["tile_share"] == pytest.approx(197 * 197 / (256 * 208))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"chip": "v100"}, "'v100'"), ({"dtype": "fp4"}, "'fp4'"), ({"batch": 0}, "got 0")],
+)
+def test_bad_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        prediction(**changes)
+
+
+def command(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "vitfast", "inspect", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_command_prints_one_json_document():
+    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(prediction()))
+
+
+def test_command_says_that_it_predicts_and_refuses_mixtures():
+    assert "predicted, not measured" in command("--model", "vit_tiny_patch16_224").stdout
+    mixed = command("--model", "vit_tiny_patch16_224", "--arch", "sm_90")
+    assert mixed.returncode == 2
+    assert "one or the other" in mixed.stderr
+    unknown = command("--model", "resnet50")
+    assert unknown.returncode == 2
+    assert "resnet50" in unknown.stderr
