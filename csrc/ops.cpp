@@ -15,9 +15,18 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  // vitfast/ops/native.py calls these two like the reference. y, and with stats the row statistics of y.
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def(
+      "linear_packed(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? layer_scale, Tensor? residual, "
+      "Tensor? row_stats, Tensor? weight_sum, float eps, bool stats) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) { m.impl("patch_embed", &vitfast::patch_embed_cpu); }
+TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
+  m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("pack_linear", &vitfast::pack_linear_cpu);
+  m.impl("linear_packed", &vitfast::linear_packed_cpu);
+}
 
 namespace {
 
@@ -26,8 +35,12 @@ py::dict ops() {
   py::dict patch_embed;
   patch_embed["devices"] = py::make_tuple("cpu");
   patch_embed["dtypes"] = py::make_tuple("float32", "bfloat16");
+  py::dict linear;
+  linear["devices"] = py::make_tuple("cpu");
+  linear["dtypes"] = py::make_tuple("float32");
   py::dict all;
   all["patch_embed"] = patch_embed;
+  all["linear"] = linear;
   return all;
 }
 
