@@ -11,4 +11,8 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                            at::IntArrayRef patch_size, bool channels_last);
 
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
+                         std::optional<double> scale);
+
 }  // namespace vitfast
