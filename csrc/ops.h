@@ -23,4 +23,8 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const std::optional<at::Tensor>& row_stats,
                                           const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
 
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
+                         std::optional<double> scale);
+
 }  // namespace vitfast

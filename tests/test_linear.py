@@ -323,6 +323,13 @@ def test_native_takes_and_makes_many_shares():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu"])
+def test_native_at_every_simd_level(level, activation):
+    args, norm = folded(*operands(131, 264, 136, torch.float32))
+    kwargs = {"activation": activation, **norm, **extras(131, 264, torch.float32)}
+    check_stats(implementation("native")(*args, **kwargs, stats=True), *args, **kwargs)
+
+
 def test_native_sums_are_short():
     """The error stays well under that of one long sum, which is what a deep network of fp32 products feels."""
     x, weight, bias = operands(64, 96, 3072, torch.float32)

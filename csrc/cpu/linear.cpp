@@ -177,24 +177,28 @@ VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& me
 
 using Compute = void (*)(const Call&, Range, Range, Memory&);
 
-#ifdef VITFAST_SIMD_CLONES
-__attribute__((target("avx512f"))) void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
-  compute<16, 12, 2>(c, rows, columns, memory);
-}
-__attribute__((target("avx2,fma"))) void compute_avx2(const Call& c, Range rows, Range columns, Memory& memory) {
-  compute<8, 6, 2>(c, rows, columns, memory);
-}
-#endif
-void compute_default(const Call& c, Range rows, Range columns, Memory& memory) {
+void compute_standard(const Call& c, Range rows, Range columns, Memory& memory) {
   compute<4, 4, 2>(c, rows, columns, memory);
 }
 
-Compute compute_here() {
-#ifdef VITFAST_SIMD_CLONES
-  if (__builtin_cpu_supports("avx512f")) return &compute_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &compute_avx2;
+#ifdef VITFAST_SIMD_LEVELS
+VITFAST_TARGET("avx2,fma")
+void compute_avx2(const Call& c, Range rows, Range columns, Memory& memory) {
+  compute<8, 6, 2>(c, rows, columns, memory);
+}
+
+VITFAST_TARGET("avx512f")
+void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
+  compute<16, 12, 2>(c, rows, columns, memory);
+}
 #endif
-  return &compute_default;
+
+Compute compute_here() {
+#ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() == Simd::avx512) return &compute_avx512;
+  if (simd_level() == Simd::avx2) return &compute_avx2;
+#endif
+  return &compute_standard;
 }
 
 // Shares y out among the threads: by rows, or by columns where there are few rows.
