@@ -94,11 +94,12 @@ VITFAST_INLINE void multiply_rows(int64_t count, const float* x, const float* pa
   multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
 }
 
-// Numbers i .. i + lanes of an array of n, zeros beyond.
+// Numbers i .. i + lanes of an array of n, `beyond` after its end.
 template <int lanes>
-VITFAST_INLINE Vector<lanes> load_some(const float* from, int64_t i, int64_t n) {
+VITFAST_INLINE Vector<lanes> load_some(const float* from, int64_t i, int64_t n, float beyond = 0.0f) {
   if (i + lanes <= n) return load<lanes>(from + i);
-  float some[lanes] = {};
+  float some[lanes];
+  std::fill(some, some + lanes, beyond);
   std::copy(from + i, from + n, some);
   return load<lanes>(some);
 }
@@ -126,18 +127,22 @@ VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const fl
 }
 
 // (mean, sum of squared deviations) of each tile of a row of y.
+template <int lanes>
 VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
   const int64_t tiles = (c.n + kStatsTile - 1) / kStatsTile;
   for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
     const int64_t width = std::min(kStatsTile, columns.end - n);
     const float* row = c.y + m * c.n + n;
-    float sum = 0.0f, square = 0.0f;
-    for (int64_t i = 0; i < width; ++i) sum += row[i];
-    const float mean = sum / static_cast<float>(width);
-    for (int64_t i = 0; i < width; ++i) square += (row[i] - mean) * (row[i] - mean);
+    Vector<lanes> total{}, squares{};
+    for (int64_t i = 0; i < width; i += lanes) total += load_some<lanes>(row, i, width);
+    const float mean = sum<lanes>(total) / static_cast<float>(width);
+    for (int64_t i = 0; i < width; i += lanes) {
+      const Vector<lanes> distance = load_some<lanes>(row, i, width, mean) - mean;
+      squares += distance * distance;
+    }
     float* stats = c.epilogue.stats + (m * tiles + n / kStatsTile) * 2;
     stats[0] = mean;
-    stats[1] = square;
+    stats[1] = sum<lanes>(squares);
   }
 }
 
@@ -169,7 +174,7 @@ VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& me
       }
       for (int64_t i = m; i < m_end; ++i) {
         finish_row<lanes>(c, i, block, memory.sums + (i - m) * kColumns);
-        if (c.epilogue.stats) write_stats(c, i, block);
+        if (c.epilogue.stats) write_stats<lanes>(c, i, block);
       }
     }
   }
