@@ -17,6 +17,8 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> Tensor");
@@ -24,6 +26,8 @@ TORCH_LIBRARY(vitfast_native, m) {
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("layer_norm", &vitfast::layer_norm_cpu);
+  m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
 }
 
@@ -34,7 +38,9 @@ py::dict ops() {
   using namespace py::literals;
   const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
-  all["patch_embed"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
+  for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
+    all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
+  }
   all["attention"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
                               "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)));
   return all;
