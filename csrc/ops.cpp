@@ -22,6 +22,8 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "linear_packed(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? layer_scale, Tensor? residual, "
       "Tensor? row_stats, Tensor? weight_sum, float eps, bool stats) -> Tensor[]");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> Tensor");
@@ -31,6 +33,8 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
+  m.impl("layer_norm", &vitfast::layer_norm_cpu);
+  m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
 }
 
@@ -41,8 +45,10 @@ py::dict ops() {
   using namespace py::literals;
   const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
-  all["patch_embed"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("float32"));
+  for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
+    all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
+  }
   all["attention"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
                               "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)));
   return all;

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace vitfast {
@@ -22,6 +23,11 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const std::optional<at::Tensor>& residual,
                                           const std::optional<at::Tensor>& row_stats,
                                           const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
+
+at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
+                                                      const at::Tensor& weight, const at::Tensor& bias, double eps);
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,

@@ -34,11 +34,14 @@ from vitfast.ops import mkldnn, native, reference, registry
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
+OPTIONAL_SITES = ("mlp", "row_stats")
+"""Sites that a forward can do without: fc1 and fc2 take the first's place, layer_norm the second's."""
 MLP_MAX_WIDTH = 384
 """Widest model for which the one-launch mlp is a candidate; wider, it would be two `linear` anyway."""
-BATCH = {"cuda": 64, "cpu": 8}
-"""Images whose shapes are measured."""
-TIE = 0.1
+GPU_BATCH = 64
+"""Images whose shapes are measured on a GPU; on a CPU as many as have CPU_ROWS tokens."""
+CPU_ROWS = 1600
+TIE = 0.15
 """A backend takes the place of one before it only if it is faster by this share; less is within the noise of
 a busy machine. On the CPU native comes first: its sums err less than torch's (docs/numerics.md)."""
 
@@ -216,7 +219,8 @@ def _site_backends(
             continue
         spec = site_spec(config, site, batch, device, dtype)
         if backend != "auto":
-            chosen[site] = choose(spec, backend)
+            if site not in OPTIONAL_SITES or not registry.backend(spec.op, backend).why_not(spec):
+                chosen[site] = choose(spec, backend)
             continue
         able, refused = candidates(spec)
         if not able:
@@ -244,13 +248,13 @@ def build(
 
     Args:
         backend: "auto", or one of "torch" (its plain ops), "triton", "native" for all sites.
-        batch: the batch size whose shapes are measured; by default that of BATCH.
+        batch: the batch size whose shapes are measured; by default see GPU_BATCH.
 
     Raises:
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
-    batch = batch or BATCH[device.type]
+    batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
     measured = backend == "auto"
     key = plan_key(config, device, dtype, batch) if measured else {}
     path = cache_dir() / "plans" / f"{_digest(key)}.json"
@@ -282,11 +286,11 @@ def assemble(
         if found := packed_linear(chosen[site], site_spec(config, site, 1, device, dtype)):
             packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
-    products = ("qkv", "proj") if fused else ("qkv", "proj", "fc1", "fc2")
+    on_triton = {site for site, name in names.items() if name == "triton"}
     return Plan(
         calls=calls,
         backends=names,
-        fold_norm=not fused and all(names[site] == "triton" for site in products),
+        fold_norm=not fused and on_triton >= {"row_stats", "qkv", "proj", "fc1", "fc2"},
         fuse_mlp=fused,
         quick_gelu_as_silu=calls["fc1"] is mkldnn.linear,
         packs=packs,

@@ -32,7 +32,7 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
 constexpr int64_t kDepth = 128;    // columns of x per sum in registers
-constexpr int64_t kRows = 96;      // rows and
+constexpr int64_t kRows = 192;     // rows and
 constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and whole tiles of statistics
 constexpr int64_t kStatsTile = 128;
 
