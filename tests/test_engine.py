@@ -260,9 +260,10 @@ def test_measure_refuses_a_wrong_backend_and_keeps_the_fastest(monkeypatch):
 
 def test_choices_survive_on_disk(tmp_path):
     path, key = tmp_path / "plans" / "a.json", {"device": "a", "torch": "2"}
-    assert planner.load_choices(path, key) is None
-    planner.save_choices(path, key, {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}}})
-    assert planner.load_choices(path, key) == {"qkv": "torch"}
+    assert planner.load_plan(path, key) is None
+    saved = {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}, "refused": {}}}
+    planner.save_plan(path, key, *saved)
+    assert planner.load_plan(path, key) == saved
 
 
 def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ class Plan:
     correction inside the following product, from statistics the previous product wrote.
     `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
     x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    `measured`: what the choices were made by, for each site that had one (see `vitfast.planner.measure`).
     """
 
     calls: Mapping[str, Callable[..., Tensor]]
@@ -55,6 +57,7 @@ class Plan:
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
     packs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,19 +255,19 @@ def build(
         PlanError: if no backend gives a right result on this device.
     """
     batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
-    measured = backend == "auto"
-    key = plan_key(config, device, dtype, batch) if measured else {}
+    if backend != "auto":
+        chosen, _ = _site_backends(config, device, dtype, backend, batch)
+        return assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
+    key = plan_key(config, device, dtype, batch)
     path = cache_dir() / "plans" / f"{_digest(key)}.json"
-    saved = load_choices(path, key) if measured else None
-    if saved is not None:
-        chosen = {}
-        for site, name in saved.items():
-            chosen[site] = choose(site_spec(config, site, batch, device, dtype), name)
+    saved = load_plan(path, key)
+    if saved is None:
+        chosen, measured = _site_backends(config, device, dtype, backend, batch)
+        save_plan(path, key, {site: entry.name for site, entry in chosen.items()}, measured)
     else:
-        chosen, record = _site_backends(config, device, dtype, backend, batch)
-        if measured:
-            save_choices(path, key, {site: entry.name for site, entry in chosen.items()}, record)
-    return assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
+        names, measured = saved
+        chosen = {site: choose(site_spec(config, site, batch, device, dtype), name) for site, name in names.items()}
+    return replace(assemble(config, chosen, device=device, dtype=dtype, packed=True), measured=measured)
 
 
 def assemble(
@@ -314,7 +314,7 @@ def plan_key(config: ViTConfig, device: torch.device, dtype: torch.dtype, batch:
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
         }
-    extension = registry.backend("linear", "native").missing or "built"
+    extension = [op for op in registry.OPS if not registry.backend(op, "native").missing]
     return key | {"device": _cpu_name(), "threads": torch.get_num_threads(), "extension": extension}
 
 
@@ -335,22 +335,22 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
 
 
-def load_choices(path: Path, key: dict[str, Any]) -> dict[str, str] | None:
-    """Choices saved by `save_choices`; None if there are none, or, with a warning, none for this key."""
+def load_plan(path: Path, key: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """Choices and measurements that `save_plan` saved; None if there are none or, with a warning, for another key."""
     if not path.is_file():
         return None
     plan = json.loads(path.read_text())
     made_for = plan.get("key", {})
     if differing := sorted(name for name in {*key, *made_for} if key.get(name) != made_for.get(name)):
-        told = "; ".join(f"{name} {plan['key'].get(name)!r}, here {key.get(name)!r}" for name in differing)
+        told = "; ".join(f"{name} {made_for.get(name)!r}, here {key.get(name)!r}" for name in differing)
         warnings.warn(f"the plan {path} is measured again, it was made for {told}", stacklevel=2)
         return None
-    return plan["choices"]
+    return plan["choices"], plan["measured"]
 
 
-def save_choices(path: Path, key: dict[str, Any], choices: dict[str, str], record: dict[str, Any]) -> None:
+def save_plan(path: Path, key: dict[str, Any], choices: dict[str, str], measured: dict[str, Any]) -> None:
     """Write choices, what they were made for and their measurements as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump({"key": key, "choices": choices, "measured": record}, file, indent=1)
+        json.dump({"key": key, "choices": choices, "measured": measured}, file, indent=1)
     os.replace(file.name, path)

@@ -6,7 +6,7 @@
 // cache. The epilogue is applied to the finished block on its way to y. Bound by FLOPs.
 //
 // The two levels of sums serve accuracy as much as the cache: a product passes through at most
-// kDepth + K / kDepth additions instead of K, which makes the error of rounding 2 to 5 times smaller
+// kDepth + K / kDepth additions instead of K, which leaves half the error of rounding or less
 // (Higham 1993, "The accuracy of floating point summation").
 
 #include <ATen/Parallel.h>
