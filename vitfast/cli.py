@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 import vitfast
+from vitfast import bench_cli
 
 FAILURES_SHOWN = 20
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+app.add_typer(bench_cli.app, name="bench")
 
 
 class Dtype(str, Enum):

@@ -1,0 +1,97 @@
+"""`vitfast bench all`: the benchmarks worth having of a GPU, the most telling first, within a budget of time.
+
+Every step is a process of its own: one that crashes the GPU's context or hangs in a compiler takes no other with it.
+It writes its result file case by case, so that a step cut short keeps what it has, and the next begins.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitfast.benchmarks.device import Device
+from vitfast.benchmarks.environment import environment
+from vitfast.benchmarks.page import page
+from vitfast.benchmarks.result_file import read, results_folder, write
+
+STOPPING_S = 15.0
+"""Kept for a step to finish its case and measure the roofs again after its own budget."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of `vitfast bench`, and the largest share of the whole budget that it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    share: float
+
+
+STEPS = (
+    Step("kernels-base", ("kernels", "-m", "vit_base_patch16_224", "--batch", "256"), 0.25),
+    Step("model-base", ("model", "-m", "vit_base_patch16_224", "--batch", "256", "--batch", "1"), 0.25),
+    Step("model-large", ("model", "-m", "vit_large_patch16_224", "--batch", "128"), 0.15),
+    Step(
+        "kernels-others",
+        ("kernels", "-m", "vit_tiny_patch16_224", "-m", "vit_large_patch14_518", "-m", "vit_huge_patch14_224",
+         "--batch", "64"),
+        0.2,
+    ),
+    Step(
+        "model-autotuned",
+        ("model", "-m", "vit_base_patch16_224", "--batch", "256", "--peer", "vitfast",
+         "--peer", "torch.compile max-autotune"),
+        0.4,
+    ),
+    Step(
+        "model-others",
+        ("model", "-m", "vit_tiny_patch16_224", "-m", "vit_huge_patch14_224", "--batch", "1", "--batch", "8",
+         "--batch", "64", "--batch", "512"),
+        0.4,
+    ),
+    Step("kernels-compiled", ("kernels", "-m", "vit_base_patch16_224", "--batch", "256", "--slow"), 0.5),
+    Step("kernels-full", ("kernels", "--grid", "full"), 1.0),
+)  # fmt: skip
+
+
+def run(
+    device: Device,
+    budget_s: float,
+    *,
+    steps: Sequence[Step] = STEPS,
+    say: Callable[[str], None],
+    command: Sequence[str] = (sys.executable, "-m", "vitfast", "bench"),
+) -> tuple[Path, list[str]]:
+    """Run steps in order until the budget is spent.
+
+    Returns:
+        The page that shows all results, and what failed or was cut short, one line each.
+    """
+    end = time.monotonic() + budget_s
+    entry = environment(device)
+    folder = results_folder() / device.slug
+    stem = f"{entry['date'][:16].replace(':', '')}-{(entry['commit'] or 'nocommit')[:9]}"
+    paths, problems = [], []
+    for number, step in enumerate(steps, 1):
+        left = min(end - time.monotonic(), step.share * budget_s)
+        if left < 2 * STOPPING_S:
+            problems.append(f"{step.name}: not begun, no time")
+            continue
+        path = folder / f"{stem}-{number}-{step.name}.json"
+        own = ("--device", str(device.torch_device), "--budget", f"{left - STOPPING_S:.0f}s", "--json", str(path))
+        say(f"\n$ vitfast bench {' '.join(step.arguments)}   ({left:.0f} s)")
+        try:
+            code = subprocess.run([*command, *step.arguments, *own], timeout=left, check=False).returncode
+            if code:
+                problems.append(f"{step.name}: exit code {code}")
+        except subprocess.TimeoutExpired:
+            problems.append(f"{step.name}: stopped after {left:.0f} s; finished cases are kept")
+        if path.is_file():
+            paths.append(path)
+    shown = folder / f"{stem}.html"
+    write(shown, page([read(path) for path in paths]))
+    return shown, problems
