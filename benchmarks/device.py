@@ -141,7 +141,8 @@ class CudaDevice(Device):
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(stream):
-            calls[0]()  # compiles and fills caches outside the capture
+            for call in dict.fromkeys(calls):  # compile and fill caches outside the capture
+                call()
         self._cuda.current_stream().wait_stream(stream)
         graph = self._cuda.CUDAGraph()
         try:

@@ -158,6 +158,50 @@ def model(
         _finish(answer, file, csv_file, html_file)
 
 
+@app.command(epilog="Example: `vitfast bench sweep -m vit_base_patch16_224 --batch 64 --batch 256`")
+def sweep(
+    context: typer.Context,
+    op: Annotated[list[str] | None, typer.Option(help="Op to sweep; may be repeated. [default: all]")] = None,
+    model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
+    batch: Batches = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 10,
+    budget: Budget = None,
+    json_file: JsonFile = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Table to write. [default: this GPU's, in kernels/configs]")
+    ] = None,
+) -> None:
+    """Time every config of our Triton kernels and write the table of the best, which the launchers then read.
+
+    Only a config that passed the correctness gate at every shape of its key gets into the table.
+    """
+    from vitfast.cli import _command
+
+    with _command(context, False) as answer:
+        limit = seconds(budget) if budget else math.inf
+        from vitfast.benchmarks import kernels as kernel_cases
+        from vitfast.benchmarks import sweep as module
+        from vitfast.benchmarks.peers import BASELINE
+        from vitfast.benchmarks.result_file import Results
+        from vitfast.config import NAMED
+
+        _check("--op", op or (), module.OPS)
+        _check("--model", model, NAMED)
+        measured, what = _open(device, dtype, None)
+        if measured.torch_device.type != "cuda":
+            raise ValueError("no CUDA device is seen here, and Triton kernels are tuned for one")
+        ops = op or module.OPS
+        cases = kernel_cases.grid("quick", ops, model, batch or [1, 64, 256], measured.torch_device, what)
+        file = Results("kernels", measured, {"baseline": BASELINE, "sweep": True, "rounds": rounds}, json_file)
+        choices = module.sweep(cases, measured, rounds=rounds, seconds=limit, on_rows=file.add)
+        path = out or module.table_path(measured)
+        module.write_table(path, choices, file.content["environment"])
+        _finish(answer, file, None, None)
+        answer.text.append(f"written {path}; proven: {', '.join(choices['proven']) or 'none'}")
+
+
 @app.command(name="all", epilog="Example: `vitfast bench all --budget 8m`")
 def everything(
     context: typer.Context,
