@@ -256,30 +256,42 @@ OPS: dict[str, Op] = {
 }
 
 
-def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
-    """(op, dims) of everything a model's forward calls, telling ones first, and attention's backward."""
+def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
+    """Site of a model's forward from uint8 pixels with folded norms -> (op, dims), telling ones first."""
     tokens, width, hidden = config.tokens(), config.width, config.mlp_dim
     rows, inner = batch * tokens, config.heads * config.head_dim
-    attention = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.head_dim}
 
-    def product(inner: int, width: int, epilogue: str) -> tuple[str, Dims]:
+    def product(rows: int, inner: int, width: int, epilogue: str) -> tuple[str, Dims]:
         return "linear", {"rows": rows, "inner": inner, "width": width, "epilogue": epilogue}
 
-    yield "attention", attention
-    yield product(width, hidden, "norm gelu")
-    yield product(hidden, width, "residual stats")
-    yield product(width, 3 * inner, "norm")
-    yield product(width, hidden, "plain")
-    yield product(width, hidden, "gelu")
-    yield product(hidden, width, "residual")
-    yield product(width, 3 * inner, "bias")
-    for pixels in ("uint8", "float"):
-        patch = {"image": config.image_size[0], "patch": config.patch_size[0], "width": width}
-        yield "patch_embed", {"batch": batch, **patch, "pixels": pixels}
-    for op in ("layer_norm", "add_layer_norm", "row_stats"):
-        yield op, {"rows": rows, "width": width}
-    yield "mlp", {"rows": rows, "width": width, "hidden": hidden, "activation": "gelu"}
-    yield "attention_backward", attention
+    gate = "swiglu" if config.gated else "gelu"
+    heads = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.head_dim}
+    patch = {"image": config.image_size[0], "patch": config.patch_size[0], "width": width, "pixels": "uint8"}
+    return {
+        "attention": ("attention", heads),
+        "fc1": product(rows, width, hidden, f"norm {gate}"),
+        "fc2": product(rows, hidden, width, "residual stats"),
+        "qkv": product(rows, width, 3 * inner, "norm"),
+        "proj": product(rows, inner, width, "residual stats"),
+        "patch_embed": ("patch_embed", {"batch": batch, **patch}),
+        "norm": ("layer_norm", {"rows": rows, "width": width}),
+        "row_stats": ("row_stats", {"rows": rows, "width": width}),
+        "head": product(batch, width, max(config.num_classes, config.projection_dim, 1), "bias"),
+    }
+
+
+def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
+    """(op, dims) of a forward's sites, then of other forms of the same work, and of attention's backward."""
+    sites = site_dims(config, batch)
+    yield from sites.values()
+    for site, epilogue in (("fc1", "plain"), ("fc1", "gelu"), ("fc2", "residual"), ("qkv", "bias")):
+        op, dims = sites[site]
+        yield op, {**dims, "epilogue": epilogue}
+    yield "patch_embed", {**sites["patch_embed"][1], "pixels": "float"}
+    rows = {"rows": batch * config.tokens(), "width": config.width}
+    yield "add_layer_norm", rows
+    yield "mlp", {**rows, "hidden": config.mlp_dim, "activation": "swiglu" if config.gated else "gelu"}
+    yield "attention_backward", sites["attention"][1]
 
 
 def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:

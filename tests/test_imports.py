@@ -49,13 +49,13 @@ RULES = {
     "differences": Rule(rooms=("findings", "testing"), outside=("torch",)),
     "verify":      Rule(rooms=("differences", "findings"), later=("checkpoints", "embed", "engine", "images", "ops"),
                         outside=("torch",)),
-    "predict":     Rule(rooms=("config", "planner"), later=("kernels",), outside=("torch",)),
+    "predict":     Rule(rooms=("config", "planner"), later=("inspect", "kernels"), outside=("torch",)),
     "benchmarks":  Rule(rooms=("vitfast", "config", "engine", "ops", "planner", "predict", "testing"),
                         later=("kernels",), outside=("torch",)),
     "bench_cli":   Rule(later=("benchmarks", "cli", "config", "engine"), outside=("typer",)),
     "cli":         Rule(
         rooms=("vitfast", "bench_cli"),
-        later=("config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
+        later=("benchmarks", "config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
         outside=("typer",),
     ),
 }
