@@ -109,10 +109,13 @@ class Case:
 
 def nbytes(*values: Any) -> int:
     """Bytes of all tensors among the values, each counted once."""
-    flat: list[Any] = []
+    total = 0
     for value in values:
-        flat += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
-    return sum(t.numel() * t.element_size() for t in flat if isinstance(t, Tensor))
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, (list, tuple, dict)):
+            total += nbytes(*(value.values() if isinstance(value, dict) else value))
+    return total
 
 
 def _patch_embed(d: Dims, make: Maker) -> Call:
@@ -215,6 +218,43 @@ def _mlp(d: Dims, make: Maker) -> Call:
     return Call((make.normal(rows, width), *fc1, *fc2), kwargs, (0, "residual"))
 
 
+def _block(d: Dims, make: Maker) -> Call:
+    width, hidden = d["width"], d["hidden"]
+    weights: dict[str, Tensor] = {}
+    for name, rows, inner in (
+        ("qkv", 3 * width, width),
+        ("proj", width, width),
+        ("fc1", hidden, width),
+        ("fc2", width, hidden),
+    ):
+        weights |= {f"{name}.weight": make.normal(rows, inner, scale=inner**-0.5), f"{name}.bias": make.normal(rows)}
+    for name in ("norm1", "norm2"):
+        weights |= {f"{name}.weight": make.normal(width), f"{name}.bias": make.normal(width)}
+    return Call((make.normal(d["batch"], d["tokens"], width), weights), {"heads": d["heads"]})
+
+
+def block(x: Tensor, weights: Mapping[str, Tensor], *, heads: int, upcast: bool = False) -> Tensor:
+    """A pre-norm transformer block in plain PyTorch, op by op; weights by the names of `vitfast.config`."""
+
+    def of(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    linear: Any = reference.linear
+    batch, tokens, width = x.shape
+    h = reference.layer_norm(x, *of("norm1"), STATS_EPS, upcast=upcast)
+    q, k, v = linear(h, *of("qkv"), upcast=upcast).view(batch, tokens, 3, heads, width // heads).unbind(2)
+    mixed = reference.attention(q, k, v, upcast=upcast).view(batch, tokens, width)
+    x = linear(mixed, *of("proj"), residual=x, upcast=upcast)
+    h = reference.layer_norm(x, *of("norm2"), STATS_EPS, upcast=upcast)
+    h = linear(h, *of("fc1"), activation="gelu", upcast=upcast)
+    return linear(h, *of("fc2"), residual=x, upcast=upcast)
+
+
+def _block_work(d: Dims) -> int:
+    rows, width = d["batch"] * d["tokens"], d["width"]
+    return 2 * rows * width * (4 * width + 2 * d["hidden"]) + 4 * rows * d["tokens"] * width
+
+
 def _keep(*names: str) -> Callable[[Dims], dict[str, int]]:
     return lambda d: {name: d[name] for name in names}
 
@@ -253,6 +293,7 @@ OPS: dict[str, Op] = {
         reference.mlp,
         _keep("rows", "width", "hidden"),
     ),
+    "block": Op(_block, _block_work, block, lambda d: {}),
 }
 
 
@@ -284,6 +325,8 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     """(op, dims) of a forward's sites, then of other forms of the same work, and of attention's backward."""
     sites = site_dims(config, batch)
     yield from sites.values()
+    if (config.activation, config.layer_scale, config.heads * config.head_dim) == ("gelu", False, config.width):
+        yield "block", {**sites["attention"][1], "width": config.width, "hidden": config.mlp_dim}
     for site, epilogue in (("fc1", "plain"), ("fc1", "gelu"), ("fc2", "residual"), ("qkv", "bias")):
         op, dims = sites[site]
         yield op, {**dims, "epilogue": epilogue}

@@ -23,12 +23,15 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vitfast import model, planner
 from vitfast.benchmarks.cases import OPS, Call, Case, gradients
-from vitfast.ops import mkldnn
+from vitfast.config import ViTConfig
+from vitfast.ops import mkldnn, registry
 from vitfast.ops.registry import BACKENDS, backend
 
 Thunk = Callable[[], Any]
 BASELINE = "torch eager"
+INTERPRETED = "Triton's interpreter is there to check kernels, not to time them"
 
 
 class Absent(RuntimeError):
@@ -63,11 +66,18 @@ def peer(op: str, name: str, **flags: bool) -> Callable[[Callable[[Call], Thunk]
 
 def peers_of(case: Case, *, slow: bool = False, extra: Mapping[str, Peer] | None = None) -> dict[str, Peer]:
     """The contestants of a case: plain torch, our backends, registered peers and those given."""
-    found = {name: Peer(name, functools.partial(_backend, case, key)) for key, name in BACKEND_NAMES.items()}
+    found = {BASELINE: Peer(BASELINE, functools.partial(_plain, case))}
+    if case.spec.op in registry.OPS:
+        found = {name: Peer(name, functools.partial(_backend, case, key)) for key, name in BACKEND_NAMES.items()}
     return found | {n: p for n, p in PEERS[case.op].items() if slow or not p.slow} | dict(extra or {})
 
 
 BACKEND_NAMES = {name: BASELINE if name == "torch" else f"vitfast {name}" for name in BACKENDS}
+
+
+def _plain(case: Case, call: Call) -> Thunk:
+    """The reference, in the case's dtype."""
+    return functools.partial(OPS[case.op].reference, *call.args, **call.kwargs)
 
 
 def _backend(case: Case, name: str, call: Call) -> Thunk:
@@ -76,7 +86,7 @@ def _backend(case: Case, name: str, call: Call) -> Thunk:
     if reasons := entry.why_not(case.spec):
         raise Absent("; ".join(reasons))
     if name == "triton" and case.device.type == "cpu":
-        raise Absent("Triton's interpreter is there to check kernels, not to time them")
+        raise Absent(INTERPRETED)
     run: Callable[..., Any] = entry.call
     if case.op == "attention_backward":
         run = gradients(functools.partial(torch.ops.vitfast.attention, backend=name))
@@ -104,7 +114,7 @@ def _compiled(op: str, mode: str, call: Call) -> Thunk:
     return functools.partial(run, *call.args, **call.kwargs)
 
 
-for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp"):
+for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", "block"):
     PEERS[_op]["torch.compile"] = Peer("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
     # Without its own CUDA graphs: every contestant is captured in the same way here.
     _tuned = functools.partial(_compiled, _op, "max-autotune-no-cudagraphs")
@@ -137,6 +147,37 @@ def torchao_fp8(call: Call) -> Thunk:
     layer.load_state_dict({"weight": weight, **({"bias": bias[0]} if bias else {})})
     quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return functools.partial(layer, x)
+
+
+def _planned_block(choice: str, call: Call) -> Thunk:
+    """A block as the engine runs it, its weights packed and its norms folded as the plan has it."""
+    (x, weights), heads = call.args, call.kwargs["heads"]
+    batch, tokens, width = x.shape
+    config = ViTConfig((tokens - 1, 1), (1, 1), width, 1, heads, weights["fc1.weight"].shape[0])
+    plan = planner.build(config, device=x.device, dtype=x.dtype, backend=choice, batch=batch)
+    named = {f"blocks.0.{name}": weight for name, weight in weights.items()}
+    named["patch_embed.weight"] = x.new_zeros(width, 3, 1, 1)  # not part of a block
+    arranged = model.arrange(config, named, plan, device=x.device, dtype=x.dtype)
+    stats = plan.calls["row_stats"](x) if plan.fold_norm else None  # in a model, the block before writes them
+
+    def run() -> torch.Tensor:
+        return model.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
+
+    return run
+
+
+@peer("block", "vitfast engine")
+def engine_block(call: Call) -> Thunk:
+    """With the backends that the planner chooses."""
+    return _planned_block("auto", call)
+
+
+@peer("block", "vitfast triton")
+def triton_block(call: Call) -> Thunk:
+    """In five launches of our Triton kernels."""
+    if call.args[0].device.type == "cpu":
+        raise Absent(INTERPRETED)
+    return _planned_block("triton", call)
 
 
 @peer("layer_norm", "Liger")

@@ -32,6 +32,7 @@ SMALL = {
     ],
     "attention_backward": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16}],
     "mlp": [{"rows": 9, "width": 32, "hidden": 64, "activation": a} for a in ("gelu", "swiglu")],
+    "block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "width": 32, "hidden": 64}],
 }
 
 
@@ -43,19 +44,23 @@ def test_every_op_has_cases():
 @pytest.mark.parametrize(("op", "dims"), [(op, dims) for op, found in SMALL.items() for dims in found])
 def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
     one = case(op, **dims)
-    run = registry.backend(one.spec.op, "triton").call
-    if op == "attention_backward":
-        run = cases.gradients(functools.partial(torch.ops.vitfast.attention, backend="triton"))
+    if op == "block":
+        interpreted = peers.Peer("interpreted", functools.partial(peers._planned_block, "triton"))
+    else:
+        run = registry.backend(one.spec.op, "triton").call
+        if op == "attention_backward":
+            run = cases.gradients(functools.partial(torch.ops.vitfast.attention, backend="triton"))
+        interpreted = peers.Peer("interpreted", lambda call: functools.partial(run, *call.args, **call.kwargs))
     contestants = peers.peers_of(one)
-    interpreted = peers.Peer("interpreted", lambda call: functools.partial(run, *call.args, **call.kwargs))
-    chosen = {name: contestants[name] for name in (peers.BASELINE, "vitfast native", "vitfast triton")}
+    ours = "vitfast engine" if op == "block" else "vitfast native"
+    chosen = {name: contestants[name] for name in (peers.BASELINE, ours, "vitfast triton")}
     rows = kernels.run_case(one, CountedDevice(), {**chosen, "interpreted": interpreted}, rounds=2)
     rows = {row["peer"]: row for row in rows}
     assert rows[peers.BASELINE]["correct"], rows
     assert rows["interpreted"]["correct"], rows
     triton = rows["vitfast triton"]
     assert triton["correct"] if DEVICE.type == "cuda" else "interpreter" in triton["error"]
-    native = rows["vitfast native"]
+    native = rows[ours]
     if not native["correct"]:  # absent for a reason, never wrong
         assert not native["error"].startswith("incorrect"), native
 
@@ -95,6 +100,7 @@ def test_flops_are_those_of_the_prediction(model):
     assert found["linear", "norm gelu", config.width] == predicted["fc1"]
     assert found["linear", "residual stats", config.mlp_dim] == predicted["fc2"]
     assert found["mlp", "", None] == predicted["fc1"] + predicted["fc2"]
+    assert found["block", "", None] == sum(predicted[site] for site in ("qkv", "attention", "proj", "fc1", "fc2"))
 
 
 def test_causal_attention_and_gated_products_count_what_is_needed():

@@ -50,7 +50,7 @@ RULES = {
     "verify":      Rule(rooms=("differences", "findings"), later=("checkpoints", "embed", "engine", "images", "ops"),
                         outside=("torch",)),
     "predict":     Rule(rooms=("config", "planner"), later=("inspect", "kernels"), outside=("torch",)),
-    "benchmarks":  Rule(rooms=("vitfast", "config", "engine", "ops", "planner", "predict", "testing"),
+    "benchmarks":  Rule(rooms=("vitfast", "config", "engine", "model", "ops", "planner", "predict", "testing"),
                         later=("kernels",), outside=("torch",)),
     "bench_cli":   Rule(later=("benchmarks", "cli", "config", "engine"), outside=("typer",)),
     "cli":         Rule(

@@ -94,8 +94,8 @@ def inspect(archs: Sequence[str] = DEFAULT_ARCHS, kernels: Sequence[str] | None 
     ]
 
 
-def find_case(file: str, kernel: str, configs: Sequence[str], arch: str, **constexprs: Any) -> CompileCase | None:
-    """The compile case of a kernel in kernels/<file>.py with one of these config names, the first if there are several.
+def find_case(file: str, kernel: str, config: str, arch: str, **constexprs: Any) -> CompileCase | None:
+    """The compile case of a kernel in kernels/<file>.py with this config name, the first if there are several.
 
     Args:
         constexprs: values it must have, e.g. HEAD_DIM=64, bias=None.
@@ -104,13 +104,12 @@ def find_case(file: str, kernel: str, configs: Sequence[str], arch: str, **const
         ValueError, RuntimeError: as `inspect`.
     """
     _chip(arch)
-    cases = [case for module in _kernel_modules([file]).values() for case in module.compile_cases()]
-    for name in configs:
-        for case in cases:
-            fits = {_number(arch), _number(arch) // 10 * 10} & set(case.archs)
-            same = all(key in case.constexprs and case.constexprs[key] == value for key, value in constexprs.items())
-            if (case.kernel, case.config) == (kernel, name) and fits and same:
-                return case
+    number = _number(arch)
+    for case in _kernel_modules([file])[file].compile_cases():
+        fits = {number, number // 10 * 10} & set(case.archs)
+        same = all(key in case.constexprs and case.constexprs[key] == value for key, value in constexprs.items())
+        if (case.kernel, case.config) == (kernel, config) and fits and same:
+            return case
     return None
 
 

@@ -154,8 +154,8 @@ def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
         row["occupancy"] = None
     for row in prediction["launches"]:
         try:
-            file, kernel, names, constexprs = _compiled(row, config)
-            case = inspect.find_case(file, kernel, names, arch, **constexprs)
+            file, kernel, name, constexprs = _compiled(row, config)
+            case = inspect.find_case(file, kernel, name, arch, **constexprs)
         except RuntimeError as error:
             prediction["occupancy_note"] = str(error)
             return
@@ -165,19 +165,19 @@ def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
             row["occupancy"] = inspect.inspect_case(case, arch)["occupancy"]
 
 
-def _compiled(row: dict[str, Any], config: ViTConfig) -> tuple[str, str, list[str], dict[str, Any]]:
-    """File and kernel of a launch, the names its compile case may have, and constexprs that it must have."""
+def _compiled(row: dict[str, Any], config: ViTConfig) -> tuple[str, str, str, dict[str, Any]]:
+    """File, kernel and name of a launch's compile case, and constexprs that it must have."""
     site, name = row["site"], row["config"]
     if site in ("norm", "norm_pre", "row_stats"):
-        return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", [name], {}
+        return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", name, {}
     if site == "patch_embed":
-        return site, site, [f"{name}_uint8_nhwc_{config.patch_size[0]}"], {}
+        return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
     if site == "attention":
-        return site, site, [name], {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
+        return site, site, name, {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
     epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(site, "norm_gelu")
     if site == "fc1" and config.gated:
         epilogue = "norm_swiglu"
-    return "linear", "linear", [f"{name}_{epilogue}"], {}
+    return "linear", "linear", f"{name}_{epilogue}", {}
 
 
 def _launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
