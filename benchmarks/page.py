@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from vitfast.benchmarks import svg
-from vitfast.benchmarks.result_file import COLUMNS, notes
+from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells
+from vitfast.benchmarks.roofs import drift
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --paper: #fff; --wrong: #b3261e; }
@@ -61,6 +62,8 @@ def _section(result: Mapping[str, Any]) -> str:
     ]
     if roofline := svg.roofline(rows, result["roofs"], styles):
         parts += ["<h3>Roofline</h3>", svg.legend(timed, styles), roofline]
+    if moved := drift(result["roofs"]):
+        parts.append(f'<p class="soft">The roofs, measured before and after the run, differ by up to {moved:.0%}.</p>')
     baseline = result["method"].get("baseline")
     parts.append(
         f'<p class="soft">Bars: median ms, whiskers p20 to p80. ×: times as fast as {escape(str(baseline))}.</p>'
@@ -69,8 +72,7 @@ def _section(result: Mapping[str, Any]) -> str:
         mine = [row for row in rows if row["case"] == case]
         parts += [f"<h3>{escape(case)}</h3>", svg.bars(mine, styles)]
     columns = ("case", *COLUMNS[result["kind"]])
-    cells = ([{**row, "notes": notes(row)}.get(name) for name in columns] for row in rows)
-    parts.append(_details("All rows", _table(columns, cells)))
+    parts.append(_details("All rows", _table(columns, [cells(row, columns) for row in rows])))
     if result["not_run"]:
         parts.append(f"<p>No time for: {escape('; '.join(result['not_run']))}</p>")
     facts = {**_flat(entry), **_flat(result["method"], "method "), **_flat(result["roofs"], "roof ")}
@@ -92,7 +94,7 @@ def _details(title: str, body: str) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     kind = ['class="text"' if name in TEXT else "" for name in columns]
-    head = "".join(f"<th {k}>{escape(name)}</th>" for k, name in zip(kind, columns, strict=True))
+    head = "".join(f"<th {k}>{escape(HEADINGS.get(name, name))}</th>" for k, name in zip(kind, columns, strict=True))
     lines = (
         "<tr>" + "".join(f"<td {k}>{_cell(value)}</td>" for k, value in zip(kind, row, strict=True)) + "</tr>"
         for row in rows

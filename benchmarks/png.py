@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks.svg import number, style_of
+from vitfast.benchmarks.result_file import number
+from vitfast.benchmarks.svg import style_of
 
 
 def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:

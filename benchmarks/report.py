@@ -10,8 +10,7 @@ import re
 from typing import Any
 
 from vitfast.benchmarks.environment import ROOT
-from vitfast.benchmarks.result_file import read
-from vitfast.benchmarks.svg import number
+from vitfast.benchmarks.result_file import number, read
 
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +29,13 @@ from vitfast.benchmarks.timing import NOISY
 SCHEMA = 2
 
 COLUMNS = {
-    "kernels": ("peer", "median_ms", "p20_ms", "p80_ms", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
-    "model": ("peer", "median_ms", "p20_ms", "p80_ms", "images_per_s", "roof_share", "ratio", "max_error", "notes"),
+    "kernels": ("peer", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
+    "model": ("peer", "median_ms", "range", "images_per_s", "roof_share", "ratio", "max_error", "notes"),
 }
-"""What is shown of a row."""
+"""What is shown of a row: its fields, or what `cells` makes of them."""
 
 HEADINGS = {
-    "peer": "contestant", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
+    "peer": "contestant", "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
     "roof_share": "of roof", "images_per_s": "img/s", "max_error": "error",
 }  # fmt: skip
 
@@ -169,17 +170,13 @@ def table(result: dict[str, Any]) -> list[Any]:
         part = Table(title=case, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in COLUMNS[result["kind"]]:
             text = name in ("peer", "notes")
-            part.add_column(
-                HEADINGS.get(name, name), justify="left" if text else "right", no_wrap=name != "notes",
-                min_width=27 if name == "peer" else 0,
-            )  # fmt: skip
+            part.add_column(HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold")
         for row in (row for row in result["rows"] if row["case"] == case):
             if not row["correct"] and not row.get("error", "").startswith("incorrect"):
                 absent.setdefault(row.get("error", ""), {})[row["peer"]] = None
                 continue
-            values = {**row, "notes": notes(row)}
             style = "red" if not row["correct"] else "yellow" if row.get("noisy") else None
-            part.add_row(*(Text(_digits(name, values.get(name))) for name in COLUMNS[result["kind"]]), style=style)
+            part.add_row(*map(Text, cells(row, COLUMNS[result["kind"]])), style=style)
         shown.append(part)
     if baseline := result["method"].get("baseline"):
         shown.append(f"ratio: times as fast as {baseline}")
@@ -187,11 +184,22 @@ def table(result: dict[str, Any]) -> list[Any]:
     return shown + [f"no time for: {name}" for name in result["not_run"]]
 
 
-def _digits(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name == "roof_share":
-        return f"{value:.0%}"
+def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Text of a row's fields, numbers to three digits."""
+    made = {**row, "notes": notes(row)}
+    if row["correct"]:
+        made["range"] = f"{number(row['p20_ms'])}–{number(row['p80_ms'])}"
+    return [_text(name, made.get(name)) for name in columns]
+
+
+def _text(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.1e}" if name == "max_error" else f"{value:.4g}"
-    return str(value)
+        return f"{value:.0%}" if name == "roof_share" else f"{value:.0e}" if name == "max_error" else number(value)
+    return "" if value is None else str(value)
+
+
+def number(value: float) -> str:
+    """Three digits, no exponent."""
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"

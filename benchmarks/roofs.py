@@ -77,6 +77,15 @@ def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return best | {"before": first, "after": second}
 
 
+def drift(roofs: dict[str, Any]) -> float | None:
+    """Largest relative difference of a roof before and after the run; None if it was not measured twice."""
+    if "before" not in roofs:
+        return None
+    pairs = [(roofs["before"]["copy_gb_per_s"], roofs["after"]["copy_gb_per_s"])]
+    pairs += [(value, roofs["after"]["tflops"][name]) for name, value in roofs["before"]["tflops"].items()]
+    return max(abs(a - b) / max(a, b) for a, b in pairs)
+
+
 @contextlib.contextmanager
 def around(file: Results, device: Device, dtype: torch.dtype, *, wanted: bool = True) -> Iterator[None]:
     """Measure the roofs before and after what is done inside, and put the higher ones into a result file."""

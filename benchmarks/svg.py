@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vitfast.benchmarks.result_file import number
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
 SHAPES = ("circle", "square", "diamond", "triangle", "cross")
 GREY = "#8a8f98"
@@ -90,20 +92,23 @@ def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles
     ]
     parts.append('<text class="tick" x="395" y="430" text-anchor="middle">FLOP per byte</text>')
     parts.append('<text class="tick" x="14" y="205" text-anchor="middle" transform="rotate(-90 14 205)">TFLOP/s</text>')
+    labels = []
     for dtype, top in tops.items():
         start = max(x.low, y.low / bandwidth)
         corner = top / bandwidth
         parts.append(
             f'<path class="roof" d="M{x.at(start):.1f} {y.at(bandwidth * start):.1f}L{x.at(corner):.1f} '
-            f'{y.at(top):.1f}H{x.at(x.high):.1f}"/><text class="tick halo" x="{x.at(x.high) - 4:.1f}" '
-            f'y="{y.at(top) - 6:.1f}" text-anchor="end">{dtype}: {number(top)} TFLOP/s, '
-            f"{roofs['copy_gb_per_s']:,.0f} GB/s, measured</text>"
+            f'{y.at(top):.1f}H{x.at(x.high):.1f}"/>'
+        )
+        labels.append(
+            f'<text class="tick halo" x="{x.at(x.high) - 4:.1f}" y="{y.at(top) - 6:.1f}" text-anchor="end">{dtype}: '
+            f"{number(top)} TFLOP/s, {number(roofs['copy_gb_per_s'])} GB/s, measured</text>"
         )
     for row in points:
         title = escape(f"{row['case']}\n{row['peer']}: {number(row['tflops'])} TFLOP/s, {row['gb_per_s']:,.0f} GB/s")
         colour, shape = styles[row["peer"]]
         parts.append(_mark(x.at(row["flops"] / row["bytes"]), y.at(row["tflops"]), colour, shape, title))
-    return "\n".join([*parts, "</svg>"])
+    return "\n".join([*parts, *labels, "</svg>"])
 
 
 def legend(peers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:
@@ -142,11 +147,3 @@ def _mark(x: float, y: float, colour: str, shape: str, title: str) -> str:
         "cross": f"M{x - 2:.1f} {y - r:.1f}h4v{r - 2}h{r - 2}v4h{2 - r}v{r - 2}h-4v{2 - r}h{2 - r}v-4h{r - 2}Z",
     }
     return f'<path class="mark" fill="{colour}" d="{paths[shape]}"><title>{title}</title></path>'
-
-
-def number(value: float) -> str:
-    """Three digits, no exponent."""
-    if value >= 100 or value == int(value):
-        return f"{value:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:.{digits}f}"

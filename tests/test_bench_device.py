@@ -236,6 +236,9 @@ def test_roofs_of_the_cpu(monkeypatch):
     best = roofs.better(found, faster)
     assert best["tflops"]["float32"] == 1e6 and best["copy_gb_per_s"] == found["copy_gb_per_s"]
     assert best["before"] is found and best["after"] is faster
+    slower = {**found, "copy_gb_per_s": found["copy_gb_per_s"] * 0.8}
+    assert roofs.drift(roofs.better(found, slower)) == pytest.approx(0.2)
+    assert roofs.drift(found) is None
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
