@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from vitfast import predict, testing
 from vitfast.benchmarks import cases, device, kernels, peers, timing
+from vitfast.benchmarks.environment import ROOT
 from vitfast.cli import app
 from vitfast.config import NAMED
 from vitfast.ops import reference, registry
@@ -277,6 +279,21 @@ def test_your_own_kernel_from_the_command_line(tmp_path, monkeypatch):
     assert "mymodule:right" in (tmp_path / "r.csv").read_text()
     for needed in ("case", "peer", "median_ms", "p20_ms", "p80_ms", "ratio", "correct"):
         assert needed in rows["mymodule:right"]
+
+
+def test_the_example_in_the_docs_is_right(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "benchmarking.md").read_text()
+    (tmp_path / "documented.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    peer = peers.from_outside("documented:my_attention")
+    for dims in SMALL["attention"]:
+        one, counted = case("attention", **dims), CountedDevice()
+        contestants = {peers.BASELINE: peers.peers_of(one)[peers.BASELINE], peer.name: peer}
+        row = kernels.run_case(one, counted, contestants, rounds=2)[1]
+        if dims["variant"] in ("bias", "mask"):
+            assert row["error"] == "NotImplementedError: no bias, no mask"
+        else:
+            assert row["correct"], row
 
 
 @pytest.mark.parametrize(
