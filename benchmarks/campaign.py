@@ -31,31 +31,25 @@ class Step:
     share: float
 
 
+def _model(batches: Sequence[int], models: Sequence[str], peers: Sequence[str]) -> tuple[str, ...]:
+    options = [("-m", models), ("--batch", map(str, batches)), ("--peer", ("vitfast", "timm eager", *peers))]
+    return ("model", *(part for option, values in options for value in values for part in (option, value)))
+
+
+BASE, LARGE = "vit_base_patch16_224", "vit_large_patch16_224"
+OTHERS = ("vit_tiny_patch16_224", "vit_huge_patch14_224")
+
 STEPS = (
-    Step("kernels-base", ("kernels", "-m", "vit_base_patch16_224", "--batch", "256"), 0.25),
-    Step("model-base", ("model", "-m", "vit_base_patch16_224", "--batch", "256", "--batch", "1"), 0.25),
-    Step("model-large", ("model", "-m", "vit_large_patch16_224", "--batch", "128"), 0.15),
-    Step(
-        "kernels-others",
-        ("kernels", "-m", "vit_tiny_patch16_224", "-m", "vit_large_patch14_518", "-m", "vit_huge_patch14_224",
-         "--batch", "64"),
-        0.2,
-    ),
-    Step(
-        "model-autotuned",
-        ("model", "-m", "vit_base_patch16_224", "--batch", "256", "--peer", "vitfast",
-         "--peer", "torch.compile max-autotune"),
-        0.4,
-    ),
-    Step(
-        "model-others",
-        ("model", "-m", "vit_tiny_patch16_224", "-m", "vit_huge_patch14_224", "--batch", "1", "--batch", "8",
-         "--batch", "64", "--batch", "512"),
-        0.4,
-    ),
-    Step("kernels-compiled", ("kernels", "-m", "vit_base_patch16_224", "--batch", "256", "--slow"), 0.5),
+    Step("kernels-base", ("kernels", "-m", BASE, "--batch", "256"), 0.25),
+    Step("model-base", _model((256, 1), (BASE,), ("timm CUDA graph",)), 0.25),
+    Step("model-compiled", _model((256,), (BASE,), ("torch.compile", "transformers", "TensorRT")), 0.3),
+    Step("model-large", _model((128,), (LARGE,), ("timm CUDA graph",)), 0.2),
+    Step("kernels-large", ("kernels", "-m", "vit_large_patch14_518", "--batch", "64"), 0.25),
+    Step("model-autotuned", _model((256,), (BASE,), ("torch.compile max-autotune",)), 0.5),
+    Step("model-others", _model((1, 8, 64, 512), OTHERS, ("timm CUDA graph",)), 0.4),
+    Step("kernels-compiled", ("kernels", "-m", BASE, "--batch", "256", "--slow"), 0.5),
     Step("kernels-full", ("kernels", "--grid", "full"), 1.0),
-)  # fmt: skip
+)
 
 
 def run(

@@ -352,7 +352,7 @@ def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:
 
 
 def gate_size(case: Case) -> int:
-    """Rows or images that the float64 oracle is asked for: all, or as many as take it a second or so."""
+    """Rows or images that the float64 oracle is asked for: all, or at least two and as many as take it a second."""
     cost = max(case.flops, 1) / case.size
     elements = math.prod(v for k, v in case.dims.items() if k in ("width", "tokens", "heads", "head_dim"))
-    return min(case.size, max(2, int(min(2e10 / cost, 3e7 / elements))))
+    return min(case.size, max(2, int(min(2e10 / cost, 4e6 / elements))))

@@ -18,7 +18,6 @@ from vitfast.benchmarks.cases import OPS, Call, Case, awkward_dims, gate_size, m
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.peers import BASELINE, Absent, Peer, Thunk, peers_of
 from vitfast.config import NAMED
-from vitfast.planner import MLP_MAX_WIDTH
 
 GRIDS = ("quick", "full")
 FULL_BATCHES = (1, 8, 64, 256, 512)
@@ -37,8 +36,6 @@ def grid(
         models, batches = [*models, *NAMED], [*batches, *FULL_BATCHES]
     found: dict[tuple[str, str], Case] = {}
     pairs = [pair for batch in batches for model in models for pair in model_dims(NAMED[model], batch)]
-    if not ops:  # where it would be two launches of linear, mlp is timed only if asked for by name
-        pairs = [(op, dims) for op, dims in pairs if op != "mlp" or dims["width"] <= MLP_MAX_WIDTH]
     if name == "full":
         pairs += awkward_dims(batches[0])
     for op, dims in pairs:
@@ -117,21 +114,18 @@ class Gate:
 
     def __init__(self, case: Case, call: Call) -> None:
         size, checked = case.size, gate_size(case)
-        parts = [slice(0, size)]
-        self.checked = "all"
+        parts, self.checked = [slice(0, size)], "all"
         if checked < size:
-            head = checked // 2
-            parts = [slice(0, head), slice(size - (checked - head), size)]
-            self.checked = f"first and last {head} of {size}"
-        self._parts, self._what = parts, case.op
+            parts = spread(size, checked)
+            self.checked = f"{checked} of {size}, in {len(parts)} parts"
         reference = OPS[case.op].reference
         self._answers = []
         for part in parts:
             given = call.part(part)
             oracle = reference(*given.args, **given.kwargs, upcast=True)
             self._answers.append((_tuple(oracle), _tuple(reference(*given.args, **given.kwargs))))
-        lengths = sum(part.stop - part.start for part in parts)
-        self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // lengths
+        self._parts = parts
+        self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // checked
 
     def judge(self, run: Thunk, peer: Peer) -> dict[str, Any]:
         """correct, max_error (by the largest right value) and, if wrong, error."""
@@ -151,6 +145,16 @@ class Gate:
         row: dict[str, Any] = {"correct": not problems, "max_error": worst}
         row |= {"eight_bit": True} if peer.eight_bit else {}
         return row | ({"error": f"incorrect: {problems[0]}"} if problems else {})
+
+
+def spread(size: int, count: int, most: int = 8) -> list[slice]:
+    """`count` of `size` rows as up to `most` slices of even lengths and gaps, the first and the last row among them."""
+    pieces = min(most, count)
+    parts: list[slice] = []
+    for i in range(pieces):
+        start = i * count // pieces + round(i * (size - count) / (pieces - 1))
+        parts.append(slice(start, start + (i + 1) * count // pieces - i * count // pieces))
+    return parts
 
 
 def _tuple(output: Any) -> tuple[Any, ...]:

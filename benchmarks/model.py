@@ -7,6 +7,7 @@ on the device. Every contestant's logits are compared with timm's fp32 forward f
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,13 +36,13 @@ def compare(
     *,
     peers: Sequence[str],
     rounds: int = 15,
-    seconds: float = float("inf"),
+    seconds: float = math.inf,
 ) -> list[dict[str, Any]]:
     """One row per contestant.
 
     Args:
         name: of a timm model. peers: names in PEERS; timm eager runs in any case.
-        seconds: to spend on timing, not counting preparation.
+        seconds: for everything. Contestants that are not ready when most of it is spent are left out and say so.
 
     Returns:
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
@@ -49,6 +50,7 @@ def compare(
         peak_memory_bytes (on a GPU: the contestant's weights, activations and graph pools).
     """
     torch.compiler.reset()
+    end = time.perf_counter() + seconds
     timm = testing.import_peer("timm")
     torch.manual_seed(0)
     oracle = timm.create_model(name, pretrained=False).eval().to(device.torch_device)
@@ -60,6 +62,9 @@ def compare(
     for peer in dict.fromkeys((*peers, BASELINE)):
         row: dict[str, Any] = {"case": f"{name} batch {batch} {short}", "peer": peer, "correct": False}
         rows.append(row | {"model": name, "batch": batch, "dtype": short, **_work(name, batch)})
+        if peer != BASELINE and time.perf_counter() > end - 0.3 * seconds:
+            rows[-1]["error"] = "no time left to prepare it"
+            continue
         try:
             with quiet():
                 run, made = _prepare(peer, oracle, given, device)
@@ -73,7 +78,7 @@ def compare(
     # NaN exceeds every bound.
     bound = max(2 * errors.get(BASELINE, 0.0), testing.PEER_TOLERANCE)
     right = {peer: program for peer, program in programs.items() if errors[peer] <= bound}
-    times, telemetry = timing.time_interleaved(right, device, rounds, seconds=seconds)
+    times, telemetry = timing.time_interleaved(right, device, rounds, seconds=end - time.perf_counter())
     for row in rows:
         peer = row["peer"]
         if peer in right:

@@ -1,6 +1,7 @@
 """Kernel benchmarks: the gate, the registry's inputs and FLOPs, peers from outside, interleaving."""
 
 import functools
+import itertools
 import json
 import re
 
@@ -148,8 +149,8 @@ def test_the_gate_sees(answer):
     assert row["error"].startswith("incorrect") and "median_ms" not in row
 
 
-def test_a_gate_on_part_sees_both_ends(monkeypatch):
-    monkeypatch.setattr(kernels, "gate_size", lambda one: 2)
+def test_a_gate_on_part_sees_both_ends_and_the_middle(monkeypatch):
+    monkeypatch.setattr(kernels, "gate_size", lambda one: 3)
     counted = CountedDevice()
 
     def middle(*args):
@@ -157,10 +158,25 @@ def test_a_gate_on_part_sees_both_ends(monkeypatch):
         out[3] = float("inf")
         return out
 
-    for answer in (corner, middle):
+    def skipped(*args):
+        out = reference.layer_norm(*args)
+        out[3] += 1
+        return out
+
+    for answer in (corner, middle, skipped):
         row = rows_of(counted, contestant(counted, "vitfast triton", 1.0, answer))["vitfast triton"]
         assert row["error"].startswith("incorrect"), answer
-        assert row["checked"] == "first and last 1 of 7"
+        assert row["checked"] == "3 of 7, in 3 parts"
+
+
+@pytest.mark.parametrize(("size", "count"), [(7, 2), (50432, 1302), (10, 9), (512, 26), (1000, 17)])
+def test_spread_parts_are_even_and_do_not_overlap(size, count):
+    parts = kernels.spread(size, count)
+    rows = [row for part in parts for row in range(size)[part]]
+    assert len(rows) == len(set(rows)) == count
+    assert (rows[0], rows[-1]) == (0, size - 1)
+    gaps = [b.start - a.stop for a, b in itertools.pairwise(parts)]
+    assert max(gaps) - min(gaps) <= 2
 
 
 def test_the_gate_of_a_large_case_is_affordable():
@@ -235,7 +251,7 @@ def test_cases_without_time_are_named():
 def test_grids():
     quick = kernels.grid("quick", [], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
     assert quick[0].name == "attention batch 8 tokens 197 heads 12 head_dim 64"
-    assert not any(one.op == "mlp" for one in quick)
+    assert {one.op for one in quick} == set(cases.OPS)
     assert len({one.name for one in quick}) == len(quick)
     only = kernels.grid("quick", ["mlp"], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
     assert [one.op for one in only] == ["mlp"]
@@ -248,6 +264,19 @@ def test_grids():
 def _unpinned(monkeypatch):
     """The tests' own process stays on all its cores."""
     monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
+@pytest.mark.parametrize("op", list(SMALL))
+def test_gpu_times_our_kernels_as_graphs(op):
+    gpu = device.open_device(torch.device("cuda", 0))
+    one = cases.Case(op, SMALL[op][0], torch.device("cuda", 0), torch.bfloat16)
+    rows = {row["peer"]: row for row in kernels.run_case(one, gpu, peers.peers_of(one), rounds=3)}
+    for name in (peers.BASELINE, "vitfast triton"):
+        assert rows[name]["correct"], rows[name]
+        assert rows[name]["timed_by"] == "graph", rows[name]
+        assert 0 < rows[name]["median_ms"] < 1000
 
 
 def bench(*arguments):

@@ -154,7 +154,7 @@ def model(
                 if left <= 0:
                     file.add(not_run=[f"{name} batch {size}" for name, size in todo[index:]])
                     break
-                file.add(module.compare(name, size, measured, what, peers=contestants, rounds=rounds, seconds=left / 2))
+                file.add(module.compare(name, size, measured, what, peers=contestants, rounds=rounds, seconds=left))
         _finish(answer, file, csv_file, html_file)
 
 
