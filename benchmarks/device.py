@@ -7,6 +7,7 @@ Nothing else in this folder knows about events, graphs, threads or NVML.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import re
@@ -73,6 +74,10 @@ class Device:
         """The most bytes of tensors that there were during a call."""
         call()
         return None
+
+    def release(self) -> None:
+        """Give memory back that nothing uses any more."""
+        gc.collect()
 
     def facts(self) -> dict[str, Any]:
         """What does not change during a run, for the environment of a result."""
@@ -171,6 +176,11 @@ class CudaDevice(Device):
     def allocated(self) -> int | None:
         """By torch's allocator: what CUDA itself takes is not included."""
         return self._cuda.memory_allocated(self.torch_device)
+
+    def release(self) -> None:
+        """Collect garbage, graphs and their pools among it, and empty torch's cache."""
+        super().release()
+        self._cuda.empty_cache()
 
     def peak_memory(self, call: Callable[[], Any]) -> int | None:
         """By torch's allocator."""

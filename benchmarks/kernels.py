@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 import warnings
@@ -105,7 +104,7 @@ def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int)
             row["gb_per_s"] = moved / row["median_ms"] / 1e6
     add_ratios(rows, BASELINE)
     del copies, programs, call, gate
-    gc.collect()
+    device.release()
     return rows
 
 

@@ -90,6 +90,8 @@ def compare(
         elif peer in errors:
             row["error"] = f"incorrect: error {errors[peer]:.1e} exceeds {bound:.1e}"
     add_ratios(rows, BASELINE)
+    del programs, right, oracle
+    device.release()
     return rows
 
 

@@ -170,7 +170,10 @@ def table(result: dict[str, Any]) -> list[Any]:
         part = Table(title=case, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in COLUMNS[result["kind"]]:
             text = name in ("peer", "notes")
-            part.add_column(HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold")
+            part.add_column(
+                HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold",
+                min_width=14 if name == "peer" else None,
+            )  # fmt: skip
         for row in (row for row in result["rows"] if row["case"] == case):
             if not row["correct"] and not row.get("error", "").startswith("incorrect"):
                 absent.setdefault(row.get("error", ""), {})[row["peer"]] = None

@@ -79,6 +79,9 @@ class FakeCuda:
     def synchronize(self):
         self.log.append("synchronize")
 
+    def empty_cache(self):
+        self.log.append("empty cache")
+
     def reset_peak_memory_stats(self, which):
         self.log.append("reset peak")
 
@@ -191,6 +194,8 @@ def test_peak_memory_is_that_of_the_call():
     gpu, fake = cuda_device()
     assert (gpu.allocated(), gpu.peak_memory(fake.call)) == (100, 700)
     assert fake.log == ["synchronize", "reset peak", "call", "synchronize"]
+    gpu.release()
+    assert fake.log[-1] == "empty cache"
 
 
 def test_cpu_times_by_the_wall_clock():

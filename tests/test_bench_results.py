@@ -12,7 +12,7 @@ from benching import CountedDevice, contestant, result, rows_of
 from typer.testing import CliRunner
 
 from vitfast import testing
-from vitfast.benchmarks import campaign, compare, model, model_peers, page, report, result_file, svg
+from vitfast.benchmarks import campaign, compare, device, model, model_peers, page, report, result_file, svg
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.peers import BASELINE
@@ -262,6 +262,24 @@ def test_wrong_model_gets_no_time(timm, monkeypatch):
     for one in rows[:2]:
         assert one["error"].startswith("incorrect: error") and "median_ms" not in one
     assert rows[2]["correct"]
+
+
+def test_model_command(timm, tmp_path, monkeypatch):
+    monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
+    done = bench(
+        "model", "-m", "test_vit", "--batch", 2, "--peer", "vitfast", "--device", "cpu", "--rounds", 2, "--no-roofs",
+        "--json", tmp_path / "r.json", "--html", tmp_path / "r.html",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [one["peer"] for one in rows] == ["vitfast", "timm eager"] and all(one["correct"] for one in rows)
+    assert "test_vit batch 2 float32" in (tmp_path / "r.html").read_text()
+
+
+def test_a_contestant_that_comes_too_late_says_so(timm):
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("vitfast",), rounds=9, seconds=0)
+    assert rows[0]["error"] == "no time left to prepare it"
+    assert rows[1]["correct"] and rows[1]["rounds"] == 3
 
 
 def test_transformers_peer_has_timms_weights(timm):
