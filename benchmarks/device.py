@@ -33,13 +33,30 @@ CLOCK_REASONS = {
 
 @dataclass(frozen=True)
 class Program:
-    """Calls to be timed together. `how`: "graph" (replayed), "stream" (launched one by one) or "wall" (CPU)."""
+    """Calls to be timed together. `how`: "graph" (replayed), "stream" (launched one by one) or "wall" (CPU).
+
+    `output` gives what the last call gave in the last run. `note`: why it is no graph, where it is not.
+    """
 
     run: Callable[[], Any]
     calls: int
     how: str
+    output: Callable[[], Any]
     note: str = ""
-    """Why it is no graph, where it is not."""
+
+
+class _Loop:
+    """The calls one after the other; the last output is kept."""
+
+    def __init__(self, calls: CallList) -> None:
+        self._calls, self._output = calls, None
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            self._output = call()
+
+    def output(self) -> Any:
+        return self._output
 
 
 class Device:
@@ -96,13 +113,9 @@ class CpuDevice(Device):
 
     def prepare(self, calls: CallList, *, capture: bool = True) -> Program:
         """The calls in a loop."""
-
-        def run() -> None:
-            for call in calls:
-                call()
-
-        run()
-        return Program(run, len(calls), "wall")
+        loop = _Loop(calls)
+        loop()
+        return Program(loop, len(calls), "wall", loop.output)
 
     def time(self, program: Program) -> float:
         """By `time.perf_counter`."""
@@ -135,14 +148,10 @@ class CudaDevice(Device):
 
     def prepare(self, calls: CallList, *, capture: bool = True) -> Program:
         """Capture the calls as a graph; those that cannot be captured are launched one by one, and that is noted."""
-
-        def run() -> None:
-            for call in calls:
-                call()
-
+        loop = _Loop(calls)
         if not capture:
-            run()
-            return Program(run, len(calls), "stream")
+            loop()
+            return Program(loop, len(calls), "stream", loop.output)
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(stream):
@@ -152,13 +161,13 @@ class CudaDevice(Device):
         graph = self._cuda.CUDAGraph()
         try:
             with self._cuda.graph(graph):
-                run()
+                loop()
         except RuntimeError as error:
             self._cuda.synchronize()
-            run()
-            return Program(run, len(calls), "stream", f"not captured: {str(error).splitlines()[0]}")
+            loop()
+            return Program(loop, len(calls), "stream", loop.output, f"not captured: {str(error).splitlines()[0]}")
         graph.replay()
-        return Program(graph.replay, len(calls), "graph")
+        return Program(graph.replay, len(calls), "graph", loop.output)  # the replay writes where the capture did
 
     def time(self, program: Program) -> float:
         """By events on the stream, so that the CPU's own time does not count."""

@@ -4,7 +4,7 @@ The table, kernels/configs/<gpu>.json, is what the launchers (`kernels/_common.p
 (`proven`) read:
 
     gpu, date, commit, torch, triton    where it comes from
-    proven     ops that were right and at least as fast as plain torch at every shape swept
+    proven     op -> dtypes in which it was right and at least as fast as plain torch at every shape swept
     configs    op -> tuning key -> name of the fastest config, of those that were right at all shapes of that key
 """
 
@@ -28,6 +28,7 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
 from vitfast.benchmarks.result_file import write
+from vitfast.planner import MLP_MAX_WIDTH
 
 OURS = "vitfast triton"
 OPS = ("attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "mlp")
@@ -69,13 +70,16 @@ def sweep(
         seconds: for everything; cases that are left then are not swept.
 
     Returns:
-        swept (ops), proven and configs; the latter two as they stand in the table.
+        swept and proven: op -> dtype; configs as they stand in the table.
     """
     found: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
-    for case in cases:
+    cases = [case for case in cases if case.op != "mlp" or case.dims["width"] <= MLP_MAX_WIDTH]
+    for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
-            break
+            choices = decide(found)  # what was cut short is proven for nothing
+            left = {case.op for case in cases[index:]}
+            return choices | {"proven": {op: t for op, t in choices["proven"].items() if op not in left}}
         key = TUNED[case.op](case.inputs()) if case.op in TUNED else ""
         rows = kernels.run_case(case, device, _contestants(case), rounds)
         on_rows(rows)
@@ -104,8 +108,9 @@ def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[
             configs[op][key] = best.removeprefix(f"{OURS} ")
         if any(ms[best] > ms.get(BASELINE, float("inf")) for ms in measured):
             losing.add(op)
-    swept = {op for op, _ in times}
-    return {"swept": sorted(swept), "proven": sorted(swept - losing), "configs": dict(configs)}
+    dtypes = {case.op: str(case.dtype).removeprefix("torch.") for case, _, _ in found}
+    proven = {op: dtype for op, dtype in dtypes.items() if op not in losing}
+    return {"swept": dtypes, "proven": proven, "configs": dict(configs)}
 
 
 def table_path(device: Device) -> Path:
@@ -116,17 +121,19 @@ def table_path(device: Device) -> Path:
 def write_table(path: Path, choices: dict[str, Any], environment: dict[str, Any]) -> None:
     """Write a table; choices for keys and ops that were not swept this time are kept from the one that is there."""
     old = json.loads(path.read_text()) if path.is_file() else {}
-    swept = set(choices["swept"])
-    configs = old.get("configs", {})
+    configs, proven = old.get("configs", {}), old.get("proven", {})
     for op, chosen in choices["configs"].items():
         configs[op] = dict(sorted({**configs.get(op, {}), **chosen}.items()))
+    for op, dtype in choices["swept"].items():
+        kept = set(proven.get(op, [])) - {dtype} | ({dtype} if op in choices["proven"] else set())
+        proven = {**proven, op: sorted(kept)}
     table = {
         "gpu": environment["gpu"],
         "date": environment["date"],
         "commit": environment["commit"],
         "torch": environment["torch"],
         "triton": environment["packages"].get("triton"),
-        "proven": sorted({*choices["proven"], *(set(old.get("proven", [])) - swept)}),
+        "proven": {op: dtypes for op, dtypes in sorted(proven.items()) if dtypes},
         "configs": configs,
     }
     write(path, json.dumps(table, indent=1) + "\n")

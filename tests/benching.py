@@ -7,7 +7,7 @@ import torch
 from vitfast import testing
 from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Case
-from vitfast.benchmarks.device import CpuDevice, Program
+from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.peers import BASELINE, Peer
 from vitfast.ops import reference
 
@@ -22,13 +22,6 @@ class CountedDevice(CpuDevice):
         self.cache_bytes = 1
         self.now = 0.0
         self.order = []
-
-    def prepare(self, calls, *, capture=True):
-        def run():
-            for call in calls:
-                call()
-
-        return Program(run, len(calls), "counted")
 
     def time(self, program):
         before = self.now

@@ -179,6 +179,17 @@ def test_spread_parts_are_even_and_do_not_overlap(size, count):
     assert max(gaps) - min(gaps) <= 2
 
 
+def test_what_turns_wrong_while_it_is_timed_gets_no_time():
+    counted, calls = CountedDevice(), []
+
+    def tiring(*args):
+        calls.append(1)
+        return reference.layer_norm(*args) + (len(calls) > 4)
+
+    row = rows_of(counted, contestant(counted, "vitfast triton", 1.0, tiring))["vitfast triton"]
+    assert row["error"].startswith("incorrect after the timing: max error") and "median_ms" not in row
+
+
 def test_the_gate_of_a_large_case_is_affordable():
     large = case("attention", batch=512, tokens=1370, heads=16, head_dim=64)
     size = kernels.gate_size(large)
@@ -199,11 +210,10 @@ def test_eight_bit_peers_have_a_rule_of_their_own():
 
 
 def test_rounds_interleave_in_changing_order():
-    counted = CountedDevice()
-    counted.order.clear()
-    programs = {}
+    counted, programs = CountedDevice(), {}
     for name in "abc":
         programs[name] = counted.prepare([functools.partial(counted.order.append, name)])
+    counted.order.clear()
     times, _ = timing.time_interleaved(programs, counted, rounds=3)
     assert counted.order == [*"abc", *"bca", *"cab"]
     assert all(len(values) == 3 for values in times.values())

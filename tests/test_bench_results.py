@@ -264,6 +264,17 @@ def test_wrong_model_gets_no_time(timm, monkeypatch):
     assert rows[2]["correct"]
 
 
+def test_a_model_that_turns_wrong_gets_no_time(timm, monkeypatch):
+    calls = []
+
+    def tiring(oracle, images):
+        return lambda x: (calls.append(1), oracle(x) + (len(calls) > 4))[1]
+
+    monkeypatch.setitem(model_peers.PEERS, "vitfast", tiring)
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("vitfast",), rounds=5)
+    assert rows[0]["error"].startswith("incorrect: error") and "median_ms" not in rows[0]
+
+
 def test_model_command(timm, tmp_path, monkeypatch):
     monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
     done = bench(
