@@ -1,14 +1,18 @@
 """The device layer: the GPU code on a torch.cuda and an NVML that only take notes; on a real GPU if there is one."""
 
 import contextlib
+import functools
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vitfast.benchmarks import device, environment, roofs, timing
+from vitfast.benchmarks import device, environment, kernels, roofs, timing
+from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.device import CpuDevice, CudaDevice
+from vitfast.benchmarks.peers import BASELINE, Peer
+from vitfast.ops import reference
 
 
 class FakeCuda:
@@ -161,6 +165,25 @@ def test_short_programs_are_repeated_in_one_graph():
     assert timing.clocks(telemetry) == {
         "sm_clock_mhz": 1755, "power_w": 650.0, "temperature_c": 61, "throttled_by": ["power cap", "thermal, hardware"],
     }  # fmt: skip
+
+
+def test_a_case_on_a_gpu_from_gate_to_row():
+    """The whole way of a kernel through the GPU's layer, its arithmetic done on the CPU while it is "captured"."""
+    gpu, fake = cuda_device()
+    gpu.cache_bytes = 10**4
+
+    def layer_norm(*args):
+        fake.call()
+        return reference.layer_norm(*args)
+
+    peers = {name: Peer(name, lambda call: functools.partial(layer_norm, *call.args)) for name in (BASELINE, "other")}
+    case = Case("layer_norm", {"rows": 7, "width": 64}, torch.device("cpu"), torch.float32)
+    rows = kernels.run_case(case, gpu, peers, rounds=3)
+    for row in rows:
+        assert row["correct"] and row["timed_by"] == "graph" and row["cold"], row
+        assert row["median_ms"] == 2.0 and row["ratio"] == 1.0  # per call, though a graph holds several
+        assert row["sm_clock_mhz"] == 1755 and row["throttled_by"] == ["power cap", "thermal, hardware"]
+    assert fake.log[-1] == "empty cache"
 
 
 def test_facts_of_a_gpu():
