@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitfast import model, planner
 from vitfast.benchmarks.cases import OPS, Call, Case, gradients
 from vitfast.config import ViTConfig
-from vitfast.ops import mkldnn, registry
+from vitfast.ops import registry
 from vitfast.ops.registry import BACKENDS, backend
 
 Thunk = Callable[[], Any]
@@ -121,15 +121,23 @@ for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear"
     PEERS[_op]["torch.compile max-autotune"] = Peer("torch.compile max-autotune", _tuned, slow=True)
 
 
-@peer("linear", "oneDNN packed")
-def onednn_packed(call: Call) -> Thunk:
-    """What the engine runs on a CPU in fp32: the weight packed once, bias, activation and residual fused."""
+def _packed(name: str, call: Call) -> Thunk:
+    """A linear on a weight that was packed once, as the engine runs it on a CPU."""
     x, weight, *bias = call.args
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not mkldnn.available():
-        raise Absent("is for fp32 on a CPU whose torch has oneDNN")
-    if "row_stats" in call.kwargs:
+    entry, spec = backend("linear", name), registry.Spec.of("linear", x)
+    if reasons := entry.why_not(spec):
+        raise Absent("; ".join(reasons))
+    found = planner.packed_linear(entry, spec)
+    if found is None:
+        raise Absent("packs weights in fp32 on a CPU only")
+    pack, run = found
+    if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
-    return functools.partial(mkldnn.linear, x, mkldnn.pack(weight), *bias, **call.kwargs)
+    return functools.partial(run, x, pack(weight), *bias, **call.kwargs)
+
+
+PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "torch"))
+PEERS["linear"]["vitfast native packed"] = Peer("vitfast native packed", functools.partial(_packed, "native"))
 
 
 @peer("linear", "torchao FP8", eight_bit=True)

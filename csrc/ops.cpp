@@ -6,6 +6,8 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <string>
+
 #include "cpu/simd.h"
 
 namespace py = pybind11;
@@ -15,20 +17,53 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  // vitfast/ops/native.py calls these two like the reference. y, and with stats the row statistics of y.
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def(
+      "linear_packed(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? layer_scale, Tensor? residual, "
+      "Tensor? row_stats, Tensor? weight_sum, float eps, bool stats) -> Tensor[]");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
+      "float? scale=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) { m.impl("patch_embed", &vitfast::patch_embed_cpu); }
+TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
+  m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("pack_linear", &vitfast::pack_linear_cpu);
+  m.impl("linear_packed", &vitfast::linear_packed_cpu);
+  m.impl("layer_norm", &vitfast::layer_norm_cpu);
+  m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
+  m.impl("attention", &vitfast::attention_cpu);
+}
 
 namespace {
 
 // op -> what it can do, in the words of vitfast.ops.registry.Backend.
 py::dict ops() {
-  py::dict patch_embed;
-  patch_embed["devices"] = py::make_tuple("cpu");
-  patch_embed["dtypes"] = py::make_tuple("float32", "bfloat16");
+  using namespace py::literals;
+  const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
-  all["patch_embed"] = patch_embed;
+  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("float32"));
+  for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
+    all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
+  }
+  all["attention"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
+                              "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)));
   return all;
+}
+
+constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f"};
+
+void limit_simd(const std::string& name) {
+  for (int level = 0; level < 3; ++level) {
+    if (name == kSimdNames[level]) {
+      vitfast::simd_limit() = static_cast<vitfast::Simd>(level);
+      return;
+    }
+  }
+  throw py::value_error("limit_simd: level must be default, avx2 or avx512f, got " + name);
 }
 
 py::dict build_info() {
@@ -36,7 +71,7 @@ py::dict build_info() {
   info["compiler"] = VITFAST_COMPILER;
   info["flags"] = VITFAST_CXX_FLAGS;
   info["torch"] = TORCH_VERSION;
-  info["simd"] = vitfast::simd_level();
+  info["simd"] = kSimdNames[static_cast<int>(vitfast::simd_level())];
 #ifdef _OPENMP
   info["threads"] = "openmp";
 #else
@@ -51,4 +86,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ extension of vitfast. Importing it registers torch.ops.vitfast_native; import torch first.";
   m.def("ops", &ops, "The ops in torch.ops.vitfast_native, each with the devices and dtypes it runs on.");
   m.def("build_info", &build_info, "Compiler, flags, torch version, SIMD level in use here, and threading.");
+  m.def("limit_simd", &limit_simd,
+        "The highest SIMD level attention may use: for tests of the levels below this CPU's.");
 }

@@ -4,11 +4,33 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
 namespace vitfast {
 
 at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                            at::IntArrayRef patch_size, bool channels_last);
+
+at::Tensor pack_linear_cpu(const at::Tensor& weight);
+
+std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
+                                          const std::optional<at::Tensor>& bias,
+                                          const std::optional<std::string>& activation,
+                                          const std::optional<at::Tensor>& layer_scale,
+                                          const std::optional<at::Tensor>& residual,
+                                          const std::optional<at::Tensor>& row_stats,
+                                          const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
+
+at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
+                                                      const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
+                         std::optional<double> scale);
 
 }  // namespace vitfast

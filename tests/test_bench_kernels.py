@@ -56,16 +56,17 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
         interpreted = peers.Peer("interpreted", lambda call: functools.partial(run, *call.args, **call.kwargs))
     contestants = peers.peers_of(one)
     ours = "vitfast engine" if op == "block" else "vitfast native"
-    chosen = {name: contestants[name] for name in (peers.BASELINE, ours, "vitfast triton")}
+    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed")
+    chosen = {name: contestants[name] for name in wanted if name in contestants}
     rows = kernels.run_case(one, CountedDevice(), {**chosen, "interpreted": interpreted}, rounds=2)
     rows = {row["peer"]: row for row in rows}
     assert rows[peers.BASELINE]["correct"], rows
     assert rows["interpreted"]["correct"], rows
     triton = rows["vitfast triton"]
     assert triton["correct"] if DEVICE.type == "cuda" else "interpreter" in triton["error"]
-    native = rows[ours]
-    if not native["correct"]:  # absent for a reason, never wrong
-        assert not native["error"].startswith("incorrect"), native
+    for row in rows.values():
+        if not row["correct"]:  # absent for a reason, never wrong
+            assert not row["error"].startswith("incorrect"), row
 
 
 def test_inputs_are_random_repeatable_and_never_zero():

@@ -1,10 +1,16 @@
-// Run-time choice of vector width. A loop marked VITFAST_SIMD is compiled once per level by the
-// compiler's own vectoriser and picked when the library is loaded, so one binary suits every x86-64.
+// Run-time choice of vector width, so that one binary suits every x86-64. A loop marked VITFAST_SIMD is
+// compiled once per level by the compiler's own vectoriser and picked when the library is loaded. A kernel
+// whose block shape depends on the level is a template, instantiated in one function per level
+// (VITFAST_TARGET), and picked by `simd_level`.
 #pragma once
+
+#include <algorithm>
+#include <atomic>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VITFAST_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
-#define VITFAST_SIMD_CLONES 1
+#define VITFAST_TARGET(level) __attribute__((target(level)))
+#define VITFAST_SIMD_LEVELS 1
 #else
 #define VITFAST_SIMD
 #endif
@@ -26,13 +32,21 @@
 
 namespace vitfast {
 
-// The level that loops marked VITFAST_SIMD run at on this machine.
-inline const char* simd_level() {
-#ifdef VITFAST_SIMD_CLONES
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
-  if (__builtin_cpu_supports("avx2")) return "avx2";
+enum class Simd { standard, avx2, avx512 };
+
+// The highest level that `simd_level` gives. Tests lower it, to run on one machine what others run.
+inline std::atomic<Simd>& simd_limit() {
+  static std::atomic<Simd> limit{Simd::avx512};
+  return limit;
+}
+
+inline Simd simd_level() {
+  Simd level = Simd::standard;
+#ifdef VITFAST_SIMD_LEVELS
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = Simd::avx2;
+  if (__builtin_cpu_supports("avx512f")) level = Simd::avx512;
 #endif
-  return "default";
+  return std::min(level, simd_limit().load());
 }
 
 }  // namespace vitfast

@@ -1,0 +1,351 @@
+// attention on the CPU: softmax(q k^T scale + bias) v, as vitfast/ops/reference.py defines it.
+//
+// A thread takes blocks of queries of one head after another. It packs the head's keys and values once into
+// panels in fp32 (keys transposed), straight from the strided inputs. For a block it then computes all scores,
+// takes the exact softmax of each row (one pass: a row of scores is short and stays in cache), and multiplies
+// by the values. Both products are one register-blocked micro kernel. Bound by the products' FLOPs; beside
+// torch's scaled_dot_product_attention it saves the rescaling of running sums and the copy of the output.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "vector.h"
+
+namespace vitfast {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A tensor seen as four axes, broadcast where a stride is 0; strides in elements.
+struct View {
+  const void* data = nullptr;
+  at::ScalarType dtype = at::kFloat;
+  int64_t stride[4] = {};
+
+  template <typename scalar_t>
+  const scalar_t* at(int64_t i, int64_t j, int64_t k) const {
+    return static_cast<const scalar_t*>(data) + i * stride[0] + j * stride[1] + k * stride[2];
+  }
+};
+
+struct Call {
+  int64_t batch, heads, queries, keys, head_dim;
+  View q, k, v;               // [B, N, H, D]
+  View bias = {}, mask = {};  // [B, H, Nq, Nk]; data is null where there is none
+  float scale = 1.0f;
+  bool causal = false;
+  void* out = nullptr;  // [B, Nq, H, D], contiguous
+};
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The block shape of a vector width: `lanes` floats a vector, `rows` x `vectors` of them in registers, and
+// `block` queries whose scores are in cache at one time.
+template <int lanes_, int rows_, int vectors_>
+struct Tile {
+  static constexpr int lanes = lanes_, rows = rows_, vectors = vectors_, panel = lanes * vectors, block = 4 * rows;
+};
+
+// Where a thread's buffers begin in its memory, in floats, and how large it is.
+struct Layout {
+  int64_t key_columns, value_columns;  // padded to whole vectors
+  int64_t score_stride;                // a vector more: see `adjust`
+  int64_t keys, values, queries, scores, sums, size;
+
+  template <typename T>
+  static Layout of(const Call& c) {
+    Layout l{};
+    l.key_columns = round_up(c.keys, T::lanes);
+    l.value_columns = round_up(c.head_dim, T::lanes);
+    l.score_stride = l.key_columns + T::lanes;
+    l.values = l.keys + round_up(l.key_columns * c.head_dim, T::lanes);
+    l.queries = l.values + round_up(l.value_columns * c.keys, T::lanes);
+    l.scores = l.queries + round_up(T::block * c.head_dim, T::lanes);
+    l.sums = l.scores + T::block * l.score_stride;
+    l.size = l.sums + T::rows * l.value_columns;
+    return l;
+  }
+};
+
+// c [rows, vectors * lanes] = a [rows, depth] b [depth, vectors * lanes].
+template <int lanes, int rows, int vectors>
+VITFAST_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                             int64_t c_stride) {
+  Vector<lanes> sum[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k, b += lanes * vectors) {
+    Vector<lanes> column[vectors];
+    for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(b + j * lanes);
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vectors; ++j) sum[i][j] += a[i * a_stride + k] * column[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) store<lanes>(c + i * c_stride + j * lanes, sum[i][j]);
+  }
+}
+
+// The same with a width known at run time only, 1 .. vectors.
+template <int lanes, int rows, int vectors>
+VITFAST_INLINE void multiply_panel(int64_t width, const float* a, int64_t a_stride, const float* b, int64_t depth,
+                                   float* c, int64_t c_stride) {
+  if constexpr (vectors > 1) {
+    if (width < vectors) return multiply_panel<lanes, rows, vectors - 1>(width, a, a_stride, b, depth, c, c_stride);
+  }
+  multiply<lanes, rows, vectors>(a, a_stride, b, depth, c, c_stride);
+}
+
+// Keys as panels [head_dim, panel], four by four numbers at a time; columns beyond the last key repeat it.
+template <typename T, typename scalar_t>
+VITFAST_INLINE void pack_keys(const Call& c, const Layout& l, int64_t b, int64_t h, float* to) {
+  for (int64_t first = 0; first < l.key_columns; first += T::panel) {
+    const int64_t width = std::min<int64_t>(T::panel, l.key_columns - first);
+    for (int64_t n = 0; n < width; n += 4) {
+      const scalar_t* rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = c.k.at<scalar_t>(b, std::min(first + n + i, c.keys - 1), h);
+      int64_t d = 0;
+      for (; d + 4 <= c.head_dim; d += 4) {
+        Vector<4> square[4];
+        for (int i = 0; i < 4; ++i) square[i] = load_as_float<4>(rows[i] + d);
+        store_transposed(to + d * width + n, width, square);
+      }
+      for (; d < c.head_dim; ++d) {
+        for (int i = 0; i < 4; ++i) to[d * width + n + i] = static_cast<float>(rows[i][d]);
+      }
+    }
+    to += width * c.head_dim;
+  }
+}
+
+// Values as panels [keys, panel], the columns beyond the last one zero.
+template <typename T, typename scalar_t>
+VITFAST_INLINE void pack_values(const Call& c, const Layout& l, int64_t b, int64_t h, float* to) {
+  const scalar_t* from = c.v.at<scalar_t>(b, 0, h);
+  for (int64_t first = 0; first < l.value_columns; first += T::panel) {
+    const int64_t width = std::min<int64_t>(T::panel, l.value_columns - first);
+    const int64_t real = std::min(width, c.head_dim - first);
+    for (int64_t n = 0; n < c.keys; ++n, to += width) {
+      const scalar_t* row = from + n * c.v.stride[1] + first;
+      for (int64_t d = 0; d < real; ++d) to[d] = static_cast<float>(row[d]);
+      for (int64_t d = real; d < width; ++d) to[d] = 0.0f;
+    }
+  }
+}
+
+// The largest of scores [width], or 0 where no key is seen.
+template <int lanes>
+VITFAST_INLINE float shift_of(const float* scores, int64_t width) {
+  Vector<lanes> most = load<lanes>(scores);
+  for (int64_t n = lanes; n < width; n += lanes) {
+    const Vector<lanes> x = load<lanes>(scores + n);
+    most = x > most ? x : most;
+  }
+  const float shift = largest<lanes>(most);
+  return shift == -kInfinity ? 0.0f : shift;
+}
+
+// scores [width] -> exp(scores - shift), in place; returns 1 / their sum, 0 where no key is seen.
+template <int lanes>
+VITFAST_INLINE float exponentiate(float* scores, int64_t width, float shift) {
+  Vector<lanes> total{};
+  for (int64_t n = 0; n < width; n += lanes) {
+    const Vector<lanes> x = exp_of_negative<lanes>(load<lanes>(scores + n) - shift);
+    store<lanes>(scores + n, x);
+    total += x;
+  }
+  const float denominator = sum<lanes>(total);
+  return denominator == 0.0f ? 0.0f : 1.0f / denominator;
+}
+
+template <typename bias_t>
+VITFAST_INLINE void add_bias(const View& bias, int64_t b, int64_t h, int64_t i, int64_t keys, float* scores) {
+  const bias_t* row = bias.at<bias_t>(b, h, i);
+  for (int64_t n = 0; n < keys; ++n) scores[n] += static_cast<float>(row[n * bias.stride[3]]);
+}
+
+// Bias, mask and causality of query i; columns that are no keys, and keys that may not be seen, become -inf.
+template <int lanes>
+VITFAST_INLINE void adjust(const Call& c, int64_t b, int64_t h, int64_t i, int64_t keys, int64_t width, float* scores) {
+  if (c.bias.data) {
+    if (c.bias.dtype == at::kFloat) add_bias<float>(c.bias, b, h, i, keys, scores);
+    if (c.bias.dtype == at::kHalf) add_bias<at::Half>(c.bias, b, h, i, keys, scores);
+    if (c.bias.dtype == at::kBFloat16) add_bias<at::BFloat16>(c.bias, b, h, i, keys, scores);
+  }
+  if (c.mask.data) {
+    const bool* row = c.mask.at<bool>(b, h, i);
+    for (int64_t n = 0; n < keys; ++n) scores[n] = row[n * c.mask.stride[3]] ? scores[n] : -kInfinity;
+  }
+  const int64_t seen = c.causal ? std::min(keys, i + 1) : keys;
+  for (int64_t n = seen; n < width; n += lanes) store<lanes>(scores + n, Vector<lanes>{} - kInfinity);
+}
+
+// Blocks [begin, end) of all blocks of queries, numbered head by head.
+template <typename T, typename scalar_t>
+VITFAST_INLINE void attend(const Call& c, int64_t begin, int64_t end, float* memory) {
+  constexpr int lanes = T::lanes, rows = T::rows;
+  const Layout l = Layout::of<T>(c);
+  const int64_t blocks = round_up(c.queries, T::block) / T::block;
+  float *keys = memory + l.keys, *values = memory + l.values, *queries = memory + l.queries;
+  float *scores = memory + l.scores, *sums = memory + l.sums;
+  float shift[T::block], inverse[T::block];
+
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
+    if (block == begin || block % blocks == 0) {
+      pack_keys<T, scalar_t>(c, l, b, h, keys);
+      pack_values<T, scalar_t>(c, l, b, h, values);
+    }
+    const int64_t first = block % blocks * T::block, count = std::min<int64_t>(T::block, c.queries - first);
+    const int64_t tiled = round_up(count, rows);
+    for (int64_t i = 0; i < tiled; ++i) {
+      const scalar_t* row = c.q.at<scalar_t>(b, first + std::min(i, count - 1), h);
+      for (int64_t d = 0; d < c.head_dim; ++d) queries[i * c.head_dim + d] = static_cast<float>(row[d]) * c.scale;
+    }
+    const int64_t seen = c.causal ? std::min(c.keys, first + count) : c.keys, width = round_up(seen, lanes);
+
+    for (int64_t n = 0; n < width; n += T::panel) {
+      for (int64_t i = 0; i < tiled; i += rows) {
+        multiply_panel<lanes, rows, T::vectors>((l.key_columns - n) / lanes, queries + i * c.head_dim, c.head_dim,
+                                                keys + n * c.head_dim, c.head_dim, scores + i * l.score_stride + n,
+                                                l.score_stride);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = scores + i * l.score_stride;
+      adjust<lanes>(c, b, h, first + i, seen, width, row);
+      shift[i] = shift_of<lanes>(row, width);
+    }
+    for (int64_t i = 0; i < count; ++i) inverse[i] = exponentiate<lanes>(scores + i * l.score_stride, width, shift[i]);
+    for (int64_t i = 0; i < tiled; i += rows) {
+      for (int64_t d = 0; d < l.value_columns; d += T::panel) {
+        multiply_panel<lanes, rows, T::vectors>((l.value_columns - d) / lanes, scores + i * l.score_stride,
+                                                l.score_stride, values + d * c.keys, seen, sums + d, l.value_columns);
+      }
+      for (int64_t r = 0; r < std::min<int64_t>(rows, count - i); ++r) {
+        scalar_t* to = static_cast<scalar_t*>(c.out) + (((b * c.queries) + first + i + r) * c.heads + h) * c.head_dim;
+        for (int64_t d = 0; d < c.head_dim; ++d) {
+          to[d] = static_cast<scalar_t>(sums[r * l.value_columns + d] * inverse[i + r]);
+        }
+      }
+    }
+  }
+}
+
+// One level's block shape and code.
+struct Variant {
+  int64_t block, memory;  // queries in a block; floats of memory that a thread needs
+  void (*run)(const Call&, int64_t, int64_t, float*);
+};
+
+using Standard = Tile<4, 4, 3>;  // 16 registers
+template <typename scalar_t>
+void attend_standard(const Call& c, int64_t begin, int64_t end, float* memory) {
+  attend<Standard, scalar_t>(c, begin, end, memory);
+}
+
+#ifdef VITFAST_SIMD_LEVELS
+using Avx2 = Tile<8, 6, 2>;  // 16 registers
+template <typename scalar_t>
+VITFAST_TARGET("avx2,fma")
+void attend_avx2(const Call& c, int64_t begin, int64_t end, float* memory) {
+  attend<Avx2, scalar_t>(c, begin, end, memory);
+}
+
+using Avx512 = Tile<16, 6, 4>;  // 32 registers
+template <typename scalar_t>
+VITFAST_TARGET("avx512f")
+void attend_avx512(const Call& c, int64_t begin, int64_t end, float* memory) {
+  attend<Avx512, scalar_t>(c, begin, end, memory);
+}
+#endif
+
+template <typename scalar_t>
+Variant variant(const Call& c) {
+#ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() == Simd::avx512) return {Avx512::block, Layout::of<Avx512>(c).size, &attend_avx512<scalar_t>};
+  if (simd_level() == Simd::avx2) return {Avx2::block, Layout::of<Avx2>(c).size, &attend_avx2<scalar_t>};
+#endif
+  return {Standard::block, Layout::of<Standard>(c).size, &attend_standard<scalar_t>};
+}
+
+View view(const at::Tensor& tensor) {
+  View v{tensor.const_data_ptr(), tensor.scalar_type(), {}};
+  std::copy(tensor.strides().begin(), tensor.strides().end(), v.stride);
+  return v;
+}
+
+View view(const Optional& tensor, at::IntArrayRef shape) { return tensor ? view(tensor->expand(shape)) : View{}; }
+
+void check_broadcast(const char* name, const Optional& tensor, at::IntArrayRef shape) {
+  if (!tensor) return;
+  bool fits = tensor->dim() <= 4;
+  for (int64_t i = 1; fits && i <= tensor->dim(); ++i) {
+    fits = tensor->size(-i) == 1 || tensor->size(-i) == shape[4 - i];
+  }
+  TORCH_CHECK_VALUE(fits, "attention: ", name, " of shape ", shape_text(tensor->sizes()), " cannot be broadcast to ",
+                    shape_text(shape));
+}
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias, const Optional& mask) {
+  const char* op = "attention";
+  check_dtype(op, "q", q, {at::kFloat, at::kBFloat16});
+  check_dtype(op, "k", k, {q.scalar_type()});
+  check_dtype(op, "v", v, {q.scalar_type()});
+  const std::pair<const char*, const at::Tensor&> inputs[] = {{"q", q}, {"k", k}, {"v", v}};
+  for (const auto& [name, tensor] : inputs) {
+    TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": ", name, " must be [B, N, H, D], got shape ",
+                      shape_text(tensor.sizes()));
+    TORCH_CHECK_VALUE(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": the last axis of ", name, " has stride ",
+                      tensor.stride(3), ", expected 1");
+  }
+  check_shape(op, "k", k, {q.size(0), k.size(1), q.size(2), q.size(3)});
+  check_shape(op, "v", v, k.sizes());
+  TORCH_CHECK_VALUE(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, op, ": head dim must be 1..", kMaxHeadDim, ", got ",
+                    q.size(3));
+  if (mask) check_dtype(op, "mask", *mask, {at::kBool});
+  if (bias) check_dtype(op, "bias", *bias, {at::kFloat, at::kHalf, at::kBFloat16});
+  const int64_t scores[] = {q.size(0), q.size(2), q.size(1), k.size(1)};
+  check_broadcast("bias", bias, scores);
+  check_broadcast("mask", mask, scores);
+}
+
+}  // namespace
+
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
+                         const Optional& mask, bool causal, std::optional<double> scale) {
+  check(q, k, v, bias, mask);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor out = at::empty(q.sizes(), q.options());
+  if (k.size(1) == 0) out.zero_();
+  if (out.numel() == 0 || k.size(1) == 0) return out;
+
+  Call call{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), view(q), view(k), view(v)};
+  const int64_t scores[] = {call.batch, call.heads, call.queries, call.keys};
+  call.bias = view(bias, scores);
+  call.mask = view(mask, scores);
+  call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(call.head_dim))));
+  call.causal = causal;
+  call.out = out.mutable_data_ptr();
+
+  const Variant chosen = q.scalar_type() == at::kFloat ? variant<float>(call) : variant<at::BFloat16>(call);
+  const int64_t blocks = call.batch * call.heads * (round_up(call.queries, chosen.block) / chosen.block);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor memory = at::empty({chosen.memory}, at::kFloat);
+    chosen.run(call, begin, end, memory.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
+}  // namespace vitfast

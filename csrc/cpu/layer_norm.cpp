@@ -1,0 +1,174 @@
+// layer_norm and add_layer_norm on the CPU, as vitfast/ops/reference.py defines them.
+//
+// Two passes over a row, which the first brings into cache: one for the mean, one for the variance about it. The
+// second also gives what rounding left in the mean, and takes it out (Chan, Golub, LeVeque 1983). Bound by memory.
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "vector.h"
+
+namespace vitfast {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr int kLanes = 16;        // two or four registers on the levels below avx512f
+constexpr int kSums = 4;          // sums in flight
+constexpr int64_t kMinRows = 16;  // a thread is worth waking for
+
+// Rows [M, C]; strides in elements.
+template <typename scalar_t>
+struct Rows {
+  scalar_t *y, *total;  // contiguous; total and residual may be null
+  const scalar_t *x, *residual, *weight, *bias;
+  int64_t x_stride, residual_stride, width;
+  float eps;
+};
+
+// f(x[i] - shift) summed over a row, for f(d) = d and f(d) = d * d.
+struct Sums {
+  float first, second;
+};
+VITFAST_INLINE Sums sums_about(const float* x, int64_t n, float shift) {
+  Vector<kLanes> first[kSums] = {}, second[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    for (int j = 0; j < kSums; ++j) {
+      const Vector<kLanes> d = load<kLanes>(x + i + j * kLanes) - shift;
+      first[j] += d;
+      second[j] += d * d;
+    }
+  }
+  Sums s{sum<kLanes>((first[0] + first[1]) + (first[2] + first[3])),
+         sum<kLanes>((second[0] + second[1]) + (second[2] + second[3]))};
+  for (; i < n; ++i) {
+    const float d = x[i] - shift;
+    s.first += d;
+    s.second += d * d;
+  }
+  return s;
+}
+
+// x [n] in fp32: itself, or a copy in `buffer`.
+VITFAST_INLINE const float* widened(const float* x, int64_t, float*) { return x; }
+VITFAST_INLINE const float* widened(const at::BFloat16* x, int64_t n, float* buffer) {
+  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
+  return buffer;
+}
+
+template <typename scalar_t>
+VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
+  const int64_t n = rows.width;
+  for (int64_t r = begin; r < end; ++r) {
+    const scalar_t* x = rows.x + r * rows.x_stride;
+    if (rows.residual) {
+      const scalar_t* residual = rows.residual + r * rows.residual_stride;
+      scalar_t* total = rows.total + r * n;
+      for (int64_t i = 0; i < n; ++i) {
+        total[i] = static_cast<scalar_t>(static_cast<float>(x[i]) + static_cast<float>(residual[i]));
+      }
+      x = total;
+    }
+    const float* row = widened(x, n, buffer);
+    const float rough_mean = sums_about(row, n, 0.0f).first / n;
+    const Sums s = sums_about(row, n, rough_mean);
+    const float left = s.first / n, mean = rough_mean + left;
+    const float rstd = 1.0f / std::sqrt((s.second - s.first * left) / n + rows.eps);
+    scalar_t* y = rows.y + r * n;
+    for (int64_t i = 0; i < n; ++i) {
+      const float weight = static_cast<float>(rows.weight[i]), bias = static_cast<float>(rows.bias[i]);
+      y[i] = static_cast<scalar_t>((row[i] - mean) * rstd * weight + bias);
+    }
+  }
+}
+
+VITFAST_SIMD void norm(const Rows<float>& rows, int64_t begin, int64_t end, float* buffer) {
+  norm_loop(rows, begin, end, buffer);
+}
+VITFAST_SIMD void norm(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
+  norm_loop(rows, begin, end, buffer);
+}
+
+// The stride between the rows of x [..., C] seen as [M, C].
+int64_t row_stride(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.size(-1) <= 1 || x.stride(-1) == 1, op, ": the last axis of ", name, " has stride ", x.stride(-1),
+                    ", expected 1");
+  if (x.numel() == 0) return 0;
+  const int64_t rows[] = {x.numel() / x.size(-1), x.size(-1)};
+  const auto strides = at::detail::computeStride(x.sizes(), x.strides(), at::IntArrayRef(rows));
+  TORCH_CHECK_VALUE(strides, op, ": ", name, " with shape ", shape_text(x.sizes()), " and strides ",
+                    shape_text(x.strides()), " cannot be viewed as rows");
+  return (*strides)[0];
+}
+
+void check(const char* op, const at::Tensor& x, const Optional& residual, const at::Tensor& weight,
+           const at::Tensor& bias) {
+  check_dtype(op, "x", x, {at::kFloat, at::kBFloat16});
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, op, ": x must have a non-empty last axis, got shape ",
+                    shape_text(x.sizes()));
+  check_shape(op, "weight", weight, {x.size(-1)});
+  check_shape(op, "bias", bias, {x.size(-1)});
+  check_shape(op, "residual", residual, x.sizes());
+  check_dtype(op, "weight", weight, {x.scalar_type()});
+  check_dtype(op, "bias", bias, {x.scalar_type()});
+  if (residual) check_dtype(op, "residual", *residual, {x.scalar_type()});
+}
+
+template <typename scalar_t>
+void run(const at::Tensor& y, const Optional& total, const at::Tensor& x, const Optional& residual,
+         const at::Tensor& weight, const at::Tensor& bias, double eps, int64_t x_stride, int64_t residual_stride) {
+  const at::Tensor w = weight.contiguous(), b = bias.contiguous();  // copied if need be: they are small
+  const Rows<scalar_t> rows{y.mutable_data_ptr<scalar_t>(),
+                            total ? total->mutable_data_ptr<scalar_t>() : nullptr,
+                            x.const_data_ptr<scalar_t>(),
+                            residual ? residual->const_data_ptr<scalar_t>() : nullptr,
+                            w.const_data_ptr<scalar_t>(),
+                            b.const_data_ptr<scalar_t>(),
+                            x_stride,
+                            residual_stride,
+                            x.size(-1),
+                            static_cast<float>(eps)};
+  at::parallel_for(0, x.numel() / rows.width, kMinRows, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor buffer = at::empty({rows.width}, at::kFloat);
+    norm(rows, begin, end, buffer.mutable_data_ptr<float>());
+  });
+}
+
+std::tuple<at::Tensor, Optional> norm(const char* op, const at::Tensor& x, const Optional& residual,
+                                      const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  check(op, x, residual, weight, bias);
+  const int64_t x_stride = row_stride(op, "x", x),
+                residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor y = at::empty(x.sizes(), x.options());
+  const Optional total = residual ? Optional(at::empty(x.sizes(), x.options())) : Optional();
+  if (x.numel() > 0) {
+    auto* call = x.scalar_type() == at::kFloat ? &run<float> : &run<at::BFloat16>;
+    call(y, total, x, residual, weight, bias, eps, x_stride, residual_stride);
+  }
+  return {y, total};
+}
+
+}  // namespace
+
+at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  return std::get<0>(norm("layer_norm", x, std::nullopt, weight, bias, eps));
+}
+
+std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
+                                                      const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const auto [y, total] = norm("add_layer_norm", x, residual, weight, bias, eps);
+  return {y, *total};
+}
+
+}  // namespace vitfast
