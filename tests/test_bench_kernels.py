@@ -272,9 +272,10 @@ def test_grids():
 
 
 @pytest.fixture(autouse=True)
-def _unpinned(monkeypatch):
-    """The tests' own process stays on all its cores."""
+def _harmless(monkeypatch, tmp_path):
+    """The tests' own process stays on all its cores, and the user's plans stay as they are."""
     monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.gpu

@@ -236,7 +236,8 @@ def test_png(tmp_path):
 
 
 @pytest.fixture
-def timm():
+def timm(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path / "cache"))
     try:
         return testing.import_peer("timm")
     except ImportError as error:
