@@ -31,10 +31,11 @@ PATHS = re.compile(r"\w*(PATH|DIR|HOME|CACHE)\w*")
 
 def environment(device: Device) -> dict[str, Any]:
     """Everything about the machine and the software that a reader needs to repeat a result."""
+    commit = _git("rev-parse", "HEAD")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_model(),

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from vitfast.benchmarks import svg
-from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells
+from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells, commit, machine
 from vitfast.benchmarks.roofs import drift
 
 STYLE = """
@@ -53,12 +53,10 @@ def _section(result: Mapping[str, Any]) -> str:
     timed = list(dict.fromkeys(row["peer"] for row in rows if row["correct"]))
     styles = svg.style_of(timed)
     entry = result["environment"]
-    machine = entry.get("gpu") or f"{entry['cpu']}, {entry['threads']} threads"
-    dirty = ", with changes that are in no commit" if entry.get("dirty") else ""
-    commit = (entry["commit"] or "no commit")[:9]
+    made = f"torch {entry['torch']}; commit {commit(entry)}; {entry['date']}"
     parts = [
-        f"<h2>{escape(result['kind'])} on {escape(machine)}</h2>",
-        f'<p class="soft">torch {escape(entry["torch"])}; commit {escape(commit)}{dirty}; {escape(entry["date"])}</p>',
+        f"<h2>{escape(result['kind'])} on {escape(machine(entry))}</h2>",
+        f'<p class="soft">{escape(made)}</p>',
     ]
     if roofline := svg.roofline(rows, result["roofs"], styles):
         parts += ["<h3>Roofline</h3>", svg.legend(timed, styles), roofline]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks.result_file import number
+from vitfast.benchmarks.result_file import commit, machine, number
 from vitfast.benchmarks.svg import style_of
 
 
@@ -40,7 +40,7 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
             entry = result["environment"]
             axes.set_title(case, loc="left")
-            axes.set_xlabel(f"median ms, p20 to p80; {entry.get('gpu') or entry['cpu']}, commit {entry['commit'][:9]}")
+            axes.set_xlabel(f"median ms, p20 to p80; {machine(entry)}, commit {commit(entry)}")
             paths.append(folder / f"{result['kind']}-{case.replace(' ', '-')}.png")
             figure.savefig(paths[-1], dpi=150)
     return paths

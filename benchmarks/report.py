@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from vitfast.benchmarks.environment import ROOT
-from vitfast.benchmarks.result_file import number, read
+from vitfast.benchmarks.result_file import commit, machine, number, read
 
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,9 +32,8 @@ def markdown(result: dict[str, Any]) -> str:
         elif str(row.get("error", "")).startswith("incorrect"):
             lines.append(f"| {row['case']} | {row['peer']} | incorrect | | | |")
     entry = result["environment"]
-    where = entry.get("gpu") or f"{entry['cpu']}, {entry['threads']} threads"
     lines.append("")
-    lines.append(f"{where}; torch {entry['torch']}; commit {entry['commit'][:9]}, {entry['date'][:10]}.")
+    lines.append(f"{machine(entry)}; torch {entry['torch']}; commit {commit(entry)}, {entry['date'][:10]}.")
     return "\n".join(lines) + "\n"
 
 

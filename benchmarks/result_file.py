@@ -69,8 +69,7 @@ def results_folder() -> Path:
 
 
 def _default_path(kind: str, device: Device, entry: dict[str, Any]) -> Path:
-    commit = (entry["commit"] or "nocommit")[:9]
-    name = f"{entry['date'][:10]}-{commit}-{kind}"
+    name = f"{entry['date'][:10]}-{(entry['commit'] or 'nocommit')[:9]}-{kind}"
     folder = results_folder() / device.slug
     taken = {path.stem for path in folder.glob(f"{name}*.json")}
     number = next(n for n in range(1, 1000) if (name if n == 1 else f"{name}-{n}") not in taken)
@@ -107,12 +106,22 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+def machine(entry: dict[str, Any]) -> str:
+    """The device of an environment, in words."""
+    return entry.get("gpu") or f"{entry['cpu']}, {entry['threads']} threads"
+
+
+def commit(entry: dict[str, Any]) -> str:
+    """The commit of an environment, in short, and whether there were changes."""
+    return (entry["commit"] or "unknown")[:9] + (" with changes" if entry.get("dirty") else "")
+
+
 def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """The rows of results as one table, with device, commit and date; nested values as JSON."""
     rows = []
     for result in results:
         entry = result["environment"]
-        origin = {"device": entry.get("gpu") or entry["cpu"], "commit": entry["commit"], "date": entry["date"]}
+        origin = {"device": machine(entry), "commit": entry["commit"], "date": entry["date"]}
         for row in result["rows"]:
             flat = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
             rows.append(origin | flat)

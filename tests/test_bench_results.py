@@ -225,6 +225,12 @@ def test_report_command(tmp_path):
     assert "not installed" not in shown.stdout
 
 
+def test_results_of_no_commit_and_of_a_changed_one_are_shown_as_such():
+    unknown, changed = result([row(tflops=1.0)], commit=None), result([row(tflops=1.0)], dirty=True)
+    assert "commit unknown" in report.markdown(unknown) and "commit unknown" in page.page([unknown])
+    assert "commit 000000000 with changes" in report.markdown(changed)
+
+
 def test_png(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     done = bench("report", saved(tmp_path / "r.json", full_result()), "--png", tmp_path)
