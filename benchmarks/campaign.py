@@ -59,21 +59,21 @@ def run(
     steps: Sequence[Step] = STEPS,
     say: Callable[[str], None],
     command: Sequence[str] = (sys.executable, "-m", "vitfast", "bench"),
-) -> tuple[Path, list[str]]:
+) -> tuple[Path, list[str], list[str]]:
     """Run steps in order until the budget is spent.
 
     Returns:
-        The page that shows all results, and what failed or was cut short, one line each.
+        The page that shows all results; what failed or was wrong; and what there was no time for, one line each.
     """
     end = time.monotonic() + budget_s
     entry = environment(device)
     folder = results_folder() / device.slug
     stem = f"{entry['date'][:16].replace(':', '')}-{(entry['commit'] or 'nocommit')[:9]}"
-    paths, problems = [], []
+    paths, failed, unfinished = [], [], []
     for number, step in enumerate(steps, 1):
         left = min(end - time.monotonic(), step.share * budget_s)
         if left < 2 * STOPPING_S:
-            problems.append(f"{step.name}: not begun, no time")
+            unfinished.append(f"{step.name}: not begun, no time")
             continue
         path = folder / f"{stem}-{number}-{step.name}.json"
         own = ("--device", str(device.torch_device), "--budget", f"{left - STOPPING_S:.0f}s", "--json", str(path))
@@ -81,11 +81,11 @@ def run(
         try:
             code = subprocess.run([*command, *step.arguments, *own], timeout=left, check=False).returncode
             if code:
-                problems.append(f"{step.name}: exit code {code}")
+                failed.append(f"{step.name}: exit code {code}")
         except subprocess.TimeoutExpired:
-            problems.append(f"{step.name}: stopped after {left:.0f} s; finished cases are kept")
+            unfinished.append(f"{step.name}: stopped after {left:.0f} s; finished cases are kept")
         if path.is_file():
             paths.append(path)
     shown = folder / f"{stem}.html"
     write(shown, page([read(path) for path in paths]))
-    return shown, problems
+    return shown, failed, unfinished

@@ -338,9 +338,9 @@ def test_campaign_keeps_what_it_has(tmp_path, monkeypatch):
              (("works", 0.5), ("fails", 0.5), ("hangs", 0.2), ("tiny", 0.01))]  # fmt: skip
     said = []
     command = (sys.executable, str(tmp_path / "step.py"))
-    shown, problems = campaign.run(CpuDevice(), 15.0, steps=steps, say=said.append, command=command)
-    assert [problem.split(":")[0] for problem in problems] == ["fails", "hangs", "tiny"]
-    assert "exit code 3" in problems[0] and "stopped after 3 s" in problems[1] and "no time" in problems[2]
+    shown, failed, unfinished = campaign.run(CpuDevice(), 15.0, steps=steps, say=said.append, command=command)
+    assert failed == ["fails: exit code 3"]
+    assert unfinished == ["hangs: stopped after 3 s; finished cases are kept", "tiny: not begun, no time"]
     assert len(list((tmp_path / "results" / "cpu").glob("*.json"))) == 3
     assert shown.read_text().count("<h2>") == 3
 

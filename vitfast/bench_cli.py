@@ -210,7 +210,7 @@ def everything(
 ) -> None:
     """Measure what is worth knowing about a GPU, the most telling first, and stop when the time is up.
 
-    Exit code 1: a step failed, was wrong or was cut short; what was measured is kept.
+    Exit code 1: a step failed or something was wrong. Running out of time is no failure; what was measured is kept.
     """
     from vitfast.cli import _command
 
@@ -222,9 +222,9 @@ def everything(
         limit, found = seconds(budget), resolve_device(device)
         if found.type != "cuda":
             raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
-        shown, problems = campaign.run(open_device(found), limit, say=lambda text: typer.echo(text, err=True))
-        answer.code = int(bool(problems))
-        answer.text = [*problems, f"written {shown}"]
+        shown, failed, unfinished = campaign.run(open_device(found), limit, say=lambda text: typer.echo(text, err=True))
+        answer.code = int(bool(failed))
+        answer.text = [*unfinished, *failed, f"written {shown}"]
 
 
 @app.command(epilog="Example: `vitfast bench compare before.json after.json`")
