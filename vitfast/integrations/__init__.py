@@ -1,16 +1,17 @@
 """Put vitfast's attention under models of other libraries, and take it away again.
 
-`replace_attention` picks what fits: transformers' attention interface (`integrations.transformers`),
-timm's attention classes (`integrations.timm`) and torch's nn.MultiheadAttention
-(`integrations.modules`), each usable alone; `integrations.torch_sdpa.use()` redirects every call of
-torch's scaled_dot_product_attention for a while. What cannot be replaced exactly is left and named.
+`replace_attention` picks what fits: transformers' attention interface and the classes off it
+(`integrations.transformers`), timm's attention classes (`integrations.timm`), torch's
+nn.MultiheadAttention (`integrations.modules`), each usable alone, and any other module that calls
+torch's scaled_dot_product_attention; `integrations.torch_sdpa.use()` redirects every such call for a
+while. What cannot be replaced exactly is left and named.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from vitfast.integrations import modules, timm, transformers
+from vitfast.integrations import modules, timm, torch_sdpa, transformers
 from vitfast.integrations.swap import Swap, swap_forwards, unknown_attention
 
 __all__ = ["Swap", "replace_attention"]
@@ -32,7 +33,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swap = Swap()
-    finders = (transformers.find, timm.find, modules.find, unknown_attention)
+    finders = (transformers.find, timm.find, modules.find, torch_sdpa.find, unknown_attention)
     try:
         transformers.switch(model, swap)
         swap_forwards(model, finders, swap)

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from vitfast.integrations import torch_sdpa
+from vitfast.integrations.known import find_known
 from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
 from vitfast.integrations.transformers_attention import (
     FLASH_NAME,
@@ -22,6 +24,7 @@ from vitfast.integrations.transformers_attention import (
     flash_mask,
     load_flash,
 )
+from vitfast.integrations.transformers_modules import CLASSES
 
 _BUILT_IN = "computes its scores itself, off transformers' attention interface"
 
@@ -54,8 +57,9 @@ def replace(model: nn.Module) -> Swap:
     """Set "vitfast" on every transformers model in `model` that follows the attention interface.
 
     The setting lives in the models' configs: another model that shares a config object is switched
-    with it. `restore` puts back what each config and sub-config had. Modules off the interface
-    (Swinv2, Hiera, ImageGPT, BLIP, SAM's image encoder, ...) are named in `.left`.
+    with it. `restore` puts back what each config and sub-config had. Modules off the interface get
+    another forward if they are known (`transformers_modules`: Swinv2, Hiera, ImageGPT, BLIP, ...) or call
+    torch's attention (SAM's image encoder, Data2Vec); else they are named in `.left`.
     """
     swap = Swap()
     switch(model, swap)
@@ -83,7 +87,10 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
     del parent
     if not _on_interface(module):
         theirs = type(module).__module__.startswith("transformers.") and not _is_model(module)
-        return f"{type(module).__name__} {_BUILT_IN}" if theirs and attends(type(module)) else None
+        if (found := find_known(module, CLASSES)) is not None or not theirs:
+            return found
+        found = torch_sdpa.find(module)
+        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
     config = getattr(module, "config", None)
     setting = getattr(config, "_attn_implementation", None)
     if setting in (NAME, FLASH_NAME):
