@@ -1,6 +1,7 @@
 """transformers' attention off its interface: other forwards, the same outputs, and weights for those who want them."""
 
 import copy
+import importlib
 
 import peers
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import vitfast
 from vitfast import attention
+from vitfast.differences import flatten
 from vitfast.integrations import known, transformers_modules
 from vitfast.integrations import transformers as integration
 from vitfast.testing import PEER_TOLERANCE, device, make
@@ -23,6 +25,15 @@ SAM = peers.VIT | {"window_size": 2, "output_channels": 8, "global_attn_indexes"
 PVT = {"image_size": 64, "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2]}
 LEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1]}
 LEVIT |= {"key_dim": [8, 8, 8]}
+PYRAMID = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+PVT2 = PYRAMID | {"image_size": 64}
+MOBILE = {"image_size": 32, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]}
+MOBILE |= {"num_attention_heads": 2}
+VIDEO = peers.VIT | {"num_frames": 2}
+SUPER = {"embed_dim": 24, "depths": [2], "num_heads": [2], "window_size": 4, "image_size": 8}
+TABLE = {"use_timm_backbone": False, "backbone": None, "num_queries": 5, "d_model": 32}
+TABLE |= {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 32))}
+TABLE |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 DATA2VEC = peers.VIT | {"use_relative_position_bias": True}
 
 
@@ -33,7 +44,19 @@ def pixels():
     return {"input_ids": torch.arange(14, device=device()).view(2, 7), "attention_mask": mask}
 
 
+def table():
+    library = peers.import_transformers()
+    return library.TableTransformerConfig(**TABLE, backbone_config=library.ResNetConfig(**plain.RESNET))
+
+
 FAMILIES = {
+    "DonutSwinModel": (plain.SWIN, plain.images, 2),
+    "Swin2SRModel": (SUPER, lambda: plain.images(8), 2),
+    "GLPNModel": (PYRAMID, lambda: plain.images(64), 4),
+    "PvtV2Model": (PVT2, lambda: plain.images(64), 4),
+    "MobileViTModel": (MOBILE, plain.images, 9),
+    "TimesformerModel": (VIDEO, lambda: {"pixel_values": make(1, 2, 3, 32, 32)}, 4),
+    "TableTransformerForObjectDetection": (table, plain.detr, 3),
     "Swinv2Model": (plain.SWIN, plain.images, 2),
     "HieraModel": (HIERA, plain.images, 2),
     "ImageGPTModel": (IMAGE_GPT, pixels, 2),
@@ -83,7 +106,18 @@ def test_same_outputs_and_back(name, calls):
 
 
 @pytest.mark.parametrize(
-    "name", ["Swinv2Model", "ImageGPTModel", "GroupViTTextModel", "LevitModel", "SamVisionModel", "Data2VecVisionModel"]
+    "name",
+    [
+        "DonutSwinModel",
+        "Swinv2Model",
+        "Swin2SRModel",
+        "TableTransformerForObjectDetection",
+        "ImageGPTModel",
+        "GroupViTTextModel",
+        "LevitModel",
+        "SamVisionModel",
+        "Data2VecVisionModel",
+    ],
 )
 def test_a_dropped_mask_or_bias_would_show(name, monkeypatch):
     settings, inputs, _ = FAMILIES[name]
@@ -107,7 +141,7 @@ def test_swinv2_adds_its_mask_as_often_as_transformers(calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("LevitModel", "Data2VecVisionModel")])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name[:5] not in ("Levit", "Data2", "Mobil")])
 def test_weights_for_those_who_want_them(name):
     """Asked for at the call, by argument or transformers' hooks, they are the same as without the swap."""
     settings, inputs, _ = FAMILIES[name]
@@ -115,16 +149,17 @@ def test_weights_for_those_who_want_them(name):
 
     def weights():
         with torch.no_grad():
-            return [w for w in model(**inputs, output_attentions=True)["attentions"] if w is not None]
+            output = model(**inputs, output_attentions=True)
+        return flatten({key: value for key, value in output.items() if "attentions" in key})
 
     expected = weights()
     assert expected or name == "SamVisionModel"  # whose class for torch's function has none either
     with vitfast.replace_attention(model) as swap:
         assert swap.replaced
         actual = weights()
-    assert len(actual) == len(expected)
-    for got, want in zip(actual, expected, strict=True):
-        close(got, want)
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        close(actual[key], expected[key])
 
 
 @pytest.mark.parametrize("extra", [{}, UPCAST, {"scale_attn_weights": False}], ids=["plain", "upcast", "unscaled"])
@@ -174,6 +209,38 @@ def test_image_gpt_cross_attention_stays(calls):
     with vitfast.replace_attention(model):
         close(plain.run(model, inputs), before)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_pvt_v2_attention(linear, calls):
+    peers.import_transformers()
+    from transformers.models.pvt_v2 import PvtV2Config, modeling_pvt_v2
+
+    layer = modeling_pvt_v2.PvtV2SelfAttention(PvtV2Config(linear_attention=linear), 16, 2, 2)
+    layer, x = peers.randomised(layer).to(device()), make(2, 64, 16)
+    expected = layer(x, 8, 8)[0]
+    with torch.no_grad(), vitfast.replace_attention(layer, strict=True), attention.attention_backend("triton"):
+        close(layer(x, 8, 8)[0], expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "none"])
+def test_table_transformer_attention(kind, calls):
+    """A bool mask hides here where it is True."""
+    peers.import_transformers()
+    from transformers.models.table_transformer.modeling_table_transformer import TableTransformerAttention
+
+    layer = peers.randomised(TableTransformerAttention(32, 2)).to(device())
+    x, keys, places = make(2, 5, 32), make(2, 7, 32, seed=2), make(2, 7, 32, seed=3)
+    mask = {"bool": make(2, 1, 5, 7) > 0.8, "float": make(2, 1, 5, 7), "none": None}[kind]
+    across = {"key_value_states": keys, "spatial_position_embeddings": places, "attention_mask": mask}
+    within = {"attention_mask": None if mask is None else mask[..., :5]}
+    for arguments in ({**across, "object_queries": make(2, 5, 32, seed=1)}, {**within, "object_queries": x}):
+        expected = layer(x, **arguments)[0]
+        with torch.no_grad(), vitfast.replace_attention(layer, strict=True), attention.attention_backend("triton"):
+            close(layer(x, **arguments)[0], expected)
+            assert layer(x, **arguments, output_attentions=True)[1].shape[1] == 2
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -247,8 +314,8 @@ def test_another_version_is_left(monkeypatch):
 
 
 def test_every_known_class_is_there():
-    """A path that no installed version has would never be noticed otherwise."""
+    """A class that no installed version has, or has otherwise, would never be noticed."""
     peers.import_transformers()
-    for path in transformers_modules.CLASSES:
+    for path, entry in transformers_modules.CLASSES.items():
         module, _, name = path.rpartition(".")
-        assert hasattr(__import__(module, fromlist=[name]), name), path
+        assert known._difference(getattr(importlib.import_module(module), name), entry) == "", path

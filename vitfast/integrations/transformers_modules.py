@@ -35,6 +35,12 @@ def _joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def _projected(module: Any, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q of x, k and v of what it sees, by the names that most classes here have."""
+    heads = module.num_attention_heads
+    return _heads(module.query(x), heads), _heads(module.key(seen), heads), _heads(module.value(seen), heads)
+
+
 def _image_gpt(
     module: Any,
     hidden_states: Tensor,
@@ -97,15 +103,24 @@ def _group_vit(
     return module.out_proj(_joined(out)), None
 
 
+def _swin(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
+) -> tuple[Tensor]:
+    if _weights_wanted(output_attentions) or dropping(module, module.dropout):
+        return type(module).forward(module, hidden_states, attention_mask, output_attentions)
+    q, k, v = _projected(module, hidden_states, hidden_states)
+    area = module.window_size[0] * module.window_size[1]
+    bias = module.relative_position_bias_table[module.relative_position_index.view(-1)].view(area, area, -1)
+    bias = with_windows(bias.permute(2, 0, 1)[None], attention_mask, hidden_states.shape[0])
+    return (_joined(attention.scaled_dot_product_attention(q, k, v, attn_mask=bias)),)
+
+
 def _swin_v2(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
 ) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
         return type(module).forward(module, hidden_states, attention_mask, output_attentions)
-    q, k, v = (
-        _heads(project(hidden_states), module.num_attention_heads)
-        for project in (module.query, module.key, module.value)
-    )
+    q, k, v = _projected(module, hidden_states, hidden_states)
     area = module.window_size[0] * module.window_size[1]
     table = module.continuous_position_bias_mlp(module.relative_coords_table).view(-1, module.num_attention_heads)
     bias = table[module.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
@@ -134,12 +149,49 @@ def _hiera(module: Any, hidden_states: Tensor, output_attentions: bool = False) 
 def _pvt(module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
         return type(module).forward(module, hidden_states, height, width, output_attentions)
-    q = _heads(module.query(hidden_states), module.num_attention_heads)
-    if module.sequences_reduction_ratio > 1:
-        image = hidden_states.transpose(1, 2).unflatten(2, (height, width))
-        hidden_states = module.layer_norm(module.sequence_reduction(image).flatten(2).transpose(1, 2))
-    k, v = (_heads(project(hidden_states), module.num_attention_heads) for project in (module.key, module.value))
-    return (_joined(attention.scaled_dot_product_attention(q, k, v)),)
+    reduce = module.sequence_reduction if module.sequences_reduction_ratio > 1 else None
+    return (_attend_reduced(module, hidden_states, height, width, reduce),)
+
+
+def _glpn(
+    module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
+) -> tuple[Tensor]:
+    if _weights_wanted(output_attentions) or dropping(module, module.dropout):
+        return type(module).forward(module, hidden_states, height, width, output_attentions)
+    return (_attend_reduced(module, hidden_states, height, width, module.sr if module.sr_ratio > 1 else None),)
+
+
+def _pvt_v2(
+    module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
+) -> tuple[Tensor]:
+    if _weights_wanted(output_attentions) or dropping(module, module.attn_drop):
+        return type(module).forward(module, hidden_states, height, width, output_attentions)
+    reduce = module.spatial_reduction if module.linear_attention or module.spatial_reduction_ratio > 1 else None
+    return (module.proj_drop(module.proj(_attend_reduced(module, hidden_states, height, width, reduce))),)
+
+
+def _attend_reduced(module: Any, x: Tensor, height: int, width: int, reduce: Any) -> Tensor:
+    """Attention of all tokens to those of a smaller image, which a convolution makes."""
+    seen = x
+    if reduce is not None:
+        image = x.transpose(1, 2).unflatten(2, (height, width))
+        linear = getattr(module, "linear_attention", False)
+        seen = module.layer_norm(reduce(module.pool(image) if linear else image).flatten(2).transpose(1, 2))
+        seen = module.act(seen) if linear else seen
+    return _joined(attention.scaled_dot_product_attention(*_projected(module, x, seen)))
+
+
+def _mobile_vit(module: Any, hidden_states: Tensor) -> Tensor:
+    if dropping(module, module.dropout):
+        return type(module).forward(module, hidden_states)
+    return _joined(attention.scaled_dot_product_attention(*_projected(module, hidden_states, hidden_states)))
+
+
+def _timesformer(module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
+    if _weights_wanted(output_attentions) or dropping(module, module.attn_drop):
+        return type(module).forward(module, hidden_states, output_attentions)
+    q, k, v = (_heads(part, module.num_heads) for part in module.qkv(hidden_states).chunk(3, dim=-1))
+    return (_joined(attention.scaled_dot_product_attention(q, k, v, scale=module.scale)),)
 
 
 def _levit(module: Any, hidden_state: Tensor) -> Tensor:
@@ -185,9 +237,45 @@ def _mask2former(
     return module.out_proj(_joined(out)).transpose(0, 1), None
 
 
+def _table_transformer(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    object_queries: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    spatial_position_embeddings: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, None]:
+    seen, places = key_value_states, spatial_position_embeddings
+    if key_value_states is None:
+        seen, places = hidden_states, object_queries
+    if (
+        object_queries is None
+        or places is None
+        or _weights_wanted(output_attentions)
+        or dropping(module, module.dropout)
+    ):
+        return type(module).forward(
+            module, hidden_states, attention_mask, object_queries, key_value_states, spatial_position_embeddings,
+            output_attentions,
+        )  # fmt: skip
+    parts = ((module.q_proj, hidden_states + object_queries), (module.k_proj, seen + places), (module.v_proj, seen))
+    q, k, v = (_heads(project(x), module.num_heads) for project, x in parts)
+    hidden = attention_mask is not None and attention_mask.dtype == torch.bool  # True is hidden here
+    mask = ~attention_mask if hidden else attention_mask
+    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
+    return module.out_proj(_joined(out)), None
+
+
 _LEVIT = (
     "key_dim attention_ratio num_attention_heads scale get_attention_biases out_dim_projection projection activation "
 )
+_SWIN = (
+    "query key value num_attention_heads attention_head_size window_size relative_position_index dropout all_head_size "
+)
+_SWIN_V2 = _SWIN + "logit_scale continuous_position_bias_mlp relative_coords_table"
+_MASKED = "with_pos_embed q_proj k_proj v_proj scaling _shape num_heads head_dim dropout training out_proj"
+_PROJECTIONS = "query key value attention_head_size "
 _MODELS = "transformers.models."
 
 CLASSES = {
@@ -207,10 +295,16 @@ CLASSES = {
         "q_proj scale _shape k_proj v_proj num_heads head_dim dropout training out_proj",
     ),
     _MODELS + "swinv2.modeling_swinv2.Swinv2SelfAttention": Known(
-        _swin_v2,
-        "hidden_states attention_mask output_attentions",
-        "query key value num_attention_heads attention_head_size logit_scale continuous_position_bias_mlp "
-        "relative_coords_table relative_position_index window_size dropout all_head_size",
+        _swin_v2, "hidden_states attention_mask output_attentions", _SWIN_V2
+    ),
+    _MODELS + "swin2sr.modeling_swin2sr.Swin2SRSelfAttention": Known(
+        _swin_v2, "hidden_states attention_mask output_attentions", _SWIN_V2
+    ),
+    _MODELS + "donut.modeling_donut_swin.DonutSwinSelfAttention": Known(
+        _swin, "hidden_states attention_mask output_attentions", _SWIN + "relative_position_bias_table"
+    ),
+    _MODELS + "maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention": Known(
+        _swin, "hidden_states attention_mask output_attentions", _SWIN + "relative_position_bias_table"
     ),
     _MODELS + "hiera.modeling_hiera.HieraMaskUnitAttention": Known(
         _hiera,
@@ -223,14 +317,42 @@ CLASSES = {
         "transpose_for_scores query key value sequences_reduction_ratio sequence_reduction layer_norm "
         "attention_head_size dropout all_head_size",
     ),
+    _MODELS + "glpn.modeling_glpn.GLPNEfficientSelfAttention": Known(
+        _glpn,
+        "hidden_states height width output_attentions",
+        _PROJECTIONS + "sr_ratio sr layer_norm dropout all_head_size",
+    ),
+    _MODELS + "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention": Known(
+        _pvt_v2,
+        "hidden_states height width output_attentions",
+        _PROJECTIONS + "transpose_for_scores linear_attention spatial_reduction pool act layer_norm "
+        "spatial_reduction_ratio attn_drop proj proj_drop",
+    ),
+    _MODELS + "mobilevit.modeling_mobilevit.MobileViTSelfAttention": Known(
+        _mobile_vit, "hidden_states", _PROJECTIONS + "dropout all_head_size"
+    ),
+    _MODELS + "timesformer.modeling_timesformer.TimesformerSelfAttention": Known(
+        _timesformer, "hidden_states output_attentions", "qkv num_heads scale attn_drop"
+    ),
     _MODELS + "levit.modeling_levit.LevitAttention": Known(_levit, "hidden_state", _LEVIT + "queries_keys_values"),
     _MODELS + "levit.modeling_levit.LevitAttentionSubsample": Known(
         _levit_subsample, "hidden_state", _LEVIT + "keys_values queries queries_subsample resolution_out"
+    ),
+    _MODELS + "table_transformer.modeling_table_transformer.TableTransformerAttention": Known(
+        _table_transformer,
+        "hidden_states attention_mask object_queries key_value_states spatial_position_embeddings output_attentions",
+        _MASKED,
     ),
     _MODELS + "mask2former.modeling_mask2former.Mask2FormerAttention": Known(
         _mask2former,
         "hidden_states attention_mask position_embeddings key_value_states key_value_position_embeddings "
         "output_attentions",
-        "with_pos_embed q_proj k_proj v_proj scaling _shape num_heads head_dim dropout training out_proj",
+        _MASKED,
+    ),
+    _MODELS + "oneformer.modeling_oneformer.OneFormerAttention": Known(
+        _mask2former,
+        "hidden_states attention_mask position_embeddings key_value_states key_value_position_embeddings "
+        "output_attentions",
+        _MASKED,
     ),
 }
