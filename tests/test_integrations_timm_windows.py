@@ -239,6 +239,22 @@ def test_any_module_that_calls_torchs_function(calls):
     assert calls[0] == {"attn_mask": seen, "scale": 0.3}
 
 
+def test_five_axes(calls):
+    """Windows go to the kernels as a batch; what torch alone can broadcast goes to torch as it is."""
+
+    class Windows(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+
+    module, q, k, v = Windows(), *(make(2, 3, 4, 9, 16, seed=seed) for seed in range(3))
+    expected, shared = module(q, k, v), module(q, k[:, :1], v[:, :1])
+    with vitfast.replace_attention(module, strict=True):
+        close(module(q, k[:, :1], v[:, :1]), shared)
+        with attention.attention_backend("triton"):
+            close(module(q, k, v), expected)
+    assert len(calls) == 2
+
+
 def test_a_softmax_beside_the_call_is_left():
     """Nobody knows whether its forward comes to the call of torch."""
 

@@ -27,8 +27,6 @@ LEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": 
 LEVIT |= {"key_dim": [8, 8, 8]}
 PYRAMID = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
 PVT2 = PYRAMID | {"image_size": 64}
-MOBILE = {"image_size": 32, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]}
-MOBILE |= {"num_attention_heads": 2}
 VIDEO = peers.VIT | {"num_frames": 2}
 SUPER = {"embed_dim": 24, "depths": [2], "num_heads": [2], "window_size": 4, "image_size": 8}
 TABLE = {"use_timm_backbone": False, "backbone": None, "num_queries": 5, "d_model": 32}
@@ -54,7 +52,6 @@ FAMILIES = {
     "Swin2SRModel": (SUPER, lambda: plain.images(8), 2),
     "GLPNModel": (PYRAMID, lambda: plain.images(64), 4),
     "PvtV2Model": (PVT2, lambda: plain.images(64), 4),
-    "MobileViTModel": (MOBILE, plain.images, 9),
     "TimesformerModel": (VIDEO, lambda: {"pixel_values": make(1, 2, 3, 32, 32)}, 4),
     "TableTransformerForObjectDetection": (table, plain.detr, 3),
     "Swinv2Model": (plain.SWIN, plain.images, 2),
@@ -105,6 +102,18 @@ def test_same_outputs_and_back(name, calls):
     assert len(calls) == count
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_attention_would_show(name, monkeypatch):
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs, original = plain.build(name, settings), inputs(), attention.scaled_dot_product_attention
+    before = plain.run(model, inputs)
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda q, k, v, **kwargs: original(q * 1.5, k, v, **kwargs)
+    )
+    with vitfast.replace_attention(model):
+        assert (plain.run(model, inputs) - before).abs().max() > 0.001 * before.abs().max()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -141,7 +150,7 @@ def test_swinv2_adds_its_mask_as_often_as_transformers(calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name[:5] not in ("Levit", "Data2", "Mobil")])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name[:5] not in ("Levit", "Data2")])
 def test_weights_for_those_who_want_them(name):
     """Asked for at the call, by argument or transformers' hooks, they are the same as without the swap."""
     settings, inputs, _ = FAMILIES[name]
@@ -224,6 +233,18 @@ def test_pvt_v2_attention(linear, calls):
     assert len(calls) == 1
 
 
+def test_mobile_vit_attention(calls):
+    peers.import_transformers()
+    from transformers.models.mobilevit import MobileViTConfig, modeling_mobilevit
+
+    layer = modeling_mobilevit.MobileViTSelfAttention(MobileViTConfig(num_attention_heads=2), 32)
+    layer, x = peers.randomised(layer).to(device()), make(4, 9, 32)
+    expected = layer(x)
+    with torch.no_grad(), vitfast.replace_attention(layer, strict=True), attention.attention_backend("triton"):
+        close(layer(x), expected)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("kind", ["bool", "float", "none"])
 def test_table_transformer_attention(kind, calls):
     """A bool mask hides here where it is True."""
@@ -300,6 +321,27 @@ def test_dropout_in_training_is_transformers(name, calls):
     with vitfast.replace_attention(model, strict=True):
         assert torch.equal(plain.run(model, inputs), before)
     assert not calls
+
+
+@pytest.mark.parametrize("name", ["Swinv2Model", "BlipVisionModel", "SamVisionModel"])
+def test_compiles_whole(name, calls):
+    """Without transformers' hooks, with them, and redirected."""
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs = plain.build(name, settings), inputs()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        vitfast.replace_attention(model, strict=True)
+        torch._dynamo.reset()
+        close(torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0], expected)
+
+
+def test_weights_collected_otherwise(monkeypatch):
+    """A transformers without the hooks that are asked."""
+    model = plain.build("BlipVisionModel", peers.VIT)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    swap = integration.replace(model)
+    assert not swap.replaced
+    assert all("collects attention weights" in why for why in swap.left.values())
 
 
 def test_another_version_is_left(monkeypatch):

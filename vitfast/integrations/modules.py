@@ -52,9 +52,21 @@ def _throws_weights_away(parent: nn.Module, module: nn.Module) -> bool:
 
 def multihead_attention_output(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """`multihead_attention` for a caller that asks for weights, by default or not, and never looks at them."""
-    given = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
+    given = dict(zip(_ARGUMENTS, args, strict=False))
     out, _ = multihead_attention(module, **{**given, **kwargs, "need_weights": False})
     return out, None
+
+
+_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
 
 
 def multihead_attention(

@@ -29,7 +29,8 @@ class _Redirect(TorchFunctionMode):
 def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The call on vitfast, whose kernels take four axes: [B, H, windows, N, D] goes in as [B * windows, H, N, D]."""
     batch = query.shape[:-2]
-    if query.ndim != 5 or args or set(kwargs) - {"dropout_p", "scale"} or batch != key.shape[:-2] != value.shape[:-2]:
+    alike = batch == key.shape[:-2] == value.shape[:-2]
+    if query.ndim != 5 or not alike or args or set(kwargs) - {"dropout_p", "scale"}:
         return attention.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = attention.scaled_dot_product_attention(q, k, v, **kwargs)
@@ -63,7 +64,7 @@ def find(module: Any, parent: nn.Module | None = None) -> Found:
     """
     del parent
     text = source(type(module).forward)
-    if "scaled_dot_product_attention" not in text or type(module).__module__.partition(".")[0] == "torch":
+    if "scaled_dot_product_attention(" not in text or type(module).__module__.partition(".")[0] == "torch":
         return None
     if "softmax" not in text.lower():
         return redirected

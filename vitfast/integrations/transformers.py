@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vitfast.integrations import torch_sdpa
-from vitfast.integrations.known import find_known
+from vitfast.integrations import torch_sdpa, transformers_modules
 from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
 from vitfast.integrations.transformers_attention import (
     FLASH_NAME,
@@ -24,7 +23,6 @@ from vitfast.integrations.transformers_attention import (
     flash_mask,
     load_flash,
 )
-from vitfast.integrations.transformers_modules import CLASSES
 
 _BUILT_IN = "computes its scores itself, off transformers' attention interface"
 
@@ -48,8 +46,8 @@ def register() -> None:
     AttentionMaskInterface.register(FLASH_NAME, flash_mask)
     # For a name with "flash" transformers loads the functions when a model is built, from packages it knows;
     # there is no registry for others.
-    loader = modeling_flash_attention_utils._lazy_imports
-    if getattr(loader, "func", None) is not load_flash:
+    loader = getattr(modeling_flash_attention_utils, "_lazy_imports", None)
+    if loader is not None and getattr(loader, "func", None) is not load_flash:
         modeling_flash_attention_utils._lazy_imports = functools.partial(load_flash, loader)
 
 
@@ -87,7 +85,7 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
     del parent
     if not _on_interface(module):
         theirs = type(module).__module__.startswith("transformers.") and not _is_model(module)
-        if (found := find_known(module, CLASSES)) is not None or not theirs:
+        if (found := transformers_modules.find(module)) is not None or not theirs:
             return found
         found = torch_sdpa.find(module)
         return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found

@@ -198,7 +198,7 @@ def _says_only_padding(arguments: Mapping[str, Any]) -> bool:
     if arguments.get("attention_mask") is None:
         queries_end = arguments.get("q_offset", 0) + arguments["q_length"]
         if queries_end != arguments.get("kv_offset", 0) + arguments["kv_length"]:
-            return False
+            return False  # of keys without a place among the queries, only a mask can tell whether they are real
     if arguments.get("local_size") is not None:
         parts = inspect.getclosurevars(arguments["mask_function"]).nonlocals.get("mask_functions", ())
         if not any("sliding_window" in part.__qualname__ for part in parts):

@@ -6,22 +6,36 @@ by transformers' capturing hooks, the class's own forward runs.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitfast import attention
-from vitfast.integrations.known import Known, dropping
-from vitfast.integrations.swap import source
+from vitfast.integrations.known import Known, dropping, find_known
+from vitfast.integrations.swap import Found, source
 from vitfast.integrations.timm_windows import attend_padded, cosine_attention, with_windows
+
+
+def find(module: Any) -> Found:
+    """Finder for the classes in the table at the end of this file."""
+    found = find_known(module, CLASSES)
+    if found is _swin_v2:
+        text = source(type(module).forward)  # transformers adds the mask twice in the versions seen
+        found = functools.partial(_swin_v2, times=text.count("attention_mask.unsqueeze(1).unsqueeze(0)"))
+    if callable(found) and importlib.util.find_spec("transformers.utils.output_capturing") is None:
+        return "this version of transformers collects attention weights in a way that vitfast does not know"
+    return found
 
 
 def _weights_wanted(asked: bool | None = False) -> bool:
     """Whether somebody is going to look at attention weights; most classes return them whether asked or not."""
     from transformers.utils import output_capturing
 
-    collected = output_capturing._active_collector.get()
+    collector = output_capturing._active_collector  # of which torch.compile can trace this half only
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return bool(asked) or any("attentions" in name for name in collected or ())
 
 
@@ -116,16 +130,20 @@ def _swin(
 
 
 def _swin_v2(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool | None = False,
+    *,
+    times: int,
 ) -> tuple[Tensor]:
+    """With the mask added so many times."""
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
         return type(module).forward(module, hidden_states, attention_mask, output_attentions)
     q, k, v = _projected(module, hidden_states, hidden_states)
     area = module.window_size[0] * module.window_size[1]
     table = module.continuous_position_bias_mlp(module.relative_coords_table).view(-1, module.num_attention_heads)
     bias = table[module.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
-    # transformers adds the mask twice in the versions seen.
-    times = source(type(module).forward).count("attention_mask.unsqueeze(1).unsqueeze(0)")
     mask = None if attention_mask is None else attention_mask * times
     bias = with_windows(16 * torch.sigmoid(bias)[None], mask, hidden_states.shape[0])
     return (_joined(cosine_attention(q, k, v, module.logit_scale, bias)),)
