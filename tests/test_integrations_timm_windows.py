@@ -258,6 +258,11 @@ def test_five_axes(calls):
 def test_a_softmax_beside_the_call_is_left():
     """Nobody knows whether its forward comes to the call of torch."""
 
+    class Talks(nn.Module):
+        def forward(self, x):
+            """Unlike scaled_dot_product_attention(x, x, x)."""
+            return x  # F.scaled_dot_product_attention(x, x, x)
+
     class Either(nn.Module):
         def forward(self, q, k, v):
             if self.flash:
@@ -266,3 +271,4 @@ def test_a_softmax_beside_the_call_is_left():
 
     swap = vitfast.replace_attention(Either())
     assert "no exact replacement" in swap.left[""]
+    assert not vitfast.replace_attention(Talks()).replaced

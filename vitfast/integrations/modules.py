@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitfast import attention
+from vitfast.integrations import torch_sdpa
 from vitfast.integrations.swap import Found, Swap, source, swap_forwards
 
 
@@ -24,11 +25,12 @@ def replace(model: nn.Module) -> Swap:
 
 
 def find(module: nn.Module, parent: nn.Module | None) -> Found:
-    """Finder for exactly nn.MultiheadAttention; a subclass may do anything and is left."""
+    """Finder for exactly nn.MultiheadAttention; a subclass may do anything, and is left or redirected."""
     if not isinstance(module, nn.MultiheadAttention):
         return None
     if type(module) is not nn.MultiheadAttention:
-        return f"{type(module).__name__} is a subclass of nn.MultiheadAttention that vitfast does not know"
+        why = f"{type(module).__name__} is a subclass of nn.MultiheadAttention that vitfast does not know"
+        return torch_sdpa.find(module) or why
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer has a fused path of its own, which never calls it"
     if module.bias_k is not None or module.bias_v is not None:

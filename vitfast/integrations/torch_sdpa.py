@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,11 +65,20 @@ def find(module: Any, parent: nn.Module | None = None) -> Found:
     its own may not come to its call of torch; only timm's flag `fused_attn` is known to decide that.
     """
     del parent
-    text = source(type(module).forward)
-    if "scaled_dot_product_attention(" not in text or type(module).__module__.partition(".")[0] == "torch":
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if type(module).__module__.partition(".")[0] == "torch" or "scaled_dot_product_attention" not in _names(code):
         return None
+    text = source(type(module).forward)
     if "softmax" not in text.lower():
         return redirected
     if "if self.fused_attn:" not in text:
         return None
     return redirected if module.fused_attn else UNFUSED
+
+
+def _names(code: CodeType | None) -> set[str]:
+    """The names that code refers to, functions defined in it included; what a comment says does not count."""
+    if code is None:
+        return set()
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
