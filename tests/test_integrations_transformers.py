@@ -204,6 +204,19 @@ def test_attention_weights_wanted():
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("implementation", ["vitfast", "vitfast_flash"])
+@pytest.mark.parametrize("name", ["ViTModel", "SiglipVisionModel", "DetrForObjectDetection"])
+def test_attention_weights_wanted_at_the_call(name, implementation):
+    """SigLIP's layers are not told; without a word its weights would be an empty tuple, as with "sdpa"."""
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs = build(name, settings), inputs()
+    integration.register()
+    for config in integration._configs(model):
+        config._attn_implementation_internal = implementation
+    with pytest.raises(ValueError, match=f"{implementation!r} does not implement output_attentions=True"):
+        model(**inputs, output_attentions=True)
+
+
 def test_sub_configs_are_restored_one_by_one():
     library = peers.import_transformers()
     config = library.CLIPConfig(text_config=CLIP_TEXT, vision_config=peers.VIT, projection_dim=8)

@@ -43,8 +43,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 def use() -> Iterator[None]:
     """Within this context, in this thread, F.scaled_dot_product_attention is vitfast's.
 
-    It reaches code that no module swap knows, at the price of a look at every torch call (about a
-    microsecond each): prefer `vitfast.replace_attention` where it does. It does not reach native code
+    It reaches code that no module swap knows, at the price of a look at every torch call (a few
+    microseconds each): prefer `vitfast.replace_attention` where it does. It does not reach native code
     that never calls the function, such as nn.MultiheadAttention's kernel in eval mode, nor models that
     spell attention out.
     """

@@ -226,8 +226,21 @@ def load_flash(theirs: Callable[..., Any], implementation: str | None, *args: An
     return (*functions, no_paged_cache, _pad_input, _unpad_input)
 
 
+def weights_collected() -> bool:
+    """Whether a hook of transformers waits for attention weights; not all layers are told of output_attentions."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:  # a version without these hooks
+        return False
+    collector = output_capturing._active_collector  # of which torch.compile can trace this half only
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return any("attentions" in name for name in collected or ())
+
+
 def _refuse(module: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
     """Raise for an argument that is neither harmless nor off."""
+    if weights_collected():
+        arguments = {"output_attentions": True, **arguments}
     for argument, value in arguments.items():
         if argument not in _HARMLESS and value is not None and value is not False:
             shown = value if isinstance(value, bool | int | float | str) else type(value).__name__

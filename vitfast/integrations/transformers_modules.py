@@ -17,6 +17,7 @@ from vitfast import attention
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.swap import Found, source
 from vitfast.integrations.timm_windows import attend_padded, cosine_attention, with_windows
+from vitfast.integrations.transformers_attention import weights_collected
 
 
 def find(module: Any) -> Found:
@@ -32,11 +33,7 @@ def find(module: Any) -> Found:
 
 def _weights_wanted(asked: bool | None = False) -> bool:
     """Whether somebody is going to look at attention weights; most classes return them whether asked or not."""
-    from transformers.utils import output_capturing
-
-    collector = output_capturing._active_collector  # of which torch.compile can trace this half only
-    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return bool(asked) or any("attentions" in name for name in collected or ())
+    return bool(asked) or weights_collected()
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
