@@ -135,6 +135,27 @@ def test_masks_reach_the_kernel(name, key, calls):
     assert all(call["attn_mask"] is not None for call in calls)
 
 
+@pytest.mark.parametrize("name", ["DetrForObjectDetection", "Siglip2VisionModel", "BeitModel", "SwinModel"])
+def test_a_dropped_mask_would_show(name, monkeypatch):
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs, original = build(name, settings), inputs(), attention.scaled_dot_product_attention
+    expected = run(model, inputs)
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda *args, attn_mask, **kwargs: original(*args, **kwargs)
+    )
+    with vitfast.replace_attention(model):
+        assert (run(model, inputs) - expected).abs().max() > 0.001 * expected.abs().max()
+
+
+def test_detr_on_the_kernel(calls):
+    """The encoder's attention and the decoder's to the encoder are masked, that among the queries is not."""
+    model, inputs = build("DetrForObjectDetection", detr_config), detr()
+    expected = run(model, inputs)
+    with vitfast.replace_attention(model), attention.attention_backend("triton"):
+        close(run(model, inputs), expected)
+    assert [call["attn_mask"] is None for call in calls] == [False, True, False]
+
+
 def test_vit_on_the_kernel(calls):
     model, inputs = build("ViTModel", peers.VIT), images()
     expected = run(model, inputs)
