@@ -6,6 +6,7 @@ import test_integrations_transformers as plain
 import torch
 from torch import nn
 
+import vitfast
 from vitfast import attention, flash_attention
 from vitfast.integrations import transformers as integration
 from vitfast.integrations.transformers_attention import FLASH_NAME, attention_forward, flash_attention_forward
@@ -189,7 +190,10 @@ def test_built_with_the_name(calls):
     assert calls == ["flash_attn_func", "flash_attn_func"]
     close(actual, plain.run(plain.build("ViTModel", peers.VIT), inputs))
     assert integration.load_flash(lambda *names: names, "flash_attention_2", 1) == ("flash_attention_2", 1)
-    assert integration.find(model.layers[0].attention, None) is True
+    with vitfast.replace_attention(model, strict=True) as swap:  # which leaves it as it is
+        assert len(swap.replaced) == 2
+        assert model.config._attn_implementation == FLASH_NAME
+    assert model.config._attn_implementation == FLASH_NAME
 
 
 def reference(q, k, v, mask, softcap=None):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 NAME = "vitfast"

@@ -68,7 +68,8 @@ def replace(model: nn.Module) -> Swap:
 def switch(model: nn.Module, swap: Swap) -> None:
     """Set the attention of the transformers models in `model`; `find` then tells what came of it."""
     for top in _models(model):
-        if not any(_on_interface(module) for module in top.modules()):
+        layers = [module for module in top.modules() if _on_interface(module)]
+        if all(_setting(module) in (NAME, FLASH_NAME) for module in layers):
             continue
         configs = list(_configs(top))
         if any(config.output_attentions for config in configs if hasattr(config, "output_attentions")):
@@ -89,11 +90,10 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
             return found
         found = torch_sdpa.find(module)
         return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
-    config = getattr(module, "config", None)
-    setting = getattr(config, "_attn_implementation", None)
+    setting = _setting(module)
     if setting in (NAME, FLASH_NAME):
         return True
-    if getattr(config, "output_attentions", False):
+    if getattr(getattr(module, "config", None), "output_attentions", False):
         return f"its config asks for attention weights (output_attentions=True), which {NAME!r} does not return"
     return f"transformers keeps it at attn_implementation={setting!r}"
 
@@ -129,6 +129,11 @@ def _models(module: nn.Module) -> Iterator[Any]:
 def _on_interface(module: nn.Module) -> bool:
     """Whether this layer asks the attention interface for its function at every call."""
     return not _is_model(module) and "ALL_ATTENTION_FUNCTIONS" in source(type(module).forward)
+
+
+def _setting(layer: nn.Module) -> str | None:
+    """The attention implementation that a layer on the interface asks for."""
+    return getattr(getattr(layer, "config", None), "_attn_implementation", None)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
