@@ -142,7 +142,6 @@ TIMM_MODELS: dict[str, Mapping[str, Any]] = {
     "gcvit_xxtiny": {},
     "tiny_vit_5m_224": {},
     "nest_tiny": {},
-    "visformer_tiny": {},
     "tnt_s_patch16_224": {},
 }
 

@@ -43,8 +43,8 @@ def register() -> None:
 def use() -> Iterator[None]:
     """Within this context, in the whole process, torch's flash attention on CUDA is vitfast's, and comes first.
 
-    On recent GPUs torch asks cuDNN before flash, so the order is set too, for this thread's calls. What was
-    active before comes back at the end.
+    On recent GPUs torch asks cuDNN before flash, so the order is set too. What was active before comes back at
+    the end.
 
     Raises:
         RuntimeError: if this torch has no registry of flash attention implementations.
@@ -67,7 +67,7 @@ def use() -> Iterator[None]:
 def _registry() -> Any:
     """torch.nn.attention, if it has what is needed."""
     registry = torch.nn.attention
-    needed = ("register", "activate", "restore")
+    needed = ("register", "activate", "current", "restore")
     if missing := [name for name in needed if not hasattr(registry, f"{name}_flash_attention_impl")]:
         raise RuntimeError(
             f"torch {torch.__version__} cannot {', '.join(missing)} flash attention implementations (2.13 can); "
