@@ -196,6 +196,37 @@ def test_built_with_the_name(calls):
     assert model.config._attn_implementation == FLASH_NAME
 
 
+def masks(name, kind, **settings):
+    """What a text model with this implementation is given by one of transformers' mask functions."""
+    library = peers.import_transformers()
+    from transformers import masking_utils
+
+    config = library.MistralConfig(**LLAMA, sliding_window=3, attn_implementation=name)
+    make_mask = getattr(masking_utils, f"create_{kind}_mask")
+    arguments = {"inputs_embeds": torch.zeros(2, 9, 32), "attention_mask": None, "past_key_values": None} | settings
+    if "bidirectional" in kind:
+        del arguments["past_key_values"]
+    return make_mask(config=config, **arguments)
+
+
+def test_which_masks_are_made_in_full():
+    def neighbours(batch, head, query, key):
+        return (query - key).abs() < 2
+
+    for kind in ("causal", "sliding_window_causal", "bidirectional", "bidirectional_sliding_window"):
+        assert masks(FLASH_NAME, kind) is None
+        assert torch.equal(masks(FLASH_NAME, kind, attention_mask=LEFT), LEFT.bool())
+    for kind, settings in (
+        ("causal", {"or_mask_function": neighbours}),
+        ("bidirectional", {"and_mask_function": neighbours}),
+        ("sliding_window_causal", {"or_mask_function": neighbours}),
+        ("causal", {"position_ids": PACKED}),
+    ):
+        found = masks(FLASH_NAME, kind, **settings)
+        assert found.shape[1:] == (1, 9, 9), kind
+        assert torch.equal(found, masks("sdpa", kind, **settings))
+
+
 def reference(q, k, v, mask, softcap=None):
     """softmax attention in float64 on [B, H, N, D]; mask True is seen."""
     q, k, v = (x.double() for x in (q, k, v))

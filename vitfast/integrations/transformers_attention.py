@@ -8,7 +8,6 @@ and the call runs as "vitfast", so that no mask is lost.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -182,8 +181,8 @@ def flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """What transformers' mask interface gives a model: padding [B, tokens] or None, or else a mask in full.
 
     transformers' own for FlashAttention looks at padding only. Here the mask stays a mask if it says more
-    than causal, padding and sliding window (packed sequences, image tokens that see each other, chunks,
-    unused places in a cache), or if the model is not written for FlashAttention and may handle a mask of
+    than causal, padding and sliding window (packed sequences, image tokens that see each other, unused
+    places in a cache), or if the model is not written for FlashAttention and may handle a mask of
     two axes as one of four.
     """
     from transformers.masking_utils import flash_attention_mask, sdpa_mask
@@ -199,11 +198,7 @@ def _says_only_padding(arguments: Mapping[str, Any]) -> bool:
         queries_end = arguments.get("q_offset", 0) + arguments["q_length"]
         if queries_end != arguments.get("kv_offset", 0) + arguments["kv_length"]:
             return False  # of keys without a place among the queries, only a mask can tell whether they are real
-    if arguments.get("local_size") is not None:
-        parts = inspect.getclosurevars(arguments["mask_function"]).nonlocals.get("mask_functions", ())
-        if not any("sliding_window" in part.__qualname__ for part in parts):
-            return False
-    # The model forbids to skip a mask to which it has added something.
+    # transformers forbids to skip a mask to which something has been added.
     return bool(arguments.get("allow_is_causal_skip") or arguments.get("allow_is_bidirectional_skip"))
 
 
