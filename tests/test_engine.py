@@ -291,6 +291,15 @@ def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp
     assert json.loads(path.read_text())["key"]["device"] != "another chip"
 
 
+def test_a_head_that_is_not_there_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    headless = planner.build(dataclasses.replace(SMALL, num_classes=0), device=testing.device(), dtype=torch.float32)
+    assert "head" not in headless.measured
+    if testing.device().type == "cuda" or not vitfast.ops.registry.backend("linear", "native").missing:
+        assert "fc1" in headless.measured
+    planner.build(dataclasses.replace(SMALL, num_classes=1), device=testing.device(), dtype=torch.float32, batch=1)
+
+
 def test_a_tie_keeps_the_first(monkeypatch):
     call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
     first = vitfast.ops.registry.backend("layer_norm", "torch")
