@@ -6,6 +6,7 @@ The list is explicit because `vitfast.kernels` is a symbolic link to ../kernels 
 VITFAST_BUILD=0 leaves the extension out, VITFAST_BUILD=1 insists on it. Unset, it is built when
 torch can be imported (so: `pip install --no-build-isolation`, torch first) and there is a C++
 compiler; otherwise the install is pure Python and a notice says why. Every op runs without it.
+VITFAST_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers: see `make sanitize`.
 """
 
 import os
@@ -56,12 +57,17 @@ def extension() -> dict:
         # Compile with OpenMP but do not link it: the symbols then come from the runtime that torch
         # has loaded, so both share one thread pool and torch.set_num_threads holds for both.
         flags.append("-fopenmp")
+    link_flags = []
+    if os.environ.get("VITFAST_SANITIZE") == "1":
+        link_flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += [*link_flags, "-O1", "-g", "-fno-omit-frame-pointer"]
     sources = ["csrc/ops.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
     module = CppExtension(
         "vitfast._C",
         sources,
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         extra_compile_args={"cxx": flags},
+        extra_link_args=link_flags,
         define_macros=[("VITFAST_CXX_FLAGS", '"' + " ".join(flags) + '"')],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
