@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
 
 READY := .venv/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: help test test-full lint sanitize gpu demo clean
 
@@ -39,7 +39,7 @@ lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*)
 
 # A second build of the extension beside the first, in a folder that has all else of the package as links.
 # The sanitizers' runtime must be loaded before Python; leaks are not looked for, the interpreter has its own.
