@@ -19,6 +19,11 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  // vitfast/ops/native.py calls these two like the reference. y, and with stats the row statistics of y.
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def(
+      "linear_packed(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? layer_scale, Tensor? residual, "
+      "Tensor? row_stats, Tensor? weight_sum, float eps, bool stats) -> Tensor[]");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
@@ -28,6 +33,8 @@ TORCH_LIBRARY(vitfast_native, m) {
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("pack_linear", &vitfast::pack_linear_cpu);
+  m.impl("linear_packed", &vitfast::linear_packed_cpu);
   m.impl("layer_norm", &vitfast::layer_norm_cpu);
   m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
@@ -44,6 +51,7 @@ py::dict ops() {
   using namespace py::literals;
   const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
+  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("float32"));
   for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
     all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   }

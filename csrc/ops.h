@@ -4,13 +4,25 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace vitfast {
 
 at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                            at::IntArrayRef patch_size, bool channels_last);
+
+at::Tensor pack_linear_cpu(const at::Tensor& weight);
+
+std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
+                                          const std::optional<at::Tensor>& bias,
+                                          const std::optional<std::string>& activation,
+                                          const std::optional<at::Tensor>& layer_scale,
+                                          const std::optional<at::Tensor>& residual,
+                                          const std::optional<at::Tensor>& row_stats,
+                                          const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
 
 at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
 

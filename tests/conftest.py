@@ -23,3 +23,19 @@ if not torch.cuda.is_available():
 def _poison():
     with testing.poisoned_allocations():
         yield
+
+
+SIMD_LEVELS = ("default", "avx2", "avx512f")
+
+
+@pytest.fixture(params=SIMD_LEVELS)
+def level(request):
+    """The C++ extension's CPU ops at each SIMD level that this machine has."""
+    _C = pytest.importorskip("vitfast._C", reason="vitfast._C is not built (a C++ compiler builds it on install)")
+    _C.limit_simd(request.param)
+    try:
+        if _C.build_info()["simd"] != request.param:
+            pytest.skip(f"this CPU has no {request.param}")
+        yield request.param
+    finally:
+        _C.limit_simd(SIMD_LEVELS[-1])

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peers
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vitfast
 from vitfast import doctor, testing
+from vitfast.cli import app
 from vitfast.ops import registry
 
 ROOT = Path(vitfast.__file__).parents[1]
@@ -174,3 +177,34 @@ def test_render_names_every_op_package_and_warning(report):
     text = shown(report)
     assert all(word in text for word in (*registry.OPS, *doctor.OPTIONAL, torch.__version__))
     assert text.count("warning: ") == len(report["warnings"])
+
+
+def test_plan_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    transformers = peers.import_transformers()
+    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
+                                    image_size=32, patch_size=8, num_labels=5)  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    found = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
+    sites = {entry["site"]: entry for entry in found["sites"]}
+    assert set(sites) >= {"patch_embed", "qkv", "attention", "proj", "fc1", "fc2", "head"}
+    assert sites["qkv"]["dims"] == {"rows": 17, "inner": 48, "width": 144}
+    for entry in sites.values():
+        assert entry["uses"] in entry["ms"] or not entry["ms"]
+        assert entry["uses"] not in entry["refused"]
+        everything = {entry["uses"], *entry["ms"], *entry["refused"]}
+        assert everything >= {"torch", "native"}, entry  # each backend is chosen, timed or refused with a reason
+    again = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
+    assert again == found  # read from the cache, measurements included
+    result = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu", "--json"])
+    assert result.exit_code == 0
+    assert {entry["site"] for entry in json.loads(result.stdout)["sites"]} == set(sites)
+    text = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu"]).stdout
+    assert "attention" in text
+    assert "why not the others" in text
+
+
+def test_device_without_plan_is_refused():
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"])
+    assert result.exit_code == 2
+    assert "--plan" in json.loads(result.stdout)["error"]

@@ -1,6 +1,7 @@
 """The engine: whole forwards against float64, plans, refusals, sizes, empty batches, graphs' bookkeeping."""
 
 import dataclasses
+import json
 import threading
 
 import pytest
@@ -10,7 +11,6 @@ import vitfast
 from vitfast import model, planner, testing
 from vitfast.engine import Engine
 from vitfast.images import Preprocess, preprocess_batch
-from vitfast.ops import mkldnn
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 PREPROCESS = Preprocess(size=(32, 48), resize=(32, 48), interpolation="bicubic", center_crop=False, mean=MEAN, std=STD)
@@ -109,13 +109,28 @@ def test_plan_variants_agree(fold_norm, fuse_mlp):
     check(SMALL, testing.make(2, 3, 32, 48), torch.float32, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_cpu_forward_of_every_family(family):
-    if testing.device().type == "cpu" and not mkldnn.available():
-        pytest.skip("this torch has no oneDNN")
+def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypatch):
+    """The CPU's plan with each backend that has a packed linear."""
+    entry = vitfast.ops.registry.backend("linear", backend)
+    packed = planner.packed_linear(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
+    if entry.missing or not packed:
+        pytest.skip(entry.missing or "this torch has no oneDNN")
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        planner,
+        "measure",
+        lambda call, able, device: (
+            next((e for e in able if e.name == backend), able[0]),
+            {"ms": dict.fromkeys(("torch", "native"), 1.0)},
+        ),
+    )
     config = dataclasses.replace(SMALL, **FAMILIES[family])
     checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
-    got = Engine(checkpoint, device="cpu", dtype="fp32")(testing.make(2, 3, 32, 48).cpu())
+    small = Engine(checkpoint, device="cpu", dtype="fp32")
+    assert {small.plan.calls[site] for site in planner.LINEAR_SITES} == {packed[1]}
+    got = small(testing.make(2, 3, 32, 48).cpu())
     want = oracle(config, testing.make(2, 3, 32, 48))
     torch.testing.assert_close(got.embedding.double(), want.embedding.cpu(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.tokens.double(), want.tokens.cpu(), rtol=1e-4, atol=1e-4)
@@ -244,10 +259,45 @@ def test_measure_refuses_a_wrong_backend_and_keeps_the_fastest(monkeypatch):
 
 
 def test_choices_survive_on_disk(tmp_path):
-    path = tmp_path / "plans" / "a.json"
-    assert planner.load_choices(path) is None
-    planner.save_choices(path, {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}}})
-    assert planner.load_choices(path) == {"qkv": "torch"}
+    path, key = tmp_path / "plans" / "a.json", {"device": "a", "torch": "2"}
+    assert planner.load_plan(path, key) is None
+    saved = {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}, "refused": {}}}
+    planner.save_plan(path, key, *saved)
+    assert planner.load_plan(path, key) == saved
+
+
+def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    asked = {"config": SMALL, "device": testing.device(), "dtype": torch.float32}
+    first = planner.build(**asked)
+    (path,) = (tmp_path / "plans").iterdir()
+    measured = []
+    monkeypatch.setattr(planner, "_site_backends", lambda *args: measured.append(args) or planner_choices)
+    planner_choices = (
+        {
+            site: vitfast.ops.registry.backend(site if site not in planner.LINEAR_SITES else "linear", name)
+            for site, name in first.backends.items()
+        },
+        {},
+    )
+    assert planner.build(**asked).backends == first.backends
+    assert not measured  # read, not measured
+    plan = json.loads(path.read_text())
+    plan["key"]["device"] = "another chip"
+    path.write_text(json.dumps(plan))
+    with pytest.warns(UserWarning, match=r"measured again, it was made for device 'another chip', here '"):
+        assert planner.build(**asked).backends == first.backends
+    assert len(measured) == 1
+    assert json.loads(path.read_text())["key"]["device"] != "another chip"
+
+
+def test_a_tie_keeps_the_first(monkeypatch):
+    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
+    first = vitfast.ops.registry.backend("layer_norm", "torch")
+    second = dataclasses.replace(first, name="native")
+    for ratio, winner in ((0.9, "torch"), (0.8, "native")):
+        monkeypatch.setattr(planner, "time_calls", lambda calls, device, ratio=ratio: [1.0, ratio])
+        assert planner.measure(call, [first, second], testing.device())[0].name == winner
 
 
 def test_every_site_has_a_right_example_call():

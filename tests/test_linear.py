@@ -1,4 +1,4 @@
-"""linear: both kernels, every epilogue, folded LayerNorm, row statistics, and what is refused."""
+"""linear: both Triton kernels and the native one, every epilogue, folded LayerNorm, row statistics, refusals."""
 
 import pytest
 import torch
@@ -10,6 +10,18 @@ from vitfast.ops import reference
 from vitfast.testing import AWKWARD_ROWS, DTYPES, assert_close, check_op, device, guarded, make, strided
 
 HALVES = (torch.float16, torch.bfloat16)
+IMPLEMENTATIONS = [("triton", dtype) for dtype in DTYPES] + [("native", torch.float32)]
+each_implementation = pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS, ids=str)
+
+
+def implementation(backend):
+    """The launcher of one backend."""
+    if backend == "triton":
+        return kernels.linear
+    entry = ops.registry.backend("linear", backend)
+    if reasons := entry.why_not(ops.Spec("linear", device().type, torch.float32)):
+        pytest.skip("; ".join(reasons))
+    return entry.call
 
 
 def operands(rows, outputs, inner, dtype, offset=0.0):
@@ -57,24 +69,24 @@ def check_stats(result, *args, **kwargs):
     assert_close(stats, reference.row_stats(y, upcast=True), reference.row_stats(y))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_implementation
 @pytest.mark.parametrize("rows", [*AWKWARD_ROWS, 197])
-def test_rows(rows, dtype):
-    check_op(kernels.linear, reference.linear, *operands(rows, 80, 72, dtype))
+def test_rows(rows, backend, dtype):
+    check_op(implementation(backend), reference.linear, *operands(rows, 80, 72, dtype))
 
 
-@pytest.mark.parametrize(
-    ("outputs", "inner"),
-    [
-        (576, 192),  # qkv of Ti
-        (1000, 64),  # ImageNet classes: a last tile that is nearly empty
-        (192, 768),  # fc2 of Ti
-        (64, 588),  # patches of 14 x 14 x 3: rows of x no multiple of 16 bytes
-        (21, 67),  # nothing a multiple of 8
-        (1, 1),  # the least
-        (8, 3),  # fewer columns of x than any tile
-    ],
-)
+WIDTHS = [
+    (576, 192),  # qkv of Ti
+    (1000, 64),  # ImageNet classes: a last tile that is nearly empty
+    (192, 768),  # fc2 of Ti
+    (64, 588),  # patches of 14 x 14 x 3: rows of x no multiple of 16 bytes
+    (21, 67),  # nothing a multiple of 8
+    (1, 1),  # the least
+    (8, 3),  # fewer columns of x than any tile
+]
+
+
+@pytest.mark.parametrize(("outputs", "inner"), WIDTHS)
 def test_widths(outputs, inner):
     for dtype in HALVES:
         check_op(kernels.linear, reference.linear, *operands(7, outputs, inner, dtype))
@@ -82,10 +94,16 @@ def test_widths(outputs, inner):
         check_op(kernels.linear, reference.linear, *operands(7, outputs, inner, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "inner"), WIDTHS)
+def test_widths_native(outputs, inner):
+    for rows in (1, 7, 99):  # 99: a block of 96 rows and a few
+        check_op(implementation("native"), reference.linear, *operands(rows, outputs, inner, torch.float32))
+
+
+@each_implementation
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("extra", ["none", "scale", "residual", "both", "norm", "norm_both"])
-def test_epilogues(activation, extra, dtype):
+def test_epilogues(activation, extra, backend, dtype):
     width = 72
     args = operands(50, 2 * width if activation == "swiglu" else width, 40, dtype)
     kwargs = {"activation": activation}
@@ -95,7 +113,7 @@ def test_epilogues(activation, extra, dtype):
     given = {"scale": ("layer_scale",), "residual": ("residual",)}
     wanted = ("layer_scale", "residual") if extra.endswith("both") else given.get(extra, ())
     kwargs |= {name: value for name, value in extras(50, width, dtype).items() if name in wanted}
-    check_op(kernels.linear, reference.linear, *args, **kwargs)
+    check_op(implementation(backend), reference.linear, *args, **kwargs)
 
 
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
@@ -150,37 +168,41 @@ def test_path_by_alignment():
 
 
 @pytest.mark.parametrize("gap", [8, 3], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided(dtype, gap):
+@each_implementation
+def test_strided(backend, dtype, gap):
     x, weight, bias = operands(50, 72, 40, dtype)
     residual = strided(make(50, 72, dtype=dtype, seed=4), gap=gap)
-    check_op(kernels.linear, reference.linear, strided(x, gap), strided(weight, gap), bias, residual=residual)
+    check_op(implementation(backend), reference.linear, strided(x, gap), strided(weight, gap), bias, residual=residual)
 
 
-def test_leading_axes():
-    x, weight, bias = operands(2 * 3 * 5, 24, 40, torch.float16)
+@pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float16), ("native", torch.float32)])
+def test_leading_axes(backend, dtype):
+    linear = implementation(backend)
+    x, weight, bias = operands(2 * 3 * 5, 24, 40, dtype)
     batched = strided(x).view(2, 3, 5, 40)
-    y, stats = kernels.linear(batched, weight, bias, stats=True)
+    y, stats = linear(batched, weight, bias, stats=True)
     assert y.shape == (2, 3, 5, 24)
     assert stats.shape == (30, 1, 2)
-    assert torch.equal(y.view(30, 24), kernels.linear(x, weight, bias))
-    assert torch.equal(kernels.linear(x[0], weight, bias), y.view(30, 24)[0])
+    assert torch.equal(y.view(30, 24), linear(x, weight, bias))
+    assert torch.equal(linear(x[0], weight, bias), y.view(30, 24)[0])
 
 
-def test_empty():
-    x, weight, bias = operands(1, 24, 40, torch.float16)
-    assert kernels.linear(x[:0].view(0, 5, 40), weight, bias).shape == (0, 5, 24)
-    y, stats = kernels.linear(x[:0], weight, bias, stats=True)
+@pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float16), ("native", torch.float32)])
+def test_empty(backend, dtype):
+    linear = implementation(backend)
+    x, weight, bias = operands(1, 24, 40, dtype)
+    assert linear(x[:0].view(0, 5, 40), weight, bias).shape == (0, 5, 24)
+    y, stats = linear(x[:0], weight, bias, stats=True)
     assert y.shape == (0, 24)
     assert stats.shape == (0, 1, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_implementation
 @pytest.mark.parametrize("inner", [40, 128, 192, 130], ids=["one tile", "a full tile", "one and a half", "2 left"])
-def test_folded_norm(inner, dtype):
+def test_folded_norm(inner, backend, dtype):
     """The fold equals its own reference, also where every row's mean is far from zero."""
     args, norm = folded(*operands(50, 72, inner, dtype, offset=4.0))
-    check_op(kernels.linear, reference.linear, *args, **norm, eps=1e-5)
+    check_op(implementation(backend), reference.linear, *args, **norm, eps=1e-5)
 
 
 def test_folded_norm_is_layer_norm():
@@ -199,13 +221,13 @@ def test_folded_norm_is_layer_norm():
     assert_close(got, want, baseline)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_implementation
 @pytest.mark.parametrize("width", [40, 128, 192, 264], ids=["one tile", "a full tile", "one and a half", "8 left"])
-def test_stats(width, dtype):
+def test_stats(width, backend, dtype):
     args = operands(131, width, 40, dtype)
     kwargs = extras(131, width, dtype)
     kwargs["residual"] += 100.0  # a mean far above the deviations, where E[x^2] - mean^2 would fail
-    check_stats(kernels.linear(*args, **kwargs, stats=True), *args, **kwargs)
+    check_stats(implementation(backend)(*args, **kwargs, stats=True), *args, **kwargs)
 
 
 def test_stats_feed_the_next_norm():
@@ -217,7 +239,8 @@ def test_stats_feed_the_next_norm():
     check_op(kernels.linear, reference.linear, x, weight, bias, **norm, activation="gelu")
 
 
-def test_wrong_results_are_noticed():
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_wrong_results_are_noticed(backend):
     """A dropped eps, unbiased statistics, a forgotten tile of them, and tanh for erf all fail."""
     args, norm = folded(*operands(64, 72, 136, torch.float32))
     unbiased = norm["row_stats"].clone()
@@ -228,7 +251,7 @@ def test_wrong_results_are_noticed():
         right = {**norm, "eps": 1e-3, "activation": "gelu"}
         with pytest.raises(AssertionError, match="error"):
             assert_close(
-                kernels.linear(*args, **(right | change)),
+                implementation(backend)(*args, **(right | change)),
                 reference.linear(*args, **right, upcast=True),
                 reference.linear(*args, **right),
             )
@@ -261,6 +284,7 @@ def test_pick_config():
                     _linear_configs.check_config(config, dtype, tma, gated, stats)
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,12 +300,52 @@ def test_pick_config():
         ({"row_stats": (7, 1, 2), "weight_sum": (7,)}, r"weight_sum has shape \(7,\)"),
     ],
 )
-def test_bad_input(change, message):
+def test_bad_input(change, message, backend):
     keywords = dict(zip(("x", "weight", "bias"), operands(7, 24, 40, torch.float32), strict=True))
     for name, value in change.items():
         keywords[name] = make(*value) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=message):
-        kernels.linear(**keywords)
+        implementation(backend)(**keywords)
+
+
+def test_native_takes_and_makes_many_shares():
+    """Shares of rows and, where rows are few, of columns; the same bits for any number of threads."""
+    linear = implementation("native")
+    threads = torch.get_num_threads()
+    for rows, width in ((131, 40), (3, 600)):
+        args, kwargs = operands(rows, width, 300, torch.float32), extras(rows, width, torch.float32)
+        check_stats(linear(*args, **kwargs, activation="gelu", stats=True), *args, **kwargs, activation="gelu")
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(linear(*args, **kwargs, activation="gelu"))
+        torch.set_num_threads(threads)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu"])
+def test_native_at_every_simd_level(level, activation):
+    args, norm = folded(*operands(131, 264, 136, torch.float32))
+    kwargs = {"activation": activation, **norm, **extras(131, 264, torch.float32)}
+    check_stats(implementation("native")(*args, **kwargs, stats=True), *args, **kwargs)
+
+
+def test_native_sums_are_short():
+    """The error stays well under that of one long sum, which is what a deep network of fp32 products feels."""
+    x, weight, bias = operands(64, 96, 3072, torch.float32)
+    exact = reference.linear(x, weight, bias, upcast=True)
+    columns = zip(x.split(1, 1), weight.split(1, 1), strict=True)
+    one_sum = sum((a * b.T for a, b in columns), torch.zeros(64, 96)) + bias
+    error = (implementation("native")(x, weight, bias) - exact).square().mean().sqrt()
+    assert error < 0.5 * (one_sum - exact).square().mean().sqrt()
+
+
+def test_native_infinities_and_nan():
+    x = torch.tensor([[float("inf")], [float("-inf")], [float("nan")], [60.0], [-60.0], [-0.0]])
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "silu"):
+        args = (x, torch.ones(1, 1))
+        wanted = reference.linear(*args, activation=activation, upcast=True)
+        assert_close(implementation("native")(*args, activation=activation), wanted, wanted.float())
 
 
 def test_bad_dtype_and_stride():

@@ -99,6 +99,22 @@ def test_empty_batch_and_prefix():
 
 
 @needs_extension
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+def test_flat_patches_are_nearly_exact(pixels, channels_last):
+    """Their products cancel; the plain sum leaves the rounding of large terms in a small result."""
+    images, weight, *_ = inputs(GRID[0], torch.float32, pixels, channels_last)
+    level = torch.tensor([17.0, 120.0, 249.0]) if pixels == torch.uint8 else torch.tensor([-1.8, 0.7, 2.2])
+    images.movedim(3 if channels_last else 1, -1).copy_(level)
+    per_channel = weight.view(64, -1, 3) if channels_last else weight.view(64, 3, -1)
+    per_channel -= per_channel.mean(dim=1 if channels_last else 2, keepdim=True)
+    kwargs = {"patch_size": (16, 16), "channels_last": channels_last}
+    exact = reference.patch_embed(images, weight, **kwargs, upcast=True)
+    ours, plain = ((call(images, weight, **kwargs) - exact).abs().max() for call in (native, reference.patch_embed))
+    assert ours < 0.05 * plain
+
+
+@needs_extension
 def test_threads_agree():
     case = GRID[-1]
     args = inputs(case, torch.float32, torch.uint8, True)

@@ -154,11 +154,25 @@ def classify(
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")
-def doctor(context: typer.Context, as_json: Json = False) -> None:
+def doctor(
+    context: typer.Context,
+    plan: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Show which backend runs each part of this model, and why.")
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
     """Show what would run here, and every reason why not."""
     with _command(context, as_json) as answer:
         from vitfast import doctor as module
 
+        if plan is not None:
+            answer.json = module.plan(plan, device=device, dtype=dtype and dtype.value)
+            answer.text = module.render_plan(answer.json)
+            return
+        if device or dtype:
+            raise ValueError("--device and --dtype go with --plan MODEL")
         answer.json = module.report()
         answer.text = module.render(answer.json)
 

@@ -105,6 +105,42 @@ def report() -> dict[str, Any]:
     return found
 
 
+def plan(source: Any, *, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Which backend runs each part of a model here, and by what measurement; measures what is not in the cache.
+
+    Args:
+        source: as `vitfast.load` takes it. device, dtype: likewise.
+
+    Returns:
+        model, device, dtype; sites: one entry per part of the forward: site, op, dims, uses, ms (median
+        milliseconds of each backend that was timed), refused (backend -> reasons).
+
+    Raises:
+        As `vitfast.load`.
+    """
+    from vitfast import engine, planner
+
+    made = engine.load(source, device=device, dtype=dtype)
+    sites = []
+    for site, uses in made.plan.backends.items():
+        spec = planner.site_spec(made.config, site, 1, made.device, made.dtype)
+        measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
+        _, unable = registry.candidates(spec)
+        refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
+        sites.append(
+            {
+                "site": site,
+                "op": spec.op,
+                "dims": dict(spec.dims),
+                "uses": uses,
+                "ms": measured["ms"],
+                "refused": refused,
+            }
+        )
+    dtype = str(made.dtype).removeprefix("torch.")
+    return {"model": made.config.name, "device": str(made.device), "dtype": dtype, "sites": sites}
+
+
 def _version(name: str) -> dict[str, str | None]:
     """Version of a package, or the reason why it cannot be imported."""
     try:
@@ -267,3 +303,17 @@ def render(found: Mapping[str, Any]) -> RenderableType:
 
     warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in found["warnings"]]
     return Group(facts, backends, packages, *(warnings or [Text("no warnings", style="green")]))
+
+
+def render_plan(found: Mapping[str, Any]) -> RenderableType:
+    """A `plan` for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"plan of {found['model'] or 'the model'} on {found['device']} in {found['dtype']}"
+    table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
+    for entry in found["sites"]:
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))
+        reasons = "\n".join(f"{name}: {why}" for name, why in entry["refused"].items())
+        table.add_row(entry["site"], entry["op"], entry["uses"], times or "no other was able", Text(reasons))
+    return table

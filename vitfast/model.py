@@ -9,7 +9,8 @@ register tokens, SwiGLU). `Weights` is what the forward reads: canonical weights
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +43,12 @@ class Output:
 class Plan:
     """The implementation of each site, and how the forward is put together.
 
-    Every callable has the signature of the op's reference. `pack` turns a [N, K] weight of a
-    linear site into the form that site's callable wants. `fold_norm`: LayerNorm is applied as a
+    Every callable has the signature of the op's reference. `packs` turn the [N, K] weights of some
+    linear sites into the form that the site's callable wants. `fold_norm`: LayerNorm is applied as a
     correction inside the following product, from statistics the previous product wrote.
     `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
     x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    `measured`: what the choices were made by, for each site that had one (see `vitfast.planner.measure`).
     """
 
     calls: Mapping[str, Callable[..., Tensor]]
@@ -54,7 +56,8 @@ class Plan:
     fold_norm: bool = False
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
-    pack: Callable[[Tensor], Tensor] = lambda weight: weight
+    packs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,16 @@ def arrange(
         weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
         return None if weight is None or bias is None else Norm(weight, bias)
 
-    def dense(name: str) -> Dense | None:
-        weight = get(f"{name}.weight")
-        return None if weight is None else Dense(plan.pack(weight), get(f"{name}.bias"))
+    def pack(site: str, weight: Tensor) -> Tensor:
+        return plan.packs[site](weight) if site in plan.packs else weight
 
-    def normed(name: str, before: str) -> Dense | None:
+    def dense(name: str, site: str) -> Dense | None:
+        weight = get(f"{name}.weight")
+        return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
+
+    def normed(name: str, before: str, site: str) -> Dense | None:
         if not plan.fold_norm:
-            return dense(name)
+            return dense(name, site)
         bias = weights.get(f"{name}.bias")
         folded, total, shift = fold_norm(
             weights[f"{name}.weight"].detach().to(device, torch.float32),
@@ -145,7 +151,7 @@ def arrange(
             weights[f"{before}.bias"].detach().to(device, torch.float32),
             dtype=dtype,
         )
-        return Dense(plan.pack(folded), shift, total)
+        return Dense(pack(site, folded), shift, total)
 
     def embed(**layout: bool) -> Dense:
         uint8 = layout.get("uint8", False)
@@ -167,12 +173,12 @@ def arrange(
     blocks = tuple(
         Block(
             norm1=norm(f"blocks.{i}.norm1"),
-            qkv=normed(f"blocks.{i}.qkv", f"blocks.{i}.norm1"),
-            proj=dense(f"blocks.{i}.proj"),
+            qkv=normed(f"blocks.{i}.qkv", f"blocks.{i}.norm1", "qkv"),
+            proj=dense(f"blocks.{i}.proj", "proj"),
             layer_scale1=get(f"blocks.{i}.layer_scale1"),
             norm2=norm(f"blocks.{i}.norm2"),
-            fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2"),
-            fc2=dense(f"blocks.{i}.fc2"),
+            fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2", "fc1"),
+            fc2=dense(f"blocks.{i}.fc2", "fc2"),
             layer_scale2=get(f"blocks.{i}.layer_scale2"),
         )
         for i in range(config.depth)
@@ -187,9 +193,9 @@ def arrange(
         blocks=blocks,
         norm=norm("norm"),
         pool_norm=norm("pool_norm"),
-        projection=dense("projection"),
-        head=dense("head"),
-        head_dist=dense("head_dist"),
+        projection=dense("projection", "head"),
+        head=dense("head", "head"),
+        head_dist=dense("head_dist", "head"),
     )
 
 

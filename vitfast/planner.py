@@ -1,9 +1,10 @@
 """Which backend runs each site of the forward: by capability first, then by measurement.
 
 For every site the registry names the backends able to run it. If one is left, or a backend is
-forced, that is the choice. If several are (torch and Triton on a GPU), each is checked against
-the reference and timed on the site's own shapes, and the fastest right one is kept. Choices are
-stored as JSON under the user cache directory, keyed by everything that could change them.
+forced, that is the choice. If several are, each is checked against the reference and timed on the
+site's own shapes, weights packed beforehand where its product wants that, and the fastest right one
+is kept. Choices are stored as JSON under the user cache directory, keyed by everything that could
+change them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +30,20 @@ import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
 from vitfast.model import SITES, Plan
-from vitfast.ops import mkldnn, reference
+from vitfast.ops import mkldnn, native, reference, registry
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
+OPTIONAL_SITES = ("mlp", "row_stats")
+"""Sites that a forward can do without: fc1 and fc2 take the first's place, layer_norm the second's."""
 MLP_MAX_WIDTH = 384
 """Widest model for which the one-launch mlp is a candidate; wider, it would be two `linear` anyway."""
+GPU_BATCH = 64
+"""Images whose shapes are measured on a GPU; on a CPU as many as have CPU_ROWS tokens."""
+CPU_ROWS = 1600
+TIE = 0.15
+"""A backend takes the place of one before it only if it is faster by this share; less is within the noise of
+a busy machine. On the CPU native comes first: its sums err less than torch's (docs/numerics.md)."""
 
 
 class PlanError(RuntimeError):
@@ -115,13 +127,22 @@ def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dt
     return product(inner, width)
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 10) -> list[float]:
-    """Median milliseconds of each call, in interleaved rounds, with a cold L2 cache on a GPU."""
+def time_calls(
+    calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 10, seconds: float = 2.0
+) -> list[float]:
+    """Median milliseconds of each call, in interleaved rounds, with a cold L2 cache on a GPU.
+
+    Args:
+        seconds: no round is begun after so long, but for the first three.
+    """
     times: list[list[float]] = [[] for _ in calls]
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for call in calls:
         call()
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begun > seconds:
+            break
         for i, call in enumerate(calls):
             if flush is None:
                 start = time.perf_counter()
@@ -138,8 +159,26 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, rounds:
     return [sorted(t)[len(t) // 2] for t in times]
 
 
+def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """`pack` of a weight [N, K] and the linear that reads it, for a backend that has them for this spec."""
+    if spec.op != "linear" or spec.device != "cpu" or spec.dtype != torch.float32:
+        return None
+    if entry.name == "native":
+        return native.pack, native.linear_packed
+    return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() else None
+
+
+def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
+    """The call as a planned model makes it."""
+    run, args = cast(Any, entry.call), call.args
+    if packed := packed_linear(entry, call.spec):
+        pack, run = packed
+        args = (args[0], pack(args[1]), *args[2:])
+    return functools.partial(run, *args, **call.kwargs)
+
+
 def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tuple[Backend, dict[str, Any]]:
-    """Check each backend on the call against the reference, time the right ones, keep the fastest.
+    """Check each backend on the call against the reference, time the right ones, keep the fastest (see TIE).
 
     Returns:
         The winner, and a record: milliseconds by backend, and the reason for each one left out.
@@ -150,7 +189,7 @@ def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tup
     oracle = getattr(reference, call.op)(*call.args, **call.kwargs, upcast=True)
     baseline = getattr(reference, call.op)(*call.args, **call.kwargs)
     right, wrong = [], {}
-    run = {entry.name: functools.partial(cast(Any, entry.call), *call.args, **call.kwargs) for entry in entries}
+    run = {entry.name: _runner(entry, call) for entry in entries}
     for entry in entries:
         try:
             testing.assert_close(run[entry.name](), oracle, baseline, what=call.op)
@@ -162,7 +201,10 @@ def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tup
         raise PlanError(f"no backend is right for {call.op} on {device}: {wrong}")
     times = time_calls([run[entry.name] for entry in right], device)
     median = dict(zip((entry.name for entry in right), times, strict=True))
-    best = min(right, key=lambda entry: median[entry.name])
+    best = right[0]
+    for entry in right[1:]:
+        if median[entry.name] < (1 - TIE) * median[best.name]:
+            best = entry
     return best, {"ms": median, "refused": wrong}
 
 
@@ -177,12 +219,15 @@ def _site_backends(
             continue
         spec = site_spec(config, site, batch, device, dtype)
         if backend != "auto":
-            chosen[site] = choose(spec, backend)
+            if site not in OPTIONAL_SITES or not registry.backend(spec.op, backend).why_not(spec):
+                chosen[site] = choose(spec, backend)
             continue
         able, refused = candidates(spec)
         if not able:
             raise BackendError(f"no backend can run {site}: {refused}")
-        if len(able) == 1 or device.type != "cuda":
+        if device.type == "cpu":  # where Triton would be its interpreter, for tests
+            able = sorted((e for e in able if e.name != "triton"), key=lambda e: e.name != "native")
+        if len(able) == 1:
             chosen[site] = able[0]
         else:
             chosen[site], record[site] = measure(site_call(config, site, batch, device, dtype), able, device)
@@ -197,71 +242,90 @@ def _best(record: dict[str, Any], site: str) -> float:
 
 
 def build(
-    config: ViTConfig, *, device: torch.device, dtype: torch.dtype, backend: str = "auto", batch: int = 64
+    config: ViTConfig, *, device: torch.device, dtype: torch.dtype, backend: str = "auto", batch: int | None = None
 ) -> Plan:
     """Choose an implementation for every site.
 
     Args:
         backend: "auto", or one of "torch" (its plain ops), "triton", "native" for all sites.
-        batch: the batch size whose shapes are measured on a GPU.
+        batch: the batch size whose shapes are measured; by default see GPU_BATCH.
 
     Raises:
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
-    path = cache_path(config, device, dtype, backend, batch)
-    saved = load_choices(path) if path else None
-    if saved is not None:
-        chosen = {}
-        for site, name in saved.items():
-            chosen[site] = choose(site_spec(config, site, batch, device, dtype), name)
+    batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
+    if backend != "auto":
+        chosen, _ = _site_backends(config, device, dtype, backend, batch)
+        return assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
+    key = plan_key(config, device, dtype, batch)
+    path = cache_dir() / "plans" / f"{_digest(key)}.json"
+    saved = load_plan(path, key)
+    if saved is None:
+        chosen, measured = _site_backends(config, device, dtype, backend, batch)
+        save_plan(path, key, {site: entry.name for site, entry in chosen.items()}, measured)
     else:
-        chosen, record = _site_backends(config, device, dtype, backend, batch)
-        if path:
-            save_choices(path, {site: entry.name for site, entry in chosen.items()}, record)
-    return assemble(config, chosen, device=device, dtype=dtype, packed=backend == "auto")
+        names, measured = saved
+        chosen = {site: choose(site_spec(config, site, batch, device, dtype), name) for site, name in names.items()}
+    return replace(assemble(config, chosen, device=device, dtype=dtype, packed=True), measured=measured)
 
 
 def assemble(
     config: ViTConfig, chosen: dict[str, Backend], *, device: torch.device, dtype: torch.dtype, packed: bool
 ) -> Plan:
-    """Make a Plan of chosen backends: fold norms where every product is Triton, pack for oneDNN on the CPU.
+    """Make a Plan of chosen backends: fold norms where every product is Triton, pack weights on the CPU.
 
     Args:
-        packed: whether the torch backend may use packed weights. A forced "torch" may not: it runs the
-            plain ops, and gives the bits that the model's own library gives.
+        packed: whether packed weights may be used. Not by a forced "torch": it runs the plain ops, and
+            gives the bits that the model's own library gives.
     """
     names = {site: entry.name for site, entry in chosen.items()}
-    calls = {site: entry.call for site, entry in chosen.items()}
-    plan: dict[str, Any] = {}
-    packed = packed and device.type == "cpu" and dtype == torch.float32 and mkldnn.available()
-    if packed and all(names[site] == "torch" for site in LINEAR_SITES):
-        calls |= dict.fromkeys(LINEAR_SITES, mkldnn.linear)
-        plan |= {"pack": mkldnn.pack, "quick_gelu_as_silu": True}
+    calls = {site: cast(Any, entry.call) for site, entry in chosen.items()}
+    packs = {}
+    for site in LINEAR_SITES if packed else ():
+        if found := packed_linear(chosen[site], site_spec(config, site, 1, device, dtype)):
+            packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
-    products = ("qkv", "proj") if fused else ("qkv", "proj", "fc1", "fc2")
-    fold = not fused and all(names[site] == "triton" for site in products)
-    return Plan(calls=calls, backends=names, fold_norm=fold, fuse_mlp=fused, **plan)
+    on_triton = {site for site, name in names.items() if name == "triton"}
+    return Plan(
+        calls=calls,
+        backends=names,
+        fold_norm=not fused and on_triton >= {"row_stats", "qkv", "proj", "fc1", "fc2"},
+        fuse_mlp=fused,
+        quick_gelu_as_silu=calls["fc1"] is mkldnn.linear,
+        packs=packs,
+    )
 
 
-def cache_path(config: ViTConfig, device: torch.device, dtype: torch.dtype, backend: str, batch: int) -> Path | None:
-    """Where this plan's measured choices are kept; None where nothing is measured (CPU, or forced)."""
-    if device.type != "cuda" or backend != "auto":
-        return None
-    import triton
-
+def plan_key(config: ViTConfig, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, Any]:
+    """All that could change which backend is fastest. Plans are exchanged between machines that agree in it."""
     key = {
-        "device": torch.cuda.get_device_name(device),
-        "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
         "vitfast": vitfast.__version__,
         "dtype": str(dtype),
         "batch": batch,
         "config": repr(config),
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "plans" / f"{digest}.json"
+    if device.type == "cuda":
+        import triton
+
+        return key | {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
+    extension = [op for op in registry.OPS if not registry.backend(op, "native").missing]
+    return key | {"device": _cpu_name(), "threads": torch.get_num_threads(), "extension": extension}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return f"{match[1] if match else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cache_dir() -> Path:
@@ -271,14 +335,22 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
 
 
-def load_choices(path: Path) -> dict[str, str] | None:
-    """Choices saved by `save_choices`, or None if there are none."""
-    return json.loads(path.read_text())["choices"] if path.is_file() else None
+def load_plan(path: Path, key: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """Choices and measurements that `save_plan` saved; None if there are none or, with a warning, for another key."""
+    if not path.is_file():
+        return None
+    plan = json.loads(path.read_text())
+    made_for = plan.get("key", {})
+    if differing := sorted(name for name in {*key, *made_for} if key.get(name) != made_for.get(name)):
+        told = "; ".join(f"{name} {made_for.get(name)!r}, here {key.get(name)!r}" for name in differing)
+        warnings.warn(f"the plan {path} is measured again, it was made for {told}", stacklevel=2)
+        return None
+    return plan["choices"], plan["measured"]
 
 
-def save_choices(path: Path, choices: dict[str, str], record: dict[str, Any]) -> None:
-    """Write choices and their measurements as JSON, atomically."""
+def save_plan(path: Path, key: dict[str, Any], choices: dict[str, str], measured: dict[str, Any]) -> None:
+    """Write choices, what they were made for and their measurements as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump({"choices": choices, "measured": record}, file, indent=1)
+        json.dump({"key": key, "choices": choices, "measured": measured}, file, indent=1)
     os.replace(file.name, path)

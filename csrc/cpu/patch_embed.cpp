@@ -6,6 +6,10 @@
 // position in fp32 while the product is still in cache. Prefix rows are gathered as zeros and written at
 // the end. Bound by the product's FLOPs; beside the plain torch ops it saves the unfolded copies of the
 // images and the passes over the output for position and prefix.
+//
+// A patch is multiplied as its difference from its level, the mean of each channel, and the level by the
+// weight's sums over a channel. The product of a flat patch, such as plain background, would be a small sum of
+// large terms, whose rounding a model may amplify a thousandfold; its differences are nearly zero.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,8 +19,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "../checks.h"
 #include "../ops.h"
@@ -39,6 +45,8 @@ struct Geometry {
   int64_t batch, prefix, grid_h, grid_w;
   int64_t image_stride, down, right;
   std::array<int64_t, 3> size, stride;
+  int64_t channels, width;  // the K axis is made of runs of `width`: of one channel each, or of all, interleaved
+  bool interleaved;
 
   int64_t tokens() const { return prefix + grid_h * grid_w; }
 };
@@ -47,8 +55,10 @@ Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool cha
   const int64_t h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
   const int64_t ph = patch_size[0], pw = patch_size[1], channels = images.size(c);
   const int64_t sh = images.stride(h), sw = images.stride(w), sc = images.stride(c);
-  Geometry g{
-      images.size(0), prefix, images.size(h) / ph, images.size(w) / pw, images.stride(0), ph * sh, pw * sw, {}, {}};
+  Geometry g{};
+  g.batch = images.size(0), g.prefix = prefix, g.grid_h = images.size(h) / ph, g.grid_w = images.size(w) / pw;
+  g.image_stride = images.stride(0), g.down = ph * sh, g.right = pw * sw;
+  g.channels = channels, g.interleaved = channels_last, g.width = channels_last ? pw * channels : pw;
   if (channels_last && sc == 1 && sw == channels) {  // a row of the patch is one run
     g.size = {1, ph, pw * channels};
     g.stride = {0, sh, 1};
@@ -95,40 +105,110 @@ void gather(const pixel_t* patch, const Geometry& g, row_t* row) {
   gather_loop(patch, g, row);
 }
 
-// Rows [begin, end) of the whole as rows of `buffer` [end - begin, K].
+// The sums [channels] of a row [K] over each channel; `run` [width] is memory.
+template <typename row_t, typename sum_t>
+VITFAST_INLINE void sum_channels(const Geometry& g, const row_t* row, int64_t k, sum_t* run, sum_t* sums) {
+  const int64_t parts = g.interleaved ? 1 : g.channels, part = k / parts;
+  std::fill(sums, sums + g.channels, sum_t(0));
+  for (int64_t c = 0; c < parts; ++c, row += part) {
+    std::fill(run, run + g.width, sum_t(0));
+    for (int64_t i = 0; i < part; i += g.width) {
+      for (int64_t j = 0; j < g.width; ++j) run[j] += static_cast<float>(row[i + j]);
+    }
+    for (int64_t j = 0; j < g.width; ++j) sums[g.interleaved ? j % g.channels : c] += run[j];
+  }
+}
+
+// row [K] -= level [channels], the mean of each channel, whole for uint8 pixels, whose differences are exact then.
+template <typename row_t>
+VITFAST_INLINE void center_loop(const Geometry& g, bool whole, row_t* row, float* level, float* run, int64_t k) {
+  sum_channels(g, row, k, run, level);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    level[c] *= static_cast<float>(g.channels) / static_cast<float>(k);
+    if (whole) level[c] = std::nearbyint(level[c]);
+  }
+  const int64_t parts = g.interleaved ? 1 : g.channels, part = k / parts;
+  for (int64_t c = 0; c < parts; ++c, row += part) {
+    for (int64_t j = 0; j < g.width; ++j) run[j] = level[g.interleaved ? j % g.channels : c];
+    for (int64_t i = 0; i < part; i += g.width) {
+      for (int64_t j = 0; j < g.width; ++j) row[i + j] = static_cast<float>(row[i + j]) - run[j];
+    }
+  }
+}
+VITFAST_SIMD void center(const Geometry& g, bool whole, float* row, float* level, float* run, int64_t k) {
+  center_loop(g, whole, row, level, run, k);
+}
+VITFAST_SIMD void center(const Geometry& g, bool whole, at::BFloat16* row, float* level, float* run, int64_t k) {
+  center_loop(g, whole, row, level, run, k);
+}
+
+// Rows [begin, end) of the whole, centred, as rows of `buffer` [end - begin, K]; levels [end - begin, channels].
 template <typename pixel_t, typename row_t>
-void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int64_t end, const at::Tensor& buffer) {
+void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int64_t end, const at::Tensor& buffer,
+                 float* levels) {
   const int64_t k = buffer.size(1);
   const pixel_t* data = images.const_data_ptr<pixel_t>();
   row_t* row = buffer.mutable_data_ptr<row_t>();
-  for (int64_t r = begin; r < end; ++r, row += k) {
+  std::vector<float> run(g.width);
+  for (int64_t r = begin; r < end; ++r, row += k, levels += g.channels) {
     const int64_t patch = r % g.tokens() - g.prefix;
     if (patch < 0) {
       std::fill(row, row + k, row_t(0.0f));
     } else {
       const pixel_t* image = data + r / g.tokens() * g.image_stride;
       gather(image + patch / g.grid_w * g.down + patch % g.grid_w * g.right, g, row);
+      center(g, std::is_same_v<pixel_t, uint8_t>, row, levels, run.data(), k);
     }
   }
+}
+
+// weight [C, K] -> its sums over each channel [channels, C].
+VITFAST_SIMD void sum_channels_of(const Geometry& g, const float* row, int64_t k, double* run, double* sums) {
+  sum_channels(g, row, k, run, sums);
+}
+VITFAST_SIMD void sum_channels_of(const Geometry& g, const at::BFloat16* row, int64_t k, double* run, double* sums) {
+  sum_channels(g, row, k, run, sums);
+}
+template <typename row_t>
+std::vector<float> weight_sums(const Geometry& g, const at::Tensor& weight) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const row_t* data = weight.const_data_ptr<row_t>();
+  std::vector<float> sums(g.channels * n);
+  at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    std::vector<double> run(g.width), sum(g.channels);
+    for (int64_t i = begin; i < end; ++i) {
+      sum_channels_of(g, data + i * k, k, run.data(), sum.data());
+      for (int64_t c = 0; c < g.channels; ++c) sums[c * n + i] = static_cast<float>(sum[c]);
+    }
+  });
+  return sums;
 }
 
 template <typename row_t>
-VITFAST_INLINE void add_loop(row_t* row, const row_t* bias, const row_t* position, int64_t n) {
-  if (bias && position) {
-    for (int64_t i = 0; i < n; ++i) {
-      row[i] = static_cast<float>(row[i]) + (static_cast<float>(bias[i]) + static_cast<float>(position[i]));
+VITFAST_INLINE void add_loop(row_t* row, const row_t* bias, const row_t* position, const float* level,
+                             const float* sums, int64_t channels, int64_t n) {
+  constexpr int64_t kStep = 64;  // loops of known length, with what they add up in registers
+  float added[kStep];
+  for (int64_t first = 0; first < n; first += kStep) {
+    const int64_t count = std::min(kStep, n - first);
+    std::fill(added, added + kStep, 0.0f);
+    for (int64_t i = 0; bias && i < count; ++i) added[i] += static_cast<float>(bias[first + i]);
+    for (int64_t i = 0; position && i < count; ++i) added[i] += static_cast<float>(position[first + i]);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < count; ++i) added[i] += level[c] * sums[c * n + first + i];
     }
-  } else if (const row_t* one = bias ? bias : position) {
-    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(row[i]) + static_cast<float>(one[i]);
+    for (int64_t i = 0; i < count; ++i) row[first + i] = static_cast<float>(row[first + i]) + added[i];
   }
 }
 
-// row [n] += bias + position, either of which may be null.
-VITFAST_SIMD void add(float* row, const float* bias, const float* position, int64_t n) {
-  add_loop(row, bias, position, n);
+// row [n] += bias + position + level [channels] sums [channels, n]; bias and position may be null.
+VITFAST_SIMD void add(float* row, const float* bias, const float* position, const float* level, const float* sums,
+                      int64_t channels, int64_t n) {
+  add_loop(row, bias, position, level, sums, channels, n);
 }
-VITFAST_SIMD void add(at::BFloat16* row, const at::BFloat16* bias, const at::BFloat16* position, int64_t n) {
-  add_loop(row, bias, position, n);
+VITFAST_SIMD void add(at::BFloat16* row, const at::BFloat16* bias, const at::BFloat16* position, const float* level,
+                      const float* sums, int64_t channels, int64_t n) {
+  add_loop(row, bias, position, level, sums, channels, n);
 }
 
 template <typename row_t>
@@ -138,17 +218,17 @@ const row_t* data_or_null(const Optional& tensor) {
 
 // Makes products into tokens: rows [begin, end) of out [B * (P + L), C]; bias [C], position [L, C], prefix [P, C].
 template <typename row_t>
-void finish_rows(const Geometry& g, int64_t begin, int64_t end, const Optional& bias, const Optional& position,
-                 const Optional& prefix, const at::Tensor& out) {
+void finish_rows(const Geometry& g, int64_t begin, int64_t end, const float* levels, const float* sums,
+                 const Optional& bias, const Optional& position, const Optional& prefix, const at::Tensor& out) {
   const int64_t n = out.size(1);
   const row_t *b = data_or_null<row_t>(bias), *pos = data_or_null<row_t>(position), *pre = data_or_null<row_t>(prefix);
   row_t* row = out.mutable_data_ptr<row_t>() + begin * n;
-  for (int64_t r = begin; r < end; ++r, row += n) {
+  for (int64_t r = begin; r < end; ++r, row += n, levels += g.channels) {
     const int64_t token = r % g.tokens(), patch = token - g.prefix;
     if (patch < 0) {
       std::copy(pre + token * n, pre + (token + 1) * n, row);
     } else {
-      add(row, b, pos ? pos + patch * n : nullptr, n);
+      add(row, b, pos ? pos + patch * n : nullptr, levels, sums, g.channels, n);
     }
   }
 }
@@ -207,7 +287,8 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   // Copied if need be, unlike the images: they are small, and packed already in a planned model.
   const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
-  const at::Tensor transposed = weight.t();
+  const at::Tensor kernel = weight.contiguous(), transposed = kernel.t();
+  const std::vector<float> sums = fp32 ? weight_sums<float>(g, kernel) : weight_sums<at::BFloat16>(g, kernel);
   const at::Tensor out = at::empty({g.batch, g.tokens(), width}, weight.options());
   const at::Tensor flat = out.view({rows, width});
 
@@ -217,12 +298,13 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   at::parallel_for(0, rows, share, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
     const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, weight.options());
+    std::vector<float> levels(kChunk * g.channels);
     for (int64_t start = begin; start < end; start += kChunk) {
       const int64_t stop = std::min(start + kChunk, end);
-      gather_chunk(images, g, start, stop, buffer);
+      gather_chunk(images, g, start, stop, buffer, levels.data());
       at::Tensor product = flat.narrow(0, start, stop - start);
       at::mm_out(product, buffer.narrow(0, 0, stop - start), transposed);
-      finish_chunk(g, start, stop, b, pos, pre, flat);
+      finish_chunk(g, start, stop, levels.data(), sums.data(), b, pos, pre, flat);
     }
   });
   return out;

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vitfast.ops import reference
+from vitfast.ops import native, reference
 
 OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp")
 BACKENDS = ("torch", "triton", "native")
@@ -145,7 +145,8 @@ def _native(op: str) -> Backend:
         return Backend("native", op, None, missing=f"the C++ extension is not built: {error}")
     if op not in extension.ops():
         return Backend("native", op, None, missing=f"the C++ extension has no {op}")
-    return Backend("native", op, getattr(torch.ops.vitfast_native, op), **extension.ops()[op])
+    call = getattr(native, op, None) or getattr(torch.ops.vitfast_native, op)
+    return Backend("native", op, call, **extension.ops()[op])
 
 
 @functools.cache

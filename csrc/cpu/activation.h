@@ -1,0 +1,65 @@
+// The activations of linear, on vectors of floats.
+#pragma once
+
+#include "vector.h"
+
+namespace vitfast {
+
+enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu };
+
+template <int lanes>
+VITFAST_INLINE Vector<lanes> magnitude(const Vector<lanes>& x) {
+  return x < 0.0f ? -x : x;
+}
+
+// 1 / (1 + exp(-x)), without overflow on either side.
+template <int lanes>
+VITFAST_INLINE Vector<lanes> sigmoid(const Vector<lanes>& x) {
+  const Vector<lanes> small = exp_of_negative<lanes>(-magnitude<lanes>(x)), whole = 1.0f / (1.0f + small);
+  return x < 0.0f ? small * whole : whole;
+}
+
+// x / 2 * (1 + erf(x / sqrt(2))). With a = |x| / sqrt(2), erfc(a) = exp(-a p(a)): p is the polynomial closest to
+// -log(erfc(a)) / a on [0, 5.5] in the sense that erfc(a) is off by 2e-10 at most; beyond, it counts as 0.
+// The negative side is a product of small numbers, no difference of large ones.
+template <int lanes>
+VITFAST_INLINE Vector<lanes> gelu(const Vector<lanes>& x) {
+  const Vector<lanes> a = magnitude<lanes>(x) * 0.707106781f;
+  Vector<lanes> p = a * -9.95896376e-08f + 2.59229368e-06f;
+  p = p * a - 2.95077013e-05f;
+  p = p * a + 1.93298614e-04f;
+  p = p * a - 7.89469002e-04f;
+  p = p * a + 1.85614574e-03f;
+  p = p * a - 2.93635252e-04f;
+  p = p * a - 1.91005371e-02f;
+  p = p * a + 1.02767306e-01f;
+  p = p * a + 6.36620265e-01f;
+  p = p * a + 1.12837915e+00f;
+  const Vector<lanes> tail = a > 5.5f ? Vector<lanes>{} : 0.5f * exp_of_negative<lanes>(-a * p);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// x / 2 * (1 + tanh(u)) = x sigmoid(2 u)
+template <int lanes>
+VITFAST_INLINE Vector<lanes> gelu_tanh(const Vector<lanes>& x) {
+  return x * sigmoid<lanes>(1.59576912f * (x + 0.044715f * x * x * x));
+}
+
+template <int lanes>
+VITFAST_INLINE Vector<lanes> activate(Activation activation, const Vector<lanes>& x) {
+  switch (activation) {
+    case Activation::kGelu:
+      return gelu<lanes>(x);
+    case Activation::kGeluTanh:
+      return gelu_tanh<lanes>(x);
+    case Activation::kQuickGelu:
+      return x * sigmoid<lanes>(1.702f * x);
+    case Activation::kSilu:
+      return x * sigmoid<lanes>(x);
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+}  // namespace vitfast

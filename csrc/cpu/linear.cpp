@@ -1,0 +1,348 @@
+// linear on the CPU: y = epilogue(x Wᵀ), as vitfast/ops/reference.py defines it, in fp32.
+//
+// The weight comes packed (pack_linear_cpu): cut into panels of kPanel rows, each transposed, so that the
+// product reads it in the order in which it lies in memory. A thread takes a share of y, one block after
+// another: it sums the products of kDepth columns of x in registers, and those sums in a block that stays in
+// cache. The epilogue is applied to the finished block on its way to y. Bound by FLOPs.
+//
+// The two levels of sums serve accuracy as much as the cache: a product passes through at most
+// kDepth + K / kDepth additions instead of K, which leaves half the error of rounding or less
+// (Higham 1993, "The accuracy of floating point summation").
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "activation.h"
+
+namespace vitfast {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
+constexpr int64_t kDepth = 128;    // columns of x per sum in registers
+constexpr int64_t kRows = 192;     // rows and
+constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and whole tiles of statistics
+constexpr int64_t kStatsTile = 128;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// What is done to the product; a null pointer leaves its part out.
+struct Epilogue {
+  const float *mean = nullptr, *rstd = nullptr, *weight_sum = nullptr;  // [M], [M], [N]: LayerNorm of x, folded
+  const float* bias = nullptr;                                          // [N]
+  Activation activation = Activation::kNone;
+  const float* layer_scale = nullptr;  // [N]
+  const float* residual = nullptr;     // [M, N]
+  float* stats = nullptr;              // [M, tiles, 2]
+};
+
+struct Call {
+  int64_t m, n, k;
+  const float* x;       // [M, K]
+  const float* packed;  // panel p begins at p * kPanel * K and is [K, width], width = kPanel but for the last
+  float* y;             // [M, N]
+  Epilogue epilogue;
+};
+
+// A share of y, and the memory of the thread that makes it.
+struct Range {
+  int64_t begin, end;
+};
+struct Memory {
+  alignas(64) float sums[kRows * kColumns];
+  alignas(64) float x[kRows * kDepth];  // rows next to each other: at a stride of 4096 bytes they share a cache set
+  alignas(64) float panel[kDepth * kPanel];  // the last panel, widened with zeros
+};
+
+// sums [rows, vectors * lanes of kColumns] (+)= x [rows, depth of kDepth] panel [depth, vectors * lanes of kPanel].
+template <int lanes, int rows, int vectors>
+VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
+  Vector<lanes> sum[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    Vector<lanes> column[vectors];
+    for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vectors; ++j) sum[i][j] += x[i * kDepth + k] * column[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i, sums += kColumns) {
+    for (int j = 0; j < vectors; ++j) {
+      store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
+    }
+  }
+}
+
+// The same for `count` rows, 1 .. rows.
+template <int lanes, int rows, int vectors>
+VITFAST_INLINE void multiply_rows(int64_t count, const float* x, const float* panel, int64_t depth, bool first,
+                                  float* sums) {
+  if constexpr (rows > 1) {
+    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, first, sums);
+  }
+  multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
+}
+
+// Numbers i .. i + lanes of an array of n, `beyond` after its end.
+template <int lanes>
+VITFAST_INLINE Vector<lanes> load_some(const float* from, int64_t i, int64_t n, float beyond = 0.0f) {
+  if (i + lanes <= n) return load<lanes>(from + i);
+  float some[lanes];
+  std::fill(some, some + lanes, beyond);
+  std::copy(from + i, from + n, some);
+  return load<lanes>(some);
+}
+
+// One row of a block on its way to y: columns [columns.begin, columns.end) of row m.
+template <int lanes>
+VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const float* sums) {
+  const Epilogue& e = c.epilogue;
+  for (int64_t n = columns.begin; n < columns.end; n += lanes) {
+    Vector<lanes> value = load<lanes>(sums + (n - columns.begin));
+    if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_some<lanes>(e.weight_sum, n, c.n));
+    if (e.bias) value += load_some<lanes>(e.bias, n, c.n);
+    value = activate<lanes>(e.activation, value);
+    if (e.layer_scale) value *= load_some<lanes>(e.layer_scale, n, c.n);
+    if (e.residual) value += load_some<lanes>(e.residual + m * c.n, n, c.n);
+    float* to = c.y + m * c.n + n;
+    if (n + lanes <= columns.end) {
+      store<lanes>(to, value);
+    } else {
+      float some[lanes];
+      store<lanes>(some, value);
+      std::copy(some, some + (columns.end - n), to);
+    }
+  }
+}
+
+// (mean, sum of squared deviations) of each tile of a row of y.
+template <int lanes>
+VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
+  const int64_t tiles = (c.n + kStatsTile - 1) / kStatsTile;
+  for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
+    const int64_t width = std::min(kStatsTile, columns.end - n);
+    const float* row = c.y + m * c.n + n;
+    Vector<lanes> total{}, squares{};
+    for (int64_t i = 0; i < width; i += lanes) total += load_some<lanes>(row, i, width);
+    const float mean = sum<lanes>(total) / static_cast<float>(width);
+    for (int64_t i = 0; i < width; i += lanes) {
+      const Vector<lanes> distance = load_some<lanes>(row, i, width, mean) - mean;
+      squares += distance * distance;
+    }
+    float* stats = c.epilogue.stats + (m * tiles + n / kStatsTile) * 2;
+    stats[0] = mean;
+    stats[1] = sum<lanes>(squares);
+  }
+}
+
+// Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
+template <int lanes, int rows_, int vectors>
+VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& memory) {
+  for (int64_t m = rows.begin; m < rows.end; m += kRows) {
+    const int64_t m_end = std::min(m + kRows, rows.end);
+    for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
+      const Range block{n, std::min(n + kColumns, columns.end)};
+      for (int64_t k = 0; k < c.k; k += kDepth) {
+        const int64_t depth = std::min(kDepth, c.k - k);
+        for (int64_t i = m; i < m_end; ++i) std::copy_n(c.x + i * c.k + k, depth, memory.x + (i - m) * kDepth);
+        for (int64_t first = block.begin; first < block.end; first += kPanel) {
+          const int64_t width = std::min(kPanel, c.n - first);
+          const float* panel = c.packed + first * c.k + k * width;
+          if (width < kPanel) {
+            std::fill(memory.panel, memory.panel + kDepth * kPanel, 0.0f);
+            for (int64_t i = 0; i < depth; ++i) std::copy_n(panel + i * width, width, memory.panel + i * kPanel);
+            panel = memory.panel;
+          }
+          for (int64_t i = m; i < m_end; i += rows_) {
+            for (int64_t j = 0; j < width; j += vectors * lanes) {
+              multiply_rows<lanes, rows_, vectors>(m_end - i, memory.x + (i - m) * kDepth, panel + j, depth, k == 0,
+                                                   memory.sums + (i - m) * kColumns + (first - n) + j);
+            }
+          }
+        }
+      }
+      for (int64_t i = m; i < m_end; ++i) {
+        finish_row<lanes>(c, i, block, memory.sums + (i - m) * kColumns);
+        if (c.epilogue.stats) write_stats<lanes>(c, i, block);
+      }
+    }
+  }
+}
+
+using Compute = void (*)(const Call&, Range, Range, Memory&);
+
+void compute_standard(const Call& c, Range rows, Range columns, Memory& memory) {
+  compute<4, 4, 2>(c, rows, columns, memory);
+}
+
+#ifdef VITFAST_SIMD_LEVELS
+VITFAST_TARGET("avx2,fma")
+void compute_avx2(const Call& c, Range rows, Range columns, Memory& memory) {
+  compute<8, 6, 2>(c, rows, columns, memory);
+}
+
+VITFAST_TARGET("avx512f")
+void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
+  compute<16, 12, 2>(c, rows, columns, memory);
+}
+#endif
+
+Compute compute_here() {
+#ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() == Simd::avx512) return &compute_avx512;
+  if (simd_level() == Simd::avx2) return &compute_avx2;
+#endif
+  return &compute_standard;
+}
+
+// Shares y out among the threads: by rows, or by columns where there are few rows.
+void run(const Call& c) {
+  const Compute compute = compute_here();
+  const int64_t threads = at::get_num_threads();
+  const bool by_rows = c.m >= 12 * threads || c.n <= kColumns;
+  const int64_t step = by_rows ? 12 : kStatsTile, size = by_rows ? c.m : c.n;
+  const int64_t shares = (size + step - 1) / step;
+  at::parallel_for(0, shares, (shares + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    const auto memory = std::make_unique<Memory>();
+    const Range share{begin * step, std::min(end * step, size)}, all{0, by_rows ? c.n : c.m};
+    if (by_rows) {
+      compute(c, share, all, *memory);
+    } else {
+      compute(c, all, share, *memory);
+    }
+  });
+}
+
+const float* data(const Optional& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+
+Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
+
+Activation activation_of(const std::optional<std::string>& name) {
+  if (!name) return Activation::kNone;
+  if (*name == "gelu") return Activation::kGelu;
+  if (*name == "gelu_tanh") return Activation::kGeluTanh;
+  if (*name == "quick_gelu") return Activation::kQuickGelu;
+  if (*name == "silu") return Activation::kSilu;
+  // swiglu is made of two calls, in vitfast/ops/native.py.
+  TORCH_CHECK_VALUE(false, "linear: activation must be one of gelu, gelu_tanh, quick_gelu, silu, swiglu or None, got '",
+                    *name, "'");
+}
+
+// Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
+at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
+  const int64_t rows = row_stats.size(0), tiles = row_stats.size(1);
+  const at::Tensor source = row_stats.contiguous(), combined = at::empty({2, rows}, row_stats.options());
+  const float* pair = source.const_data_ptr<float>();
+  float *means = combined.mutable_data_ptr<float>(), *rstds = means + rows;
+  for (int64_t m = 0; m < rows; ++m, pair += 2 * tiles) {
+    double sum = 0.0, square = 0.0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      sum += static_cast<double>(pair[2 * t]) * static_cast<double>(std::min(kStatsTile, width - t * kStatsTile));
+    }
+    const double mean = sum / static_cast<double>(width);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const double shift = pair[2 * t] - mean;
+      square += pair[2 * t + 1] + static_cast<double>(std::min(kStatsTile, width - t * kStatsTile)) * shift * shift;
+    }
+    means[m] = static_cast<float>(mean);
+    rstds[m] = static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(width) + eps));
+  }
+  return combined;
+}
+
+void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, const Optional& layer_scale,
+           const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
+  const char* op = "linear";
+  check_dtype(op, "x", x, {at::kFloat});
+  check_dtype(op, "weight", packed, {at::kFloat});
+  TORCH_CHECK_VALUE(packed.dim() == 2 && x.dim() >= 1 && x.size(-1) == packed.size(1) && x.size(-1) >= 1, op,
+                    ": x [..., K] and weight [N, K] with K >= 1 do not fit: ", shape_text(x.sizes()), " and ",
+                    shape_text(packed.sizes()));
+  const int64_t n = packed.size(0), k = packed.size(1);
+  TORCH_CHECK_VALUE(packed.is_contiguous(), op, ": weight is not as pack_linear returned it: strides ",
+                    shape_text(packed.strides()));
+  check_shape(op, "bias", bias, {n});
+  check_shape(op, "layer_scale", layer_scale, {n});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n;
+  check_shape(op, "residual", residual, shape);
+  TORCH_CHECK_VALUE(row_stats.has_value() == weight_sum.has_value(), op,
+                    ": row_stats and weight_sum go together (see fold_norm); only one was given");
+  if (row_stats) {
+    check_shape(op, "row_stats", row_stats, {x.numel() / k, (k + kStatsTile - 1) / kStatsTile, 2});
+    check_shape(op, "weight_sum", weight_sum, {n});
+  }
+  const std::pair<const char*, const Optional&> named[] = {{"bias", bias},
+                                                           {"layer_scale", layer_scale},
+                                                           {"residual", residual},
+                                                           {"row_stats", row_stats},
+                                                           {"weight_sum", weight_sum}};
+  for (const auto& [name, tensor] : named) {
+    if (tensor) check_dtype(op, name, *tensor, {at::kFloat});
+  }
+}
+
+}  // namespace
+
+at::Tensor pack_linear_cpu(const at::Tensor& weight) {
+  check_dtype("pack_linear", "weight", weight, {at::kFloat});
+  TORCH_CHECK_VALUE(weight.dim() == 2, "pack_linear: weight must be [N, K], got shape ", shape_text(weight.sizes()));
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const at::Tensor source = weight.contiguous(), packed = at::empty(source.sizes(), source.options());
+  const float* from = source.const_data_ptr<float>();
+  float* to = packed.mutable_data_ptr<float>();
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const int64_t width = std::min(kPanel, n - first);
+    for (int64_t j = 0; j < k; ++j) {
+      for (int64_t i = 0; i < width; ++i) *to++ = from[(first + i) * k + j];
+    }
+  }
+  return packed;
+}
+
+std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed, const Optional& bias,
+                                          const std::optional<std::string>& activation, const Optional& layer_scale,
+                                          const Optional& residual, const Optional& row_stats,
+                                          const Optional& weight_sum, double eps, bool stats) {
+  check(x, packed, bias, layer_scale, residual, row_stats, weight_sum);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t n = packed.size(0), k = packed.size(1), m = x.numel() / k;
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n;
+  std::vector<at::Tensor> result{at::empty(shape, x.options())};
+  if (stats) result.push_back(at::empty({m, (n + kStatsTile - 1) / kStatsTile, 2}, x.options()));
+
+  const at::Tensor rows = x.contiguous();
+  const Optional b = contiguous(bias), scale = contiguous(layer_scale), added = contiguous(residual);
+  const Optional sums = contiguous(weight_sum);
+  Epilogue epilogue;
+  at::Tensor norm;
+  if (row_stats) {
+    norm = combine_stats(*row_stats, k, eps);
+    epilogue.mean = norm.const_data_ptr<float>();
+    epilogue.rstd = epilogue.mean + m;
+    epilogue.weight_sum = data(sums);
+  }
+  epilogue.bias = data(b);
+  epilogue.activation = activation_of(activation);
+  epilogue.layer_scale = data(scale);
+  epilogue.residual = data(added);
+  epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
+  run({m, n, k, rows.const_data_ptr<float>(), packed.const_data_ptr<float>(), result[0].mutable_data_ptr<float>(),
+       epilogue});
+  return result;
+}
+
+}  // namespace vitfast

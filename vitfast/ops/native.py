@@ -1,0 +1,53 @@
+"""`linear` of the "native" backend: csrc/cpu/linear.cpp, called like the reference.
+
+The product reads a packed weight. A model packs its weights once (`pack`, then `linear_packed`); `linear`
+packs at every call, which costs about as much as a product of 200 rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast.ops import reference
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Rearrange an fp32 CPU weight [N, K]; the result has the same shape, and only `linear_packed` reads it."""
+    return torch.ops.vitfast_native.pack_linear(weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **epilogue: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.linear`."""
+    return linear_packed(x, pack(weight), bias, **epilogue)
+
+
+def linear_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.linear` on a `pack`ed weight."""
+    run = torch.ops.vitfast_native.linear_packed
+    if activation != "swiglu":
+        outputs = run(x, packed, bias, activation, layer_scale, residual, row_stats, weight_sum, eps, stats)
+        return tuple(outputs) if stats else outputs[0]
+    if packed.shape[0] % 2:
+        raise ValueError(f"linear: swiglu needs an even number of weight rows, got {packed.shape[0]}")
+    (both,) = run(x, packed, bias, None, None, None, row_stats, weight_sum, eps, False)
+    y = reference.activate(both, activation)
+    if layer_scale is not None:
+        y = y * layer_scale
+    if residual is not None:
+        y = y + residual
+    return (y, reference.row_stats(y)) if stats else y
