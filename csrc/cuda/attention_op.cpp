@@ -1,7 +1,5 @@
 // attention on CUDA devices: what the kernel asks of its arguments, and its launch on torch's stream.
 
-#include "attention.h"
-
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -16,6 +14,7 @@
 
 #include "../attention_checks.h"
 #include "../ops.h"
+#include "attention.h"
 
 namespace vitfast {
 namespace {
