@@ -2,7 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <type_traits>
+#include <iterator>
+#include <utility>
 
 #include "attention.cuh"
 
@@ -10,27 +11,16 @@ namespace vitfast {
 namespace {
 
 // f with the head dim as a compile-time constant.
+template <typename F, size_t... i>
+int with_head_dim(int head_dim, F f, std::index_sequence<i...>) {
+  int result = cudaErrorInvalidValue;
+  ((head_dim == kAttentionHeadDims[i] && (result = f(std::integral_constant<int, kAttentionHeadDims[i]>()), true)) ||
+   ...);
+  return result;
+}
 template <typename F>
 int with_head_dim(int head_dim, F f) {
-  switch (head_dim) {
-    case 32:
-      return f(std::integral_constant<int, 32>());
-    case 64:
-      return f(std::integral_constant<int, 64>());
-    case 72:
-      return f(std::integral_constant<int, 72>());
-    case 80:
-      return f(std::integral_constant<int, 80>());
-    case 88:
-      return f(std::integral_constant<int, 88>());
-    case 96:
-      return f(std::integral_constant<int, 96>());
-    case 104:
-      return f(std::integral_constant<int, 104>());
-    case 128:
-      return f(std::integral_constant<int, 128>());
-  }
-  return cudaErrorInvalidValue;
+  return with_head_dim(head_dim, f, std::make_index_sequence<std::size(kAttentionHeadDims)>());
 }
 
 template <typename T, int D, int steps>

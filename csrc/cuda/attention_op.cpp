@@ -7,10 +7,10 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "../attention_checks.h"
 #include "../ops.h"
@@ -38,9 +38,13 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   }
   TORCH_CHECK_VALUE(!bias && !mask && !causal,
                     "attention: the CUDA kernel takes no bias, no mask and no causal; the other backends do");
-  const auto& dims = kAttentionHeadDims;
-  TORCH_CHECK_VALUE(std::find(std::begin(dims), std::end(dims), q.size(3)) != std::end(dims),
-                    "attention: head dim must be one of 32, 64, 72, 80, 88, 96, 104, 128 on CUDA, got ", q.size(3));
+  bool known = false;
+  std::string dims;
+  for (int dim : kAttentionHeadDims) {
+    known |= q.size(3) == dim;
+    dims += (dims.empty() ? "" : ", ") + std::to_string(dim);
+  }
+  TORCH_CHECK_VALUE(known, "attention: head dim must be one of ", dims, " on CUDA, got ", q.size(3));
   TORCH_CHECK_VALUE(k.size(1) <= kAttentionMaxKeys, "attention: keys must be at most ", kAttentionMaxKeys,
                     " on CUDA, got ", k.size(1));
   TORCH_CHECK_VALUE(
