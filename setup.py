@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the package list, and the optional C++ extension vitfast._C.
 
-The list is explicit because `vitfast.kernels` is a symbolic link to ../kernels and has no
-`__init__.py` (a top-level package `kernels` would shadow Hugging Face's): no finder gets that right.
+The list is explicit because `vitfast.kernels` and `vitfast.benchmarks` are symbolic links to ../kernels
+and ../benchmarks and have no `__init__.py` (a top-level package `kernels` would shadow Hugging Face's):
+no finder gets that right.
 
 VITFAST_BUILD=0 leaves the extension out, VITFAST_BUILD=1 insists on it. Unset, it is built when
 torch can be imported (so: `pip install --no-build-isolation`, torch first) and there is a C++
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["vitfast", "vitfast.checkpoints", "vitfast.integrations", "vitfast.kernels", "vitfast.ops"]
+PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoints", "integrations", "kernels", "ops"))]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 

@@ -255,13 +255,13 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
     stats = plan.calls["row_stats"](x) if plan.fold_norm else None
     for i, block in enumerate(weights.blocks):
         last = i == config.depth - 1
-        x, stats = _block(config, weights.activation, block, x, stats, plan, last=last)
+        x, stats = run_block(config, weights.activation, block, x, stats, plan, last=last)
     if weights.norm:
         x = plan.calls["layer_norm"](x, weights.norm.weight, weights.norm.bias, config.norm_eps)
     return _head(config, weights, x, plan)
 
 
-def _block(
+def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One pre-norm block; five launches where the norms are folded."""

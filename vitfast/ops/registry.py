@@ -150,11 +150,12 @@ def _native(op: str) -> Backend:
 
 
 @functools.cache
-def proven(op: str, gpu: str) -> bool:
-    """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there."""
+def proven(op: str, dtype: torch.dtype, gpu: str) -> bool:
+    """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there in this dtype."""
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     table = Path(__file__).parents[1] / "kernels" / "configs" / f"{slug}.json"
-    return table.is_file() and op in json.loads(table.read_text()).get("proven", [])
+    dtypes = json.loads(table.read_text()).get("proven", {}).get(op, []) if table.is_file() else []
+    return str(dtype).removeprefix("torch.") in dtypes
 
 
 def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
@@ -170,7 +171,7 @@ def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
             refused[name] = reasons
         else:
             able.append(entry)
-    if spec.device == "cuda" and proven(spec.op, torch.cuda.get_device_name()):
+    if spec.device == "cuda" and proven(spec.op, spec.dtype, torch.cuda.get_device_name()):
         able.sort(key=lambda entry: entry.name != "triton")
     return able, refused
 
