@@ -11,9 +11,9 @@ PYTEST_ARGS ?=
 PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
 
 READY := .venv/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint gpu gpu-bench gpu-test demo clean
+.PHONY: help test test-full lint sanitize gpu gpu-bench gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -41,7 +41,21 @@ lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*)
+
+# A second build of the extension beside the first, in a folder that has all else of the package as links.
+# The sanitizers' runtime must be loaded before Python; leaks are not looked for, the interpreter has its own.
+# With -s, so that pytest does not swallow the report of a crash.
+SANITIZED := build/sanitize
+CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
+sanitize: $(READY) ## test the C++ extension under the address and undefined-behaviour sanitizers
+	mkdir -p $(SANITIZED)/vitfast
+	ln -sfn $(addprefix $(CURDIR)/,$(filter-out vitfast/_C%,$(wildcard vitfast/*))) $(SANITIZED)/vitfast
+	VITFAST_BUILD=1 VITFAST_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext \
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  OMP_NUM_THREADS=2 $(BIN)/pytest -s -k native -o pythonpath=$(SANITIZED) $(wildcard tests/test_native*.py) \
+	  tests/test_linear.py $(PYTEST_ARGS)
 
 demo: $(READY) ## embed sample photos and find the ones alike
 	$(BIN)/python examples/demo.py

@@ -1,5 +1,6 @@
 """vitfast doctor: what would run here, and every reason why not."""
 
+import dataclasses
 import io
 import json
 import os
@@ -141,6 +142,7 @@ def test_without_triton_and_without_the_extension():
     warnings = "\n".join(report["warnings"])
     assert "there are no Triton kernels: triton cannot be imported" in warnings
     assert "the C++ extension is not built" in warnings
+    assert "where torch and a C++ compiler are, `pip install --no-build-isolation" in warnings
     assert "triton kernels cannot be imported" in shown(report)
 
 
@@ -171,6 +173,17 @@ def test_what_can_go_wrong_is_warned_of(report):
     old = {"device": "cuda:0", "name": "T4", "capability": "7.5", "memory": 16 * 2**30, "multiprocessors": 40}
     assert "cuda:0: compute capability 7.5 is below 8.0" in doctor._warnings(report | {"devices": [old]})
     assert "T4, compute capability 7.5, 16 GiB, 40 multiprocessors" in shown(report | {"devices": [old]})
+
+
+def test_an_extension_without_cuda_beside_a_gpu_is_warned_of(report, monkeypatch):
+    entry = dataclasses.replace(registry.backend("attention", "torch"), name="native")
+    monkeypatch.setattr(doctor.registry, "backend", lambda op, name: entry)
+    gpu = {"device": "cuda:0", "name": "A", "capability": "8.0", "memory": 2**30, "multiprocessors": 1}
+    for state, warned in (("not built: there is no nvcc", True), ("80;90", False)):
+        monkeypatch.setattr(doctor, "_cuda_kernels", lambda state=state: state)
+        text = "\n".join(doctor._warnings(report | {"devices": [gpu]}))
+        assert ("the C++ extension has no CUDA kernels (there is no nvcc); once that is mended" in text) == warned
+        assert "no CUDA kernels" not in "\n".join(doctor._warnings(report | {"devices": []}))
 
 
 def test_render_names_every_op_package_and_warning(report):

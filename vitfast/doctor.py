@@ -42,6 +42,7 @@ OPTIONAL = {
 }
 """Packages that some part of vitfast needs, by import name, and what for."""
 
+REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall` of vitfast's sources"
 MINIMUM = {"torch": (2, 11), "triton": (3, 6)}
 
 # ViT-B/16 on eight images of 224 pixels: the sizes for which backends are asked, by op.
@@ -251,7 +252,10 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             warnings.append(f"{device['device']}: compute capability {device['capability']} is below 8.0")
     native = registry.backend(registry.OPS[0], "native")
     if native.call is None:
-        warnings.append(native.missing)
+        warnings.append(f"{native.missing}; where torch and a C++ compiler are, {REBUILD} builds it")
+    elif devices and (state := _cuda_kernels()).startswith("not built: "):
+        reason = state.removeprefix("not built: ")
+        warnings.append(f"the C++ extension has no CUDA kernels ({reason}); once that is mended, {REBUILD} builds them")
     for entry in found["backends"]:
         if entry["uses"] is None:
             warnings.append(f"nothing can run {entry['op']} in {entry['dtype']} on {entry['device']}")
@@ -260,6 +264,11 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
         if package["version"] is None and name != "triton" and package["reason"] != absent:
             warnings.append(f"{name} is installed but cannot be imported: {package['reason']}")
     return warnings
+
+
+def _cuda_kernels() -> str:
+    """The architectures for which the C++ extension has CUDA kernels, or "not built: " and the reason."""
+    return importlib.import_module("vitfast._C").build_info()["cuda"]
 
 
 def _numbers(version: str) -> tuple[int, int]:

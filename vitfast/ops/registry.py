@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ class Spec:
 class Backend:
     """One implementation of one op.
 
-    `limits` maps a name of `Spec.dims` to its inclusive (low, high). `call` is None where the
-    backend could not be loaded; `missing` then says why.
+    `limits` maps a name of `Spec.dims` to its inclusive (low, high), `choices` to all values there
+    are. `per_device` has the fields that are others on some device. `call` is None where the backend
+    could not be loaded; `missing` then says why.
     """
 
     name: str
@@ -66,12 +67,17 @@ class Backend:
     dtypes: tuple[str, ...] = _FLOATS
     min_capability: tuple[int, int] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     missing: str = ""
 
     def why_not(self, spec: Spec) -> list[str]:
         """Every reason why this backend cannot run `spec`; empty if it can."""
         if self.call is None:
             return [self.missing]
+        if spec.device in self.per_device:
+            here = replace(self, choices={}, limits={}, per_device={})
+            return replace(here, **self.per_device[spec.device]).why_not(spec)
         reasons = []
         if spec.device not in self.devices:
             reasons.append(f"device {spec.device} is not among {', '.join(self.devices)}")
@@ -84,6 +90,9 @@ class Backend:
         for name, (low, high) in self.limits.items():
             if name in spec.dims and not low <= spec.dims[name] <= high:
                 reasons.append(f"{name} {spec.dims[name]} is outside {low}..{high}")
+        for name, values in self.choices.items():
+            if name in spec.dims and spec.dims[name] not in values:
+                reasons.append(f"{name} {spec.dims[name]} is not among {', '.join(map(str, values))}")
         return reasons
 
 
