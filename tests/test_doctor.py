@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import vitfast
-from vitfast import doctor, testing
+from vitfast import doctor, planner, testing
 from vitfast.cli import app
 from vitfast.ops import registry
 
@@ -193,7 +193,7 @@ def test_render_names_every_op_package_and_warning(report):
 
 
 def test_plan_of_a_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     transformers = peers.import_transformers()
     config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
                                     image_size=32, patch_size=8, num_labels=5)  # fmt: skip

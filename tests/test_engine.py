@@ -117,7 +117,7 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     packed = planner.packed_linear(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
     if entry.missing or not packed:
         pytest.skip(entry.missing or "this torch has no oneDNN")
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     monkeypatch.setattr(
         planner,
         "measure",
@@ -267,7 +267,7 @@ def test_choices_survive_on_disk(tmp_path):
 
 
 def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     asked = {"config": SMALL, "device": testing.device(), "dtype": torch.float32}
     first = planner.build(**asked)
     (path,) = (tmp_path / "plans").iterdir()
@@ -292,7 +292,7 @@ def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp
 
 
 def test_a_head_that_is_not_there_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     headless = planner.build(dataclasses.replace(SMALL, num_classes=0), device=testing.device(), dtype=torch.float32)
     assert "head" not in headless.measured
     if testing.device().type == "cuda" or not vitfast.ops.registry.backend("linear", "native").missing:

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 FP32, BF16 = DTYPES = (torch.float32, torch.bfloat16)
-LEVELS = ("default", "avx2", "avx512f")
 # Beyond the models' head dims: one column, odd ones, less than a vector, the largest.
 ODD_HEAD_DIMS = (1, 3, 17, 24, 48, 192, 255, 256)
 # Lengths around the block shapes (24 queries, 64 keys), and the shortest.
@@ -30,19 +29,6 @@ def _poison_in_cpp():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    from vitfast import _C
-
-    _C.limit_simd(request.param)
-    try:
-        if _C.build_info()["simd"] != request.param:
-            pytest.skip(f"this CPU has no {request.param}")
-        yield request.param
-    finally:
-        _C.limit_simd(LEVELS[-1])
 
 
 def native(*args, **kwargs):

@@ -260,7 +260,7 @@ def build(
         chosen, _ = _site_backends(config, device, dtype, backend, batch)
         return assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
     key = plan_key(config, device, dtype, batch)
-    path = cache_dir() / "plans" / f"{_digest(key)}.json"
+    path = plans_dir() / f"{_digest(key)}.json"
     saved = load_plan(path, key)
     if saved is None:
         chosen, measured = _site_backends(config, device, dtype, backend, batch)
@@ -334,6 +334,11 @@ def cache_dir() -> Path:
     if folder := os.environ.get("VITFAST_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
+
+
+def plans_dir() -> Path:
+    """Where plans are kept."""
+    return cache_dir() / "plans"
 
 
 def load_plan(path: Path, key: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
