@@ -326,8 +326,8 @@ ROUTES = {
     "head dim 272 is outside": lambda q, k, v: ([t.repeat(1, 1, 1, 17) for t in (q, k, v)], {}),
     "dtype float64": lambda q, k, v: ([t.double() for t in (q, k, v)], {}),
     "5, 5 and 5 axes": lambda q, k, v: ([t[None] for t in (q, k, v)], {}),
-    "key has 2 heads, query 4": lambda q, k, v: (
-        (torch.cat([q, q[:, :1]], 1), k[:, :2], v[:, :2]),
+    "key has 2 heads, which do not divide query's 3": lambda q, k, v: (
+        (q, k[:, :2], v[:, :2]),
         {"enable_gqa": True},
     ),
     "query is a Tagged": lambda q, k, v: ((q.as_subclass(Tagged), k, v), {}),
@@ -365,6 +365,7 @@ def test_taken_calls_have_no_reason(kernels):
     q, k, v = qkv()
     assert explain(q, k, v) == Route("triton")
     assert explain(q, k[:, :1], v[:, :1], enable_gqa=True) == Route("triton")
+    assert explain(torch.cat([q, q], 1), k, v, enable_gqa=True) == Route("triton")
     assert explain(q[0], k[0], v[0]) == Route("triton")
     assert explain(q[0, 0], k[0, 0], v[0, 0]) == Route("triton")
 
@@ -440,6 +441,7 @@ GRADIENTS = {
     "causal": lambda q, k, v: ((q, k, v), {"is_causal": True}),
     "scale": lambda q, k, v: ((q, k, v), {"scale": 0.1}),
     "one key head": lambda q, k, v: ((q, k[:, :1], v[:, :1]), {"enable_gqa": True}),
+    "half the key heads": lambda q, k, v: ((torch.cat([q, q.flip(1)], 1), k, v), {"enable_gqa": True}),
     "three axes": lambda q, k, v: ((q[0], k[0], v[0]), {}),
     "bool mask": lambda q, k, v: ((q, k, v, make(9, 20) > -0.5), {}),
     "bias": lambda q, k, v: ((q, k, v, make(9, 20)), {}),
