@@ -90,7 +90,9 @@ class Case:
     def spec(self) -> Spec:
         """What the registry needs to know."""
         op = OPS[self.op].backend_op or self.op
-        return Spec(op, self.device.type, self.dtype, device_capability(self.device), OPS[self.op].spec(self.dims))
+        features = ("causal",) if self.dims.get("variant") == "causal" else ()
+        sizes = OPS[self.op].spec(self.dims)
+        return Spec(op, self.device.type, self.dtype, device_capability(self.device), sizes, features)
 
     @property
     def flops(self) -> int:
@@ -182,6 +184,15 @@ def _attention(d: Dims, make: Maker) -> Call:
     if d.get("variant") == "causal":
         kwargs["causal"] = True
     return Call(tuple(qkv.unbind(2)), kwargs, (0, 1, 2))
+
+
+def backend_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an op as its backends take them: causal is a window without keys to the right."""
+    return {"right" if name == "causal" else name: 0 if name == "causal" else a for name, a in options.items()}
+
+
+def _reference_attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False, **options: Any) -> Tensor:
+    return reference.attention(q, k, v, upcast=upcast, **backend_options(options))
 
 
 def _attention_products(d: Dims) -> int:
@@ -278,12 +289,12 @@ OPS: dict[str, Op] = {
     "add_layer_norm": Op(_add_layer_norm, lambda d: 0, reference.add_layer_norm, _keep("width")),
     "row_stats": Op(_row_stats, lambda d: 0, reference.row_stats, _keep("width")),
     "linear": Op(_linear, _linear_work, reference.linear, _keep("rows", "inner", "width")),
-    "attention": Op(_attention, lambda d: 2 * _attention_products(d), reference.attention, _attention_spec),
+    "attention": Op(_attention, lambda d: 2 * _attention_products(d), _reference_attention, _attention_spec),
     # Forward and backward: 2 products forward, 4 for the gradients; computing the scores twice does not count.
     "attention_backward": Op(
         _attention_backward,
         lambda d: 6 * _attention_products(d),
-        lambda *args, upcast=False, **kwargs: gradients(reference.attention)(*args, upcast=upcast, **kwargs),
+        lambda *args, upcast=False, **kwargs: gradients(_reference_attention)(*args, upcast=upcast, **kwargs),
         _attention_spec,
         backend_op="attention",
     ),

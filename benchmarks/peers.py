@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitfast import model, planner
-from vitfast.benchmarks.cases import OPS, Call, Case, gradients
+from vitfast import model, ops, planner
+from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
 from vitfast.config import ViTConfig
 from vitfast.ops import registry
 from vitfast.ops.registry import BACKENDS, backend
@@ -87,10 +87,10 @@ def _backend(case: Case, name: str, call: Call) -> Thunk:
         raise Absent("; ".join(reasons))
     if name == "triton" and case.device.type == "cpu":
         raise Absent(INTERPRETED)
-    run: Callable[..., Any] = entry.call
     if case.op == "attention_backward":
-        run = gradients(functools.partial(torch.ops.vitfast.attention, backend=name))
-    return functools.partial(run, *call.args, **call.kwargs)
+        return functools.partial(gradients(functools.partial(ops.attention, backend=name)), *call.args, **call.kwargs)
+    run: Callable[..., Any] = entry.call
+    return functools.partial(run, *call.args, **backend_options(call.kwargs))
 
 
 def from_outside(path: str) -> Peer:

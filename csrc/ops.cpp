@@ -55,8 +55,9 @@ py::dict ops() {
   for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
     all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   }
-  all["attention"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
-                              "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)));
+  all["attention"] =
+      py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
+               "features"_a = py::make_tuple("causal"));
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
@@ -64,7 +65,7 @@ py::dict ops() {
   all["attention"]["per_device"] = py::dict(
       "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"), "min_capability"_a = py::make_tuple(8, 0),
                           "limits"_a = py::dict("keys"_a = py::make_tuple(0, vitfast::kAttentionMaxKeys)),
-                          "choices"_a = py::dict("head_dim"_a = head_dims)));
+                          "choices"_a = py::dict("head_dim"_a = head_dims), "features"_a = py::make_tuple()));
 #endif
   return all;
 }

@@ -78,15 +78,30 @@ BACKWARD_CONFIGS = [
 
 
 def pick_backward_config(
-    kernel: str, head_dim: int, dtype: torch.dtype, dense: bool, device_capability: tuple[int, int]
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    dense: bool,
+    device_capability: tuple[int, int],
+    irregular: bool = False,
+    shared: bool = False,
 ) -> Config:
-    """The configuration of "dq" or "dkdv"; `dense`: it reads or writes tiles of bias, mask or dS."""
+    """The configuration of "dq" or "dkdv".
+
+    `dense`: it reads or writes tiles of bias, mask or dS, or caps scores or adds ALiBi. `irregular`: a band or packed
+    sequences; `shared`: key heads that serve several query heads. Their further loops leave dkdv fewer registers, so
+    that it takes smaller tiles: with `irregular` for more than 80 columns, with `shared` always, with both yet smaller.
+    """
+    columns = sum(head_chunks(head_dim))
+    if kernel == "dkdv" and (shared or (irregular and columns > 80)):
+        dense = True
+        columns = 2 * columns if shared and irregular and columns > 64 else columns
     kind = "fp32" if dtype == torch.float32 else "dense" if dense else "half"
     fitting = (
         config
         for config in BACKWARD_CONFIGS
         if config.name.startswith(f"{kernel}-{kind}-")
-        and int(config.name.split("-")[2]) >= sum(head_chunks(head_dim))
+        and int(config.name.split("-")[2]) >= min(columns, 256)
         and config.min_capability <= device_capability
     )
     return next(fitting)

@@ -10,7 +10,7 @@ import torch
 from benching import CountedDevice, contestant, layer_norm_case, rows_of
 from typer.testing import CliRunner
 
-from vitfast import predict, testing
+from vitfast import ops, predict, testing
 from vitfast.benchmarks import cases, device, kernels, peers, timing
 from vitfast.benchmarks.environment import ROOT
 from vitfast.cli import app
@@ -52,8 +52,10 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
     else:
         run = registry.backend(one.spec.op, "triton").call
         if op == "attention_backward":
-            run = cases.gradients(functools.partial(torch.ops.vitfast.attention, backend="triton"))
-        interpreted = peers.Peer("interpreted", lambda call: functools.partial(run, *call.args, **call.kwargs))
+            run = cases.gradients(functools.partial(ops.attention, backend="triton"))
+        interpreted = peers.Peer(
+            "interpreted", lambda call: functools.partial(run, *call.args, **cases.backend_options(call.kwargs))
+        )
     contestants = peers.peers_of(one)
     ours = "vitfast engine" if op == "block" else "vitfast native"
     wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed")

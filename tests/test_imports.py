@@ -43,7 +43,7 @@ RULES = {
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("planner", "engine", "_C"), outside=("torch",)),
     "attention":   Rule(rooms=("ops",), outside=("torch",)),
     "flash_attention": Rule(rooms=("attention",), outside=("torch",)),
-    "integrations": Rule(rooms=("attention", "flash_attention"), outside=("torch",)),
+    "integrations": Rule(rooms=("attention", "flash_attention", "ops"), outside=("torch",)),
     "inspect":     Rule(later=("kernels",)),
     "findings":    Rule(),
     "differences": Rule(rooms=("findings", "testing"), outside=("torch",)),

@@ -8,6 +8,9 @@ from vitfast import ops, testing
 from vitfast.ops import mkldnn, reference, registry
 from vitfast.testing import make
 
+# slopes, softcap, left, right, offset, scale; no packed sequences
+OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
+
 
 def _arguments() -> dict[str, tuple]:
     """Positional arguments of each torch.ops.vitfast op, small."""
@@ -23,7 +26,7 @@ def _arguments() -> dict[str, tuple]:
         "row_stats": (x,),
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
-        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, True, 0.3),
+        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, "auto"),
         "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
     }
 

@@ -212,13 +212,14 @@ def test_guarded_keeps_values_shape_and_alignment():
     assert copy.data_ptr() % 16 == 0
 
 
-def test_strided_keeps_values_and_poisons_the_gaps():
+def test_strided_keeps_values_and_poisons_the_gaps_and_ends():
     x = make(3, 5)
     view = testing.strided(x, gap=8)
     assert torch.equal(view, x)
     assert view.stride() == (13, 1)
-    whole = view.as_strided((3, 13), (13, 1))
+    whole = view.as_strided((5, 13), (13, 1), view.storage_offset() - 13)  # a row before and a row after
     assert whole[:, 5:].isnan().all()
+    assert whole[[0, -1]].isnan().all()
 
 
 def test_make_is_reproducible_and_scaled():

@@ -128,9 +128,9 @@ def guarded(tensor: Tensor, margin: int = 4096) -> Tensor:
 
 
 def strided(tensor: Tensor, gap: int = 8) -> Tensor:
-    """The same values with rows `gap` elements further apart, poison between; last axis contiguous."""
+    """The same values with rows `gap` elements further apart, poison between and around; last axis contiguous."""
     *lead, last = tensor.shape
-    buffer = tensor.new_full((*lead, last + gap), poison_value(tensor.dtype))
+    buffer = guarded(tensor.new_full((*lead, last + gap), poison_value(tensor.dtype)))
     view = buffer[..., :last]
     view.copy_(tensor)
     return view

@@ -16,6 +16,8 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from vitfast import ops
+
 NAME = "vitfast"
 
 
@@ -91,8 +93,8 @@ def _flash_attention(
         given = f"dropout_p={dropout_p}, return_debug_mask={return_debug_mask}"
         raise RuntimeError(f"vitfast's flash attention has no dropout and no debug mask, got {given}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, stats = torch.ops.vitfast.attention_forward(q, k, v, None, None, is_causal, scale)
-    log_sum_exp, out = stats[0] + stats[1].log(), out.transpose(1, 2)
+    out, log_sum_exp = ops.attention(q, k, v, causal=is_causal, scale=scale, return_lse=True, backend="triton")
+    out = out.transpose(1, 2)
     if out.stride() != torch.empty_like(query, device="meta").stride():  # which torch.compile counts on
         out = torch.empty_like(query).copy_(out)
     nothing = query.new_empty(0)

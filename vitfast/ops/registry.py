@@ -36,7 +36,8 @@ class BackendError(RuntimeError):
 class Spec:
     """One op at one shape: all that a backend needs to know to say yes or no.
 
-    `dims` holds the op's sizes by name (head_dim, rows, width, ...).
+    `dims` holds the op's sizes by name (head_dim, rows, width, ...), `features` what the call asks
+    beyond the plain op, by the names in backends' `features`.
     """
 
     op: str
@@ -44,11 +45,19 @@ class Spec:
     dtype: torch.dtype
     capability: tuple[int, int] | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, **dims: int) -> Spec:
+    def of(
+        cls,
+        op: str,
+        tensor: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        features: tuple[str, ...] = (),
+        **dims: int,
+    ) -> Spec:
         """The spec of a call whose tensors live where `tensor` does."""
-        return cls(op, tensor.device.type, dtype or tensor.dtype, device_capability(tensor.device), dims)
+        return cls(op, tensor.device.type, dtype or tensor.dtype, device_capability(tensor.device), dims, features)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Backend:
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     per_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
     missing: str = ""
 
     def why_not(self, spec: Spec) -> list[str]:
@@ -93,6 +103,7 @@ class Backend:
         for name, values in self.choices.items():
             if name in spec.dims and spec.dims[name] not in values:
                 reasons.append(f"{name} {spec.dims[name]} is not among {', '.join(map(str, values))}")
+        reasons += [f"it has no {feature}" for feature in spec.features if feature not in self.features]
         return reasons
 
 
@@ -112,7 +123,8 @@ def backend(op: str, name: str) -> Backend:
     if op not in OPS:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
     if name == "torch":
-        return Backend("torch", op, getattr(reference, op), dtypes=(*_FLOATS, "float64"))
+        features = reference.FEATURES.get(op, ())
+        return Backend("torch", op, getattr(reference, op), dtypes=(*_FLOATS, "float64"), features=features)
     if name == "triton":
         return _triton(op)
     if name == "native":
@@ -135,6 +147,7 @@ def _triton(op: str) -> Backend:
         dtypes=entry["dtypes"],
         min_capability=entry["min_capability"],
         limits=entry["limits"],
+        features=entry.get("features", ()),
     )
 
 
