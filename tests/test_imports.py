@@ -42,7 +42,7 @@ RULES = {
     "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy", "pyarrow", "torch")),
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("planner", "engine", "_C"), outside=("torch",)),
     "attention":   Rule(rooms=("ops",), outside=("torch",)),
-    "flash_attention": Rule(rooms=("attention",), outside=("torch",)),
+    "flash_attention": Rule(rooms=("attention", "ops"), outside=("torch",)),
     "integrations": Rule(rooms=("attention", "flash_attention", "ops"), outside=("torch",)),
     "inspect":     Rule(later=("kernels",)),
     "findings":    Rule(),
