@@ -308,10 +308,11 @@ def test_rejects(message):
 
 
 def test_every_config_is_reached():
-    grid = itertools.product(("dq", "dkdv"), range(1, 257), DTYPES, (False, True), ((8, 0), (8, 6), (9, 0), (10, 0)))
+    flags = itertools.product((False, True), repeat=3)
+    grid = itertools.product(("dq", "dkdv"), range(1, 257), DTYPES, flags, ((8, 0), (8, 6), (9, 0), (10, 0)))
     picked = {}
-    for name, head_dim, dtype, dense, chip in grid:
-        config = pick_backward_config(name, head_dim, dtype, dense, chip)
+    for name, head_dim, dtype, (dense, irregular, shared), chip in grid:
+        config = pick_backward_config(name, head_dim, dtype, dense, chip, irregular, shared)
         assert config.min_capability <= chip
         picked[config.name] = config
     assert sorted(picked) == sorted(config.name for config in BACKWARD_CONFIGS)
