@@ -113,6 +113,7 @@ def _launch(
         arguments["bias"] is not None
         or scores_change
         or stats is not None
+        or q.dtype == torch.float32  # whose scores can be so large that the shift's rounding alone overflows exp2
         or not scale > torch.finfo(torch.float32).tiny
     )
     attention_forward_kernel[(triton.cdiv(query_count, block_m) * batch * heads,)](
