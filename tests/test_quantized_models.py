@@ -139,8 +139,8 @@ def fashion(part, count):
     return pixels.reshape(-1, 28, 28)[:count], labels[:count]
 
 
-@pytest.mark.full  # the emulation takes seconds an image on two cores
-@pytest.mark.timeout(7200)
+@pytest.mark.full  # hours on two cores: the emulation takes about a second an image
+@pytest.mark.timeout(4 * 3600)
 def test_linear_probe_keeps_its_accuracy():
     """A probe trained on each precision's own embeddings, judged on held-out images, in points of accuracy."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the probe is scikit-learn's")
