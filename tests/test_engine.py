@@ -220,7 +220,7 @@ def test_nan_stays_in_its_own_image():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dtype": "int8"}, "'int8'"),
+        ({"dtype": "int4"}, "'int4'"),
         ({"dtype": torch.float64}, "float64"),
         ({"backend": "cudnn"}, "'cudnn'"),
     ],

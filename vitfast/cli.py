@@ -39,6 +39,8 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
 
 
 class BackendName(str, Enum):
@@ -243,7 +245,7 @@ def verify(
 ) -> None:
     """Check that a model's outputs are those of plain PyTorch.
 
-    In fp16 and bf16 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
+    In all but fp32 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
     0: the same; 1: different; 2: the model or the images cannot be used.
     """
     with _command(context, as_json) as answer:

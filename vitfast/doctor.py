@@ -55,8 +55,11 @@ DIMS: dict[str, dict[str, int]] = {
     "linear": {"rows": ROWS, "inner": 768, "width": 2304},
     "attention": {"head_dim": 64, "queries": 197, "keys": 197},
     "mlp": {"rows": ROWS, "width": 768, "hidden": 3072},
+    "quantize": {"width": 3072},
+    "quantized_linear": {"rows": ROWS, "inner": 768, "width": 2304},
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(DIMS, (torch.float32, torch.float16, torch.bfloat16))
+DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)))
 
 
 def report() -> dict[str, Any]:
@@ -87,7 +90,7 @@ def report() -> dict[str, Any]:
         _backends(op, torch.device(device), dtype)
         for device in [*reversed(kinds.values()), "cpu"]
         for op in registry.OPS
-        for dtype in DTYPES
+        for dtype in DTYPES[op]
     ]
     found: dict[str, Any] = {
         "versions": versions,
@@ -124,7 +127,8 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
     made = engine.load(source, device=device, dtype=dtype)
     sites = []
     for site, uses in made.plan.backends.items():
-        spec = planner.site_spec(made.config, site, 1, made.device, made.dtype)
+        dtype_there = planner.site_dtype(site, made.dtype, made.plan.quantized)
+        spec = planner.site_spec(made.config, site, 1, made.device, dtype_there)
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
@@ -138,8 +142,7 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
                 "refused": refused,
             }
         )
-    dtype = str(made.dtype).removeprefix("torch.")
-    return {"model": made.config.name, "device": str(made.device), "dtype": dtype, "sites": sites}
+    return {"model": made.config.name, "device": str(made.device), "dtype": made.precision, "sites": sites}
 
 
 def _version(name: str) -> dict[str, str | None]:
@@ -303,7 +306,7 @@ def render(found: Mapping[str, Any]) -> RenderableType:
         key = (entry["device"], entry["op"], entry["uses"] or "nothing", reasons)
         lines.setdefault(key, []).append(entry["dtype"])
     for (device, op, uses, reasons), dtypes in lines.items():
-        shown = "all" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+        shown = "all" if len(dtypes) == len(DTYPES[op]) else ", ".join(dtypes)
         backends.add_row(device, op, shown, uses, Text(reasons))
 
     packages = Table("package", "version", "for", title="packages", title_justify="left")

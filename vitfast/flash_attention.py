@@ -201,9 +201,14 @@ def flash_attn_varlen_func(
 
     packed = (q[None], k[None], v[None])
     if _on_kernels(*packed, options):
-        lengths = {"cu_queries": cu_seqlens_q, "cu_keys": cu_seqlens_k}
-        lengths |= {"max_queries": max_seqlen_q, "max_keys": max_seqlen_k}
-        out, lse = _with_kernels(*packed, options, **lengths)
+        out, lse = _with_kernels(
+            *packed,
+            options,
+            cu_queries=cu_seqlens_q,
+            cu_keys=cu_seqlens_k,
+            max_queries=max_seqlen_q,
+            max_keys=max_seqlen_k,
+        )
         return (out[0], lse[0], None) if return_attn_probs else out[0]
     rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q, q)
     rows_k, real_k = _padded_rows(cu_seqlens_k, max_seqlen_k, k)

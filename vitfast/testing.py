@@ -37,6 +37,10 @@ TOLERANCES = {
     torch.float32: Tolerance(rms=2e-6, ulp=2.0**-23),
     torch.float16: Tolerance(rms=1e-3, ulp=2.0**-10),
     torch.bfloat16: Tolerance(rms=8e-3, ulp=2.0**-7),
+    # Quantised rows: a value on the brink may round to its neighbour, which is one of 2^-3 (e4m3) or of one in
+    # 127. If one value in a thousand does, the RMS error is 2e-3 of a row of normal numbers, or less.
+    torch.float8_e4m3fn: Tolerance(rms=4e-3, ulp=2.0**-3),
+    torch.int8: Tolerance(rms=4e-3, ulp=1 / 127),
 }
 
 EIGHT_BIT_RMS = 5e-2
@@ -239,9 +243,9 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def repair_interpreter() -> None:
-    """Make bf16 right in Triton's interpreter, which holds it as raw 16-bit patterns.
+    """Make bf16 and fp8 right in Triton's interpreter, which holds them as raw bit patterns.
 
-    `tl.dot` there multiplies the patterns as integers: operands are widened to fp32 first, which is
+    `tl.dot` there multiplies bf16's patterns as integers: operands are widened to fp32 first, which is
     exact. Casts from fp32 drop the low bits, where a GPU rounds to nearest even: they round.
     tests/test_testing.py fails when Triton no longer needs one of these.
     """
@@ -252,6 +256,7 @@ def repair_interpreter() -> None:
     if getattr(InterpreterBuilder.create_dot, "widens_bf16", False):
         return
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    convert = InterpreterBuilder.create_fp_to_fp
 
     def widen(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -273,8 +278,15 @@ def repair_interpreter() -> None:
         rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
         return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
 
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, *rest: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return convert(self, src, dst_type, *rest)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
     create_dot.widens_bf16 = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 _SHIM: list[Any] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.ops.reference import STATS_TILE
+from vitfast.ops.reference import QUANTIZED, STATS_TILE
 from vitfast.ops.registry import Spec
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
@@ -245,3 +245,66 @@ def check_mlp(
 
 def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:
     return Spec.of("mlp", x, rows=x.numel() // x.shape[-1], width=x.shape[-1], hidden=fc1_weight.shape[0])
+
+
+def check_quantize(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype) -> None:
+    op = "quantize"
+    _dtype(op, "x", x, *FLOATS)
+    if dtype not in QUANTIZED:
+        raise ValueError(f"{op}: dtype must be one of {', '.join(map(str, QUANTIZED))}, got {dtype}")
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError(f"{op}: norm_weight and norm_bias go together; only one was given")
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor in named.items():
+        _shape(op, name, tensor, (x.shape[-1],))
+        _dtype(op, name, tensor, x.dtype)
+    _device(op, x, **named)
+
+
+def quantize_spec(x: Tensor, dtype: torch.dtype) -> Spec:
+    return Spec.of("quantize", x, dtype, width=x.shape[-1])
+
+
+def check_quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    op = "quantized_linear"
+    _activation(op, activation)
+    _dtype(op, "x", x, *QUANTIZED)
+    _dtype(op, "weight", weight, x.dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    rows = weight.shape[0]
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
+    out = rows // 2 if activation == "swiglu" else rows
+    _shape(op, "x_scale", x_scale, tuple(x.shape[:-1]))
+    _shape(op, "weight_scale", weight_scale, (rows,))
+    _shape(op, "bias", bias, (rows,))
+    _shape(op, "layer_scale", layer_scale, (out,))
+    _shape(op, "residual", residual, (*x.shape[:-1], out))
+    scales = {"x_scale": x_scale, "weight_scale": weight_scale}
+    floats = {"bias": bias, "layer_scale": layer_scale, "residual": residual}
+    for name, tensor in scales.items():
+        _dtype(op, name, tensor, torch.float32)
+    for name, tensor in floats.items():
+        _dtype(op, name, tensor, dtype)
+    _device(op, x, weight=weight, **scales, **floats)
+
+
+def quantized_linear_spec(x: Tensor, weight: Tensor) -> Spec:
+    return Spec.of("quantized_linear", x, rows=x.numel() // x.shape[-1], inner=weight.shape[1], width=weight.shape[0])

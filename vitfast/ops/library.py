@@ -334,3 +334,45 @@ def mlp(
 @mlp.register_fake
 def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation="gelu", layer_scale=None, residual=None):
     return x.new_empty(x.shape)
+
+
+@custom_op("vitfast::quantize", mutates_args=())
+def quantize(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return choose(checks.quantize_spec(x, dtype)).call(x, norm_weight, norm_bias, eps, dtype=dtype)
+
+
+@quantize.register_fake
+def _(x, norm_weight, norm_bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@custom_op("vitfast::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return choose(checks.quantized_linear_spec(x, weight)).call(
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        activation=activation,
+        layer_scale=layer_scale,
+        residual=residual,
+        dtype=dtype,
+    )
+
+
+@quantized_linear.register_fake
+def _(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype):
+    return _linear_out(x, weight, activation).to(dtype)

@@ -22,6 +22,12 @@ STATS_TILE = 128
 FEATURES = {"attention": ("fewer key heads", "causal", "window", "softcap", "slopes")}
 """What the references have beyond the plain op; see `registry.Backend`."""
 
+QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""The dtypes that rows are quantised to, and the value that a row's largest magnitude becomes."""
+
+LEAST_AMAX = 2.0**-100
+"""A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
+
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -237,3 +243,53 @@ def mlp(
     hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
     out: Any = linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
     return out
+
+
+def quantize(
+    x: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if upcast else torch.float32
+    x = x.to(exact)
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight.to(exact), norm_bias.to(exact), eps)
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    amax = torch.where(amax.isfinite(), amax, torch.nan).clamp(min=LEAST_AMAX)
+    largest = QUANTIZED[dtype]
+    values = x * (largest / amax)
+    if dtype == torch.int8:
+        values = values.round().nan_to_num(0.0)  # the scale of such a row is NaN
+    return values.to(dtype), (amax / largest).squeeze(-1).float()
+
+
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    upcast: bool = False,
+) -> Tensor:
+    exact = torch.float64 if upcast else torch.float32
+    # Sums of int8 products need more than fp32's 24 bits, and are exact in fp64.
+    sums = torch.float64 if x.dtype == torch.int8 else exact
+    y = F.linear(x.to(sums), weight.to(sums)).to(exact)
+    y = y * x_scale.to(exact)[..., None] * weight_scale.to(exact)
+    if bias is not None:
+        y = y + bias.to(exact)
+    y = activate(y, activation)
+    if layer_scale is not None:
+        y = y * layer_scale.to(exact)
+    if residual is not None:
+        y = y + residual.to(exact)
+    return y if upcast else y.to(dtype)

@@ -21,11 +21,14 @@ import torch
 
 from vitfast.ops import native, reference
 
-OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp")
+QUANTIZED_OPS = ("quantize", "quantized_linear")
+OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", *QUANTIZED_OPS)
 BACKENDS = ("torch", "triton", "native")
 
 _KERNEL_FILES = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm"}
 _FLOATS = ("float32", "float16", "bfloat16")
+_QUANTIZED = ("float8_e4m3fn", "int8")
+_DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
 class BackendError(RuntimeError):
@@ -94,8 +97,9 @@ class Backend:
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
-        if self.min_capability and spec.capability and spec.capability < self.min_capability:
-            have, need = (".".join(map(str, c)) for c in (spec.capability, self.min_capability))
+        least = max(self.min_capability or (0, 0), _DTYPE_CAPABILITY.get(dtype, (0, 0)))
+        if spec.capability and spec.capability < least:
+            have, need = (".".join(map(str, c)) for c in (spec.capability, least))
             reasons.append(f"compute capability {have} is below {need}")
         for name, (low, high) in self.limits.items():
             if name in spec.dims and not low <= spec.dims[name] <= high:
@@ -123,8 +127,9 @@ def backend(op: str, name: str) -> Backend:
     if op not in OPS:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
     if name == "torch":
+        dtypes = _QUANTIZED if op in QUANTIZED_OPS else (*_FLOATS, "float64")
         features = reference.FEATURES.get(op, ())
-        return Backend("torch", op, getattr(reference, op), dtypes=(*_FLOATS, "float64"), features=features)
+        return Backend("torch", op, getattr(reference, op), dtypes=dtypes, features=features)
     if name == "triton":
         return _triton(op)
     if name == "native":
