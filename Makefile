@@ -5,13 +5,15 @@ BIN := .venv/bin
 # Worker processes of the tests, empty for none. One thread each: with more they fight for the cores and
 # take longer than a single process would.
 WORKERS ?= 2
+# How long `make gpu` measures.
+BUDGET ?= 8m
 PYTEST_ARGS ?=
 PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
 
 READY := .venv/.ready
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint gpu demo clean
+.PHONY: help test test-full lint sanitize gpu gpu-bench gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -39,20 +41,41 @@ lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*)
+
+# A second build of the extension beside the first, in a folder that has all else of the package as links.
+# The sanitizers' runtime must be loaded before Python; leaks are not looked for, the interpreter has its own.
+# With -s, so that pytest does not swallow the report of a crash.
+SANITIZED := build/sanitize
+CXX_LIBRARY = $(shell $(CXX) -print-file-name=$(1))
+sanitize: $(READY) ## test the C++ extension under the address and undefined-behaviour sanitizers
+	mkdir -p $(SANITIZED)/vitfast
+	ln -sfn $(addprefix $(CURDIR)/,$(filter-out vitfast/_C%,$(wildcard vitfast/*))) $(SANITIZED)/vitfast
+	VITFAST_BUILD=1 VITFAST_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext \
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  OMP_NUM_THREADS=2 $(BIN)/pytest -s -k native -o pythonpath=$(SANITIZED) $(wildcard tests/test_native*.py) \
+	  tests/test_linear.py $(PYTEST_ARGS)
 
 demo: $(READY) ## embed sample photos and find the ones alike
 	$(BIN)/python examples/demo.py
 
-# On a GPU machine, with the Python, torch and triton found there: no environment, no network, no
-# install. Test files that need a package missing there are reported and the others run; the benchmarks
-# have correctness gates of their own and run even if a test failed.
-gpu: ## run tests and benchmarks with $(PYTHON) as it is, on its GPU
-	@status=0; export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	workers=$$($(PYTHON) -c "import importlib.util as u; print('-n 8' if u.find_spec('xdist') else '')"); \
-	$(PYTHON) -m pytest $$workers --continue-on-collection-errors $(PYTEST_ARGS) || status=$$?; \
-	$(PYTHON) -m benchmarks.gpu || status=$$?; \
+# On a GPU machine, with the Python, torch and triton found there: no environment, no network, no install. The
+# benchmarks come first: they have correctness gates of their own, stop when BUDGET is spent and keep what they have.
+# Test files that need a package missing there are reported and the others run.
+gpu: ## measure for BUDGET, then test, with $(PYTHON) as it is, on its GPU
+	@status=0; \
+	$(MAKE) --no-print-directory gpu-bench || status=$$?; \
+	$(MAKE) --no-print-directory gpu-test || status=$$?; \
 	exit $$status
+
+gpu-bench: ## the measuring part of `make gpu`
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m vitfast bench all --budget $(BUDGET)
+
+gpu-test: ## the testing part of `make gpu`
+	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	workers=$$($(PYTHON) -c "import importlib.util as u; print('-n 8' if u.find_spec('xdist') else '')"); \
+	$(PYTHON) -m pytest $$workers --continue-on-collection-errors $(PYTEST_ARGS)
 
 clean: ## remove the environment and all that was built
 	rm -rf .venv build dist demo *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so

@@ -1,13 +1,18 @@
 """What pyproject.toml cannot say: the package list, and the optional C++ extension vitfast._C.
 
-The list is explicit because `vitfast.kernels` is a symbolic link to ../kernels and has no
-`__init__.py` (a top-level package `kernels` would shadow Hugging Face's): no finder gets that right.
+The list is explicit because `vitfast.kernels` and `vitfast.benchmarks` are symbolic links to ../kernels
+and ../benchmarks and have no `__init__.py` (a top-level package `kernels` would shadow Hugging Face's):
+no finder gets that right.
 
 VITFAST_BUILD=0 leaves the extension out, VITFAST_BUILD=1 insists on it. Unset, it is built when
 torch can be imported (so: `pip install --no-build-isolation`, torch first) and there is a C++
 compiler; otherwise the install is pure Python and a notice says why. Every op runs without it.
+Its CUDA part is built where torch has CUDA and there is nvcc, for the GPUs found here or those named by
+VITFAST_CUDA_ARCHS ("80;90"); otherwise it is left out, with a notice.
+VITFAST_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers: see `make sanitize`.
 """
 
+import json
 import os
 import platform
 import shlex
@@ -17,7 +22,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["vitfast", "vitfast.checkpoints", "vitfast.integrations", "vitfast.kernels", "vitfast.ops"]
+PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoints", "integrations", "kernels", "ops"))]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 
@@ -35,6 +40,30 @@ def why_no_extension() -> str:
     return ""
 
 
+def cuda_archs() -> list[str]:
+    """Compute capabilities to build for, as nvcc writes them: "80", "90"."""
+    import torch
+
+    if named := os.environ.get("VITFAST_CUDA_ARCHS"):
+        return named.split(";")
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
+
+
+def why_no_cuda() -> str:
+    """The reason why the CUDA part cannot be built here, or "" if it can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
+        return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    if not cuda_archs():
+        return "there is no GPU of compute capability 8.0 or later here; set VITFAST_CUDA_ARCHS, as in 80;90"
+    return ""
+
+
 def extension() -> dict:
     """The `ext_modules` and `cmdclass` arguments of `setup`; empty for a pure-Python install.
 
@@ -49,20 +78,38 @@ def extension() -> dict:
         print(f"vitfast: NOTICE: installing without the C++ extension: {reason}", file=sys.stderr)
         return {}
 
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    flags = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     if platform.system() == "Linux":
         # Compile with OpenMP but do not link it: the symbols then come from the runtime that torch
         # has loaded, so both share one thread pool and torch.set_num_threads holds for both.
-        flags.append("-fopenmp")
-    sources = ["csrc/ops.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
-    module = CppExtension(
+        cxx.append("-fopenmp")
+    link = []
+    if os.environ.get("VITFAST_SANITIZE") == "1":
+        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        cxx += [*link, "-O1", "-g", "-fno-omit-frame-pointer"]
+
+    kind, folders, nvcc, macros = CppExtension, ["cpu"], [], []
+    if reason := why_no_cuda():
+        print(f"vitfast: NOTICE: the C++ extension has no CUDA kernels: {reason}", file=sys.stderr)
+        state = f"not built: {reason}"
+    else:
+        kind, folders, macros = CUDAExtension, ["cpu", "cuda"], [("VITFAST_CUDA", None)]
+        nvcc = ["-O3", "-std=c++17", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs())]
+        state = ";".join(cuda_archs())
+    sources = [path for folder in folders for path in Path("csrc", folder).iterdir() if path.suffix in (".cpp", ".cu")]
+    module = kind(
         "vitfast._C",
-        sources,
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-        extra_compile_args={"cxx": flags},
-        define_macros=[("VITFAST_CXX_FLAGS", '"' + " ".join(flags) + '"')],
+        ["csrc/ops.cpp", *sorted(map(str, sources))],
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        define_macros=[
+            ("VITFAST_CXX_FLAGS", json.dumps(" ".join(cxx))),
+            ("VITFAST_CUDA_STATE", json.dumps(state)),
+            *macros,
+        ],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

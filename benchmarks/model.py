@@ -1,101 +1,128 @@
-"""Whole models: the engine against timm, in one interleaved run.
+"""Whole models: the engine against other people's, in one interleaved run.
 
-    python -m benchmarks.model -m vit_base_patch16_224 --batch 8 --device cpu --threads 2
-
-Weights are random (speed does not depend on them), images are random normal numbers of the
-model's size, already on the device. Every contestant's logits are compared with timm's fp32
-forward first; one that is wrong gets no time.
+Weights are random (speed does not depend on them), images are random normal numbers of the model's size, already
+on the device. Every contestant's logits are compared with timm's fp32 forward first; one that is wrong gets no time.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness
-from benchmarks.peers import PEERS, Absent
 from vitfast import testing
-from vitfast.engine import resolve_device, resolve_dtype
+from vitfast.benchmarks import timing
+from vitfast.benchmarks.device import Device
+from vitfast.benchmarks.kernels import add_ratios, quiet, reason
+from vitfast.benchmarks.model_peers import BASELINE, PEERS
+from vitfast.config import NAMED
+from vitfast.predict import predict
+
+LATENCY_BATCH = 8
+"""Up to this batch size a call is timed until its result is there (latency); above, calls follow each other."""
 
 
+@torch.no_grad()
 def compare(
-    name: str, batch: int, device: torch.device, dtype: torch.dtype, *, rounds: int = 15, peers: Sequence[str] = ()
+    name: str,
+    batch: int,
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    peers: Sequence[str],
+    rounds: int = 15,
+    seconds: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """One row per contestant: times, img/s, ratio to timm eager's median, error against timm in fp32.
+    """One row per contestant.
 
     Args:
-        peers: names in PEERS beside the engine and timm eager, which always run.
+        name: of a timm model. peers: names in PEERS; timm eager runs in any case.
+        seconds: for everything. Contestants that are not ready when most of it is spent are left out and say so.
+
+    Returns:
+        Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
+        logit), build_s (making the contestant), first_call_ms (compiling on demand included) and
+        peak_memory_bytes (on a GPU: the contestant's weights, activations and graph pools).
     """
+    torch.compiler.reset()
+    start = time.perf_counter()
     timm = testing.import_peer("timm")
     torch.manual_seed(0)
-    oracle = timm.create_model(name, pretrained=False).eval().to(device)
-    images = testing.make(batch, 3, *oracle.patch_embed.img_size, seed=1).to(device)
-    given = images.to(dtype)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {}
+    oracle = timm.create_model(name, pretrained=False).eval().to(device.torch_device)
+    images = testing.make(batch, 3, *oracle.patch_embed.img_size, seed=1).to(device.torch_device)
+    given, expected = images.to(dtype), oracle(images).double()
     rows: list[dict[str, Any]] = []
-    case = f"{name} batch {batch} {str(dtype).removeprefix('torch.')}"
-    with torch.inference_mode():
-        expected = oracle(images).double()
-    for peer in dict.fromkeys(("vitfast", "timm eager", *peers)):
-        rows.append({"case": case, "peer": peer, "correct": False})
+    programs, errors = {}, {}
+    short = str(dtype).removeprefix("torch.")
+    for peer in dict.fromkeys((*peers, BASELINE)):
+        row: dict[str, Any] = {"case": f"{name} batch {batch} {short}", "peer": peer, "correct": False}
+        rows.append(row | {"model": name, "batch": batch, "dtype": short, **_work(name, batch)})
+        if peer != BASELINE and time.perf_counter() > start + 0.7 * seconds:
+            rows[-1]["error"] = "no time left to prepare it"
+            continue
         try:
-            runs[peer] = PEERS[peer](oracle, given)
-        except Absent as error:
-            rows[-1]["error"] = str(error)
-    with torch.inference_mode():
-        errors = {}
-        for peer, run in runs.items():
-            difference = run(given).to(expected) - expected
-            errors[peer] = (difference.abs().max() / expected.abs().max()).item()
-        bound = max(2 * errors["timm eager"], testing.PEER_TOLERANCE)
-        calls = {peer: functools.partial(run, given) for peer, run in runs.items() if errors[peer] <= bound}
-        times = harness.time_interleaved(calls, device, rounds)
+            with quiet():
+                run, made = _prepare(peer, oracle, given, device)
+                errors[peer] = _error(run(given), expected)
+                call = functools.partial(_until_done, device, run, given) if batch <= LATENCY_BATCH else None
+                programs[peer] = device.prepare([call or functools.partial(run, given)], capture=False)
+            rows[-1] |= made | {"max_error": errors[peer]}
+        except Exception as error:  # whatever a library raises is the reason in its cell
+            rows[-1]["error"] = reason(error)
+    # NaN exceeds every bound.
+    bound = max(2 * errors.get(BASELINE, 0.0), testing.PEER_TOLERANCE)
+    right = {peer: program for peer, program in programs.items() if errors[peer] <= bound}
+    times, telemetry = timing.time_interleaved(right, device, rounds, seconds=start + seconds - time.perf_counter())
+    for peer, program in right.items():
+        errors[peer] = _error(program.output(), expected)  # what was timed was right as well
     for row in rows:
-        if (peer := row["peer"]) in errors:
-            row |= {"correct": peer in calls, "max_error": errors[peer]}
-            if peer not in calls:
-                row["error"] = f"incorrect: error {errors[peer]:.1e} exceeds {bound:.1e}"
-        if peer in calls:
-            row |= harness.summary(times[peer])
+        peer = row["peer"]
+        if peer in right and errors[peer] <= bound:
+            row |= {"correct": True, **timing.summary(times[peer]), **timing.clocks(telemetry)}
+            row["timed_by"] = "synchronised" if batch <= LATENCY_BATCH else right[peer].how
             row["images_per_s"] = 1e3 * batch / row["median_ms"]
-            row["ratio"] = harness.summary(times["timm eager"])["median_ms"] / row["median_ms"]
+            if "flops" in row:
+                row["tflops"] = row["flops"] / row["median_ms"] / 1e9
+        elif peer in programs:
+            row["error"] = f"incorrect: error {errors[peer]:.1e} exceeds {bound:.1e}"
+    add_ratios(rows, BASELINE)
+    del programs, right, oracle
+    device.release()
     return rows
 
 
-COLUMNS = ["case", "peer", "correct", "max_error", "median_ms", "p20_ms", "p80_ms", "images_per_s", "ratio", "error"]
+def _prepare(
+    peer: str, oracle: torch.nn.Module, given: Tensor, device: Device
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """A contestant that has run once, and what that took."""
+    before, start = device.allocated(), time.perf_counter()
+    run = PEERS[peer](oracle, given)
+    device.synchronize()
+    built = time.perf_counter()
+    peak = device.peak_memory(functools.partial(run, given))
+    first_ms = (time.perf_counter() - built) * 1e3
+    made = {"build_s": built - start, "first_call_ms": first_ms}
+    return run, made | ({} if peak is None else {"peak_memory_bytes": peak - before})
 
 
-def main() -> None:
-    """Parse arguments, run, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", nargs="+", default=["vit_base_patch16_224"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="fp32, fp16 or bf16; the engine's default otherwise")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--peer", nargs="+", default=[], choices=list(PEERS), help="further contestants")
-    parser.add_argument("--json", type=Path, default=None, help="result file; by default under benchmarks/results/")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    rows = []
-    for name in args.model:
-        for batch in args.batch:
-            rows += compare(name, batch, device, dtype, rounds=args.rounds, peers=args.peer)
-    harness.print_table("ms per batch; ratio: times as fast as timm eager", rows, COLUMNS)
-    print(f"written to {harness.save('model', device, rows, args.json)}")
-    if any(str(row.get("error", "")).startswith("incorrect") for row in rows):
-        raise SystemExit("a contestant was wrong")
+def _error(logits: Tensor, expected: Tensor) -> float:
+    """Largest error by the largest right logit."""
+    return ((logits.to(expected) - expected).abs().max() / expected.abs().max()).item()
 
 
-if __name__ == "__main__":
-    main()
+def _until_done(device: Device, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    logits = run(images)
+    device.synchronize()
+    return logits
+
+
+def _work(name: str, batch: int) -> dict[str, Any]:
+    """FLOPs of the forward, where the architecture is known without the library."""
+    if name not in NAMED:
+        return {}
+    return {"flops": round(predict(NAMED[name], batch=batch, chip="h100")["gflop_per_image"] * batch * 1e9)}

@@ -1,103 +1,299 @@
-"""The engines that the whole-model benchmark compares with, each optional and named.
+"""Other people's kernels beside ours, each optional and named.
 
-A peer is a function of (timm model in eval mode, example images) that gives a function of images, or
-raises `Absent` with the reason. To add one, write that function and name it in PEERS.
+A peer is a small function of a `Call` that gives what is timed: a function of nothing. It raises `Absent` where it
+cannot run; a missing package or an error of the library's is caught and becomes the reason in its cell. To add one:
+
+    @peer("attention", "my attention")
+    def mine(call: Call) -> Callable[[], Any]:
+        from mymodule import my_attention
+        return functools.partial(my_attention, *call.args, **call.kwargs)
+
+From outside, `vitfast bench kernels --op attention --peer mymodule:my_attention` does the same; the function takes
+the arguments of `vitfast.ops.attention`. Work done before the function is returned (packing weights) is not timed.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vitfast
+from vitfast import model, ops, planner
+from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
+from vitfast.config import ViTConfig
+from vitfast.ops import registry
+from vitfast.ops.registry import BACKENDS, backend
 
-Run = Callable[[Tensor], Tensor]
+Thunk = Callable[[], Any]
+BASELINE = "torch eager"
+INTERPRETED = "Triton's interpreter is there to check kernels, not to time them"
 
 
 class Absent(RuntimeError):
     """A peer cannot run here; the message says why."""
 
 
-def engine(model: nn.Module, images: Tensor) -> Run:
-    """vitfast's engine, on the images' device and dtype."""
-    built = vitfast.load(model, device=images.device, dtype=images.dtype)
-    return lambda x: built(x).logits
+@dataclass(frozen=True)
+class Peer:
+    """`build` makes what is timed. `slow`: takes long to compile, so it runs only when asked for.
+
+    `eight_bit`: computes in 8 bits, so that it is judged by `testing.EIGHT_BIT_RMS` and marked so.
+    """
+
+    name: str
+    build: Callable[[Call], Thunk]
+    slow: bool = False
+    eight_bit: bool = False
 
 
-def eager(model: nn.Module, images: Tensor) -> Run:
-    """timm's own forward, in the images' dtype."""
-    return copy.deepcopy(model).to(images.device, images.dtype)
+PEERS: dict[str, dict[str, Peer]] = {op: {} for op in OPS}
 
 
-def compiled(model: nn.Module, images: Tensor) -> Run:
-    """torch.compile, "max-autotune" on a GPU and the default mode elsewhere."""
-    return torch.compile(eager(model, images), mode="max-autotune" if images.is_cuda else "default")
+def peer(op: str, name: str, **flags: bool) -> Callable[[Callable[[Call], Thunk]], Callable[[Call], Thunk]]:
+    """Register a function as a peer of an op; `flags` as in Peer."""
+
+    def register(build: Callable[[Call], Thunk]) -> Callable[[Call], Thunk]:
+        PEERS[op][name] = Peer(name, build, **flags)
+        return build
+
+    return register
 
 
-def onnxruntime(model: nn.Module, images: Tensor) -> Run:
-    """ONNX Runtime on the CPU, fp32, all graph optimisations, as many threads as torch."""
-    _cpu_fp32_only(images)
+def peers_of(case: Case, *, slow: bool = False, extra: Mapping[str, Peer] | None = None) -> dict[str, Peer]:
+    """The contestants of a case: plain torch, our backends, registered peers and those given."""
+    found = {BASELINE: Peer(BASELINE, functools.partial(_plain, case))}
+    if case.spec.op in registry.OPS:
+        found = {name: Peer(name, functools.partial(_backend, case, key)) for key, name in BACKEND_NAMES.items()}
+    return found | {n: p for n, p in PEERS[case.op].items() if slow or not p.slow} | dict(extra or {})
+
+
+BACKEND_NAMES = {name: BASELINE if name == "torch" else f"vitfast {name}" for name in BACKENDS}
+
+
+def _plain(case: Case, call: Call) -> Thunk:
+    """The reference, in the case's dtype."""
+    return functools.partial(OPS[case.op].reference, *call.args, **call.kwargs)
+
+
+def _backend(case: Case, name: str, call: Call) -> Thunk:
+    """One of this project's backends, "torch" among them."""
+    entry = backend(case.spec.op, name)
+    if reasons := entry.why_not(case.spec):
+        raise Absent("; ".join(reasons))
+    if name == "triton" and case.device.type == "cpu":
+        raise Absent(INTERPRETED)
+    if case.op == "attention_backward":
+        return functools.partial(gradients(functools.partial(ops.attention, backend=name)), *call.args, **call.kwargs)
+    run: Callable[..., Any] = entry.call
+    return functools.partial(run, *call.args, **backend_options(call.kwargs))
+
+
+def from_outside(path: str) -> Peer:
+    """The peer `module:function`, called as the op is.
+
+    Raises:
+        ValueError: if it does not look like that, or there is no such function.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"a peer from outside is named module:function, got {path!r}")
     try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise Absent(str(error)) from None
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        _export(model, images, path)
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+        run = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"peer {path!r} cannot be imported: {error}") from None
+    return Peer(path, lambda call: functools.partial(run, *call.args, **call.kwargs))
 
 
-def openvino(model: nn.Module, images: Tensor) -> Run:
-    """OpenVINO on the CPU, in fp32 (its default there may be lower), as many threads as torch."""
-    _cpu_fp32_only(images)
-    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
-    try:
-        import openvino as ov
-    except ImportError as error:
-        raise Absent(str(error)) from None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        _export(model, images, path)
-        core = ov.Core()
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        network = core.compile_model(core.read_model(str(path)), "CPU", settings)
-    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
+def _compiled(op: str, mode: str, call: Call) -> Thunk:
+    run = torch.compile(OPS[op].reference, mode=mode, fullgraph=True, dynamic=False)
+    return functools.partial(run, *call.args, **call.kwargs)
 
 
-def _cpu_fp32_only(images: Tensor) -> None:
-    if images.device.type != "cpu" or images.dtype != torch.float32:
-        raise Absent(f"compared on the CPU in fp32 only, not on {images.device} in {images.dtype}")
+for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", "block"):
+    PEERS[_op]["torch.compile"] = Peer("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
+    # Without its own CUDA graphs: every contestant is captured in the same way here.
+    _tuned = functools.partial(_compiled, _op, "max-autotune-no-cudagraphs")
+    PEERS[_op]["torch.compile max-autotune"] = Peer("torch.compile max-autotune", _tuned, slow=True)
 
 
-def _export(model: nn.Module, images: Tensor, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise Absent(f"torch.onnx.export needs it: {error}") from None
-    torch.onnx.export(copy.deepcopy(model), (images,), str(path), dynamo=True, verbose=False, external_data=False)
+def _packed(name: str, call: Call) -> Thunk:
+    """A linear on a weight that was packed once, as the engine runs it on a CPU."""
+    x, weight, *bias = call.args
+    entry, spec = backend("linear", name), registry.Spec.of("linear", x)
+    if reasons := entry.why_not(spec):
+        raise Absent("; ".join(reasons))
+    found = planner.packed_linear(entry, spec)
+    if found is None:
+        raise Absent("packs weights in fp32 on a CPU only")
+    pack, run = found
+    if "row_stats" in call.kwargs and name == "torch":
+        raise Absent("has no folded norm")
+    return functools.partial(run, x, pack(weight), *bias, **call.kwargs)
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "vitfast": engine,
-    "timm eager": eager,
-    "torch.compile": compiled,
-    "ONNX Runtime": onnxruntime,
-    "OpenVINO": openvino,
-}
+PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "torch"))
+PEERS["linear"]["vitfast native packed"] = Peer("vitfast native packed", functools.partial(_packed, "native"))
+
+
+@peer("linear", "torchao FP8", eight_bit=True)
+def torchao_fp8(call: Call) -> Thunk:
+    """Weights quantised once per channel, activations on the fly per row."""
+    x, weight, *bias = call.args
+    if call.kwargs:
+        raise Absent("is compared on the plain product and with a bias only")
+    if x.dtype != torch.bfloat16:
+        raise Absent("is compared in bf16 only")
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    width, inner = weight.shape
+    layer = torch.nn.Linear(inner, width, bias=bool(bias), device=x.device, dtype=x.dtype)
+    layer.load_state_dict({"weight": weight, **({"bias": bias[0]} if bias else {})})
+    quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return functools.partial(layer, x)
+
+
+def _planned_block(choice: str, call: Call) -> Thunk:
+    """A block as the engine runs it, its weights packed and its norms folded as the plan has it."""
+    (x, weights), heads = call.args, call.kwargs["heads"]
+    batch, tokens, width = x.shape
+    config = ViTConfig((tokens - 1, 1), (1, 1), width, 1, heads, weights["fc1.weight"].shape[0])
+    plan = planner.build(config, device=x.device, dtype=x.dtype, backend=choice, batch=batch)
+    named = {f"blocks.0.{name}": weight for name, weight in weights.items()}
+    named["patch_embed.weight"] = x.new_zeros(width, 3, 1, 1)  # not part of a block
+    arranged = model.arrange(config, named, plan, device=x.device, dtype=x.dtype)
+    stats = plan.calls["row_stats"](x) if plan.fold_norm else None  # in a model, the block before writes them
+
+    def run() -> torch.Tensor:
+        return model.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
+
+    return run
+
+
+@peer("block", "vitfast engine")
+def engine_block(call: Call) -> Thunk:
+    """With the backends that the planner chooses."""
+    return _planned_block("auto", call)
+
+
+@peer("block", "vitfast triton")
+def triton_block(call: Call) -> Thunk:
+    """In five launches of our Triton kernels."""
+    if call.args[0].device.type == "cpu":
+        raise Absent(INTERPRETED)
+    return _planned_block("triton", call)
+
+
+@peer("layer_norm", "Liger")
+def liger_layer_norm(call: Call) -> Thunk:
+    """Liger's Triton kernel."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return functools.partial(LigerLayerNormFunction.apply, *call.args)
+
+
+def _sdpa(kind: SDPBackend, q, k, v, *, bias=None, mask=None, causal=False):
+    with sdpa_kernel(kind):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        added = mask if bias is None else bias
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal)
+    return out.transpose(1, 2).contiguous()
+
+
+def _plain_attention(call: Call, *allowed: str) -> dict[str, Any]:
+    """The options of a call, if a library that takes no others can run it."""
+    if others := call.kwargs.keys() - set(allowed):
+        raise Absent(f"takes no {', '.join(sorted(others))}")
+    if call.args[0].device.type != "cuda":
+        raise Absent("runs on a GPU only")
+    return call.kwargs
+
+
+def _first(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The output alone, of functions some of whose versions also give statistics."""
+    out = run(*args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_attn_2(call: Call) -> Callable[..., Any]:
+    """Dao's flash-attn, second generation."""
+    _plain_attention(call, "causal")
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def flash_attn_3(call: Call) -> Callable[..., Any]:
+    """The third, for Hopper."""
+    _plain_attention(call, "causal")
+    from flash_attn_interface import flash_attn_func
+
+    return functools.partial(_first, flash_attn_func)
+
+
+def flash_attn_4(call: Call) -> Callable[..., Any]:
+    """The fourth, in the CuTe DSL."""
+    _plain_attention(call, "causal")
+    from flash_attn.cute import flash_attn_func
+
+    return functools.partial(_first, flash_attn_func)
+
+
+def xformers_attention(call: Call) -> Callable[..., Any]:
+    """xformers' choice of kernel."""
+    _plain_attention(call, "causal", "bias")
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    def run(q, k, v, *, bias=None, causal=False):
+        if bias is not None:
+            bias = bias.expand(q.shape[0], -1, -1, -1)
+        return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else bias)
+
+    return run
+
+
+@peer("attention", "SageAttention", eight_bit=True)
+def sage_attention(call: Call) -> Thunk:
+    """Scores in INT8."""
+    options = _plain_attention(call, "causal")
+    from sageattention import sageattn
+
+    return functools.partial(sageattn, *call.args, tensor_layout="NHD", is_causal=options.get("causal", False))
+
+
+def _register_attention(name: str, choose: Callable[[Call], Callable[..., Any]]) -> None:
+    """An attention function as a peer of the forward, and of forward and backward."""
+
+    @peer("attention", name)
+    def forward(call: Call) -> Thunk:
+        return functools.partial(choose(call), *call.args, **call.kwargs)
+
+    @peer("attention_backward", name)
+    def forward_and_backward(call: Call) -> Thunk:
+        return functools.partial(gradients(choose(call)), *call.args, **call.kwargs)
+
+
+def _sdpa_choice(kind: SDPBackend, gpu_only: bool, call: Call) -> Callable[..., Any]:
+    if gpu_only:
+        _plain_attention(call, "bias", "mask", "causal")
+    return functools.partial(_sdpa, kind)
+
+
+for _name, _kind, _gpu_only in (
+    ("SDPA flash", SDPBackend.FLASH_ATTENTION, False),
+    ("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION, True),
+    ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, True),
+    ("SDPA math", SDPBackend.MATH, False),
+):
+    _register_attention(_name, functools.partial(_sdpa_choice, _kind, _gpu_only))
+for _name, _choose in (
+    ("flash-attn 2", flash_attn_2),
+    ("flash-attn 3", flash_attn_3),
+    ("flash-attn 4", flash_attn_4),
+    ("xformers", xformers_attention),
+):
+    _register_attention(_name, _choose)

@@ -1,37 +1,39 @@
 """Result files as Markdown, and the tables of README.md kept equal to them.
 
-    python -m benchmarks.report benchmarks/results/cpu/....json     # print a table
-    python -m benchmarks.report --update README.md                  # redraw its marked tables
-
-A marked table stands between `<!-- results: PATH -->` and `<!-- end -->`.
+A marked table stands between `<!-- results: PATH -->` and `<!-- end -->`; `vitfast bench report --update README.md`
+redraws it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT
+from vitfast.benchmarks.environment import ROOT
+from vitfast.benchmarks.result_file import commit, machine, number, read
 
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+RATES = {"model": ("images_per_s", "img/s", "timm"), "kernels": ("tflops", "TFLOP/s", "torch")}
+
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of a result's rows, and a line on where they come from."""
-    lines = ["| case | runs | median ms | p20–p80 | img/s | times as fast as timm |", "|---|---|---:|---:|---:|---:|"]
+    """A table of a result's rows, and a line on where they come from. Contestants that did not run are left out."""
+    field, unit, baseline = RATES[result["kind"]]
+    lines = [
+        f"| case | runs | median ms | p20–p80 | {unit} | times as fast as {baseline} |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for row in result["rows"]:
-        if not row["correct"]:
-            lines.append(f"| {row['case']} | {row['peer']} | {row['error']} | | | |")
-            continue
-        times = f"{row['median_ms']:.0f} | {row['p20_ms']:.0f}–{row['p80_ms']:.0f} | {row['images_per_s']:.1f}"
-        lines.append(f"| {row['case']} | {row['peer']} | {times} | {row['ratio']:.2f} |")
+        if row["correct"]:
+            times = f"{number(row['median_ms'])} | {number(row['p20_ms'])}–{number(row['p80_ms'])}"
+            rates = f"{number(row[field])} | {row['ratio']:.2f}"
+            lines.append(f"| {row['case']} | {row['peer']} | {times} | {rates} |")
+        elif str(row.get("error", "")).startswith("incorrect"):
+            lines.append(f"| {row['case']} | {row['peer']} | incorrect | | | |")
     entry = result["environment"]
-    where = entry.get("gpu") or f"{entry['cpu']}, {entry['threads']} threads"
     lines.append("")
-    lines.append(f"{where}; torch {entry['torch']}; commit {entry['commit'][:9]}, {entry['date'][:10]}.")
+    lines.append(f"{machine(entry)}; torch {entry['torch']}; commit {commit(entry)}, {entry['date'][:10]}.")
     return "\n".join(lines) + "\n"
 
 
@@ -39,22 +41,6 @@ def redraw(text: str) -> str:
     """The text with every marked table drawn anew from its result file."""
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + markdown(json.loads((ROOT / match[2]).read_text())) + match[3]
+        return match[1] + markdown(read(ROOT / match[2])) + match[3]
 
     return MARKED.sub(table, text)
-
-
-def main() -> None:
-    """Print tables, or update files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--update", nargs="*", type=Path, default=[])
-    args = parser.parse_args()
-    for path in args.results:
-        print(markdown(json.loads(path.read_text())))
-    for path in args.update:
-        path.write_text(redraw(path.read_text()))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,11 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <iterator>
 #include <string>
 
 #include "cpu/simd.h"
+#include "cuda/attention.h"
 
 namespace py = pybind11;
 
@@ -38,6 +40,10 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("attention", &vitfast::attention_cpu);
 }
 
+#ifdef VITFAST_CUDA
+TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) { m.impl("attention", &vitfast::attention_cuda); }
+#endif
+
 namespace {
 
 // op -> what it can do, in the words of vitfast.ops.registry.Backend.
@@ -49,8 +55,18 @@ py::dict ops() {
   for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
     all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   }
-  all["attention"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
-                              "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)));
+  all["attention"] =
+      py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
+               "features"_a = py::make_tuple("causal"));
+#ifdef VITFAST_CUDA
+  py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
+  for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
+  all["attention"]["devices"] = py::make_tuple("cpu", "cuda");
+  all["attention"]["per_device"] = py::dict(
+      "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"), "min_capability"_a = py::make_tuple(8, 0),
+                          "limits"_a = py::dict("keys"_a = py::make_tuple(0, vitfast::kAttentionMaxKeys)),
+                          "choices"_a = py::dict("head_dim"_a = head_dims), "features"_a = py::make_tuple()));
+#endif
   return all;
 }
 
@@ -77,6 +93,7 @@ py::dict build_info() {
 #else
   info["threads"] = "none";
 #endif
+  info["cuda"] = VITFAST_CUDA_STATE;
   return info;
 }
 
@@ -85,7 +102,8 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ extension of vitfast. Importing it registers torch.ops.vitfast_native; import torch first.";
   m.def("ops", &ops, "The ops in torch.ops.vitfast_native, each with the devices and dtypes it runs on.");
-  m.def("build_info", &build_info, "Compiler, flags, torch version, SIMD level in use here, and threading.");
+  m.def("build_info", &build_info,
+        "Compiler, flags, torch version, SIMD level in use here, threading, and CUDA or why not.");
   m.def("limit_simd", &limit_simd,
         "The highest SIMD level attention may use: for tests of the levels below this CPU's.");
 }

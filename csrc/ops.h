@@ -1,4 +1,4 @@
-// What ops.cpp registers and csrc/cpu implements. One declaration per op.
+// What ops.cpp registers and csrc/cpu and csrc/cuda implement. One declaration per op.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,5 +32,11 @@ std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
                          std::optional<double> scale);
+
+#ifdef VITFAST_CUDA
+at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
+                          std::optional<double> scale);
+#endif
 
 }  // namespace vitfast

@@ -56,7 +56,8 @@ def pick_config(
 
 # Chosen in the same way; the number is the widest padded head dim. "dense": with a bias or a mask,
 # or with dS written (for "dkdv" any bias or mask, for "dq" one that differs from query to query).
-# dq walks over BLOCK_N, dkdv over BLOCK_M.
+# dq walks over BLOCK_N, dkdv over BLOCK_M. "shared": key heads that serve several query heads, in
+# packed sequences or under a band.
 BACKWARD_CONFIGS = [
     Config("dq-half-128", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
     Config("dq-half-256", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=2),
@@ -71,6 +72,7 @@ BACKWARD_CONFIGS = [
     Config("dkdv-half-256", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8, num_stages=2),
     Config("dkdv-dense-64", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=4, num_stages=2),
     Config("dkdv-dense-128", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8, num_stages=2),
+    Config("dkdv-shared-128", {"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8, num_stages=1),
     Config("dkdv-dense-256", {"BLOCK_N": 32, "BLOCK_M": 16}, num_warps=8, num_stages=1),
     Config("dkdv-fp32-128", {"BLOCK_N": 32, "BLOCK_M": 16}, num_warps=8, num_stages=1),
     Config("dkdv-fp32-256", {"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8, num_stages=1),
@@ -78,15 +80,30 @@ BACKWARD_CONFIGS = [
 
 
 def pick_backward_config(
-    kernel: str, head_dim: int, dtype: torch.dtype, dense: bool, device_capability: tuple[int, int]
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    dense: bool,
+    device_capability: tuple[int, int],
+    irregular: bool = False,
+    shared: bool = False,
 ) -> Config:
-    """The configuration of "dq" or "dkdv"; `dense`: it reads or writes tiles of bias, mask or dS."""
+    """The configuration of "dq" or "dkdv".
+
+    `dense`: it reads or writes tiles of bias, mask or dS, or caps scores or adds ALiBi. `irregular`: a band or packed
+    sequences; `shared`: key heads that serve several query heads. Their further loops leave dkdv fewer registers, so
+    that it takes smaller tiles: with `irregular` for more than 80 columns, with `shared` always.
+    """
+    columns = sum(head_chunks(head_dim))
+    dense = dense or (kernel == "dkdv" and (shared or (irregular and columns > 80)))
     kind = "fp32" if dtype == torch.float32 else "dense" if dense else "half"
+    if kind == "dense" and kernel == "dkdv" and shared and irregular and 64 < columns <= 128:
+        kind = "shared"  # one stage: of the dense tiles two would spill
     fitting = (
         config
         for config in BACKWARD_CONFIGS
         if config.name.startswith(f"{kernel}-{kind}-")
-        and int(config.name.split("-")[2]) >= sum(head_chunks(head_dim))
+        and int(config.name.split("-")[2]) >= columns
         and config.min_capability <= device_capability
     )
     return next(fitting)

@@ -6,8 +6,11 @@ Nothing here knows about the rest of vitfast: `kernels/` imports torch, triton a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -76,6 +79,34 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 9, 0
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def tuned_choices(device: torch.device) -> dict[str, dict[str, str]]:
+    """op -> tuning key -> config name, from configs/<gpu>.json; empty for a GPU that has no table.
+
+    `vitfast bench sweep` writes such tables, of configs that were right and the fastest there.
+    """
+    if device.type != "cuda":
+        return {}
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    path = Path(__file__).parent / "configs" / f"{slug}.json"
+    return json.loads(path.read_text()).get("configs", {}) if path.is_file() else {}
+
+
+def tuned(op: str, device: torch.device, configs: Sequence[Config], key: str) -> Config | None:
+    """The config that this GPU's table has for a call, or None.
+
+    Raises:
+        ValueError: if the table names a config that there is not.
+    """
+    name = tuned_choices(device).get(op, {}).get(key)
+    if name is None:
+        return None
+    for config in configs:
+        if config.name == name:
+            return config
+    raise ValueError(f"{op}: the tuning table of {device} names config {name!r} for {key!r}; there is no such config")
 
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])

@@ -90,6 +90,17 @@ def pick_config(
     return min(filter(able, pool), key=price)
 
 
+def tuning_key(
+    rows: int, inner: int, width: int, dtype: torch.dtype, *, tma: bool, gated: bool = False, stats: bool = False
+) -> str:
+    """What a tuned choice depends on: the very shape, and what restricts the configs.
+
+    16-bit configs all have one BLOCK_K, so that a tuned choice changes no order of summation.
+    """
+    flags = {"tma": tma, "gated": gated, "stats": stats}
+    return " ".join([f"{rows}x{inner}x{width}", str(dtype), *(name for name, on in flags.items() if on)])
+
+
 def check_config(config: Config, dtype: torch.dtype, tma: bool, gated: bool, stats: bool) -> None:
     """Raise ValueError if a config cannot run this call."""
     if (config in FLOAT32_CONFIGS) != (dtype == torch.float32):

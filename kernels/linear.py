@@ -37,6 +37,7 @@ from vitfast.kernels._linear_configs import (
     TMA_CONFIGS,
     check_config,
     pick_config,
+    tuning_key,
     uses_tma,
     widest_tile,
 )
@@ -295,7 +296,7 @@ def linear(
     Args:
         x: [..., K], rows at one stride. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
         residual: of the output's shape, rows at one stride.
-        config: a member of CONFIGS instead of `pick_config`'s choice. A TMA config needs `uses_tma`.
+        config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice. A TMA config needs `uses_tma`.
 
     Returns:
         [..., N] in x's dtype, contiguous; with `stats` also [M, ceil(N / 128), 2] fp32.
@@ -320,7 +321,10 @@ def linear(
 
     tma, sms = uses_tma(width, x_rows, weight, residual_rows), _common.num_sms(device)
     if config is None:
-        config = pick_config(rows, width, x.dtype, tma=tma, sms=sms, gated=gated, stats=stats)
+        key = tuning_key(rows, inner, width, x.dtype, tma=tma, gated=gated, stats=stats)
+        config = _common.tuned("linear", device, CONFIGS, key) or pick_config(
+            rows, width, x.dtype, tma=tma, sms=sms, gated=gated, stats=stats
+        )
     check_config(config, x.dtype, tma, gated, stats)
     block_m, block_n, block_k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
     # Tiles of 4 warps leave room for a second program, which works while the first is in its epilogue.

@@ -162,6 +162,11 @@ def pick_config(width: int, *, gated: bool, capability: tuple[int, int]) -> Conf
     return by_name["width192_swiglu" if gated else "width192"]
 
 
+def tuning_key(width: int, dtype: torch.dtype, *, gated: bool) -> str:
+    """What a tuned choice depends on: not on the rows, for configs differ in their order of summation."""
+    return " ".join([str(width), str(dtype), *(["gated"] if gated else [])])
+
+
 def _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual) -> None:
     """What `vitfast.ops` checks too: this launcher is also called by itself."""
     if activation not in ACTIVATIONS:
@@ -204,7 +209,7 @@ def mlp(
     Args:
         x: [..., C], rows at one stride. fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F].
         residual: of x's shape, rows at one stride.
-        config: a member of CONFIGS instead of `pick_config`'s choice, for the one-kernel form.
+        config: a member of CONFIGS instead of the tuning table's or `pick_config`'s choice, for the one-kernel form.
 
     Returns:
         [..., C] in x's dtype, contiguous.
@@ -230,8 +235,11 @@ def mlp(
     rows = x_rows.shape[0]
     if not rows:
         return y
+    gated = activation == "swiglu"
     if config is None:
-        config = pick_config(width, gated=activation == "swiglu", capability=_common.capability(device))
+        config = _common.tuned("mlp", device, CONFIGS, tuning_key(width, x.dtype, gated=gated)) or pick_config(
+            width, gated=gated, capability=_common.capability(device)
+        )
     large, small = column_tiles(width)
     _mlp_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]),)](
         y, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows,

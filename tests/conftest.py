@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from vitfast import testing
+from vitfast import planner, testing
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -23,6 +23,16 @@ if not torch.cuda.is_available():
 def _poison():
     with testing.poisoned_allocations():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_plans(tmp_path_factory):
+    """Plans measured here stay here, and none that another version left behind is read."""
+    folder = tmp_path_factory.mktemp("plans")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(planner, "plans_dir", lambda: folder)
+    yield
+    patch.undo()
 
 
 SIMD_LEVELS = ("default", "avx2", "avx512f")

@@ -52,7 +52,7 @@ def gradients(dout, q, k, v, *, bias=None, module=kernel, **kwargs):
     return grads if bias is None else [*grads, dbias]
 
 
-def recomputed(dout, q, k, v, *, bias=None, mask=None, causal=False, scale=None):
+def recomputed(dout, q, k, v, *, bias=None, mask=None, right=None, scale=None):
     """The same in plain torch, where the backward makes the weights again from the rows' maxima and sums.
 
     Torch's own gradient keeps them, and its error in fp32 is smaller: no product q kᵀ is summed in
@@ -61,7 +61,7 @@ def recomputed(dout, q, k, v, *, bias=None, mask=None, causal=False, scale=None)
     dout, q, k, v = (t.transpose(1, 2) for t in (dout, q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    seen = (seen.tril() if causal else seen) & (True if mask is None else mask)
+    seen = (seen if right is None else seen.tril(right)) & (True if mask is None else mask)
 
     def finish(products):
         scores = products * scale + (0.0 if bias is None else bias)
@@ -117,7 +117,7 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *ODD_HEAD_DIMS])
 @pytest.mark.parametrize("causal", [False, True])
 def test_head_dims_all(head_dim, dtype, causal):
-    check(*inputs(2, 67, 83, 3, head_dim, dtype), causal=causal)
+    check(*inputs(2, 67, 83, 3, head_dim, dtype), right=0 if causal else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,11 +156,11 @@ def test_expanded_keys():
 @pytest.mark.parametrize("lengths", [(50, 131), (131, 50), (131, 131), (1, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_causal(lengths, dtype):
-    check(*inputs(1, *lengths, 2, 64, dtype), causal=True)
+    check(*inputs(1, *lengths, 2, 64, dtype), right=0)
 
 
 def test_causal_bias_gradient_above_the_diagonal_is_zero():
-    *_, dbias = check(*inputs(1, 70, 131, 2, 32), bias=guarded(make(2, 70, 131, seed=5)), causal=True)
+    *_, dbias = check(*inputs(1, 70, 131, 2, 32), bias=guarded(make(2, 70, 131, seed=5)), right=0)
     assert not dbias.triu(1).any()
 
 
@@ -184,7 +184,7 @@ def test_bias_dtypes(dtype, bias_dtype):
     q, k, v = inputs(1, 50, 70, 2, 64, dtype)
     # Values that all three dtypes hold: the torch backend rounds the bias to q's dtype.
     bias = guarded((make(2, 50, 70, seed=5) * 8).round() / 8).to(bias_dtype)
-    *_, dbias = check(q, k, v, bias=bias, mask=random_mask(1, 1, 1, 70), causal=True)
+    *_, dbias = check(q, k, v, bias=bias, mask=random_mask(1, 1, 1, 70), right=0)
     assert dbias.dtype == bias_dtype
 
 
@@ -200,7 +200,7 @@ def test_scale(scale, causal):
     dout = make(*q.shape, seed=7)
     # A mask, as torch's own causal form gives NaN for a scale <= 0 on some versions.
     mask = torch.ones(40, 70, dtype=torch.bool, device=q.device).tril() if causal else None
-    compare(gradients(dout, q, k, v, scale=scale, causal=causal), dout, q, k, v, scale=scale, mask=mask)
+    compare(gradients(dout, q, k, v, scale=scale, right=0 if causal else None), dout, q, k, v, scale=scale, mask=mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -250,7 +250,7 @@ def test_large_logits(dtype):
 def test_empty(shape, causal):
     batch, queries, keys = shape
     q, k, v = (make(batch, n, 2, 32) for n in (queries, keys, keys))
-    actual = gradients(torch.ones_like(q), q, k, v, bias=make(2, 1, keys), causal=causal)
+    actual = gradients(torch.ones_like(q), q, k, v, bias=make(2, 1, keys), right=0 if causal else None)
     assert [grad.shape for grad in actual] == [q.shape, k.shape, v.shape, (2, 1, keys)]
     assert not any(grad.any() for grad in actual)
 
@@ -269,8 +269,8 @@ WRONG = {
     "delta dropped from dq": (*DQ, ") - delta)", "))"),
     "delta dropped from dk": (*DKDV, "- tile_delta[None, :]", ""),
     "scale dropped from dk": (*DKDV, "dk_acc * scale", "dk_acc"),
-    "last keys dropped": (*DQ, "tl.range(whole, end,", "tl.range(whole, whole,"),
-    "last queries dropped": (*DKDV, "tl.range(whole, query_count,", "tl.range(whole, whole,"),
+    "last keys dropped": (*DQ, "tl.range(tail, end,", "tl.range(tail, tail,"),
+    "last queries dropped": (*DKDV, "tl.range(tail, end,", "tl.range(tail, tail,"),
     "weights 2 % off": (*DKDV, "dv_rest, weights,", "dv_rest, weights * 1.02,"),
 }
 
@@ -308,10 +308,11 @@ def test_rejects(message):
 
 
 def test_every_config_is_reached():
-    grid = itertools.product(("dq", "dkdv"), range(1, 257), DTYPES, (False, True), ((8, 0), (8, 6), (9, 0), (10, 0)))
+    flags = itertools.product((False, True), repeat=3)
+    grid = itertools.product(("dq", "dkdv"), range(1, 257), DTYPES, flags, ((8, 0), (8, 6), (9, 0), (10, 0)))
     picked = {}
-    for name, head_dim, dtype, dense, chip in grid:
-        config = pick_backward_config(name, head_dim, dtype, dense, chip)
+    for name, head_dim, dtype, (dense, irregular, shared), chip in grid:
+        config = pick_backward_config(name, head_dim, dtype, dense, chip, irregular, shared)
         assert config.min_capability <= chip
         picked[config.name] = config
     assert sorted(picked) == sorted(config.name for config in BACKWARD_CONFIGS)
@@ -320,13 +321,17 @@ def test_every_config_is_reached():
 # ---- torch.ops.vitfast.attention, as torch differentiates it
 
 
+# slopes, softcap, left, right, offset, scale; no packed sequences
+OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
+
+
 def leaves(dtype=FP32, bias_shape=(2, 1, 7)):
     q, k, v = (make(1, n, 2, 24, dtype=dtype, seed=seed) for seed, n in enumerate((5, 7, 7)))
     return [t.requires_grad_() for t in (q, k, v, make(*bias_shape, seed=5))]
 
 
 def run(q, k, v, bias, backend="triton", mask=None):
-    return torch.ops.vitfast.attention(q, k, v, bias, mask, False, None, backend)
+    return ops.attention(q, k, v, bias=bias, mask=mask, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -369,17 +374,17 @@ def test_statistics_are_made_for_a_backward_only(monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     q, k, v, bias = leaves()
-    arguments = (q, k, v, bias, random_mask(5, 7), True, 0.3, backend)
+    arguments = (q, k, v, bias, random_mask(5, 7), *OPTIONS, backend)
     torch.library.opcheck(torch.ops.vitfast.attention.default, arguments)
 
 
 def test_opcheck_of_both_halves():
     q, k, v, bias = leaves()
-    torch.library.opcheck(torch.ops.vitfast.attention_forward.default, (q, k, v, bias, None, True, 0.3))
+    torch.library.opcheck(torch.ops.vitfast.attention_forward.default, (q, k, v, bias, None, *OPTIONS))
     q, k, v, bias = (t.detach() for t in (q, k, v, bias))
-    out, stats = torch.ops.vitfast.attention_forward(q, k, v, bias, None, True, 0.3)
+    out, stats = torch.ops.vitfast.attention_forward(q, k, v, bias, None, *OPTIONS)
     for bias_grad in (False, True):
-        arguments = (torch.ones_like(out), q, k, v, out, stats, bias, None, True, 0.3, bias_grad)
+        arguments = (torch.ones_like(out), q, k, v, out, stats, bias, None, *OPTIONS, bias_grad)
         torch.library.opcheck(torch.ops.vitfast.attention_backward.default, arguments)
 
 

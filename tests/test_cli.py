@@ -317,7 +317,7 @@ def test_help_has_an_example(command):
     [
         ["embed"],
         ["embed", "a.png", "-m", "m"],
-        ["embed", "a.png", "-m", "m", "-o", "o", "--dtype", "int8"],
+        ["embed", "a.png", "-m", "m", "-o", "o", "--dtype", "int4"],
         ["embed", "a.png", "-m", "m", "-o", "o", "--batch-size", "0"],
         ["classify", "a.png", "-m", "m", "--topk", "0"],
         ["unknown"],

@@ -1,5 +1,6 @@
 """vitfast doctor: what would run here, and every reason why not."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import vitfast
-from vitfast import doctor, testing
+from vitfast import doctor, planner, testing
 from vitfast.cli import app
 from vitfast.ops import registry
 
@@ -66,10 +67,12 @@ def test_versions_and_platform(report):
 def test_every_op_device_and_dtype_is_answered_as_the_registry_answers(report):
     found = {(entry["op"], entry["device"], entry["dtype"]): entry for entry in report["backends"]}
     devices = {"cpu", "cuda:0"} if torch.cuda.is_available() else {"cpu"}
-    dtypes = {"float32", "float16", "bfloat16"}
+    floats, quantized = {"float32", "float16", "bfloat16"}, {"float8_e4m3fn", "int8"}
     assert len(found) == len(report["backends"])
     assert {op for op, _, _ in found} == set(registry.OPS) == set(doctor.DIMS)
-    assert {dtype for _, _, dtype in found} == dtypes
+    for op in registry.OPS:
+        wanted = quantized if op in registry.QUANTIZED_OPS else floats
+        assert {dtype for name, _, dtype in found if name == op} == wanted
     assert devices <= {device for _, device, _ in found}
     for (op, device, dtype), entry in found.items():
         capability = registry.device_capability(torch.device(device))
@@ -141,6 +144,7 @@ def test_without_triton_and_without_the_extension():
     warnings = "\n".join(report["warnings"])
     assert "there are no Triton kernels: triton cannot be imported" in warnings
     assert "the C++ extension is not built" in warnings
+    assert "where torch and a C++ compiler are, `pip install --no-build-isolation" in warnings
     assert "triton kernels cannot be imported" in shown(report)
 
 
@@ -173,6 +177,17 @@ def test_what_can_go_wrong_is_warned_of(report):
     assert "T4, compute capability 7.5, 16 GiB, 40 multiprocessors" in shown(report | {"devices": [old]})
 
 
+def test_an_extension_without_cuda_beside_a_gpu_is_warned_of(report, monkeypatch):
+    entry = dataclasses.replace(registry.backend("attention", "torch"), name="native")
+    monkeypatch.setattr(doctor.registry, "backend", lambda op, name: entry)
+    gpu = {"device": "cuda:0", "name": "A", "capability": "8.0", "memory": 2**30, "multiprocessors": 1}
+    for state, warned in (("not built: there is no nvcc", True), ("80;90", False)):
+        monkeypatch.setattr(doctor, "_cuda_kernels", lambda state=state: state)
+        text = "\n".join(doctor._warnings(report | {"devices": [gpu]}))
+        assert ("the C++ extension has no CUDA kernels (there is no nvcc); once that is mended" in text) == warned
+        assert "no CUDA kernels" not in "\n".join(doctor._warnings(report | {"devices": []}))
+
+
 def test_render_names_every_op_package_and_warning(report):
     text = shown(report)
     assert all(word in text for word in (*registry.OPS, *doctor.OPTIONAL, torch.__version__))
@@ -180,7 +195,7 @@ def test_render_names_every_op_package_and_warning(report):
 
 
 def test_plan_of_a_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     transformers = peers.import_transformers()
     config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
                                     image_size=32, patch_size=8, num_labels=5)  # fmt: skip

@@ -117,7 +117,7 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     packed = planner.packed_linear(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
     if entry.missing or not packed:
         pytest.skip(entry.missing or "this torch has no oneDNN")
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     monkeypatch.setattr(
         planner,
         "measure",
@@ -220,7 +220,7 @@ def test_nan_stays_in_its_own_image():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dtype": "int8"}, "'int8'"),
+        ({"dtype": "int4"}, "'int4'"),
         ({"dtype": torch.float64}, "float64"),
         ({"backend": "cudnn"}, "'cudnn'"),
     ],
@@ -267,7 +267,7 @@ def test_choices_survive_on_disk(tmp_path):
 
 
 def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     asked = {"config": SMALL, "device": testing.device(), "dtype": torch.float32}
     first = planner.build(**asked)
     (path,) = (tmp_path / "plans").iterdir()
@@ -289,6 +289,15 @@ def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp
         assert planner.build(**asked).backends == first.backends
     assert len(measured) == 1
     assert json.loads(path.read_text())["key"]["device"] != "another chip"
+
+
+def test_a_head_that_is_not_there_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
+    headless = planner.build(dataclasses.replace(SMALL, num_classes=0), device=testing.device(), dtype=torch.float32)
+    assert "head" not in headless.measured
+    if testing.device().type == "cuda" or not vitfast.ops.registry.backend("linear", "native").missing:
+        assert "fc1" in headless.measured
+    planner.build(dataclasses.replace(SMALL, num_classes=1), device=testing.device(), dtype=torch.float32, batch=1)
 
 
 def test_a_tie_keeps_the_first(monkeypatch):

@@ -22,6 +22,7 @@ from vitfast.testing import assert_close, guarded, make
 
 FP32, FP16, BF16 = testing.DTYPES
 NONE = (-1, -1)
+each_backend = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
 def reference(q, k, v, softmax_scale=None, causal=False, window_size=NONE, softcap=0.0, alibi_slopes=None, dtype=None):
@@ -95,14 +96,16 @@ def on_device(options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_options(name, lengths):
+@each_backend
+def test_options(name, lengths, backend):
     options = on_device(OPTIONS[name])
     q, k, v = inputs(*lengths)
-    check(flash_attn_func(q, k, v, **options), q, k, v, **options)
-    check(flash_attn_func(q, k, v, **options, return_attn_probs=True), q, k, v, **options)
+    with attention_backend(backend):
+        check(flash_attn_func(q, k, v, **options), q, k, v, **options)
+        check(flash_attn_func(q, k, v, **options, return_attn_probs=True), q, k, v, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if "softcap" not in OPTIONS[name]])
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("lengths", [(20, 33), (33, 20), (33, 33)], ids=str)
 def test_kernels(name, lengths):
     options = on_device(OPTIONS[name])
@@ -113,7 +116,7 @@ def test_kernels(name, lengths):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@each_backend
 def test_half_precision(name, dtype, backend):
     options = on_device(OPTIONS[name])
     q, k, v = inputs(dtype=dtype)
@@ -132,16 +135,12 @@ def test_alibi_far_away_keeps_its_digits(dtype):
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("name", ["plain", "causal", "all"])
 @pytest.mark.parametrize("lse", [False, True])
-def test_fewer_key_heads(kv_heads, name, lse):
+@each_backend
+def test_fewer_key_heads(kv_heads, name, lse, backend):
     options = on_device(OPTIONS[name])
     q, k, v = inputs(kv_heads=kv_heads)
-    check(flash_attn_func(q, k, v, **options, return_attn_probs=lse), q, k, v, **options)
-
-
-def test_one_key_head_on_the_kernels():
-    q, k, v = inputs(kv_heads=1)
-    with attention_backend("triton"):
-        check(flash_attn_func(q, k, v, causal=True), q, k, v, causal=True)
+    with attention_backend(backend):
+        check(flash_attn_func(q, k, v, **options, return_attn_probs=lse), q, k, v, **options)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "all"])
@@ -199,7 +198,8 @@ def each_sequence(q, k, v, lengths_q, lengths_k, **options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("sequences", SEQUENCES)
-def test_varlen(name, sequences):
+@each_backend
+def test_varlen(name, sequences, backend):
     lengths_q, lengths_k = SEQUENCES[sequences]
     options = on_device(OPTIONS[name])
     if name == "alibi per batch":
@@ -208,8 +208,9 @@ def test_varlen(name, sequences):
     call = (q, k, v, cumulative(lengths_q), cumulative(lengths_k), max(lengths_q) + 1, max(lengths_k))
     oracle = each_sequence(q, k, v, lengths_q, lengths_k, **options)
     baseline = each_sequence(q, k, v, lengths_q, lengths_k, **options, dtype=FP32)
-    assert_close(flash_attn_varlen_func(*call, **options), oracle[0], baseline[0])
-    out, lse, third = flash_attn_varlen_func(*call, **options, return_attn_probs=True)
+    with attention_backend(backend):
+        assert_close(flash_attn_varlen_func(*call, **options), oracle[0], baseline[0])
+        out, lse, third = flash_attn_varlen_func(*call, **options, return_attn_probs=True)
     assert third is None
     assert_close((out, lse), oracle, baseline)
 
@@ -225,7 +226,7 @@ def test_varlen_packed_on_the_kernels(causal):
     assert_close(actual, oracle, baseline)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@each_backend
 @pytest.mark.parametrize("place", [0, 6, 7, 9])
 def test_varlen_sequences_cannot_reach_each_other(place, backend):
     lengths = [7, 3]
@@ -305,7 +306,7 @@ def test_autocast_leaves_the_formula_alone():
             check(flash_attn_func(q, k, v, softcap=softcap), q, k, v, softcap=softcap)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@each_backend
 def test_compiles(backend):
     torch._dynamo.reset()
     q, k, v = inputs(20, 20)

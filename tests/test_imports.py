@@ -42,17 +42,20 @@ RULES = {
     "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy", "pyarrow", "torch")),
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("planner", "engine", "_C"), outside=("torch",)),
     "attention":   Rule(rooms=("ops",), outside=("torch",)),
-    "flash_attention": Rule(rooms=("attention",), outside=("torch",)),
-    "integrations": Rule(rooms=("attention",), outside=("torch",)),
+    "flash_attention": Rule(rooms=("attention", "ops"), outside=("torch",)),
+    "integrations": Rule(rooms=("attention", "flash_attention", "ops"), outside=("torch",)),
     "inspect":     Rule(later=("kernels",)),
     "findings":    Rule(),
     "differences": Rule(rooms=("findings", "testing"), outside=("torch",)),
     "verify":      Rule(rooms=("differences", "findings"), later=("checkpoints", "embed", "engine", "images", "ops"),
                         outside=("torch",)),
-    "predict":     Rule(rooms=("config", "planner"), later=("kernels",), outside=("torch",)),
+    "predict":     Rule(rooms=("config", "planner"), later=("inspect", "kernels"), outside=("torch",)),
+    "benchmarks":  Rule(rooms=("vitfast", "config", "engine", "model", "ops", "planner", "predict", "testing"),
+                        later=("kernels",), outside=("torch",)),
+    "bench_cli":   Rule(later=("benchmarks", "cli", "config", "engine"), outside=("typer",)),
     "cli":         Rule(
-        rooms=("vitfast",),
-        later=("config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
+        rooms=("vitfast", "bench_cli"),
+        later=("benchmarks", "config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
         outside=("typer",),
     ),
 }
@@ -60,8 +63,8 @@ RULES = {
 
 # Folders beside the package -> what of this repository they may import. Nobody imports top-level `kernels`.
 FOLDERS = {
-    "tests": {"vitfast", "tests", "benchmarks", "examples"},
-    "benchmarks": {"vitfast", "benchmarks"},
+    "tests": {"vitfast", "tests", "examples"},
+    "benchmarks": {"vitfast"},
     "examples": {"vitfast", "examples"},
     "vitfast": {"vitfast"},
     "kernels": {"vitfast"},
@@ -196,6 +199,7 @@ def python(code: str) -> str:
 
 
 MODULES = sorted(f"vitfast.{room}" for room in RULES if room not in ("__init__", "__main__", "kernels"))
+MODULES += [f"vitfast.benchmarks.{path.stem}" for path in sources("benchmarks")]
 
 
 def test_import_vitfast_is_light():

@@ -10,8 +10,8 @@ from torch import nn
 
 import vitfast
 from vitfast import attention
+from vitfast.integrations import known, torch_sdpa
 from vitfast.integrations import timm as integration
-from vitfast.integrations import torch_sdpa
 from vitfast.testing import PEER_TOLERANCE, device, make
 
 SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}
@@ -224,7 +224,7 @@ def test_copies_are_swapped_too(duplicate, calls):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("swin_tiny_patch4_window7_224", "WindowAttention"), ("xcit_nano_12_p8_224", "XCA")]
+    ("name", "kind"), [("coat_tiny", "FactorAttnConvRelPosEnc"), ("efficientformer_l1", "Attention")]
 )
 def test_unknown_attention_is_left(name, kind):
     timm = peers.import_timm()
@@ -236,19 +236,30 @@ def test_unknown_attention_is_left(name, kind):
         vitfast.replace_attention(model, strict=True)
 
 
-def test_subclass_other_version_and_unfused_are_left(monkeypatch):
+def test_subclass_other_version_and_unfused(monkeypatch, calls):
     peers.import_timm()
     from timm.layers import Attention
 
-    class Mine(Attention):
-        pass
+    class Mine(Attention):  # its forward calls torch's function: kept, and the call redirected
+        def forward(self, x, attn_mask=None, is_causal=False):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+            x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=0.1)
+            return self.proj(x.transpose(1, 2).flatten(2))
+
+    class Other(Attention):
+        def forward(self, x):
+            return self.proj(self.qkv(x)[..., :48])
 
     unfused = Attention(48, 3)
     unfused.fused_attn = False
-    model = nn.ModuleDict({"mine": Mine(48, 3), "unfused": unfused, "known": Attention(48, 3)})
+    model = nn.ModuleDict({"mine": Mine(48, 3), "other": Other(48, 3), "unfused": unfused, "known": Attention(48, 3)})
+    model, x = model.to(device()), make(2, 9, 48)
+    expected = model["mine"](x, is_causal=True)
     swap = integration.replace(model)
-    assert swap.replaced == ["known"]
-    assert "subclass" in swap.left["mine"]
+    assert swap.replaced == ["mine", "known"]
+    close(model["mine"](x, is_causal=True), expected)
+    assert calls[0]["scale"] == 0.1
+    assert "subclass" in swap.left["other"]
     assert "fused_attn is off" in swap.left["unfused"]
     assert "replaced already" in vitfast.replace_attention(model).left["known"]
     swap.restore()
@@ -256,21 +267,22 @@ def test_subclass_other_version_and_unfused_are_left(monkeypatch):
     def forward(self, x, attn_mask=None, is_causal=False):
         return self.proj(self.softcap(self.qkv(x)))
 
-    integration._difference.cache_clear()
+    known._difference.cache_clear()
     monkeypatch.setattr(Attention, "forward", forward)
     assert "it reads softcap" in integration.replace(model).left["known"]
     monkeypatch.setattr(Attention, "forward", lambda self, x, rope: x)
-    integration._difference.cache_clear()
+    known._difference.cache_clear()
     assert "takes (x, rope)" in integration.replace(model).left["known"]
-    integration._difference.cache_clear()
+    known._difference.cache_clear()
 
 
 def test_strict_failure_changes_nothing():
     peers.import_timm()
-    from timm.layers import Attention, AttentionPoolPrr
+    from timm.layers import Attention
+    from timm.models.cait import TalkingHeadAttn
 
-    model = nn.ModuleList([Attention(48, 3), AttentionPoolPrr(48, 3)])
-    with pytest.raises(ValueError, match="AttentionPoolPrr"):
+    model = nn.ModuleList([Attention(48, 3), TalkingHeadAttn(48, 3)])
+    with pytest.raises(ValueError, match="TalkingHeadAttn"):
         vitfast.replace_attention(model, strict=True)
     assert "forward" not in model[0].__dict__
 

@@ -71,20 +71,6 @@ FAMILIES = {
 }
 """Model class -> (settings, inputs, calls of attention in one forward)."""
 
-OFF_INTERFACE = {
-    "Swinv2Model": SWIN,
-    "HieraModel": {"image_size": [32, 32], "embed_dim": 24, "depths": [1, 1], "num_heads": [1, 2]}
-    | {"patch_stride": [4, 4], "query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4]},
-    "ImageGPTModel": {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2},
-    "BlipVisionModel": peers.VIT,
-    "GroupViTVisionModel": peers.VIT
-    | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
-    "LevitModel": {"image_size": 64},
-    "PvtModel": {"image_size": 64, "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2]},
-    "SamVisionModel": {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "window_size": 2}
-    | {"num_attention_heads": 2, "output_channels": 8, "global_attn_indexes": [0]},
-}
-
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -149,6 +135,27 @@ def test_masks_reach_the_kernel(name, key, calls):
     assert all(call["attn_mask"] is not None for call in calls)
 
 
+@pytest.mark.parametrize("name", ["DetrForObjectDetection", "Siglip2VisionModel", "BeitModel", "SwinModel"])
+def test_a_dropped_mask_would_show(name, monkeypatch):
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs, original = build(name, settings), inputs(), attention.scaled_dot_product_attention
+    expected = run(model, inputs)
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda *args, attn_mask, **kwargs: original(*args, **kwargs)
+    )
+    with vitfast.replace_attention(model):
+        assert (run(model, inputs) - expected).abs().max() > 0.001 * expected.abs().max()
+
+
+def test_detr_on_the_kernel(calls):
+    """The encoder's attention and the decoder's to the encoder are masked, that among the queries is not."""
+    model, inputs = build("DetrForObjectDetection", detr_config), detr()
+    expected = run(model, inputs)
+    with vitfast.replace_attention(model), attention.attention_backend("triton"):
+        close(run(model, inputs), expected)
+    assert [call["attn_mask"] is None for call in calls] == [False, True, False]
+
+
 def test_vit_on_the_kernel(calls):
     model, inputs = build("ViTModel", peers.VIT), images()
     expected = run(model, inputs)
@@ -169,31 +176,45 @@ def test_built_with_the_name(calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", OFF_INTERFACE)
-def test_off_the_interface_is_left(name):
-    model = build(name, OFF_INTERFACE[name])
-    before = [config._attn_implementation for config in integration._configs(model)]
+@pytest.mark.parametrize(("name", "settings"), [("SiglipVisionModel", peers.VIT), ("Siglip2VisionModel", SIGLIP2)])
+def test_siglip_head(name, settings, calls):
+    """Its nn.MultiheadAttention is asked for weights that nobody looks at."""
+    model, inputs = build(name, settings), naflex() if "2" in name else images()
+    before = run(model, inputs)
+    with vitfast.replace_attention(model, strict=True), attention.attention_backend("triton"):
+        close(run(model, inputs), before)
+    assert len(calls) == 3
+    assert (calls[2]["attn_mask"] is None) == ("2" not in name)
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_weights_that_are_looked_at():
+    """OWLv2-like parents keep what the layer returns: it stays torch's, and is named."""
+
+    class Parent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(32, 2)
+
+        def forward(self, x):
+            out, weights = self.attention(x, x, x)
+            return self.attention(x, x, x)[0] + out, weights
+
+    Parent.__module__ = "transformers.models.made_up"
+    assert "attention weights" in vitfast.replace_attention(Parent()).left["attention"]
+
+
+def test_off_the_interface_is_left():
+    """What is neither known nor calls torch's attention: here, hard assignments of GroupViT."""
+    groups = {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]}
+    model = build("GroupViTVisionModel", peers.VIT | groups)
     swap = integration.replace(model)
-    assert not swap.replaced
-    assert swap.left
+    assert {type(model.get_submodule(name)).__name__ for name in swap.left} == {"GroupViTAssignAttention"}
     assert all("off transformers' attention interface" in why for why in swap.left.values())
-    assert [config._attn_implementation for config in integration._configs(model)] == before
+    swap.restore()
     with pytest.raises(ValueError, match="cannot be replaced"):
         vitfast.replace_attention(model, strict=True)
-
-
-def test_siglip_head_is_left(calls):
-    """Its nn.MultiheadAttention is asked for weights: named, and the rest is replaced."""
-    model, inputs = build("SiglipVisionModel", peers.VIT), images()
-    before = run(model, inputs)
-    with vitfast.replace_attention(model) as swap:
-        assert len(swap.left) == 1
-        assert "attention weights" in next(iter(swap.left.values()))
-        close(run(model, inputs), before)
-    assert len(calls) == 2
-    with pytest.raises(ValueError, match="attention weights"):
-        vitfast.replace_attention(model, strict=True)
-    assert {config._attn_implementation for config in integration._configs(model)} == {"sdpa"}
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_attention_weights_wanted():
@@ -202,6 +223,19 @@ def test_attention_weights_wanted():
     assert not swap.replaced
     assert all("output_attentions" in why for why in swap.left.values())
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("implementation", ["vitfast", "vitfast_flash"])
+@pytest.mark.parametrize("name", ["ViTModel", "SiglipVisionModel", "DetrForObjectDetection"])
+def test_attention_weights_wanted_at_the_call(name, implementation):
+    """SigLIP's layers are not told; without a word its weights would be an empty tuple, as with "sdpa"."""
+    settings, inputs, _ = FAMILIES[name]
+    model, inputs = build(name, settings), inputs()
+    integration.register()
+    for config in integration._configs(model):
+        config._attn_implementation_internal = implementation
+    with pytest.raises(ValueError, match=f"{implementation!r} does not implement output_attentions=True"):
+        model(**inputs, output_attentions=True)
 
 
 def test_sub_configs_are_restored_one_by_one():

@@ -1,6 +1,7 @@
 """The C++ extension: its patch_embed against the oracle, its errors, and building without it."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -217,7 +218,8 @@ def test_build_info():
     info = _C.build_info()
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["simd"] in ("avx512f", "avx2", "default")
-    assert set(info) == {"compiler", "flags", "torch", "simd", "threads"}
+    assert set(info) == {"compiler", "flags", "torch", "simd", "threads", "cuda"}
+    assert info["cuda"].startswith("not built: ") or torch.version.cuda is not None
     assert set(_C.ops()) <= set(registry.OPS)
     for name in _C.ops():
         assert registry.backend(name, "native").call is not None
@@ -228,6 +230,53 @@ def test_missing_extension_has_a_reason(monkeypatch):
     entry = registry._native("patch_embed")
     assert entry.call is None
     assert "the C++ extension is not built" in entry.missing
+
+
+def test_a_device_may_have_limits_of_its_own():
+    entry = registry.Backend(
+        "native",
+        "attention",
+        print,
+        devices=("cpu", "cuda"),
+        dtypes=("float32",),
+        limits={"head_dim": (1, 256)},
+        per_device={"cuda": {"dtypes": ("float16",), "choices": {"head_dim": (32, 64)}, "limits": {"keys": (0, 320)}}},
+    )
+
+    def why_not(device, dtype, head_dim, keys):
+        return entry.why_not(registry.Spec("attention", device, dtype, None, {"head_dim": head_dim, "keys": keys}))
+
+    assert why_not("cpu", torch.float32, 256, 1000) == []
+    assert why_not("cuda", torch.float16, 64, 320) == []
+    assert why_not("cuda", torch.float32, 48, 321) == [
+        "dtype float32 is not among float16",
+        "keys 321 is outside 0..320",
+        "head_dim 48 is not among 32, 64",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_cuda_part_is_set_up_where_torch_has_cuda():
+    code = (
+        "import json, runpy, sys, setuptools, torch.utils.cpp_extension as e;"
+        f"e.torch.version.cuda = '13.0'; e.CUDA_HOME = {str(Path(shutil.which('nvcc') or '').parents[1])!r};"
+        "sys.argv = ['setup.py', 'build_ext'];"
+        "setuptools.setup = lambda ext_modules, **rest: print(json.dumps([ext_modules[0].sources,"
+        " ext_modules[0].extra_compile_args['nvcc'], ext_modules[0].define_macros]));"
+        "runpy.run_path('setup.py')"
+    )
+
+    def configured(archs):
+        environment = {key: value for key, value in os.environ.items() if key != "VITFAST_BUILD"} | archs
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+    sources, nvcc, macros = json.loads(configured({"VITFAST_CUDA_ARCHS": "80;90"}).stdout)
+    assert {"csrc/cuda/attention.cu", "csrc/cuda/attention_op.cpp", "csrc/cpu/attention.cpp"} <= set(sources)
+    assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(nvcc)
+    assert ["VITFAST_CUDA_STATE", '"80;90"'] in macros
+    if not torch.cuda.is_available():
+        assert "no CUDA kernels: there is no GPU of compute capability 8.0" in configured({}).stderr
 
 
 @pytest.mark.parametrize(

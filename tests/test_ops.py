@@ -8,6 +8,9 @@ from vitfast import ops, testing
 from vitfast.ops import mkldnn, reference, registry
 from vitfast.testing import make
 
+# slopes, softcap, left, right, offset, scale; no packed sequences
+OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
+
 
 def _arguments() -> dict[str, tuple]:
     """Positional arguments of each torch.ops.vitfast op, small."""
@@ -16,6 +19,7 @@ def _arguments() -> dict[str, tuple]:
     weight, total, bias = ops.fold_norm(w, b, *norm)
     images = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8, device=testing.device())
     qkv = make(2, 5, 3, 2, 24)
+    # fmt: off
     return {
         "patch_embed": (images, make(48, 192), make(48), make(6, 48), make(1, 48), [8, 8], True),
         "layer_norm": (x, *norm, 1e-6),
@@ -23,8 +27,13 @@ def _arguments() -> dict[str, tuple]:
         "row_stats": (x,),
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
-        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, True, 0.3),
+        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, "auto"),
         "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
+        "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
+        "quantized_linear": (
+            *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
+            "gelu", None, None, torch.float32,
+        ),
     }
 
 
@@ -38,6 +47,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_fullgraph_compile(name):
+    torch._dynamo.reset()  # all ops share the code object below, and it may be compiled a few times only
     op = getattr(torch.ops.vitfast, name)
     compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*ARGUMENTS[name]), op(*ARGUMENTS[name]), rtol=0, atol=0)

@@ -17,6 +17,7 @@ import vitfast
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+LINKED = ("benchmarks", "kernels")
 FOLDERS = ("vitfast", "kernels", "csrc", "tests", "benchmarks", "examples")
 
 
@@ -49,8 +50,8 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 def modules() -> set[str]:
-    """Every Python file of the package as a wheel names it, vitfast/kernels among them."""
-    tops = (ROOT / "vitfast", ROOT / "vitfast" / "kernels")
+    """Every Python file of the package as a wheel names it, the linked folders among them."""
+    tops = (ROOT / "vitfast", *(ROOT / "vitfast" / name for name in LINKED))
     return {str(path.relative_to(ROOT)) for top in tops for path in top.rglob("*.py")}
 
 
@@ -60,7 +61,7 @@ def tree(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     for name in COPIED:
         shutil.copy(ROOT / name, root)
-    skip = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    skip = shutil.ignore_patterns("__pycache__", "*.so")  # results of benchmarks are copied: no wheel may hold them
     for name in FOLDERS:
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=skip)
     (root / "kernels" / "configs").mkdir(exist_ok=True)
@@ -85,10 +86,11 @@ def sdist(tree, tmp_path_factory) -> Path:
     return built
 
 
-def test_kernels_is_a_link_without_init():
-    assert (ROOT / "vitfast" / "kernels").is_symlink()
-    assert os.readlink(ROOT / "vitfast" / "kernels") == "../kernels"
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+def test_linked_folders_have_no_init():
+    for name in LINKED:
+        assert (ROOT / "vitfast" / name).is_symlink()
+        assert os.readlink(ROOT / "vitfast" / name) == f"../{name}"
+        assert not (ROOT / name / "__init__.py").exists()
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
@@ -97,7 +99,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfast" / "kernels" / "configs").glob("*.json")}
     assert names == modules() | tables | {"vitfast/py.typed", "vitfast/kernels/configs/some-gpu.json"}
-    assert "vitfast/kernels/_common.py" in names
+    assert {"vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py"} <= names
     assert wheel.name == f"vitfast-{vitfast.__version__}-py3-none-any.whl"
 
 
@@ -130,7 +132,11 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-IMPORT = "import vitfast, vitfast.kernels._common as c, vitfast.ops; print(vitfast.__file__); print(c.__file__)"
+IMPORT = (
+    "import vitfast, vitfast.kernels._common as c, vitfast.benchmarks.cases as b, vitfast.ops;"
+    "print(vitfast.__file__); print(c.__file__); print(b.__file__)"
+)
+WHERE = ("vitfast/__init__.py", "vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py")
 
 
 @needs_build
@@ -138,10 +144,12 @@ def test_installed_wheel_imports(wheel, tmp_path):
     target = tmp_path / "site"
     pip = (sys.executable, "-m", "pip")
     run(*pip, "install", "-q", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
-    assert not (target / "kernels").exists()
+    assert not any((target / name).exists() for name in LINKED)
     assert (target / "bin" / "vitfast").is_file()
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(target)).split()
-    assert where == [str(target / "vitfast/__init__.py"), str(target / "vitfast/kernels/_common.py")]
+    assert where == [str(target / path) for path in WHERE]
+    command = (sys.executable, "-m", "vitfast", "bench", "kernels", "--help")
+    assert "--peer" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
 
 
 @needs_build
@@ -155,17 +163,14 @@ def test_editable_install_imports(tree, tmp_path):
     others = [entry for entry in sys.path if entry and Path(entry) != ROOT]
     code = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.extend({others}); {IMPORT}"
     where = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="").split()
-    assert [str(Path(path).resolve()) for path in where] == [
-        str(tree / "vitfast" / "__init__.py"),
-        str(tree / "kernels" / "_common.py"),
-    ]
+    assert [Path(path).resolve() for path in where] == [(tree / path).resolve() for path in WHERE]
     code = f"import site; site.addsitedir({str(site)!r}); import importlib.util as u; print(u.find_spec('kernels'))"
     assert run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="").strip() == "None"
 
 
 def test_bare_checkout_imports():
     where = run(sys.executable, "-c", IMPORT, cwd=ROOT, PYTHONPATH=str(ROOT)).split()
-    assert where == [str(ROOT / "vitfast/__init__.py"), str(ROOT / "vitfast/kernels/_common.py")]
+    assert where == [str(ROOT / path) for path in WHERE]
 
 
 def test_a_real_kernels_package_is_not_shadowed(tmp_path):

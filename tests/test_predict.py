@@ -1,13 +1,16 @@
 """The analytic model against numbers derived by hand, and its command."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from vitfast import predict
+from vitfast.benchmarks import predicted
 from vitfast.config import NAMED
 
 
@@ -97,10 +100,61 @@ def command(*arguments):
     )
 
 
-def test_command_prints_one_json_document():
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
     done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads(json.dumps(prediction()))
+    found = json.loads(done.stdout)
+    assert found.pop("occupancy_note") == ""
+    for launch in found["launches"]:
+        assert launch.pop("occupancy")["blocks_per_sm"] >= 1, launch
+        launch.pop("measured_us", None)
+    for name in ("measured_images_per_s", "measured_in"):
+        found.pop(name, None)
+    assert found == json.loads(json.dumps(prediction()))
+
+
+def test_occupancy_that_is_not_known_is_said():
+    """Here kernels are interpreter stubs, or there is a GPU and they compile."""
+    result = prediction()
+    predict.add_occupancy(result, NAMED["vit_base_patch16_224"])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        assert "TRITON_INTERPRET" in result["occupancy_note"]
+        assert all(launch["occupancy"] is None for launch in result["launches"])
+    else:
+        assert result["occupancy_note"] == ""
+
+
+KERNELS = {"op": "linear", "peer": "vitfast triton", "correct": True, "dtype": "bfloat16", "median_ms": 0.25,
+           "dims": {"rows": 256 * 197, "inner": 768, "width": 3072, "epilogue": "norm gelu"}}  # fmt: skip
+WHOLE = {"model": "vit_base_patch16_224", "batch": 256, "peer": "vitfast", "correct": True, "dtype": "bfloat16",
+         "images_per_s": 15000.0}  # fmt: skip
+
+
+def test_measurements_stand_beside_the_prediction(tmp_path, monkeypatch):
+    monkeypatch.setattr(predicted, "results_folder", lambda: tmp_path)
+    others = [{**KERNELS, "dtype": "float16"}, {**KERNELS, "peer": "torch eager"}, {**KERNELS, "correct": False}]
+    files = {
+        "nvidia-h100-80gb-hbm3/b-old": ("kernels", "2026-01-01", [{**KERNELS, "median_ms": 0.5}]),
+        "nvidia-h100-80gb-hbm3/a-new": ("kernels", "2026-02-01", [KERNELS, *({**o, "median_ms": 9.0} for o in others)]),
+        "nvidia-h100-80gb-hbm3/c": ("model", "2026-01-01", [WHOLE, {**WHOLE, "batch": 1, "images_per_s": 1.0}]),
+        "nvidia-h200/d": ("kernels", "2026-03-01", [{**KERNELS, "median_ms": 9.0}]),
+    }
+    for name, (kind, date, rows) in files.items():
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        content = {"schema": 2, "kind": kind, "environment": {"date": date}, "method": {}, "rows": rows}
+        path.write_text(json.dumps(content))
+    result = prediction()
+    predicted.add_measured(result, NAMED["vit_base_patch16_224"], predicted.results_of("h100"))
+    assert {launch["site"]: launch.get("measured_us") for launch in result["launches"]} == {
+        **dict.fromkeys((launch["site"] for launch in result["launches"]), None), "fc1": 250.0,
+    }  # fmt: skip
+    assert (result["measured_images_per_s"], result["measured_in"]) == (15000.0, "c.json")
+    console = Console(width=160, record=True, file=io.StringIO())
+    for part in predict.render(result):
+        console.print(part)
+    text = console.export_text()
+    assert "predicted, not measured" in text and "measured: 15,000 img/s (c.json)" in text and "250.0" in text
 
 
 def test_command_says_that_it_predicts_and_refuses_mixtures():

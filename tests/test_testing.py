@@ -212,13 +212,14 @@ def test_guarded_keeps_values_shape_and_alignment():
     assert copy.data_ptr() % 16 == 0
 
 
-def test_strided_keeps_values_and_poisons_the_gaps():
+def test_strided_keeps_values_and_poisons_the_gaps_and_ends():
     x = make(3, 5)
     view = testing.strided(x, gap=8)
     assert torch.equal(view, x)
     assert view.stride() == (13, 1)
-    whole = view.as_strided((3, 13), (13, 1))
+    whole = view.as_strided((5, 13), (13, 1), view.storage_offset() - 13)  # a row before and a row after
     assert whole[:, 5:].isnan().all()
+    assert whole[[0, -1]].isnan().all()
 
 
 def test_make_is_reproducible_and_scaled():
@@ -289,25 +290,28 @@ from vitfast import testing
 @triton.jit
 def narrow(out, x, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    tl.store(out + i, tl.load(x + i).to(tl.bfloat16))
+    tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
 
-def wrong():
+def wrong(dtype, extremes):
     x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
-    x[:4] = torch.tensor([float("inf"), -float("inf"), 3.4e38, 1e-40])
-    out = torch.empty(1024, dtype=torch.bfloat16)
+    x[:4] = torch.tensor(extremes)
+    out = torch.empty(1024, dtype=dtype)
     narrow[(1,)](out, x, 1024)
-    return int((out != x.bfloat16()).sum())
+    return int((out.float() != x.to(dtype).float()).sum())
 
-before = wrong()
+cases = (torch.bfloat16, [float("inf"), -float("inf"), 3.4e38, 1e-40]), (torch.float8_e4m3fn, [448, -448, 2**-9, 1e-5])
+before = [wrong(*case) for case in cases]
 testing.repair_interpreter()
-print(before, wrong())
+print(*before, *[wrong(*case) for case in cases])
 """
 
 
-def test_bf16_rounding_in_the_interpreter_needs_the_repair(tmp_path):
-    """Casts to bf16 are cut off instead of rounded; repaired, they are torch's own, bit for bit."""
+def test_rounding_in_the_interpreter_needs_the_repair(tmp_path):
+    """Casts to bf16 and fp8 are cut off instead of rounded; repaired, they are torch's own."""
     script = tmp_path / "cast.py"
     script.write_text(CAST)
-    before, after = run_python(f"import runpy; runpy.run_path({str(script)!r})", TRITON_INTERPRET="1").split()
-    assert int(before) > 0, f"Triton {triton.__version__} rounds to bf16 rightly: cast_impl's repair can go"
-    assert int(after) == 0
+    found = run_python(f"import runpy; runpy.run_path({str(script)!r})", TRITON_INTERPRET="1").split()
+    bf16, fp8, *after = map(int, found)
+    assert bf16 > 0, f"Triton {triton.__version__} rounds to bf16 rightly: cast_impl's repair can go"
+    assert fp8 > 0, f"Triton {triton.__version__} rounds to fp8 rightly: create_fp_to_fp's repair can go"
+    assert after == [0, 0]

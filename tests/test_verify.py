@@ -333,6 +333,15 @@ def test_json_and_table(model, x):
         assert f"{only(report).max_error:.1e}" in text
 
 
+def test_long_names_are_shown_whole():
+    report = verify(constant({"encoder_last_hidden_state": torch.ones(2, 197, 768)}), lambda x: {}, torch.ones(1))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(render(report))
+    text = console.export_text()
+    assert "…" not in text
+    assert "encoder_last_hidden_state" in "".join(line.split(" ")[1] for line in text.splitlines() if " " in line)
+
+
 def test_verify_is_the_function_whatever_is_imported_first():
     check = "assert vitfast.verify.__name__ == 'verify' and not hasattr(vitfast.verify, 'Report'), vitfast.verify\n"
     for first in (

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vitfast import ops
 from vitfast.ops import BackendError, Spec
 from vitfast.ops.registry import backend, candidates, device_capability
 
@@ -257,8 +258,8 @@ def _why_not_shapes(query, key, value, attn_mask, is_causal, enable_gqa) -> list
     if query.ndim > 2 and key.shape[-3] != query.shape[-3]:
         if not enable_gqa:
             reasons.append(f"key has {key.shape[-3]} heads, query {query.shape[-3]}, without enable_gqa")
-        elif key.shape[-3] != 1 or query.ndim == 3:
-            reasons.append(f"key has {key.shape[-3]} heads, query {query.shape[-3]}; the kernels take as many, or one")
+        elif not key.shape[-3] or query.shape[-3] % key.shape[-3]:
+            reasons.append(f"key has {key.shape[-3]} heads, which do not divide query's {query.shape[-3]}")
     if attn_mask is None:
         return reasons
     if is_causal:
@@ -291,8 +292,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     q, k, v = (_autocast(tensor) for tensor in (query, key, value))
     for _ in range(4 - query.ndim):
         q, k, v = q[None], k[None], v[None]
-    if k.shape[1] != q.shape[1]:  # one head of keys for all queries: read through a stride of 0
-        k, v = (tensor.expand(-1, q.shape[1], -1, -1) for tensor in (k, v))
     bias = mask = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         mask = attn_mask
@@ -300,7 +299,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
         bias = _autocast(attn_mask)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     scale = None if scale is None else float(scale)
-    out = torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, "triton").transpose(1, 2)
+    out = ops.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend="triton").transpose(1, 2)
     for _ in range(4 - query.ndim):
         out = out[0]
     if query.ndim < 4 or not key.shape[-2]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 import vitfast
+from vitfast import bench_cli
 
 FAILURES_SHOWN = 20
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+app.add_typer(bench_cli.app, name="bench")
 
 
 class Dtype(str, Enum):
@@ -37,6 +39,8 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
 
 
 class BackendName(str, Enum):
@@ -196,7 +200,10 @@ def inspect(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="With --model: what to compute in.")] = Dtype.bf16,
     as_json: Json = False,
 ) -> None:
-    """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU."""
+    """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU.
+
+    A prediction stands beside what result files of that GPU say, where there are any.
+    """
     with _command(context, as_json) as answer:
         if model is None:
             from vitfast import inspect as compiled
@@ -212,7 +219,11 @@ def inspect(
 
         if model not in NAMED:
             raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
+        from vitfast.benchmarks import predicted
+
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype.value)
+        predict.add_occupancy(answer.json, NAMED[model])
+        predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 
 
@@ -234,7 +245,7 @@ def verify(
 ) -> None:
     """Check that a model's outputs are those of plain PyTorch.
 
-    In fp16 and bf16 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
+    In all but fp32 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
     0: the same; 1: different; 2: the model or the images cannot be used.
     """
     with _command(context, as_json) as answer:

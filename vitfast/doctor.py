@@ -42,6 +42,7 @@ OPTIONAL = {
 }
 """Packages that some part of vitfast needs, by import name, and what for."""
 
+REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall` of vitfast's sources"
 MINIMUM = {"torch": (2, 11), "triton": (3, 6)}
 
 # ViT-B/16 on eight images of 224 pixels: the sizes for which backends are asked, by op.
@@ -54,8 +55,11 @@ DIMS: dict[str, dict[str, int]] = {
     "linear": {"rows": ROWS, "inner": 768, "width": 2304},
     "attention": {"head_dim": 64, "queries": 197, "keys": 197},
     "mlp": {"rows": ROWS, "width": 768, "hidden": 3072},
+    "quantize": {"width": 3072},
+    "quantized_linear": {"rows": ROWS, "inner": 768, "width": 2304},
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(DIMS, (torch.float32, torch.float16, torch.bfloat16))
+DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)))
 
 
 def report() -> dict[str, Any]:
@@ -86,7 +90,7 @@ def report() -> dict[str, Any]:
         _backends(op, torch.device(device), dtype)
         for device in [*reversed(kinds.values()), "cpu"]
         for op in registry.OPS
-        for dtype in DTYPES
+        for dtype in DTYPES[op]
     ]
     found: dict[str, Any] = {
         "versions": versions,
@@ -123,7 +127,8 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
     made = engine.load(source, device=device, dtype=dtype)
     sites = []
     for site, uses in made.plan.backends.items():
-        spec = planner.site_spec(made.config, site, 1, made.device, made.dtype)
+        dtype_there = planner.site_dtype(site, made.dtype, made.plan.quantized)
+        spec = planner.site_spec(made.config, site, 1, made.device, dtype_there)
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
@@ -137,8 +142,7 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
                 "refused": refused,
             }
         )
-    dtype = str(made.dtype).removeprefix("torch.")
-    return {"model": made.config.name, "device": str(made.device), "dtype": dtype, "sites": sites}
+    return {"model": made.config.name, "device": str(made.device), "dtype": made.precision, "sites": sites}
 
 
 def _version(name: str) -> dict[str, str | None]:
@@ -251,7 +255,10 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             warnings.append(f"{device['device']}: compute capability {device['capability']} is below 8.0")
     native = registry.backend(registry.OPS[0], "native")
     if native.call is None:
-        warnings.append(native.missing)
+        warnings.append(f"{native.missing}; where torch and a C++ compiler are, {REBUILD} builds it")
+    elif devices and (state := _cuda_kernels()).startswith("not built: "):
+        reason = state.removeprefix("not built: ")
+        warnings.append(f"the C++ extension has no CUDA kernels ({reason}); once that is mended, {REBUILD} builds them")
     for entry in found["backends"]:
         if entry["uses"] is None:
             warnings.append(f"nothing can run {entry['op']} in {entry['dtype']} on {entry['device']}")
@@ -260,6 +267,11 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
         if package["version"] is None and name != "triton" and package["reason"] != absent:
             warnings.append(f"{name} is installed but cannot be imported: {package['reason']}")
     return warnings
+
+
+def _cuda_kernels() -> str:
+    """The architectures for which the C++ extension has CUDA kernels, or "not built: " and the reason."""
+    return importlib.import_module("vitfast._C").build_info()["cuda"]
 
 
 def _numbers(version: str) -> tuple[int, int]:
@@ -294,7 +306,7 @@ def render(found: Mapping[str, Any]) -> RenderableType:
         key = (entry["device"], entry["op"], entry["uses"] or "nothing", reasons)
         lines.setdefault(key, []).append(entry["dtype"])
     for (device, op, uses, reasons), dtypes in lines.items():
-        shown = "all" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+        shown = "all" if len(dtypes) == len(DTYPES[op]) else ", ".join(dtypes)
         backends.add_row(device, op, shown, uses, Text(reasons))
 
     packages = Table("package", "version", "for", title="packages", title_justify="left")

@@ -28,6 +28,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
+QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""8-bit products; everything around them is bf16."""
+
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
 
@@ -38,6 +41,7 @@ class Engine:
     Attributes:
         config: the architecture. preprocess: the model's own preprocessing, or None if unknown.
         labels: class names, or None. device, dtype: where and in what the model computes.
+        precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.planner`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
@@ -53,13 +57,23 @@ class Engine:
         backend: str = "auto",
         graphs: bool = True,
         buckets: tuple[int, ...] = BUCKETS,
+        keep: tuple[str, ...] = (),
     ) -> None:
         self.config = checkpoint.config
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
         self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        self.plan = planner.build(self.config, device=self.device, dtype=self.dtype, backend=backend)
+        quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
+        self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
+        self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
+        self.plan = planner.build(
+            self.config,
+            device=self.device,
+            dtype=self.dtype,
+            backend=backend,
+            quantized=quantized,
+            keep=_kept(self.config.depth, keep, quantized),
+        )
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self._weights = model.arrange(
             self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
@@ -68,8 +82,7 @@ class Engine:
         self._graphs = _Graphs(self, buckets) if graphs and self.device.type == "cuda" else None
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"Engine({self.config.name or 'ViT'}, {self.device}, {dtype}, {self.backend})"
+        return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend})"
 
     @property
     def backend(self) -> str:
@@ -265,6 +278,25 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
+def _kept(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
+    """The products that are not quantised, by full name; "fc2" stands for that of every block.
+
+    Raises:
+        ValueError: for a name that no product has, or if nothing is quantised.
+    """
+    if not isinstance(keep, tuple) or (keep and not quantized):
+        raise ValueError(f"keep is a tuple of products that dtype 'fp8' or 'int8' leaves alone, got {keep!r}")
+    products = {f"blocks.{i}.{site}" for i in range(depth) for site in model.PRODUCTS}
+    names: set[str] = set()
+    for asked in keep:
+        found = {name for name in products if asked in (name, name.rpartition(".")[2])}
+        if not found:
+            sites = ", ".join(model.PRODUCTS)
+            raise ValueError(f"keep names are {sites}, or one in a block from blocks.0 to {depth - 1}, got {asked!r}")
+        names |= found
+    return frozenset(names)
+
+
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or bf16 on a GPU and fp32 on the CPU.
 
@@ -275,7 +307,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in set(DTYPES.values()):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join((*DTYPES, *QUANTIZED))}, got {dtype!r}")
     return resolved
 
 
@@ -285,6 +317,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
+    keep: tuple[str, ...] = (),
     allow_pickle: bool = False,
     revision: str | None = None,
 ) -> Engine:
@@ -294,9 +327,12 @@ def load(
         source: a live timm, transformers or torchvision model; a directory or .safetensors file;
             or a Hugging Face hub id.
         device: "cpu", "cuda", "cuda:1"...; the GPU if there is one by default.
-        dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default.
+        dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default. "fp8" and
+            "int8" compute the products of the blocks on quantised operands and all else in bf16; on the CPU
+            that is an emulation, for accuracy and not for speed (docs/numerics.md).
         backend: "auto", or "torch", "triton" or "native" to force one. A forced "torch" runs PyTorch's
             plain ops; on the CPU that gives the bits of the model's own library, at its speed.
+        keep: products that "fp8" and "int8" leave in bf16: "fc2" for every block's, "blocks.3.fc2" for one.
         allow_pickle: read .bin and .pth files too (weights only, but still a pickle).
         revision: of a hub id.
 
@@ -305,4 +341,4 @@ def load(
         BackendError: if a forced backend cannot run this model here; with every reason.
     """
     checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision)
-    return Engine(checkpoint, device=device, dtype=dtype, backend=backend)
+    return Engine(checkpoint, device=device, dtype=dtype, backend=backend, keep=keep)

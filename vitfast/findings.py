@@ -156,12 +156,12 @@ def render(report: Report) -> RenderableType:
     """A report for the terminal: a table of the outputs, every finding, and the verdict. Fits 80 columns."""
     from rich import box
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     facts = [Text(f"{key}: {value}") for key, value in report.about.items()]
     oracle = any(item.before_rms is not None for item in report.outputs)
-    table = Table("output", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(Column("output", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("max error", "mean", "rel. RMS", "before" if oracle else "allowed", "cosine", "top-1", ""):
         table.add_column(column, no_wrap=True)
     for item in report.outputs:

@@ -12,8 +12,11 @@ A query that may see no key gives zeros and a log-sum-exp of +inf. Keys and valu
 heads, each serving a run of query heads.
 
 Conventions: github.com/Dao-AILab/flash-attention, flash_attn_interface.py (version 2).
-Softcap, the log-sum-exp, dropout beside them, and a deterministic gradient are computed in plain
-torch, which holds all scores in memory in fp32; the rest goes to `scaled_dot_product_attention`.
+
+Where `vitfast.explain` has a call on the Triton kernels, they do all of this but dropout, without masks, biases
+or padding in memory. On torch's route, windows and slopes become masks and biases for
+`scaled_dot_product_attention`, sequences of different lengths are padded, and softcap, the log-sum-exp and a
+deterministic gradient are computed in plain torch, which holds all scores in memory in fp32.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitfast import ops
 from vitfast.attention import explain, scaled_dot_product_attention
 
 __all__ = [
@@ -163,8 +167,8 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attention within each of B sequences that lie packed one after another.
 
-    The sequences are padded to the longest, attended under a mask and packed again: exact and
-    without host synchronisation, at the cost of a padded copy of q, k, v and out, of a bool mask
+    Without host synchronisation. On torch's route the sequences are padded to the longest, attended under a
+    mask and packed again: exact, at the cost of a padded copy of q, k, v and out, of a bool mask
     [B, 1, max_seqlen_q, max_seqlen_k], and of the products of the padding.
 
     Args:
@@ -195,6 +199,17 @@ def flash_attn_varlen_func(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(f"cu_seqlens_q has {len(cu_seqlens_q)} entries, cu_seqlens_k {len(cu_seqlens_k)}")
 
+    packed = (q[None], k[None], v[None])
+    if _on_kernels(*packed, options):
+        out, lse = _with_kernels(
+            *packed,
+            options,
+            cu_queries=cu_seqlens_q,
+            cu_keys=cu_seqlens_k,
+            max_queries=max_seqlen_q,
+            max_keys=max_seqlen_k,
+        )
+        return (out[0], lse[0], None) if return_attn_probs else out[0]
     rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q, q)
     rows_k, real_k = _padded_rows(cu_seqlens_k, max_seqlen_k, k)
     lengths_q, lengths_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
@@ -285,6 +300,43 @@ def _gather(tokens: Tensor, rows: Tensor, real: Tensor) -> Tensor:
     return tokens[rows].masked_fill(~real[..., None, None], 0.0)
 
 
+def _on_kernels(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> bool:
+    """Whether the Triton kernels take a call on [B, N, H, D]; they have all options but dropout.
+
+    Raises:
+        BackendError: where they are forced and cannot.
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        route = explain(q, k, v, None, options.dropout_p, False, options.softmax_scale, k.shape[1] != q.shape[1])
+    return route.backend == "triton"
+
+
+def _with_kernels(q: Tensor, k: Tensor, v: Tensor, options: _Options, **lengths: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention on [B, N, H, D] and, where asked for, the log-sum-exp [B, H, Nq], on the Triton kernels."""
+    left, right = options.window_size
+    slopes = options.alibi_slopes
+    with torch.autocast(q.device.type, enabled=False):  # flash-attn computes in the dtype it is given
+        result = ops.attention(
+            q,
+            k,
+            v,
+            left=None if left < 0 else left,
+            right=0 if options.causal else None if right < 0 else right,
+            offset=0 if lengths else k.shape[1] - q.shape[1],
+            softcap=options.softcap,
+            slopes=None if slopes is None else slopes.float(),
+            scale=options.softmax_scale,
+            return_lse=options.return_attn_probs,
+            backend="triton",
+            **lengths,
+        )
+    if not options.return_attn_probs:
+        return result, None
+    out, lse = result
+    return out, lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, options: _Options, offset: int | Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -292,6 +344,8 @@ def _attend(
 
     offset: keys less queries, an int or [B, 1, 1, 1]. real: which keys are no padding, [B, 1, 1, Nk].
     """
+    if real is None and _on_kernels(q, k, v, options):
+        return _with_kernels(q, k, v, options)
     with torch.autocast(q.device.type, enabled=False):  # flash-attn computes in the dtype it is given
         return _in_given_dtype(q, k, v, options, offset, real)
 
@@ -326,7 +380,7 @@ def _in_given_dtype(q, k, v, options: _Options, offset, real) -> tuple[Tensor, T
         added = mask if bias is None else _masked(bias, mask)
         call = (q, k, v, added, options.dropout_p, top_left, options.softmax_scale, k.shape[1] != q.shape[1])
         # torch's op rounds the bias to a half-precision q's dtype, ruinous for |i - j|, or refuses it, by device.
-        if bias is None or q.dtype == torch.float32 or explain(*call).backend == "triton":
+        if bias is None or q.dtype == torch.float32:
             return scaled_dot_product_attention(*call).transpose(1, 2).contiguous(), None
     if top_left:
         mask = _both(mask, torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril())

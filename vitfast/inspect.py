@@ -94,6 +94,25 @@ def inspect(archs: Sequence[str] = DEFAULT_ARCHS, kernels: Sequence[str] | None 
     ]
 
 
+def find_case(file: str, kernel: str, config: str, arch: str, **constexprs: Any) -> CompileCase | None:
+    """The compile case of a kernel in kernels/<file>.py with this config name, the first if there are several.
+
+    Args:
+        constexprs: values it must have, e.g. HEAD_DIM=64, bias=None.
+
+    Raises:
+        ValueError, RuntimeError: as `inspect`.
+    """
+    _chip(arch)
+    number = _number(arch)
+    for case in _kernel_modules([file])[file].compile_cases():
+        fits = {number, number // 10 * 10} & set(case.archs)
+        same = all(key in case.constexprs and case.constexprs[key] == value for key, value in constexprs.items())
+        if (case.kernel, case.config) == (kernel, config) and fits and same:
+            return case
+    return None
+
+
 def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
     """Compile one case for one chip and read the result.
 

@@ -17,10 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast.config import ViTConfig
-from vitfast.ops import fold_norm, pack_patch_embed
+from vitfast.ops import fold_norm, pack_patch_embed, quantize
 
 SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "mlp", "head")
 """Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
+
+PRODUCTS = ("qkv", "proj", "fc1", "fc2")
+"""The products of a block: those that can be quantised."""
+QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS))
+"""Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Plan:
     correction inside the following product, from statistics the previous product wrote.
     `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
     x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    `quantized`: the dtype in which the products of the blocks are computed, None for that of the model;
+    the products named in `keep` ("blocks.3.fc2") are left as they are.
     `measured`: what the choices were made by, for each site that had one (see `vitfast.planner.measure`).
     """
 
@@ -57,6 +64,8 @@ class Plan:
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
     packs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    quantized: torch.dtype | None = None
+    keep: frozenset[str] = frozenset()
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,6 +85,8 @@ class Dense:
     bias: Tensor | None
     weight_sum: Tensor | None = None
     """Set where a LayerNorm has been folded into this product."""
+    scale: Tensor | None = None
+    """[N] fp32, where the weight is quantised."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,10 @@ def arrange(
 
     def dense(name: str, site: str) -> Dense | None:
         weight = get(f"{name}.weight")
+        if plan.quantized and site in PRODUCTS and name not in plan.keep:
+            exact = weights[f"{name}.weight"].detach().to(device, torch.float32)
+            values, scale = quantize(exact, dtype=plan.quantized, backend="torch")
+            return Dense(values, get(f"{name}.bias"), scale=scale)
         return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
 
     def normed(name: str, before: str, site: str) -> Dense | None:
@@ -255,29 +270,23 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
     stats = plan.calls["row_stats"](x) if plan.fold_norm else None
     for i, block in enumerate(weights.blocks):
         last = i == config.depth - 1
-        x, stats = _block(config, weights.activation, block, x, stats, plan, last=last)
+        x, stats = run_block(config, weights.activation, block, x, stats, plan, last=last)
     if weights.norm:
         x = plan.calls["layer_norm"](x, weights.norm.weight, weights.norm.bias, config.norm_eps)
     return _head(config, weights, x, plan)
 
 
-def _block(
+def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One pre-norm block; five launches where the norms are folded."""
     calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
-    qkv = _normed(config, plan, "qkv", x, stats, block.norm1, block.qkv)
+    qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
     q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
     mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
-    x = calls["proj"](
-        mixed,
-        block.proj.weight,
-        block.proj.bias,
-        layer_scale=block.layer_scale1,
-        residual=x,
-        stats=plan.fold_norm,
-    )
-    if plan.fold_norm:
+    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm else {}
+    x = _product(config, plan, "proj", mixed, block.proj, layer_scale=block.layer_scale1, residual=x, **want_stats)
+    if want_stats:
         x, stats = x
     if plan.fuse_mlp:
         normed = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps)
@@ -292,38 +301,42 @@ def _block(
             residual=x,
         )
         return x, None
-    hidden = _normed(config, plan, "fc1", x, stats, block.norm2, block.fc1, activation=activation)
-    want_stats = plan.fold_norm and not last
-    x = calls["fc2"](
-        hidden, block.fc2.weight, block.fc2.bias, layer_scale=block.layer_scale2, residual=x, stats=want_stats
-    )
+    hidden = _product(config, plan, "fc1", x, block.fc1, block.norm2, stats, activation=activation)
+    want_stats = {"stats": True} if plan.fold_norm and not last else {}
+    x = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
     x, stats = x if want_stats else (x, None)
     return x, stats
 
 
-def _normed(
+def _product(
     config: ViTConfig,
     plan: Plan,
     site: str,
     x: Tensor,
-    stats: Tensor | None,
-    norm: Norm,
     dense: Dense,
-    activation: str | None = None,
-) -> Tensor:
-    """LayerNorm followed by a product, in one op where the plan folds the norm."""
-    if plan.fold_norm:
+    norm: Norm | None = None,
+    row_stats: Tensor | None = None,
+    **epilogue: Any,
+) -> Any:
+    """A product, after a LayerNorm if there is one: folded, quantised with the rows, or before it."""
+    if dense.scale is not None:
+        affine = (norm.weight, norm.bias) if norm else (None, None)
+        values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
+        run = plan.calls[f"quantized_{site}"]
+        return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=x.dtype, **epilogue)
+    if plan.fold_norm and norm:
         return plan.calls[site](
             x,
             dense.weight,
             dense.bias,
-            activation=activation,
-            row_stats=stats,
+            row_stats=row_stats,
             weight_sum=dense.weight_sum,
             eps=config.norm_eps,
+            **epilogue,
         )
-    normed = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
-    return plan.calls[site](normed, dense.weight, dense.bias, activation=activation)
+    if norm:
+        x = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
+    return plan.calls[site](x, dense.weight, dense.bias, **epilogue)
 
 
 def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:

@@ -29,11 +29,12 @@ from torch import Tensor
 import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
-from vitfast.model import SITES, Plan
+from vitfast.model import PRODUCTS, QUANTIZED_SITES, SITES, Plan
 from vitfast.ops import mkldnn, native, reference, registry
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
+QUANTIZED_PRODUCTS = QUANTIZED_SITES[1:]
 OPTIONAL_SITES = ("mlp", "row_stats")
 """Sites that a forward can do without: fc1 and fc2 take the first's place, layer_norm the second's."""
 MLP_MAX_WIDTH = 384
@@ -60,9 +61,23 @@ class Call:
     kwargs: dict[str, Any]
 
 
+def plan_sites(quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str, ...]:
+    """The sites that a plan has to choose a backend for."""
+    if quantized is None:
+        return SITES
+    kept = {name.rpartition(".")[2] for name in keep}
+    plain = [site for site in SITES if site not in OPTIONAL_SITES and (site not in PRODUCTS or site in kept)]
+    return (*plain, *QUANTIZED_SITES)
+
+
+def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> torch.dtype:
+    """The dtype that backends are asked about: a quantised site's own, else the model's."""
+    return quantized if site in QUANTIZED_SITES else dtype
+
+
 def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Spec:
     """The registry's description of one site at a batch size."""
-    op = "linear" if site in LINEAR_SITES else site
+    op = "linear" if site in LINEAR_SITES else "quantized_linear" if site in QUANTIZED_PRODUCTS else site
     tokens, c, f = config.tokens(), config.width, config.mlp_dim
     hd, up = config.heads * config.head_dim, 2 * f if config.gated else f
     rows = batch * tokens
@@ -77,7 +92,8 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         "fc2": {"rows": rows, "inner": f, "width": c},
         "mlp": {"rows": rows, "width": c, "hidden": up},
         "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
-    }[site]
+        "quantize": {"rows": rows, "width": max(c, hd, f)},
+    }[site.removeprefix("quantized_")]
     return Spec(op, device.type, dtype, device_capability(device), dims)
 
 
@@ -85,14 +101,17 @@ def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dt
     """Random arguments of one site's real shapes, scaled so that activations stay near 1."""
     generator = torch.Generator(device).manual_seed(0)
 
+    made_in = torch.bfloat16 if site in QUANTIZED_SITES else dtype
+
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(made_in)
 
     spec = site_spec(config, site, batch, device, dtype)
     tokens, c = config.tokens(), config.width
 
     def product(inner: int, width: int, **kwargs: Any) -> Call:
-        x = random(batch, tokens, inner) if site != "head" else random(batch, inner)
+        # A head may have one output: with few rows the error it is allowed would be zero by luck.
+        x = random(batch, tokens, inner) if site != "head" else random(max(batch, 64), inner)
         args = (x, random(width, inner, scale=inner**-0.5), random(width))
         return Call("linear", spec, args, kwargs)
 
@@ -120,11 +139,28 @@ def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         weights = (random(up, c, scale=c**-0.5), random(up), random(c, config.mlp_dim, scale=c**-0.5), random(c))
         kwargs = {"activation": config.activation, "residual": random(batch, tokens, c)}
         return Call(site, spec, (random(batch, tokens, c), *weights), kwargs)
+    if site in QUANTIZED_SITES:
+        return _quantized_call(config, site, spec, random)
     if site == "fc1":
         return product(inner, width, activation=config.activation)
     if site in ("proj", "fc2"):
         return product(inner, width, residual=random(batch, tokens, c))
     return product(inner, width)
+
+
+def _quantized_call(config: ViTConfig, site: str, spec: Spec, random: Callable[..., Tensor]) -> Call:
+    """`site_call` of a quantised site; `random` makes bf16."""
+    c, rows = config.width, spec.dims["rows"]
+    if site == "quantize":
+        args = (random(rows, c), random(c), random(c), config.norm_eps)
+        return Call(site, spec, args, {"dtype": spec.dtype})
+    inner, width = spec.dims["inner"], spec.dims["width"]
+    x = reference.quantize(random(rows, inner), dtype=spec.dtype)
+    weight = reference.quantize(random(width, inner, scale=inner**-0.5), dtype=spec.dtype)
+    kwargs: dict[str, Any] = {"activation": config.activation} if site == "quantized_fc1" else {}
+    if site in ("quantized_proj", "quantized_fc2"):
+        kwargs["residual"] = random(rows, width)
+    return Call(spec.op, spec, (*x, *weight, random(width)), kwargs)
 
 
 def time_calls(
@@ -209,15 +245,22 @@ def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tup
 
 
 def _site_backends(
-    config: ViTConfig, device: torch.device, dtype: torch.dtype, backend: str, batch: int
+    config: ViTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    batch: int,
+    quantized: torch.dtype | None = None,
+    keep: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Backend], dict[str, Any]]:
     """The backend of every site, and what was measured to choose it."""
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
-    for site in SITES:
+    for site in plan_sites(quantized, keep):
         if site == "mlp" and config.width > MLP_MAX_WIDTH:
             continue
-        spec = site_spec(config, site, batch, device, dtype)
+        its_dtype = site_dtype(site, dtype, quantized)
+        spec = site_spec(config, site, batch, device, its_dtype)
         if backend != "auto":
             if site not in OPTIONAL_SITES or not registry.backend(spec.op, backend).why_not(spec):
                 chosen[site] = choose(spec, backend)
@@ -227,10 +270,10 @@ def _site_backends(
             raise BackendError(f"no backend can run {site}: {refused}")
         if device.type == "cpu":  # where Triton would be its interpreter, for tests
             able = sorted((e for e in able if e.name != "triton"), key=lambda e: e.name != "native")
-        if len(able) == 1:
+        if len(able) == 1 or (site == "head" and not config.num_classes and not config.projection_dim):
             chosen[site] = able[0]
         else:
-            chosen[site], record[site] = measure(site_call(config, site, batch, device, dtype), able, device)
+            chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
         del chosen["mlp"]
     return chosen, record
@@ -242,13 +285,21 @@ def _best(record: dict[str, Any], site: str) -> float:
 
 
 def build(
-    config: ViTConfig, *, device: torch.device, dtype: torch.dtype, backend: str = "auto", batch: int | None = None
+    config: ViTConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    batch: int | None = None,
+    quantized: torch.dtype | None = None,
+    keep: frozenset[str] = frozenset(),
 ) -> Plan:
     """Choose an implementation for every site.
 
     Args:
         backend: "auto", or one of "torch" (its plain ops), "triton", "native" for all sites.
         batch: the batch size whose shapes are measured; by default see GPU_BATCH.
+        quantized, keep: as in `Plan`.
 
     Raises:
         BackendError: if a forced backend cannot run a site; the message has every reason.
@@ -256,18 +307,24 @@ def build(
     """
     batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
     if backend != "auto":
-        chosen, _ = _site_backends(config, device, dtype, backend, batch)
-        return assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
+        chosen, _ = _site_backends(config, device, dtype, backend, batch, quantized, keep)
+        plan = assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
+        return replace(plan, quantized=quantized, keep=keep)
     key = plan_key(config, device, dtype, batch)
-    path = cache_dir() / "plans" / f"{_digest(key)}.json"
+    if quantized:
+        key |= {"quantized": str(quantized), "sites": list(plan_sites(quantized, keep))}
+    path = plans_dir() / f"{_digest(key)}.json"
     saved = load_plan(path, key)
     if saved is None:
-        chosen, measured = _site_backends(config, device, dtype, backend, batch)
+        chosen, measured = _site_backends(config, device, dtype, backend, batch, quantized, keep)
         save_plan(path, key, {site: entry.name for site, entry in chosen.items()}, measured)
     else:
         names, measured = saved
-        chosen = {site: choose(site_spec(config, site, batch, device, dtype), name) for site, name in names.items()}
-    return replace(assemble(config, chosen, device=device, dtype=dtype, packed=True), measured=measured)
+        chosen = {}
+        for site, name in names.items():
+            chosen[site] = choose(site_spec(config, site, batch, device, site_dtype(site, dtype, quantized)), name)
+    plan = assemble(config, chosen, device=device, dtype=dtype, packed=True)
+    return replace(plan, measured=measured, quantized=quantized, keep=keep)
 
 
 def assemble(
@@ -282,7 +339,7 @@ def assemble(
     names = {site: entry.name for site, entry in chosen.items()}
     calls = {site: cast(Any, entry.call) for site, entry in chosen.items()}
     packs = {}
-    for site in LINEAR_SITES if packed else ():
+    for site in (site for site in LINEAR_SITES if packed and site in chosen):
         if found := packed_linear(chosen[site], site_spec(config, site, 1, device, dtype)):
             packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
@@ -292,7 +349,7 @@ def assemble(
         backends=names,
         fold_norm=not fused and on_triton >= {"row_stats", "qkv", "proj", "fc1", "fc2"},
         fuse_mlp=fused,
-        quick_gelu_as_silu=calls["fc1"] is mkldnn.linear,
+        quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
     )
 
@@ -333,6 +390,11 @@ def cache_dir() -> Path:
     if folder := os.environ.get("VITFAST_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast"
+
+
+def plans_dir() -> Path:
+    """Where plans are kept."""
+    return cache_dir() / "plans"
 
 
 def load_plan(path: Path, key: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:

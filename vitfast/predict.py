@@ -140,6 +140,46 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     }  # fmt: skip
 
 
+def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
+    """Compile each launch's kernel for the chip; add to its row `occupancy`, as `inspect.compute_occupancy`, or None.
+
+    The compile case with the launch's config is taken, and with the epilogue nearest to its own. `occupancy_note`
+    says why one is not known: Triton is missing or interpreting, or there is no such case.
+    """
+    from vitfast import inspect
+
+    major, minor = prediction["chip"]["capability"]
+    arch, prediction["occupancy_note"] = f"sm_{major}{minor}", ""
+    for row in prediction["launches"]:
+        row["occupancy"] = None
+    for row in prediction["launches"]:
+        try:
+            file, kernel, name, constexprs = _compiled(row, config)
+            case = inspect.find_case(file, kernel, name, arch, **constexprs)
+        except RuntimeError as error:
+            prediction["occupancy_note"] = str(error)
+            return
+        if case is None:
+            prediction["occupancy_note"] = f"no compile case of {row['site']}, config {row['config']}, for {arch}"
+        else:
+            row["occupancy"] = inspect.inspect_case(case, arch)["occupancy"]
+
+
+def _compiled(row: dict[str, Any], config: ViTConfig) -> tuple[str, str, str, dict[str, Any]]:
+    """File, kernel and name of a launch's compile case, and constexprs that it must have."""
+    site, name = row["site"], row["config"]
+    if site in ("norm", "norm_pre", "row_stats"):
+        return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", name, {}
+    if site == "patch_embed":
+        return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
+    if site == "attention":
+        return site, site, name, {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
+    epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(site, "norm_gelu")
+    if site == "fc1" and config.gated:
+        epilogue = "norm_swiglu"
+    return "linear", "linear", f"{name}_{epilogue}", {}
+
+
 def _launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """Every kind of launch of the forward with folded norms, in order."""
     depth = config.depth
@@ -282,28 +322,37 @@ def _pass(
     config: ViTConfig, site: str, count: int, batch: int, card: Chip, dtype: torch.dtype, *, passes: int
 ) -> Launch:
     """A launch that reads all tokens once, and writes them if `passes` is 2."""
+    from vitfast.kernels.layer_norm import STATS_CONFIG, pick_config
+
     moved = dtype.itemsize * passes * batch * config.tokens() * config.width
-    return Launch(site, count, 0, moved, "", 1.0, 1.0, 0.0, _memory_us(card, moved), 0.0)
+    tile = STATS_CONFIG if site == "row_stats" else pick_config(config.width)
+    return Launch(site, count, 0, moved, tile.name, 1.0, 1.0, 0.0, _memory_us(card, moved), 0.0)
 
 
-def render(prediction: dict[str, Any]) -> RenderableType:
-    """The prediction as a table for a person."""
+def render(prediction: dict[str, Any]) -> list[RenderableType]:
+    """The prediction as a table for a person, with what was measured beside it where there is something."""
+    from rich import box
     from rich.table import Table
 
     chip = prediction["chip"]
     table = Table(
         title=f"predicted, not measured: {prediction['model']} batch {prediction['batch']} {prediction['dtype']} "
         f"on {chip['name']}",
-        caption=f"{prediction['images_per_s']:,.0f} img/s predicted; {prediction['time_us'] / 1e3:.2f} ms; "
-        f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's "
-        f"peak ({chip['source']})",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
     )
+    measured = any("measured_us" in row for row in prediction["launches"])
     for column in ("launch", "config"):
-        table.add_column(column)
-    for column in ("times", "GFLOP", "MB", "tile", "wave", "math µs", "memory µs", "exp µs", "bound", "µs", "share"):
+        table.add_column(column, overflow="fold")
+    for column in (
+        "times", "GFLOP", "MB", "tile", "wave", "blocks\nan SM", "math\nµs", "memory\nµs", "exp\nµs", "bound", "µs",
+        "share", *(["measured\nµs"] if measured else []),
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     for row in prediction["launches"]:
-        table.add_row(
+        occupancy = row.get("occupancy")
+        cells = [
             row["site"],
             row["config"],
             str(row["count"]),
@@ -311,11 +360,26 @@ def render(prediction: dict[str, Any]) -> RenderableType:
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['tile_share']:.0%}",
             f"{row['wave_share']:.0%}",
+            str(occupancy["blocks_per_sm"]) if occupancy else "?",
             f"{row['math_us']:.1f}",
             f"{row['memory_us']:.1f}",
             f"{row['exp_us']:.1f}",
             row["bound"],
             f"{row['time_us']:.1f}",
             f"{row['share']:.1%}",
+        ]
+        table.add_row(*cells, *([f"{row['measured_us']:.1f}"] if "measured_us" in row else []))
+    lines: list[Any] = [
+        table,
+        f"predicted: {prediction['time_us'] / 1e3:.2f} ms, {prediction['images_per_s']:,.0f} img/s; "
+        f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's peak "
+        f"({chip['source']})",
+    ]
+    if "measured_images_per_s" in prediction:
+        lines.append(
+            f"measured: {prediction['measured_images_per_s']:,.0f} img/s ({prediction['measured_in']}), "
+            f"{prediction['measured_images_per_s'] / prediction['images_per_s']:.0%} of what is predicted"
         )
-    return table
+    if note := prediction.get("occupancy_note"):
+        lines.append(f"blocks an SM are not all known: {note}")
+    return lines

@@ -37,7 +37,15 @@ TOLERANCES = {
     torch.float32: Tolerance(rms=2e-6, ulp=2.0**-23),
     torch.float16: Tolerance(rms=1e-3, ulp=2.0**-10),
     torch.bfloat16: Tolerance(rms=8e-3, ulp=2.0**-7),
+    # Quantised rows: a value on the brink may round to its neighbour, which is one of 2^-3 (e4m3) or of one in
+    # 127. If one value in a thousand does, the RMS error is 2e-3 of a row of normal numbers, or less.
+    torch.float8_e4m3fn: Tolerance(rms=4e-3, ulp=2.0**-3),
+    torch.int8: Tolerance(rms=4e-3, ulp=1 / 127),
 }
+
+EIGHT_BIT_RMS = 5e-2
+"""Bound on RMS(error) / RMS(oracle) of a peer that multiplies in 8 bits. e4m3 rounds an operand by 2.6 % RMS, so
+a product of two by 3.7 %, and so their sum; INT8 with a scale per row rounds by less."""
 
 PEER_TOLERANCE = 1e-4
 """Largest error of a whole forward in fp32 against another library's, by the largest value of the output.
@@ -124,9 +132,9 @@ def guarded(tensor: Tensor, margin: int = 4096) -> Tensor:
 
 
 def strided(tensor: Tensor, gap: int = 8) -> Tensor:
-    """The same values with rows `gap` elements further apart, poison between; last axis contiguous."""
+    """The same values with rows `gap` elements further apart, poison between and around; last axis contiguous."""
     *lead, last = tensor.shape
-    buffer = tensor.new_full((*lead, last + gap), poison_value(tensor.dtype))
+    buffer = guarded(tensor.new_full((*lead, last + gap), poison_value(tensor.dtype)))
     view = buffer[..., :last]
     view.copy_(tensor)
     return view
@@ -187,6 +195,16 @@ def why_not_close(actual: Tensor, oracle: Tensor, baseline: Tensor) -> list[str]
     return problems
 
 
+def why_not_close_in_8_bits(actual: Tensor, oracle: Tensor, baseline: Tensor) -> list[str]:
+    """As `why_not_close`, for a peer that multiplies in 8 bits: by EIGHT_BIT_RMS alone."""
+    if actual.shape != oracle.shape:
+        return [f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"]
+    if actual.dtype != baseline.dtype:
+        return [f"dtype {actual.dtype}, expected {baseline.dtype}"]
+    rms = ((actual.double() - oracle).square().mean() / oracle.square().mean()).sqrt().item()
+    return [] if rms <= EIGHT_BIT_RMS else [f"relative RMS error {rms:.3e} exceeds {EIGHT_BIT_RMS:.3e}"]
+
+
 def check_op(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, what: str = "", **kwargs: Any) -> None:
     """Run a kernel and both references on the same arguments and compare. Tensors in args are guarded
     copies only if the caller made them so."""
@@ -225,9 +243,9 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def repair_interpreter() -> None:
-    """Make bf16 right in Triton's interpreter, which holds it as raw 16-bit patterns.
+    """Make bf16 and fp8 right in Triton's interpreter, which holds them as raw bit patterns.
 
-    `tl.dot` there multiplies the patterns as integers: operands are widened to fp32 first, which is
+    `tl.dot` there multiplies bf16's patterns as integers: operands are widened to fp32 first, which is
     exact. Casts from fp32 drop the low bits, where a GPU rounds to nearest even: they round.
     tests/test_testing.py fails when Triton no longer needs one of these.
     """
@@ -238,6 +256,7 @@ def repair_interpreter() -> None:
     if getattr(InterpreterBuilder.create_dot, "widens_bf16", False):
         return
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    convert = InterpreterBuilder.create_fp_to_fp
 
     def widen(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -259,8 +278,15 @@ def repair_interpreter() -> None:
         rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
         return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
 
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, *rest: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return convert(self, src, dst_type, *rest)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
     create_dot.widens_bf16 = True  # type: ignore[attr-defined]
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 _SHIM: list[Any] = []

@@ -117,7 +117,8 @@ def verify_model(
 ) -> Report:
     """Compare a model as `vitfast.load` gives it with plain torch ops in fp32, on the same device.
 
-    In fp16 and bf16 torch's fp32 result is the oracle and torch's result in the same dtype stands beside it.
+    In fp16, bf16, fp8 and int8 torch's fp32 result is the oracle and torch's result in the same dtype stands
+    beside it; the cosine is that to fp32, which is what quantisation costs.
     TF32, which torch allows in convolutions by default, is off meanwhile: its error would pass for the engine's.
 
     Args:
@@ -141,7 +142,8 @@ def verify_model(
         raise ValueError(str(error)) from error
     exact = Engine(other, device=engine.device, dtype=torch.float32, backend="torch")
     low = engine.dtype != torch.float32
-    plain = Engine(other, device=engine.device, dtype=engine.dtype, backend="torch") if low else exact
+    same = engine.precision if engine.plan.quantized else engine.dtype
+    plain = Engine(other, device=engine.device, dtype=same, backend="torch") if low else exact
     sides: list[Any] = [plain, engine, exact if low else None]
     if images:
         inputs, shown = _image_batches(images)
@@ -156,7 +158,7 @@ def verify_model(
         "model": source if isinstance(source, str) else str(engine.config.name or type(source).__name__),
         "against": "torch" if against == "torch" else str(against),
         "device": str(engine.device),
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": engine.precision,
         "backend": engine.backend,
         "rule": "at most twice torch's own error against fp32" if low else "the fp32 tolerance of whole models",
         "inputs": shown,

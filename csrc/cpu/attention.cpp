@@ -14,9 +14,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <utility>
 
-#include "../checks.h"
+#include "../attention_checks.h"
 #include "../ops.h"
 #include "vector.h"
 
@@ -25,7 +24,6 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A tensor seen as four axes, broadcast where a stride is 0; strides in elements.
@@ -287,44 +285,11 @@ View view(const at::Tensor& tensor) {
 
 View view(const Optional& tensor, at::IntArrayRef shape) { return tensor ? view(tensor->expand(shape)) : View{}; }
 
-void check_broadcast(const char* name, const Optional& tensor, at::IntArrayRef shape) {
-  if (!tensor) return;
-  bool fits = tensor->dim() <= 4;
-  for (int64_t i = 1; fits && i <= tensor->dim(); ++i) {
-    fits = tensor->size(-i) == 1 || tensor->size(-i) == shape[4 - i];
-  }
-  TORCH_CHECK_VALUE(fits, "attention: ", name, " of shape ", shape_text(tensor->sizes()), " cannot be broadcast to ",
-                    shape_text(shape));
-}
-
-void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias, const Optional& mask) {
-  const char* op = "attention";
-  check_dtype(op, "q", q, {at::kFloat, at::kBFloat16});
-  check_dtype(op, "k", k, {q.scalar_type()});
-  check_dtype(op, "v", v, {q.scalar_type()});
-  const std::pair<const char*, const at::Tensor&> inputs[] = {{"q", q}, {"k", k}, {"v", v}};
-  for (const auto& [name, tensor] : inputs) {
-    TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": ", name, " must be [B, N, H, D], got shape ",
-                      shape_text(tensor.sizes()));
-    TORCH_CHECK_VALUE(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": the last axis of ", name, " has stride ",
-                      tensor.stride(3), ", expected 1");
-  }
-  check_shape(op, "k", k, {q.size(0), k.size(1), q.size(2), q.size(3)});
-  check_shape(op, "v", v, k.sizes());
-  TORCH_CHECK_VALUE(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, op, ": head dim must be 1..", kMaxHeadDim, ", got ",
-                    q.size(3));
-  if (mask) check_dtype(op, "mask", *mask, {at::kBool});
-  if (bias) check_dtype(op, "bias", *bias, {at::kFloat, at::kHalf, at::kBFloat16});
-  const int64_t scores[] = {q.size(0), q.size(2), q.size(1), k.size(1)};
-  check_broadcast("bias", bias, scores);
-  check_broadcast("mask", mask, scores);
-}
-
 }  // namespace
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
                          const Optional& mask, bool causal, std::optional<double> scale) {
-  check(q, k, v, bias, mask);
+  check_attention(q, k, v, bias, mask, {at::kFloat, at::kBFloat16});
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::Tensor out = at::empty(q.sizes(), q.options());
   if (k.size(1) == 0) out.zero_();

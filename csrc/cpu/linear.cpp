@@ -9,6 +9,8 @@
 // kDepth + K / kDepth additions instead of K, which leaves half the error of rounding or less
 // (Higham 1993, "The accuracy of floating point summation").
 
+#include "linear.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -224,6 +226,25 @@ void run(const Call& c) {
   });
 }
 
+// rows [width, K] -> panel [K, width], four by four numbers at a time.
+void pack_panel(const float* rows, int64_t k, int64_t width, float* panel) {
+  int64_t i = 0;
+  for (; i + 4 <= width; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) {
+      Vector<4> square[4];
+      for (int r = 0; r < 4; ++r) square[r] = load<4>(rows + (i + r) * k + j);
+      store_transposed(panel + j * width + i, width, square);
+    }
+    for (; j < k; ++j) {
+      for (int r = 0; r < 4; ++r) panel[j * width + i + r] = rows[(i + r) * k + j];
+    }
+  }
+  for (; i < width; ++i) {
+    for (int64_t j = 0; j < k; ++j) panel[j * width + i] = rows[i * k + j];
+  }
+}
+
 const float* data(const Optional& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
 
 Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
@@ -301,15 +322,20 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t n = weight.size(0), k = weight.size(1);
   const at::Tensor source = weight.contiguous(), packed = at::empty(source.sizes(), source.options());
-  const float* from = source.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  for (int64_t first = 0; first < n; first += kPanel) {
-    const int64_t width = std::min(kPanel, n - first);
-    for (int64_t j = 0; j < k; ++j) {
-      for (int64_t i = 0; i < width; ++i) *to++ = from[(first + i) * k + j];
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanel, width = std::min(kPanel, n - first);
+      pack_panel(source.const_data_ptr<float>() + first * k, k, width, packed.mutable_data_ptr<float>() + first * k);
     }
-  }
+  });
   return packed;
+}
+
+void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
+  const Call call{rows, packed.size(0), packed.size(1), x, packed.const_data_ptr<float>(), y, {}};
+  const auto memory = std::make_unique<Memory>();
+  compute_here()(call, {0, call.m}, {0, call.n}, *memory);
 }
 
 std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed, const Optional& bias,

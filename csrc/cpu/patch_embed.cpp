@@ -26,6 +26,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
+#include "linear.h"
 #include "simd.h"
 
 namespace vitfast {
@@ -288,6 +289,7 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   // Copied if need be, unlike the images: they are small, and packed already in a planned model.
   const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
   const at::Tensor kernel = weight.contiguous(), transposed = kernel.t();
+  const at::Tensor packed = fp32 ? pack_linear_cpu(kernel) : at::Tensor();
   const std::vector<float> sums = fp32 ? weight_sums<float>(g, kernel) : weight_sums<at::BFloat16>(g, kernel);
   const at::Tensor out = at::empty({g.batch, g.tokens(), width}, weight.options());
   const at::Tensor flat = out.view({rows, width});
@@ -303,7 +305,11 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
       const int64_t stop = std::min(start + kChunk, end);
       gather_chunk(images, g, start, stop, buffer, levels.data());
       at::Tensor product = flat.narrow(0, start, stop - start);
-      at::mm_out(product, buffer.narrow(0, 0, stop - start), transposed);
+      if (fp32) {
+        multiply_packed(buffer.const_data_ptr<float>(), stop - start, packed, product.mutable_data_ptr<float>());
+      } else {
+        at::mm_out(product, buffer.narrow(0, 0, stop - start), transposed);
+      }
       finish_chunk(g, start, stop, levels.data(), sums.data(), b, pos, pre, flat);
     }
   });

@@ -1,16 +1,18 @@
 """Put vitfast's attention under models of other libraries, and take it away again.
 
-`replace_attention` picks what fits: transformers' attention interface (`integrations.transformers`),
-timm's attention classes (`integrations.timm`) and torch's nn.MultiheadAttention
-(`integrations.modules`), each usable alone; `integrations.torch_sdpa.use()` redirects every call of
-torch's scaled_dot_product_attention for a while. What cannot be replaced exactly is left and named.
+`replace_attention` picks what fits: transformers' attention interface and the classes off it
+(`integrations.transformers`), timm's attention classes (`integrations.timm`), torch's
+nn.MultiheadAttention (`integrations.modules`), each usable alone, those of the dinov2 and dinov3
+repositories, and any other module that calls torch's scaled_dot_product_attention;
+`integrations.torch_sdpa.use()` redirects every such call for a while. What cannot be replaced exactly
+is left and named.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from vitfast.integrations import modules, timm, transformers
+from vitfast.integrations import dino, modules, timm, torch_sdpa, transformers
 from vitfast.integrations.swap import Swap, swap_forwards, unknown_attention
 
 __all__ = ["Swap", "replace_attention"]
@@ -20,7 +22,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
     """Route a model's attention through `vitfast.attention.scaled_dot_product_attention`, in place.
 
     Args:
-        model: any torch module; those of transformers, timm, torchvision and open_clip are recognised.
+        model: any torch module; those of transformers, timm, torchvision, open_clip, dinov2 and dinov3 are recognised.
         strict: raise if any attention in the model is left; the model is then unchanged.
 
     Returns:
@@ -32,7 +34,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swap = Swap()
-    finders = (transformers.find, timm.find, modules.find, unknown_attention)
+    finders = (transformers.find, timm.find, dino.find, modules.find, torch_sdpa.find, unknown_attention)
     try:
         transformers.switch(model, swap)
         swap_forwards(model, finders, swap)

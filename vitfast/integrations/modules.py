@@ -5,11 +5,15 @@ In eval mode torch runs a native kernel there that no hook on scaled_dot_product
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitfast import attention
+from vitfast.integrations import torch_sdpa
 from vitfast.integrations.swap import Found, Swap, source, swap_forwards
 
 
@@ -21,20 +25,50 @@ def replace(model: nn.Module) -> Swap:
 
 
 def find(module: nn.Module, parent: nn.Module | None) -> Found:
-    """Finder for exactly nn.MultiheadAttention; a subclass may do anything and is left."""
+    """Finder for exactly nn.MultiheadAttention; a subclass may do anything, and is left or redirected."""
     if not isinstance(module, nn.MultiheadAttention):
         return None
     if type(module) is not nn.MultiheadAttention:
-        return f"{type(module).__name__} is a subclass of nn.MultiheadAttention that vitfast does not know"
+        why = f"{type(module).__name__} is a subclass of nn.MultiheadAttention that vitfast does not know"
+        return torch_sdpa.find(module) or why
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer has a fused path of its own, which never calls it"
-    if type(parent).__module__.startswith("transformers.") and "need_weights=False" not in source(type(parent)):
-        return "transformers asks it for the attention weights on every call, which vitfast does not return"
     if module.bias_k is not None or module.bias_v is not None:
         return "add_bias_kv=True appends a learned key and value, which vitfast does not do"
     if module.add_zero_attn:
         return "add_zero_attn=True appends a zero key and value, which vitfast does not do"
-    return multihead_attention
+    if not type(parent).__module__.startswith("transformers.") or "need_weights=False" in source(type(parent)):
+        return multihead_attention
+    if _throws_weights_away(parent, module):
+        return multihead_attention_output
+    return "transformers asks it for the attention weights on every call, which vitfast does not return"
+
+
+def _throws_weights_away(parent: nn.Module, module: nn.Module) -> bool:
+    """Whether every call in the parent's forward takes only the output, as SigLIP's pooling head does."""
+    name = next(name for name, child in parent.named_children() if child is module)
+    text = source(type(parent).forward)
+    calls = re.findall(rf"self\.{name}\b", text)
+    return bool(calls) and len(calls) == len(re.findall(rf"self\.{name}\([^()]*\)\[0\]", text))
+
+
+def multihead_attention_output(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`multihead_attention` for a caller that asks for weights, by default or not, and never looks at them."""
+    given = dict(zip(_ARGUMENTS, args, strict=False))
+    out, _ = multihead_attention(module, **{**given, **kwargs, "need_weights": False})
+    return out, None
+
+
+_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
 
 
 def multihead_attention(

@@ -6,11 +6,21 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-Found = Callable[..., Any] | str | bool | None
+
+@dataclass(frozen=True)
+class Method:
+    """A method other than forward to replace, where other methods than forward lead to attention too."""
+
+    name: str
+    function: Callable[..., Any]
+
+
+Found = Callable[..., Any] | Method | str | bool | None
 """What a finder says of a module: the forward to put in place of its own, taking the module first;
 True where a setting has switched it already; why it is left alone; or None where it is not the finder's."""
 
@@ -24,7 +34,7 @@ _NAMED = re.compile(r"attention|attn", re.IGNORECASE)
 class Swap:
     """What was replaced in a model, and the way back; also a context manager that goes it.
 
-    A swap replaces `forward` on instances, or a setting; parameters, buffers, hooks and the state
+    A swap replaces a method on instances, mostly `forward`, or a setting; parameters, buffers, hooks and the state
     dict are never touched. A deep copy or a pickle of a swapped model is itself swapped, and this
     handle does not reach it. Swap before torch.compile, not after.
     """
@@ -36,12 +46,12 @@ class Swap:
         """Names of the modules that attend and were left as they are -> why."""
         self._undo: list[Callable[[], str]] = []
 
-    def replace(self, name: str, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Put `function(module, ...)` in place of `module.forward`, on this instance only."""
+    def replace(self, name: str, module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
+        """Put `function(module, ...)` in place of `module.forward`, or another method, on this instance only."""
         # A partial, not a bound method: it can be copied and pickled together with its module.
-        forward = functools.partial(function, module)
-        module.__dict__["forward"] = forward
-        self.on_restore(functools.partial(_remove, name, module, forward))
+        bound = functools.partial(function, module)
+        module.__dict__[method] = bound
+        self.on_restore(functools.partial(_remove, name, module, bound, method))
         self.replaced.append(name)
 
     def on_restore(self, undo: Callable[[], str]) -> None:
@@ -72,10 +82,10 @@ class Swap:
         return f"Swap({len(self.replaced)} replaced, {len(self.left)} left, {state})"
 
 
-def _remove(name: str, module: nn.Module, forward: Callable[..., Any]) -> str:
-    if module.__dict__.get("forward") is not forward:
-        return f"{name or 'the model'} ({type(module).__name__}) has another forward by now"
-    del module.__dict__["forward"]
+def _remove(name: str, module: nn.Module, bound: Callable[..., Any], method: str) -> str:
+    if module.__dict__.get(method) is not bound:
+        return f"{name or 'the model'} ({type(module).__name__}) has another {method} by now"
+    del module.__dict__[method]
     return ""
 
 
@@ -86,10 +96,11 @@ def swap_forwards(model: nn.Module, finders: Iterable[Finder], swap: Swap) -> No
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]] if name else None
         found = next((found for finder in finders if (found := finder(module, parent)) is not None), None)
-        if callable(found) and "forward" in module.__dict__:
-            found = "its forward has been replaced already"
-        if callable(found):
-            swap.replace(name, module, found)
+        method = found if isinstance(found, Method) else Method("forward", found) if callable(found) else None
+        if method is not None and method.name in module.__dict__:
+            found, method = f"its {method.name} has been replaced already", None
+        if method is not None:
+            swap.replace(name, module, method.function, method.name)
         elif isinstance(found, str):
             swap.left[name] = found
         elif found:

@@ -7,11 +7,6 @@ this file knows, so that another version of timm is left alone rather than chang
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,63 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitfast import attention
-from vitfast.integrations.swap import Found, Swap, source, swap_forwards, unknown_attention
+from vitfast.integrations import timm_windows, torch_sdpa
+from vitfast.integrations.known import Known, dropping, find_known
+from vitfast.integrations.swap import Found, Swap, swap_forwards, unknown_attention
 
 
 def replace(model: nn.Module) -> Swap:
     """Replace the forward of every attention of timm in `model` for which that is exact."""
     swap = Swap()
-    swap_forwards(model, (find, _unknown), swap)
+    swap_forwards(model, (find, _rest), swap)
     return swap
 
 
-def find(module: Any, parent: nn.Module | None) -> Found:
-    """Finder for the classes in the table at the end of this file, exactly; subclasses are left."""
+def find(module: nn.Module, parent: nn.Module | None) -> Found:
+    """Finder for the classes in the table at the end of this file and in `timm_windows`."""
     del parent
-    kind: Any = type(module)
-    known = _CLASSES.get(_path(kind))
-    if known is None:
-        base = next((base for base in kind.__mro__ if _path(base) in _CLASSES), None)
-        return f"{kind.__name__} is a subclass of timm's {base.__name__} that vitfast does not know" if base else None
-    if difference := _difference(kind, known):
-        return f"this version of timm's {kind.__name__} differs from the one vitfast knows: {difference}"
-    if not module.fused_attn:
-        return "fused_attn is off: timm was told to spell attention out"
-    return known.forward
+    return find_known(module, _CLASSES | timm_windows.CLASSES)
 
 
-def _unknown(module: nn.Module, parent: nn.Module | None) -> Found:
-    return unknown_attention(module, parent) if type(module).__module__.startswith("timm.") else None
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@dataclass(frozen=True)
-class _Class:
-    """One class of timm: the forward that replaces its own; what its own takes and which attributes it reads."""
-
-    forward: Callable[..., Tensor]
-    takes: str
-    reads: str
-
-
-@functools.cache
-def _difference(kind: Any, known: _Class) -> str:
-    """In what timm's forward is not the one that `known` stands for; "" if it is."""
-    takes = list(inspect.signature(kind.forward).parameters)[1:]
-    if takes != known.takes.split():
-        return f"its forward takes ({', '.join(takes)})"
-    reads = set(re.findall(r"self\.(\w+)", source(kind.forward)))
-    more, less = reads - set(known.reads.split()), set(known.reads.split()) - reads
-    parts = [f"it {verb} {', '.join(sorted(names))}" for verb, names in (("reads", more), ("lacks", less)) if names]
-    return " and ".join(parts)
-
-
-def _dropping(module: Any) -> bool:
-    """Whether attention weights are being dropped: then timm's own forward runs, random numbers and all."""
-    return module.training and module.attn_drop.p > 0
+def _rest(module: nn.Module, parent: nn.Module | None) -> Found:
+    """Other classes of timm: those that call torch's attention, and those that are left."""
+    if not type(module).__module__.startswith("timm."):
+        return None
+    return torch_sdpa.find(module) or unknown_attention(module, parent)
 
 
 def _packed(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +82,7 @@ def _projected(module: Any, x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, attn_mask, is_causal)
     gate = module.gate(x).sigmoid() if module.gate is not None else None
     q, k, v = _packed(module, module.qkv(x))
@@ -134,7 +95,7 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
 def _attention_rope(
     module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, rope, attn_mask, is_causal)
     qkv = _packed(module, module.qkv(x)) if module.qkv is not None else _separate(module, x)
     return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
@@ -143,7 +104,7 @@ def _attention_rope(
 def _eva_attention(
     module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, rope, attn_mask, is_causal)
     qkv = _packed(module, _biased(module, x)) if module.qkv is not None else _separate(module, x)
     return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
@@ -170,7 +131,7 @@ def _with_rope(
 
 
 def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, shared_rel_pos_bias)
     q, k, v = _packed(module, _biased(module, x))
     bias = shared_rel_pos_bias
@@ -183,7 +144,7 @@ def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None =
 
 
 def _rel_pos_attention(module: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, shared_rel_pos)
     q, k, v = _packed(module, module.qkv(x))
     bias = module.rel_pos.get_bias() if module.rel_pos is not None else shared_rel_pos
@@ -207,7 +168,7 @@ def _attention_pool_latent(module: Any, x: Tensor, attn_mask: Tensor | None = No
 
 
 def _parallel_scaling_block(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    if _dropping(module):
+    if dropping(module, module.attn_drop):
         return type(module).forward(module, x, attn_mask, is_causal)
     hidden, *qkv = module.in_proj(module.in_norm(x)).split(module.in_split, dim=-1)
     if module.mlp_bias is not None:
@@ -227,36 +188,36 @@ _FUSED = "fused_attn scale "
 _AROUND = _FUSED + "attn_drop training num_heads proj proj_drop "
 
 _CLASSES = {
-    "timm.layers.attention.Attention": _Class(
+    "timm.layers.attention.Attention": Known(
         _attention, "x attn_mask is_causal", _AROUND + "qkv head_dim attn_dim q_norm k_norm norm gate"
     ),
-    "timm.layers.attention.AttentionRope": _Class(
+    "timm.layers.attention.AttentionRope": Known(
         _attention_rope,
         "x rope attn_mask is_causal",
         _AROUND
         + "qkv q_proj k_proj v_proj head_dim attn_dim q_norm k_norm norm gate num_kv_heads num_kv_groups "
         + "num_prefix_tokens",
     ),
-    "timm.models.eva.EvaAttention": _Class(
+    "timm.models.eva.EvaAttention": Known(
         _eva_attention,
         "x rope attn_mask is_causal",
         _AROUND
         + "qkv q_proj k_proj v_proj q_bias k_bias v_bias qkv_bias_separate q_norm k_norm norm gate num_prefix_tokens",
     ),
-    "timm.models.beit.Attention": _Class(
+    "timm.models.beit.Attention": Known(
         _beit_attention,
         "x shared_rel_pos_bias",
         _AROUND + "qkv q_bias k_bias v_bias qkv_bias_separate relative_position_bias_table _get_rel_pos_bias",
     ),
-    "timm.models.vision_transformer_relpos.RelPosAttention": _Class(
+    "timm.models.vision_transformer_relpos.RelPosAttention": Known(
         _rel_pos_attention, "x shared_rel_pos", _AROUND + "qkv head_dim q_norm k_norm rel_pos"
     ),
-    "timm.layers.attention_pool.AttentionPoolLatent": _Class(
+    "timm.layers.attention_pool.AttentionPoolLatent": Known(
         _attention_pool_latent,
         "x attn_mask",
         _FUSED + "pos_embed latent latent_len q kv num_heads head_dim q_norm k_norm proj proj_drop norm mlp pool",
     ),
-    "timm.models.vision_transformer.ParallelScalingBlock": _Class(
+    "timm.models.vision_transformer.ParallelScalingBlock": Known(
         _parallel_scaling_block,
         "x attn_mask is_causal",
         _FUSED

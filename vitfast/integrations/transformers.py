@@ -1,8 +1,8 @@
-"""transformers: `attn_implementation="vitfast"`, and the switch of a live model.
+"""transformers: `attn_implementation="vitfast"` or `"vitfast_flash"`, and the switch of a live model.
 
-A model is built with it after `register()`, or switched by `replace(model)`. Masks come from
-transformers' own mask interface in the form that SDPA takes; registering the function alone would
-lose them without a word.
+A model is built with a name after `register()`, or switched to "vitfast" by `replace(model)`. The
+functions behind the names, and the masks that belong to them, stand in `transformers_attention`;
+registering a function alone would lose the masks without a word.
 """
 
 from __future__ import annotations
@@ -11,41 +11,53 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitfast import attention
+from vitfast.integrations import torch_sdpa, transformers_modules
 from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
-
-NAME = "vitfast"
-
-_HARMLESS = frozenset(
-    ("output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "num_items_in_batch")
+from vitfast.integrations.transformers_attention import (
+    FLASH_NAME,
+    NAME,
+    attention_forward,
+    flash_attention_forward,
+    flash_mask,
+    load_flash,
 )
-"""Keyword arguments that a model may hand through to its attention function and that do not concern it."""
 
 _BUILT_IN = "computes its scores itself, off transformers' attention interface"
 
 
 def register() -> None:
-    """Make `attn_implementation="vitfast"` known to transformers; may be called again.
+    """Make "vitfast" and "vitfast_flash" known to transformers; may be called again.
+
+    transformers takes a name with "flash" in it for FlashAttention: vision towers that pack images of
+    different sizes (Qwen-VL and its like) then hand over cu_seqlens in one call, where they loop over
+    the images otherwise, and padding comes as one bool per token.
 
     Raises:
         ImportError: if transformers, or a version of it with both interfaces, is not installed.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, modeling_flash_attention_utils
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(FLASH_NAME, flash_attention_forward)
+    AttentionMaskInterface.register(FLASH_NAME, flash_mask)
+    # For a name with "flash" transformers loads the functions when a model is built, from packages it knows;
+    # there is no registry for others.
+    loader = getattr(modeling_flash_attention_utils, "_lazy_imports", None)
+    if loader is not None and getattr(loader, "func", None) is not load_flash:
+        modeling_flash_attention_utils._lazy_imports = functools.partial(load_flash, loader)
 
 
 def replace(model: nn.Module) -> Swap:
     """Set "vitfast" on every transformers model in `model` that follows the attention interface.
 
     The setting lives in the models' configs: another model that shares a config object is switched
-    with it. `restore` puts back what each config and sub-config had. Modules off the interface
-    (Swinv2, Hiera, ImageGPT, BLIP, SAM's image encoder, ...) are named in `.left`.
+    with it. `restore` puts back what each config and sub-config had. Modules off the interface get
+    another forward if they are known (`transformers_modules`: Swinv2, Hiera, ImageGPT, BLIP, ...) or call
+    torch's attention (SAM's image encoder, Data2Vec); else they are named in `.left`.
     """
     swap = Swap()
     switch(model, swap)
@@ -53,72 +65,11 @@ def replace(model: nn.Module) -> Swap:
     return swap
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function behind the name, with the behaviour of transformers' "sdpa".
-
-    Args:
-        module: the calling attention layer; its `is_causal` counts where the argument is None, and a
-            layer without one is causal, as transformers has it.
-        query: [B, H, N, D]; key, value: [B, H or fewer, Nk, D].
-        attention_mask: bool (True is seen) or additive, broadcastable to [B, H, N, Nk].
-        position_bias: added to the scaled scores, broadcastable alike.
-
-    Returns:
-        [B, N, H, D], contiguous, and None for the attention weights.
-
-    Raises:
-        ValueError: if an argument is given that would change the result and is not implemented.
-    """
-    window = kwargs.pop("sliding_window", None)
-    if window is not None and attention_mask is None and key.shape[2] > window:
-        raise ValueError(f"sliding_window={window} over {key.shape[2]} keys needs a mask; {NAME!r} got none")
-    for name, argument in kwargs.items():
-        if name not in _HARMLESS and argument is not None and argument is not False:
-            shown = argument if isinstance(argument, bool | int | float | str) else type(argument).__name__
-            raise ValueError(
-                f"{type(module).__name__}: attn_implementation={NAME!r} does not implement {name}={shown}; "
-                'use "eager" or "sdpa" for this call'
-            )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    mask = attention_mask
-    if position_bias is not None:
-        mask, causal = _biased(position_bias, mask, causal, query, key), False
-    if (groups := query.shape[1] // key.shape[1]) > 1:  # copied: the kernels take one key head per query head
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = attention.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _biased(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    """Position bias and mask as one additive mask; hidden positions get the dtype's smallest number, as in "sdpa"."""
-    if causal:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(key.dtype).min)
-    return bias + mask
-
-
 def switch(model: nn.Module, swap: Swap) -> None:
     """Set the attention of the transformers models in `model`; `find` then tells what came of it."""
     for top in _models(model):
-        if not any(_on_interface(module) for module in top.modules()):
+        layers = [module for module in top.modules() if _on_interface(module)]
+        if all(_setting(module) in (NAME, FLASH_NAME) for module in layers):
             continue
         configs = list(_configs(top))
         if any(config.output_attentions for config in configs if hasattr(config, "output_attentions")):
@@ -135,12 +86,14 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
     del parent
     if not _on_interface(module):
         theirs = type(module).__module__.startswith("transformers.") and not _is_model(module)
-        return f"{type(module).__name__} {_BUILT_IN}" if theirs and attends(type(module)) else None
-    config = getattr(module, "config", None)
-    setting = getattr(config, "_attn_implementation", None)
-    if setting == NAME:
+        if (found := transformers_modules.find(module)) is not None or not theirs:
+            return found
+        found = torch_sdpa.find(module)
+        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
+    setting = _setting(module)
+    if setting in (NAME, FLASH_NAME):
         return True
-    if getattr(config, "output_attentions", False):
+    if getattr(getattr(module, "config", None), "output_attentions", False):
         return f"its config asks for attention weights (output_attentions=True), which {NAME!r} does not return"
     return f"transformers keeps it at attn_implementation={setting!r}"
 
@@ -176,6 +129,11 @@ def _models(module: nn.Module) -> Iterator[Any]:
 def _on_interface(module: nn.Module) -> bool:
     """Whether this layer asks the attention interface for its function at every call."""
     return not _is_model(module) and "ALL_ATTENTION_FUNCTIONS" in source(type(module).forward)
+
+
+def _setting(layer: nn.Module) -> str | None:
+    """The attention implementation that a layer on the interface asks for."""
+    return getattr(getattr(layer, "config", None), "_attn_implementation", None)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

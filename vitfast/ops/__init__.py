@@ -8,18 +8,21 @@ raises `BackendError` with every reason if it cannot run. Products accumulate in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vitfast.ops import checks
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
-from vitfast.ops.reference import PIXEL_CENTER, STATS_TILE
+from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, STATS_TILE
 from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
 
 __all__ = [
     "BACKENDS",
     "OPS",
     "PIXEL_CENTER",
+    "QUANTIZED",
     "STATS_TILE",
     "Backend",
     "BackendError",
@@ -33,6 +36,8 @@ __all__ = [
     "mlp",
     "pack_patch_embed",
     "patch_embed",
+    "quantize",
+    "quantized_linear",
     "row_stats",
 ]
 
@@ -219,32 +224,65 @@ def attention(
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    offset: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
     scale: float | None = None,
+    cu_queries: Tensor | None = None,
+    cu_keys: Tensor | None = None,
+    max_queries: int = 0,
+    max_keys: int = 0,
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """softmax(q kᵀ * scale + bias) v per head, on strided inputs (a packed qkv is three views).
 
     Args:
-        q: [B, Nq, H, D], k, v: [B, Nk, H, D]; any strides with a contiguous last axis, 1 <= D <= 256.
+        q: [B, Nq, H, D], k, v: [B, Nk, Hk, D]; any strides with a contiguous last axis, 1 <= D <= 256. Hk divides
+            H: each key head serves a run of query heads.
         bias: added to the scaled scores; broadcastable to [B, H, Nq, Nk].
         mask: bool, True where a key may be seen; broadcastable to [B, H, Nq, Nk].
         key_mask: bool [B, Nk], True for real keys (key padding); combined with mask.
-        causal: query i sees keys 0..i (aligned at the top left, as in torch).
+        left, right: query i stands at position i + offset and sees the keys from position - left to position +
+            right; None is no limit.
+        causal: the same as right=0: query i sees keys 0..i (aligned at the top left, as in torch).
+        offset: keys less queries aligns positions at the bottom right, as flash-attn does.
+        softcap: scaled scores become softcap * tanh(score / softcap), before the bias; 0 is off.
+        slopes: fp32 [H] or [B, H], of ALiBi: slope * |key - position| is taken off the scores.
         scale: 1 / sqrt(D) by default.
+        cu_queries, cu_keys: int32 or int64 [sequences + 1]: sequences of different lengths lie one after another in
+            a batch of 1, sequence i in rows cu[i] to cu[i + 1] - 1. Positions are aligned at the bottom right of each
+            sequence, `offset` is ignored. The lengths are not read on the host. Triton backend only.
+        max_queries, max_keys: at least the longest sequence; what lies beyond, or in none, is not computed.
+        return_lse: also give the log-sum-exp of the scores, without a gradient. Triton backend only.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros. Can be
-        differentiated with respect to q, k, v and bias.
+        differentiated with respect to q, k, v and bias. With return_lse that and [B, H, Nq] fp32,
+        natural logarithm, -inf for a query that sees no key.
 
     Raises:
-        ValueError: if a shape, dtype or stride does not fit.
+        ValueError: if a shape, dtype, stride or number does not fit.
     """
     if key_mask is not None:
         checks.check_key_mask(k, key_mask)
         key_mask = key_mask[:, None, None, :]
         mask = key_mask if mask is None else mask & key_mask
-    checks.check_attention(q, k, v, bias, mask)
-    return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend or "auto")
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys}
+    checks.check_attention(q, k, v, bias=bias, mask=mask, slopes=slopes, softcap=softcap, **packed)
+    options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
+    if not return_lse:
+        return torch.ops.vitfast.attention(q, k, v, *options, backend or "auto")
+    spec = checks.attention_spec(
+        q, k, slopes=slopes, softcap=softcap, left=left, right=right, offset=offset, cu_queries=cu_queries, lse=True
+    )
+    choose(spec, backend or "auto")  # raises unless the kernels run it: only they have a log-sum-exp
+    out, stats = torch.ops.vitfast.attention_forward(q, k, v, *options)
+    return out, stats[0] + stats[1].log()
 
 
 def mlp(
@@ -278,4 +316,79 @@ def mlp(
         activation=activation,
         layer_scale=layer_scale,
         residual=residual,
+    )
+
+
+def quantize(
+    x: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of x, or of its LayerNorm, in 8 bits with one scale a row: x ≈ values * scale.
+
+    The row's largest magnitude becomes 448 in float8_e4m3fn, 127 in int8; rounding is to nearest
+    even. The LayerNorm is that of `layer_norm`, in fp32 and not rounded before it is quantised.
+
+    Args:
+        x: [..., K]. norm_weight, norm_bias: [K] in x's dtype, both or neither.
+        dtype: torch.float8_e4m3fn or torch.int8.
+
+    Returns:
+        values [..., K] in `dtype`, and scale [...] in fp32. A row with NaN or infinity has a NaN scale.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+    """
+    checks.check_quantize(x, norm_weight, norm_bias, dtype)
+    if backend is None:
+        return torch.ops.vitfast.quantize(x, norm_weight, norm_bias, eps, dtype)
+    return choose(checks.quantize_spec(x, dtype), backend).call(x, norm_weight, norm_bias, eps, dtype=dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> Tensor:
+    """`linear` of quantised operands: act(x @ weightᵀ * x_scale * weight_scale + bias) * layer_scale + residual.
+
+    Args:
+        x: [..., K], x_scale: [...], as `quantize` gives them. weight: [N, K] in x's dtype,
+            weight_scale: [N], as `quantize(weight)` gives them; [2F, K] and [2F] for "swiglu".
+        activation: as in `linear`. bias: [N]. layer_scale: [N]. residual: of the output's shape.
+        dtype: of the output, bias, layer_scale and residual. Sums are int32 for int8 and fp32 for fp8.
+
+    Returns:
+        [..., N] in `dtype`, rounded once.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or the activation is unknown.
+    """
+    checks.check_quantized_linear(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype)
+    if backend is None:
+        return torch.ops.vitfast.quantized_linear(
+            x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype
+        )
+    return choose(checks.quantized_linear_spec(x, weight), backend).call(
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        activation=activation,
+        layer_scale=layer_scale,
+        residual=residual,
+        dtype=dtype,
     )

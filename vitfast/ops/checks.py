@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vitfast.ops.reference import STATS_TILE
+from vitfast.ops.reference import QUANTIZED, STATS_TILE
 from vitfast.ops.registry import Spec
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
@@ -130,7 +132,18 @@ def check_key_mask(k: Tensor, key_mask: Tensor) -> None:
     _shape("attention", "key_mask", key_mask, (k.shape[0], k.shape[1]))
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    cu_queries: Tensor | None = None,
+    cu_keys: Tensor | None = None,
+) -> None:
     op = "attention"
     _dtype(op, "q", q, *FLOATS)
     _dtype(op, "k", k, q.dtype)
@@ -141,7 +154,10 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: 
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{op}: the last axis of {name} has stride {tensor.stride(-1)}, expected 1")
     b, nq, h, d = q.shape
-    _shape(op, "k", k, (b, k.shape[1], h, d))
+    key_heads = k.shape[2]
+    if h != key_heads and (not key_heads or h % key_heads):
+        raise ValueError(f"{op}: the heads of k must divide q's, got {key_heads} and {h}")
+    _shape(op, "k", k, (b, k.shape[1], key_heads, d))
     _shape(op, "v", v, tuple(k.shape))
     if not 1 <= d <= 256:
         raise ValueError(f"{op}: head dim must be 1..256, got {d}")
@@ -154,11 +170,55 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: 
         pairs = zip(reversed(tensor.shape), reversed(scores), strict=False)
         if tensor.ndim > 4 or any(have not in (1, want) for have, want in pairs):
             raise ValueError(f"{op}: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {scores}")
-    _device(op, q, k=k, v=v, bias=bias, mask=mask)
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
+    _check_packed(b, bias, mask, cu_queries, cu_keys)
+    _dtype(op, "slopes", slopes, torch.float32)
+    sequences = b if cu_queries is None else len(cu_queries) - 1
+    if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
+        raise ValueError(f"{op}: slopes must be [H] or [B, H] = {(sequences, h)}, got {tuple(slopes.shape)}")
+    _device(op, q, k=k, v=v, bias=bias, mask=mask, slopes=slopes, cu_queries=cu_queries, cu_keys=cu_keys)
 
 
-def attention_spec(q: Tensor, k: Tensor) -> Spec:
-    return Spec.of("attention", q, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
+def _check_packed(batch: int, bias: Tensor | None, mask: Tensor | None, cu_queries: Any, cu_keys: Any) -> None:
+    if cu_queries is None and cu_keys is None:
+        return
+    if cu_queries is None or cu_keys is None:
+        raise ValueError("attention: cu_queries and cu_keys go together; only one was given")
+    if batch != 1 or bias is not None or mask is not None:
+        raise ValueError(f"attention: packed sequences go without bias and mask, in a batch of 1; got one of {batch}")
+    for name, tensor in (("cu_queries", cu_queries), ("cu_keys", cu_keys)):
+        _dtype("attention", name, tensor, torch.int32, torch.int64)
+        if tensor.ndim != 1 or len(tensor) < 2 or len(tensor) != len(cu_queries):
+            raise ValueError(
+                f"attention: {name} has shape {tuple(tensor.shape)}; both must be [sequences + 1], at least [2]"
+            )
+
+
+def attention_spec(
+    q: Tensor,
+    k: Tensor,
+    *,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    left: int | None = None,
+    right: int | None = None,
+    offset: int = 0,
+    cu_queries: Tensor | None = None,
+    lse: bool = False,
+) -> Spec:
+    causal = left is None and right == 0 and offset == 0 and cu_queries is None
+    asked = {
+        "fewer key heads": k.shape[2] != q.shape[2],
+        "causal": causal,
+        "window": not causal and (left is not None or right is not None),
+        "softcap": softcap != 0,
+        "slopes": slopes is not None,
+        "packed sequences": cu_queries is not None,
+        "log-sum-exp": lse,
+    }
+    features = tuple(name for name, wanted in asked.items() if wanted)
+    return Spec.of("attention", q, features=features, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
 
 
 def check_mlp(
@@ -185,3 +245,66 @@ def check_mlp(
 
 def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:
     return Spec.of("mlp", x, rows=x.numel() // x.shape[-1], width=x.shape[-1], hidden=fc1_weight.shape[0])
+
+
+def check_quantize(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype) -> None:
+    op = "quantize"
+    _dtype(op, "x", x, *FLOATS)
+    if dtype not in QUANTIZED:
+        raise ValueError(f"{op}: dtype must be one of {', '.join(map(str, QUANTIZED))}, got {dtype}")
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError(f"{op}: norm_weight and norm_bias go together; only one was given")
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor in named.items():
+        _shape(op, name, tensor, (x.shape[-1],))
+        _dtype(op, name, tensor, x.dtype)
+    _device(op, x, **named)
+
+
+def quantize_spec(x: Tensor, dtype: torch.dtype) -> Spec:
+    return Spec.of("quantize", x, dtype, width=x.shape[-1])
+
+
+def check_quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    op = "quantized_linear"
+    _activation(op, activation)
+    _dtype(op, "x", x, *QUANTIZED)
+    _dtype(op, "weight", weight, x.dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    rows = weight.shape[0]
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
+    out = rows // 2 if activation == "swiglu" else rows
+    _shape(op, "x_scale", x_scale, tuple(x.shape[:-1]))
+    _shape(op, "weight_scale", weight_scale, (rows,))
+    _shape(op, "bias", bias, (rows,))
+    _shape(op, "layer_scale", layer_scale, (out,))
+    _shape(op, "residual", residual, (*x.shape[:-1], out))
+    scales = {"x_scale": x_scale, "weight_scale": weight_scale}
+    floats = {"bias": bias, "layer_scale": layer_scale, "residual": residual}
+    for name, tensor in scales.items():
+        _dtype(op, name, tensor, torch.float32)
+    for name, tensor in floats.items():
+        _dtype(op, name, tensor, dtype)
+    _device(op, x, weight=weight, **scales, **floats)
+
+
+def quantized_linear_spec(x: Tensor, weight: Tensor) -> Spec:
+    return Spec.of("quantized_linear", x, rows=x.numel() // x.shape[-1], inner=weight.shape[1], width=weight.shape[0])

@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from vitfast.ops import checks, reference
 from vitfast.ops.reference import STATS_TILE
-from vitfast.ops.registry import BackendError, Spec, choose
+from vitfast.ops.registry import Backend, BackendError, Spec, choose
 
 
 def _fresh(result: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -149,37 +149,54 @@ def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, ro
 
 # attention is defined piece by piece, because its autograd depends on the backend: torch's own
 # function brings its gradient with it, our kernels need a forward that also saves statistics.
+# Its options have no defaults: the dispatcher would leave those that equal theirs away.
+_OPTIONS = {"bias": None, "mask": None, "slopes": None, "softcap": 0.0, "left": None, "right": None, "offset": 0,
+            "scale": None, "cu_queries": None, "cu_keys": None, "max_queries": 0, "max_keys": 0}  # fmt: skip
 _library = torch.library.Library("vitfast", "FRAGMENT")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
-    "float? scale=None, str backend='auto') -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, "
+    "SymInt? right, SymInt offset, float? scale, Tensor? cu_queries, Tensor? cu_keys, SymInt max_queries, "
+    "SymInt max_keys, str backend) -> Tensor"
 )
 
 
-def _attention(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
-    call = choose(checks.attention_spec(q, k), backend).call
-    return _fresh(call(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale), q, k, v)
+def _entry(q, k, options, backend) -> Backend:
+    named = dict(zip(_OPTIONS, options, strict=True))
+    spec = {name: named[name] for name in ("slopes", "softcap", "left", "right", "offset", "cu_queries")}
+    return choose(checks.attention_spec(q, k, **spec), backend)
 
 
-def _attention_autograd(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        entry = choose(checks.attention_spec(q, k), backend)
+def _keywords(options) -> dict[str, Any]:
+    """The options by name, without those that say nothing: a backend need not know them."""
+    named = zip(_OPTIONS.items(), options, strict=True)
+    return {name: value for (name, none), value in named if isinstance(value, Tensor) or value != none}
+
+
+def _attention(q, k, v, *options) -> Tensor:
+    *scores, backend = options
+    return _fresh(_entry(q, k, scores, backend).call(q, k, v, **_keywords(scores)), q, k, v)
+
+
+def _attention_autograd(q, k, v, *options) -> Tensor:
+    *scores, backend = options
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *scores[:3])):
+        entry = _entry(q, k, scores, backend)
         if entry.name == "torch":
-            return reference.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+            return reference.attention(q, k, v, **_keywords(scores))
         if entry.name == "triton":
-            return torch.ops.vitfast.attention_forward(q, k, v, bias, mask, causal, scale)[0]
+            return torch.ops.vitfast.attention_forward(q, k, v, *scores)[0]
         raise BackendError(f"backend {entry.name!r} has no gradient of attention; the backends torch and triton have")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend)
+        return torch.ops.vitfast.attention(q, k, v, *scores, backend)
 
 
-def _attention_autocast(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto") -> Tensor:
+def _attention_autocast(q, k, v, *options) -> Tensor:
     """q, k, v in autocast's dtype, as torch's own attention; a bias keeps its own, so that no bit of it is lost."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         q, k, v = (t.to(dtype) if t.dtype in checks.FLOATS else t for t in (q, k, v))
-        return torch.ops.vitfast.attention(q, k, v, bias, mask, causal, scale, backend)
+        return torch.ops.vitfast.attention(q, k, v, *options)
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -189,7 +206,7 @@ _library.impl("attention", _attention_autocast, "AutocastCUDA")
 
 
 @torch.library.register_fake("vitfast::attention")
-def _(q, k, v, bias=None, mask=None, causal=False, scale=None, backend="auto"):
+def _(q, k, v, *options):
     return q.new_empty(q.shape)
 
 
@@ -197,7 +214,6 @@ def _kernel_file(name: str) -> Any:
     return importlib.import_module(f"vitfast.kernels.{name}")
 
 
-# No defaults: arguments that equal theirs would be missing from ctx.needs_input_grad.
 @custom_op("vitfast::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor,
@@ -205,16 +221,25 @@ def attention_forward(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    causal: bool,
+    slopes: Tensor | None,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    offset: int,
     scale: float | None,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    max_queries: int,
+    max_keys: int,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel, with what its backward needs: out and stats, see kernels/attention.py."""
-    choose(checks.attention_spec(q, k), "triton")  # raises with the reasons where it cannot run
-    return _kernel_file("attention").attention_forward(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+    options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
+    _entry(q, k, options, "triton")  # raises with the reasons where it cannot run
+    return _kernel_file("attention").attention_forward(q, k, v, **dict(zip(_OPTIONS, options, strict=True)))
 
 
 @attention_forward.register_fake
-def _(q, k, v, bias, mask, causal, scale):
+def _(q, k, v, *options):
     return q.new_empty(q.shape), q.new_empty((2, q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
@@ -228,36 +253,51 @@ def attention_backward(
     stats: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    causal: bool,
+    slopes: Tensor | None,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    offset: int,
     scale: float | None,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    max_queries: int,
+    max_keys: int,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dbias; the last is empty unless bias_grad (a custom op cannot return None)."""
     if dout.shape[-1] > 1 and dout.stride(-1) != 1:  # sum() and mean() give expanded gradients
         dout = dout.contiguous()
+    options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
     dq, dk, dv, dbias = _kernel_file("attention_backward").attention_backward(
-        dout, q, k, v, out, stats, bias=bias, mask=mask, causal=causal, scale=scale, bias_grad=bias_grad
+        dout, q, k, v, out, stats, bias_grad=bias_grad, **dict(zip(_OPTIONS, options, strict=True))
     )
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, out, stats, bias, mask, causal, scale, bias_grad):
-    dbias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
+def _(dout, q, k, v, out, stats, bias, *options):
+    dbias = bias.new_empty(bias.shape) if options[-1] else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    q, k, v, bias, mask, ctx.causal, ctx.scale = inputs
+    q, k, v, *options = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(q, k, v, out, stats, bias, mask)
+    tensors = [option if isinstance(option, Tensor) else None for option in options]
+    ctx.save_for_backward(q, k, v, out, stats, *tensors)
+    ctx.options = [None if isinstance(option, Tensor) else option for option in options]
 
 
 def _differentiate_attention(ctx, dout, _) -> tuple[Tensor | None, ...]:
+    inputs, tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    options = [number if tensor is None else tensor for number, tensor in zip(ctx.options, tensors, strict=True)]
     bias_grad = ctx.needs_input_grad[3]
-    *grads, dbias = torch.ops.vitfast.attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale, bias_grad)
-    return *grads, dbias if bias_grad else None, None, None, None
+    if ctx.needs_input_grad[5]:
+        raise NotImplementedError("attention: the Triton kernels have no gradient of the slopes")
+    *grads, dbias = torch.ops.vitfast.attention_backward(dout, *inputs, *options, bias_grad)
+    return *grads, dbias if bias_grad else None, *[None] * (len(options) - 1)
 
 
 def _refuse_second_derivative(ctx, *grads):
@@ -294,3 +334,45 @@ def mlp(
 @mlp.register_fake
 def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation="gelu", layer_scale=None, residual=None):
     return x.new_empty(x.shape)
+
+
+@custom_op("vitfast::quantize", mutates_args=())
+def quantize(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return choose(checks.quantize_spec(x, dtype)).call(x, norm_weight, norm_bias, eps, dtype=dtype)
+
+
+@quantize.register_fake
+def _(x, norm_weight, norm_bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@custom_op("vitfast::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return choose(checks.quantized_linear_spec(x, weight)).call(
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        activation=activation,
+        layer_scale=layer_scale,
+        residual=residual,
+        dtype=dtype,
+    )
+
+
+@quantized_linear.register_fake
+def _(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype):
+    return _linear_out(x, weight, activation).to(dtype)

@@ -1,6 +1,6 @@
-"""`linear` of the "native" backend: csrc/cpu/linear.cpp, called like the reference.
+"""Ops of the "native" backend whose C++ is not called like the reference itself.
 
-The product reads a packed weight. A model packs its weights once (`pack`, then `linear_packed`); `linear`
+linear's product reads a packed weight. A model packs its weights once (`pack`, then `linear_packed`); `linear`
 packs at every call, which costs about as much as a product of 200 rows.
 """
 
@@ -12,6 +12,21 @@ import torch
 from torch import Tensor
 
 from vitfast.ops import reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    right: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`reference.attention`; `right` is None, or 0: the registry sends no other window here."""
+    causal = right is not None
+    return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -19,6 +19,15 @@ images, so that folding mean and std into low-precision weights costs no accurac
 STATS_TILE = 128
 """Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
 
+FEATURES = {"attention": ("fewer key heads", "causal", "window", "softcap", "slopes")}
+"""What the references have beyond the plain op; see `registry.Backend`."""
+
+QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""The dtypes that rows are quantised to, and the value that a row's largest magnitude becomes."""
+
+LEAST_AMAX = 2.0**-100
+"""A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
+
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -159,20 +168,35 @@ def attention(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    offset: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
     scale: float | None = None,
     upcast: bool = False,
 ) -> Tensor:
-    if upcast:
-        return _attention_oracle(q, k, v, bias, mask, causal, scale)
-    if causal and (bias is not None or mask is not None):
-        keep = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-        mask = keep if mask is None else mask & keep
-        causal = False
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plain_causal = right == 0 and left is None and offset == 0 and bias is None and mask is None
+    key, position = (
+        torch.arange(k.shape[1], device=q.device),
+        torch.arange(q.shape[1], device=q.device)[:, None] + offset,
+    )
+    if not upcast and plain_causal and not softcap and slopes is None:
+        return _torch_attention(q, k, v, None, scale, causal=True)
+    for side, seen in ((right, key - position <= (right or 0)), (left, position - key <= (left or 0))):
+        if side is not None:
+            mask = seen if mask is None else mask & seen
+    if upcast or softcap or slopes is not None:
+        dtype = torch.float64 if upcast else torch.float32
+        out = _attention_formula(q, k, v, bias, mask, softcap, slopes, (key - position).abs(), scale, dtype)
+        return out if upcast else out.to(q.dtype)
     if bias is not None and mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))
-        mask = None
-    added = mask if bias is None else bias.to(q.dtype)
+    return _torch_attention(q, k, v, mask if bias is None else bias.to(q.dtype), scale)
+
+
+def _torch_attention(q, k, v, added, scale, causal=False):
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -180,20 +204,24 @@ def attention(
         attn_mask=None if added is None else torch.atleast_2d(added),  # torch refuses fewer axes
         is_causal=causal,
         scale=scale,
+        enable_gqa=bool(k.shape[2] != q.shape[2]),  # not a SymBool
     )
     return out.transpose(1, 2).contiguous()
 
 
-def _attention_oracle(q, k, v, bias, mask, causal, scale):
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+def _attention_formula(q, k, v, bias, mask, softcap, slopes, distance, scale, dtype):
+    group = q.shape[2] // max(k.shape[2], 1)
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.double()
+        scores = scores + bias.to(dtype)
+    if slopes is not None:
+        scores = scores - slopes.to(dtype)[..., None, None] * distance
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    if causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~keep, float("-inf"))
     # A row with no key left gives zeros, as torch's scaled_dot_product_attention does.
     empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
@@ -215,3 +243,53 @@ def mlp(
     hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
     out: Any = linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
     return out
+
+
+def quantize(
+    x: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if upcast else torch.float32
+    x = x.to(exact)
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight.to(exact), norm_bias.to(exact), eps)
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    amax = torch.where(amax.isfinite(), amax, torch.nan).clamp(min=LEAST_AMAX)
+    largest = QUANTIZED[dtype]
+    values = x * (largest / amax)
+    if dtype == torch.int8:
+        values = values.round().nan_to_num(0.0)  # the scale of such a row is NaN
+    return values.to(dtype), (amax / largest).squeeze(-1).float()
+
+
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    upcast: bool = False,
+) -> Tensor:
+    exact = torch.float64 if upcast else torch.float32
+    # Sums of int8 products need more than fp32's 24 bits, and are exact in fp64.
+    sums = torch.float64 if x.dtype == torch.int8 else exact
+    y = F.linear(x.to(sums), weight.to(sums)).to(exact)
+    y = y * x_scale.to(exact)[..., None] * weight_scale.to(exact)
+    if bias is not None:
+        y = y + bias.to(exact)
+    y = activate(y, activation)
+    if layer_scale is not None:
+        y = y * layer_scale.to(exact)
+    if residual is not None:
+        y = y + residual.to(exact)
+    return y if upcast else y.to(dtype)

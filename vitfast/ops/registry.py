@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ import torch
 
 from vitfast.ops import native, reference
 
-OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp")
+QUANTIZED_OPS = ("quantize", "quantized_linear")
+OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", *QUANTIZED_OPS)
 BACKENDS = ("torch", "triton", "native")
 
 _KERNEL_FILES = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm"}
 _FLOATS = ("float32", "float16", "bfloat16")
+_QUANTIZED = ("float8_e4m3fn", "int8")
+_DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
 class BackendError(RuntimeError):
@@ -36,7 +39,8 @@ class BackendError(RuntimeError):
 class Spec:
     """One op at one shape: all that a backend needs to know to say yes or no.
 
-    `dims` holds the op's sizes by name (head_dim, rows, width, ...).
+    `dims` holds the op's sizes by name (head_dim, rows, width, ...), `features` what the call asks
+    beyond the plain op, by the names in backends' `features`.
     """
 
     op: str
@@ -44,19 +48,28 @@ class Spec:
     dtype: torch.dtype
     capability: tuple[int, int] | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, **dims: int) -> Spec:
+    def of(
+        cls,
+        op: str,
+        tensor: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        features: tuple[str, ...] = (),
+        **dims: int,
+    ) -> Spec:
         """The spec of a call whose tensors live where `tensor` does."""
-        return cls(op, tensor.device.type, dtype or tensor.dtype, device_capability(tensor.device), dims)
+        return cls(op, tensor.device.type, dtype or tensor.dtype, device_capability(tensor.device), dims, features)
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one op.
 
-    `limits` maps a name of `Spec.dims` to its inclusive (low, high). `call` is None where the
-    backend could not be loaded; `missing` then says why.
+    `limits` maps a name of `Spec.dims` to its inclusive (low, high), `choices` to all values there
+    are. `per_device` has the fields that are others on some device. `call` is None where the backend
+    could not be loaded; `missing` then says why.
     """
 
     name: str
@@ -66,24 +79,35 @@ class Backend:
     dtypes: tuple[str, ...] = _FLOATS
     min_capability: tuple[int, int] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
     missing: str = ""
 
     def why_not(self, spec: Spec) -> list[str]:
         """Every reason why this backend cannot run `spec`; empty if it can."""
         if self.call is None:
             return [self.missing]
+        if spec.device in self.per_device:
+            here = replace(self, choices={}, limits={}, per_device={})
+            return replace(here, **self.per_device[spec.device]).why_not(spec)
         reasons = []
         if spec.device not in self.devices:
             reasons.append(f"device {spec.device} is not among {', '.join(self.devices)}")
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
-        if self.min_capability and spec.capability and spec.capability < self.min_capability:
-            have, need = (".".join(map(str, c)) for c in (spec.capability, self.min_capability))
+        least = max(self.min_capability or (0, 0), _DTYPE_CAPABILITY.get(dtype, (0, 0)))
+        if spec.capability and spec.capability < least:
+            have, need = (".".join(map(str, c)) for c in (spec.capability, least))
             reasons.append(f"compute capability {have} is below {need}")
         for name, (low, high) in self.limits.items():
             if name in spec.dims and not low <= spec.dims[name] <= high:
                 reasons.append(f"{name} {spec.dims[name]} is outside {low}..{high}")
+        for name, values in self.choices.items():
+            if name in spec.dims and spec.dims[name] not in values:
+                reasons.append(f"{name} {spec.dims[name]} is not among {', '.join(map(str, values))}")
+        reasons += [f"it has no {feature}" for feature in spec.features if feature not in self.features]
         return reasons
 
 
@@ -103,7 +127,9 @@ def backend(op: str, name: str) -> Backend:
     if op not in OPS:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
     if name == "torch":
-        return Backend("torch", op, getattr(reference, op), dtypes=(*_FLOATS, "float64"))
+        dtypes = _QUANTIZED if op in QUANTIZED_OPS else (*_FLOATS, "float64")
+        features = reference.FEATURES.get(op, ())
+        return Backend("torch", op, getattr(reference, op), dtypes=dtypes, features=features)
     if name == "triton":
         return _triton(op)
     if name == "native":
@@ -126,6 +152,7 @@ def _triton(op: str) -> Backend:
         dtypes=entry["dtypes"],
         min_capability=entry["min_capability"],
         limits=entry["limits"],
+        features=entry.get("features", ()),
     )
 
 
@@ -141,11 +168,12 @@ def _native(op: str) -> Backend:
 
 
 @functools.cache
-def proven(op: str, gpu: str) -> bool:
-    """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there."""
+def proven(op: str, dtype: torch.dtype, gpu: str) -> bool:
+    """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there in this dtype."""
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     table = Path(__file__).parents[1] / "kernels" / "configs" / f"{slug}.json"
-    return table.is_file() and op in json.loads(table.read_text()).get("proven", [])
+    dtypes = json.loads(table.read_text()).get("proven", {}).get(op, []) if table.is_file() else []
+    return str(dtype).removeprefix("torch.") in dtypes
 
 
 def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
@@ -161,7 +189,7 @@ def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
             refused[name] = reasons
         else:
             able.append(entry)
-    if spec.device == "cuda" and proven(spec.op, torch.cuda.get_device_name()):
+    if spec.device == "cuda" and proven(spec.op, spec.dtype, torch.cuda.get_device_name()):
         able.sort(key=lambda entry: entry.name != "triton")
     return able, refused
 

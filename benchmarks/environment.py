@@ -1,0 +1,82 @@
+"""Where a result comes from: source, hardware, driver, versions and the settings that change speed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitfast
+from vitfast.benchmarks.device import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout; in an installed package, the package."""
+
+PACKAGES = (
+    "triton", "numpy", "timm", "transformers", "torchvision", "onnxruntime", "openvino", "flash-attn", "flash-attn-3",
+    "xformers", "sageattention", "liger-kernel", "torchao", "tensorrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
+"""Distributions whose version can explain a number."""
+
+VARIABLES = re.compile(r"(CUDA_|NVIDIA_|OMP_|MKL_|KMP_|TORCH|TRITON_|PYTORCH_|VITFAST_)\w*")
+PATHS = re.compile(r"\w*(PATH|DIR|HOME|CACHE)\w*")
+
+
+def environment(device: Device) -> dict[str, Any]:
+    """Everything about the machine and the software that a reader needs to repeat a result."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "vitfast": vitfast.__version__,
+        "torch": torch.__version__,
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "settings": {
+            "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if VARIABLES.fullmatch(name) and not PATHS.fullmatch(name)
+        },
+        **device.facts(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    """Git's answer about the checkout; None where this is none, which the result then says by a null commit."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return None  # installed, perhaps below somebody else's repository
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return match[1] if match else platform.processor()

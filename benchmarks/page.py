@@ -1,0 +1,108 @@
+"""Results as one self-contained HTML page: plots, tables and the environment. No script, no font, no request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vitfast.benchmarks import svg
+from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells, commit, machine
+from vitfast.benchmarks.roofs import drift
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --paper: #fff; --wrong: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #3a424b; --paper: #14181d; --wrong: #ff8a80; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.4rem 0 .2rem; }
+p.soft, td.soft { color: var(--soft); }
+svg { max-width: 100%; height: auto; font: 13px system-ui, sans-serif; }
+svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .label { text-anchor: end; }
+svg .wrong { fill: var(--wrong); } svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+svg .grid { stroke: var(--line); fill: none; } svg .roof { stroke: var(--ink); stroke-width: 2; fill: none; }
+svg .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
+svg .mark { stroke: var(--paper); stroke-width: 1; }
+.legend .key { margin-right: 1rem; white-space: nowrap; } .legend svg { vertical-align: -2px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top; }
+td.text, th.text { text-align: left; }
+summary { cursor: pointer; margin-top: 1rem; }
+"""
+
+TEXT = ("case", "peer", "notes", "name", "value")
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """The page of one or several results."""
+    title = "vitfast benchmarks"
+    body = "\n".join(_section(result) for result in results)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(result: Mapping[str, Any]) -> str:
+    rows = result["rows"]
+    timed = list(dict.fromkeys(row["peer"] for row in rows if row["correct"]))
+    styles = svg.style_of(timed)
+    entry = result["environment"]
+    made = f"torch {entry['torch']}; commit {commit(entry)}; {entry['date']}"
+    parts = [
+        f"<h2>{escape(result['kind'])} on {escape(machine(entry))}</h2>",
+        f'<p class="soft">{escape(made)}</p>',
+    ]
+    if roofline := svg.roofline(rows, result["roofs"], styles):
+        parts += ["<h3>Roofline</h3>", svg.legend(timed, styles), roofline]
+    if moved := drift(result["roofs"]):
+        parts.append(f'<p class="soft">The roofs, measured before and after the run, differ by up to {moved:.0%}.</p>')
+    baseline = result["method"].get("baseline")
+    parts.append(
+        f'<p class="soft">Bars: median ms, whiskers p20 to p80. ×: times as fast as {escape(str(baseline))}.</p>'
+    )
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        parts += [f"<h3>{escape(case)}</h3>", svg.bars(mine, styles)]
+    columns = ("case", *COLUMNS[result["kind"]])
+    parts.append(_details("All rows", _table(columns, [cells(row, columns) for row in rows])))
+    if result["not_run"]:
+        parts.append(f"<p>No time for: {escape('; '.join(result['not_run']))}</p>")
+    facts = {**_flat(entry), **_flat(result["method"], "method "), **_flat(result["roofs"], "roof ")}
+    parts.append(_details("Environment", _table(("name", "value"), facts.items())))
+    return "\n".join(parts)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by spaces."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _details(title: str, body: str) -> str:
+    return f'<details><summary>{escape(title)}</summary><div class="scroll">{body}</div></details>'
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    kind = ['class="text"' if name in TEXT else "" for name in columns]
+    head = "".join(f"<th {k}>{escape(HEADINGS.get(name, name))}</th>" for k, name in zip(kind, columns, strict=True))
+    lines = (
+        "<tr>" + "".join(f"<td {k}>{_cell(value)}</td>" for k, value in zip(kind, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))

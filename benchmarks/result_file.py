@@ -1,0 +1,217 @@
+"""Result files: what is in one, written whole and as soon as there is something; and the table for a person.
+
+Schema 2, one JSON object:
+
+    schema       2; schema 1 had only name, environment and rows, and is still read
+    kind         "kernels" or "model"
+    environment  commit, date, hardware, driver, versions, settings (`vitfast.benchmarks.environment`)
+    method       how it was measured: rounds, baseline, the command's arguments
+    roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)
+    rows         one per case and contestant: case, peer, correct, and either error or
+                 median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...
+    not_run      cases that there was no time for
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vitfast.benchmarks.device import Device
+from vitfast.benchmarks.environment import ROOT, environment
+from vitfast.benchmarks.timing import NOISY
+
+SCHEMA = 2
+
+COLUMNS = {
+    "kernels": ("peer", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
+    "model": ("peer", "median_ms", "range", "images_per_s", "roof_share", "ratio", "max_error", "notes"),
+}
+"""What is shown of a row: its fields, or what `cells` makes of them."""
+
+HEADINGS = {
+    "peer": "contestant", "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
+    "roof_share": "of roof", "images_per_s": "img/s", "max_error": "error",
+}  # fmt: skip
+
+
+class Results:
+    """A result file in the making: rows come in, and the file is whole after every `add`."""
+
+    def __init__(self, kind: str, device: Device, method: dict[str, Any], path: Path | None = None) -> None:
+        entry = environment(device)
+        self.path = path or _default_path(kind, device, entry)
+        self.content: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "environment": entry, "method": method}
+        self.content |= {"roofs": {}, "rows": [], "not_run": []}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        return self.content["rows"]
+
+    def add(self, rows: Sequence[dict[str, Any]] = (), **content: Any) -> None:
+        """Take rows, replace other parts, and write the file."""
+        self.rows.extend(rows)
+        self.content |= content
+        _add_roof_share(self.rows, self.content["roofs"])
+        write(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def results_folder() -> Path:
+    """benchmarks/results in a checkout; vitfast-results in the current folder of an installed package's user."""
+    checkout = (ROOT / "pyproject.toml").is_file()
+    return ROOT / "benchmarks" / "results" if checkout else Path("vitfast-results")
+
+
+def _default_path(kind: str, device: Device, entry: dict[str, Any]) -> Path:
+    name = f"{entry['date'][:10]}-{(entry['commit'] or 'nocommit')[:9]}-{kind}"
+    folder = results_folder() / device.slug
+    taken = {path.stem for path in folder.glob(f"{name}*.json")}
+    number = next(n for n in range(1, 1000) if (name if n == 1 else f"{name}-{n}") not in taken)
+    return folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one step, so that nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file of any schema, with what later schemas added filled in.
+
+    Raises:
+        ValueError: if it is none, or of a schema that this version does not know.
+    """
+    try:
+        result = json.loads(path.read_text())
+        schema, rows = result["schema"], result["rows"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result file: {type(error).__name__}: {error}") from None
+    if schema not in (1, SCHEMA):
+        raise ValueError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}")
+    if schema == 1:
+        result |= {"kind": result["name"], "method": {}, "roofs": {}, "not_run": []}
+        for row in rows:
+            if row["correct"]:
+                row["spread"] = (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
+                row["noisy"] = row["spread"] > NOISY
+    return result
+
+
+def machine(entry: dict[str, Any]) -> str:
+    """The device of an environment, in words."""
+    return entry.get("gpu") or f"{entry['cpu']}, {entry['threads']} threads"
+
+
+def commit(entry: dict[str, Any]) -> str:
+    """The commit of an environment, in short, and whether there were changes."""
+    return (entry["commit"] or "unknown")[:9] + (" with changes" if entry.get("dirty") else "")
+
+
+def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """The rows of results as one table, with device, commit and date; nested values as JSON."""
+    rows = []
+    for result in results:
+        entry = result["environment"]
+        origin = {"device": machine(entry), "commit": entry["commit"], "date": entry["date"]}
+        for row in result["rows"]:
+            flat = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
+            rows.append(origin | flat)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _add_roof_share(rows: Sequence[dict[str, Any]], roofs: dict[str, Any]) -> None:
+    """`roof_share`: the time that the measured roofs allow, by the time taken. Above 1: served from a cache.
+
+    For a kernel the longer of its product at the product's roof and its bytes at the copy's; for a whole model, whose
+    bytes depend on how it is cut into kernels, the product alone: its share of this device's own matrix rate.
+    """
+    if not roofs:
+        return
+    for row in rows:
+        product = roofs["tflops"].get(row.get("dtype"))
+        if "median_ms" not in row or "flops" not in row or (row["flops"] and not product):
+            continue
+        floors = {"memory": row.get("bytes", 0) / roofs["copy_gb_per_s"] / 1e6}
+        if row["flops"]:
+            floors["product"] = row["flops"] / product / 1e9
+        row["roof_bound"] = max(floors, key=lambda kind: floors[kind])
+        row["roof_share"] = floors[row["roof_bound"]] / row["median_ms"]
+
+
+def notes(row: dict[str, Any]) -> str:
+    """What a reader must know about a row, in a few words."""
+    if not row["correct"]:
+        return row.get("error", "")
+    throttled = row.get("throttled_by") or []
+    found = [
+        "8 bits" if row.get("eight_bit") else "",
+        f"noisy: ±{row['spread'] / 2:.0%}" if row.get("noisy") else "",
+        f"throttled: {', '.join(throttled)}" if throttled else "",
+        "warm cache" if row.get("cold") is False else "",
+        row.get("note", ""),
+    ]
+    return "; ".join(part for part in found if part)
+
+
+def table(result: dict[str, Any]) -> list[Any]:
+    """Rows for a person, a table for each case, numbers to three digits; below, who did not run and why."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[Any] = []
+    absent: dict[str, dict[str, None]] = {}
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        part = Table(title=case, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in COLUMNS[result["kind"]]:
+            text = name in ("peer", "notes")
+            part.add_column(
+                HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold",
+                min_width=14 if name == "peer" else None,
+            )  # fmt: skip
+        for row in (row for row in result["rows"] if row["case"] == case):
+            if not row["correct"] and not row.get("error", "").startswith("incorrect"):
+                absent.setdefault(row.get("error", ""), {})[row["peer"]] = None
+                continue
+            style = "red" if not row["correct"] else "yellow" if row.get("noisy") else None
+            part.add_row(*map(Text, cells(row, COLUMNS[result["kind"]])), style=style)
+        shown.append(part)
+    if baseline := result["method"].get("baseline"):
+        shown.append(f"ratio: times as fast as {baseline}")
+    shown += [f"did not run: {', '.join(peers)}: {why}" for why, peers in absent.items()]
+    return shown + [f"no time for: {name}" for name in result["not_run"]]
+
+
+def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Text of a row's fields, numbers to three digits."""
+    made = {**row, "notes": notes(row)}
+    if row["correct"]:
+        made["range"] = f"{number(row['p20_ms'])}–{number(row['p80_ms'])}"
+    return [_text(name, made.get(name)) for name in columns]
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0%}" if name == "roof_share" else f"{value:.0e}" if name == "max_error" else number(value)
+    return "" if value is None else str(value)
+
+
+def number(value: float) -> str:
+    """Three digits, no exponent."""
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"

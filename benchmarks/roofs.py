@@ -1,0 +1,97 @@
+"""What this very device reaches, measured in the run that quotes it: a large product and a large copy.
+
+A data sheet's peak is no roof: clocks, power and the numbers multiplied decide. Random normal numbers, never zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vitfast.benchmarks import timing
+from vitfast.benchmarks.device import Device
+from vitfast.benchmarks.result_file import Results
+
+FP8 = torch.float8_e4m3fn
+SIDES = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
+
+
+@torch.no_grad()
+def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, Any]:
+    """TFLOP/s of a square product in `dtype`, on a GPU in all dtypes, and GB/s of a copy (both directions count).
+
+    Returns:
+        tflops: by dtype; side: of the square; copy_gb_per_s; copy_bytes; refused: dtype -> why it has no product;
+        and clock and power meanwhile.
+    """
+    kind, where = device.torch_device.type, device.torch_device
+    side = SIDES[kind]
+    calls: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8) if kind == "cuda" else (dtype,):
+        name = str(kind_of).removeprefix("torch.")
+        try:
+            call = _product(side, where, kind_of)
+            call()
+            calls[name] = call
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            refused[name] = str(error).splitlines()[0]
+    source = torch.randn(COPY_BYTES[kind] // 4, device=where)
+    target = torch.empty_like(source)
+    calls["copy"] = functools.partial(target.copy_, source)
+    programs = {name: device.prepare([call]) for name, call in calls.items()}
+    times, telemetry = timing.time_interleaved(programs, device, rounds)
+    median = {name: timing.summary(values)["median_ms"] for name, values in times.items()}
+    copy = median.pop("copy")
+    return {
+        "tflops": {name: 2 * side**3 / ms / 1e9 for name, ms in median.items()},
+        "side": side,
+        "copy_gb_per_s": 2 * COPY_BYTES[kind] / copy / 1e6,
+        "copy_bytes": COPY_BYTES[kind],
+        "refused": refused,
+        **timing.clocks(telemetry),
+    }
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Any:
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    if dtype != FP8:
+        return functools.partial(torch.mm, a.to(dtype), b.to(dtype))
+    one = torch.ones((), device=device)
+    return functools.partial(
+        torch._scaled_mm, a.to(FP8), b.to(FP8).t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+    )
+
+
+def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The higher of two measurements, before and after a run, with both kept: how far they differ shows drift."""
+    best = first | {"tflops": dict(first["tflops"])}
+    for name, value in second["tflops"].items():
+        best["tflops"][name] = max(value, best["tflops"].get(name, 0.0))
+    best["copy_gb_per_s"] = max(first["copy_gb_per_s"], second["copy_gb_per_s"])
+    return best | {"before": first, "after": second}
+
+
+def drift(roofs: dict[str, Any]) -> float | None:
+    """Largest relative difference of a roof before and after the run; None if it was not measured twice."""
+    if "before" not in roofs:
+        return None
+    pairs = [(roofs["before"]["copy_gb_per_s"], roofs["after"]["copy_gb_per_s"])]
+    pairs += [(value, roofs["after"]["tflops"][name]) for name, value in roofs["before"]["tflops"].items()]
+    return max(abs(a - b) / max(a, b) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def around(file: Results, device: Device, dtype: torch.dtype, *, wanted: bool = True) -> Iterator[None]:
+    """Measure the roofs before and after what is done inside, and put the higher ones into a result file."""
+    if wanted:
+        before = measure(device, dtype)
+        file.add(roofs=before)
+    yield
+    if wanted:
+        file.add(roofs=better(before, measure(device, dtype)))

@@ -1,0 +1,149 @@
+"""Plots as SVG text, by hand: bars of one case and a roofline. Hovering shows a <title>; there is no script.
+
+Colours are those of Okabe and Ito (2002), which colour-blind readers can tell apart; in the roofline each contestant
+also has a shape of its own. Text and lines take the page's colours by CSS classes, so that a dark page works.
+The roofline is that of Williams, Waterman, Patterson 2009.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vitfast.benchmarks.result_file import number
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+SHAPES = ("circle", "square", "diamond", "triangle", "cross")
+GREY = "#8a8f98"
+
+LABEL, BAR, ROW = 210, 430, 24
+
+
+def style_of(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Peer -> (colour, shape). What is ours comes first, the plain libraries are grey."""
+    ours = sorted(peer for peer in peers if peer.startswith("vitfast"))
+    grey = [peer for peer in peers if peer in ("torch eager", "timm eager")]
+    rest = [peer for peer in peers if peer not in ours and peer not in grey]
+    found = dict.fromkeys(grey, (GREY, "circle"))
+    for i, peer in enumerate([*ours, *rest]):
+        found[peer] = (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)])
+    return found
+
+
+def bars(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]]) -> str:
+    """One bar per contestant of a case: the median, a whisker from p20 to p80, milliseconds and the ratio.
+
+    A wrong contestant has no bar, only the word; an absent one is left out.
+    """
+    shown = [row for row in rows if row["correct"] or str(row.get("error", "")).startswith("incorrect")]
+    longest = max((row["p80_ms"] for row in shown if row["correct"]), default=1.0)
+    width, height = LABEL + BAR + 190, ROW * len(shown) + 4
+    parts = [f'<svg class="bars" viewBox="0 0 {width} {height}" width="{width}" role="img">']
+    for i, row in enumerate(shown):
+        y = i * ROW + 2
+        middle = y + ROW / 2 - 1
+        parts.append(f'<text class="label" x="{LABEL - 8}" y="{middle + 4:.1f}">{escape(row["peer"])}</text>')
+        if not row["correct"]:
+            title = escape(row["error"])
+            parts.append(f'<text class="wrong" x="{LABEL}" y="{middle + 4:.1f}">incorrect<title>{title}</title></text>')
+            continue
+        end, low, high = (LABEL + BAR * row[name] / longest for name in ("median_ms", "p20_ms", "p80_ms"))
+        ratio = "" if row.get("ratio") is None else f"  {row['ratio']:.2f}×"
+        text = f"{number(row['median_ms'])} ms{ratio}"
+        title = escape(
+            f"{row['case']}\n{row['peer']}: median {number(row['median_ms'])} ms, "
+            f"p20 {number(row['p20_ms'])}, p80 {number(row['p80_ms'])}"
+        )
+        parts += [
+            f'<g><title>{title}</title><rect x="{LABEL}" y="{y + 2}" width="{end - LABEL:.1f}" height="{ROW - 6}" '
+            f'rx="2" fill="{styles[row["peer"]][0]}"/>',
+            f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 4:.1f}v8'
+            f'M{high:.1f} {middle - 4:.1f}v8"/></g>',
+            f'<text class="value" x="{max(end, high) + 8:.1f}" y="{middle + 4:.1f}">{text}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"])
+
+
+def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles: Mapping[str, tuple[str, str]]) -> str:
+    """TFLOP/s over FLOPs per byte, both logarithmic, under the roofs measured in the same run; "" without points."""
+    points = [row for row in rows if row["correct"] and row.get("flops") and row.get("bytes")]
+    roof_of = roofs.get("tflops", {})
+    if not points or not roofs.get("copy_gb_per_s"):
+        return ""
+    bandwidth = roofs["copy_gb_per_s"] / 1e3  # TB/s: TFLOP/s at one FLOP a byte
+    tops = {dtype: roof_of[dtype] for dtype in sorted({row["dtype"] for row in points}) if dtype in roof_of}
+    intensities = [row["flops"] / row["bytes"] for row in points]
+    ridge = [top / bandwidth for top in tops.values()]
+    x = _Axis(min(intensities + ridge) / 4, max(intensities + ridge) * 4, 70, 720)
+    rates = [row["tflops"] for row in points]
+    y = _Axis(min(rates) / 2, max([*rates, *tops.values()]) * 1.6, 390, 20)
+    parts = ['<svg class="roofline" viewBox="0 0 760 440" width="760" role="img">']
+    parts += [
+        f'<path class="grid" d="M{x.at(tick):.1f} 20V390"/>'
+        f'<text class="tick" x="{x.at(tick):.1f}" y="408" text-anchor="middle">{tick:g}</text>'
+        for tick in x.ticks()
+    ]
+    parts += [
+        f'<path class="grid" d="M70 {y.at(tick):.1f}H720"/>'
+        f'<text class="tick" x="62" y="{y.at(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick in y.ticks()
+    ]
+    parts.append('<text class="tick" x="395" y="430" text-anchor="middle">FLOP per byte</text>')
+    parts.append('<text class="tick" x="14" y="205" text-anchor="middle" transform="rotate(-90 14 205)">TFLOP/s</text>')
+    labels = []
+    for dtype, top in tops.items():
+        start = max(x.low, y.low / bandwidth)
+        corner = top / bandwidth
+        parts.append(
+            f'<path class="roof" d="M{x.at(start):.1f} {y.at(bandwidth * start):.1f}L{x.at(corner):.1f} '
+            f'{y.at(top):.1f}H{x.at(x.high):.1f}"/>'
+        )
+        labels.append(
+            f'<text class="tick halo" x="{x.at(x.high) - 4:.1f}" y="{y.at(top) - 6:.1f}" text-anchor="end">{dtype}: '
+            f"{number(top)} TFLOP/s, {number(roofs['copy_gb_per_s'])} GB/s, measured</text>"
+        )
+    for row in points:
+        title = escape(f"{row['case']}\n{row['peer']}: {number(row['tflops'])} TFLOP/s, {row['gb_per_s']:,.0f} GB/s")
+        colour, shape = styles[row["peer"]]
+        parts.append(_mark(x.at(row["flops"] / row["bytes"]), y.at(row["tflops"]), colour, shape, title))
+    return "\n".join([*parts, *labels, "</svg>"])
+
+
+def legend(peers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:
+    """Colour, shape and name of each contestant."""
+    items = (
+        f'<span class="key"><svg width="14" height="14">{_mark(7, 7, *styles[peer], "")}</svg> {escape(peer)}</span>'
+        for peer in peers
+    )
+    return f'<p class="legend">{" ".join(items)}</p>'
+
+
+class _Axis:
+    """A logarithmic axis from `low` to `high`, drawn from one pixel to another."""
+
+    def __init__(self, low: float, high: float, first: float, last: float) -> None:
+        self.low, self.high, self._first, self._last = low, high, first, last
+
+    def at(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self._first + share * (self._last - self._first)
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, with 2 and 5 in between if there are few."""
+        exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        steps = (1,) if len(exponents) > 4 else (1, 2, 5)
+        return [s * 10.0**e for e in exponents for s in steps if self.low <= s * 10.0**e <= self.high]
+
+
+def _mark(x: float, y: float, colour: str, shape: str, title: str) -> str:
+    r = 5
+    paths = {
+        "circle": f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
+        "square": f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}Z",
+        "diamond": f"M{x:.1f} {y - r - 1:.1f}l{r + 1} {r + 1}l{-r - 1} {r + 1}l{-r - 1} {-r - 1}Z",
+        "triangle": f"M{x:.1f} {y - r:.1f}l{r + 1} {2 * r}h{-2 * r - 2}Z",
+        "cross": f"M{x - 2:.1f} {y - r:.1f}h4v{r - 2}h{r - 2}v4h{2 - r}v{r - 2}h-4v{2 - r}h{2 - r}v-4h{r - 2}Z",
+    }
+    return f'<path class="mark" fill="{colour}" d="{paths[shape]}"><title>{title}</title></path>'

@@ -1,0 +1,82 @@
+"""Interleaved timing with cold caches, and what is said about the times.
+
+All contestants take turns in every round, each round in another order, so that a slow moment of the
+machine or its warming up hits all of them. Each works through copies of its inputs that together are
+twice the size of the last cache, so that a call finds none of its own operands there.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitfast.benchmarks.device import CallList, Device, Program
+
+NOISY = 0.05
+"""A row whose p20 and p80 are further apart than this share of the median is flagged."""
+
+MOST_COPIES = 64
+FEWEST_ROUNDS = 3
+
+
+def copies_needed(nbytes: int, cache_bytes: int) -> int:
+    """How many copies of operands of `nbytes` make twice the cache; at most MOST_COPIES."""
+    return min(MOST_COPIES, max(1, math.ceil(2 * cache_bytes / max(nbytes, 1))))
+
+
+def program(device: Device, calls: CallList) -> Program:
+    """A program of the calls in turn (one on each copy of the operands), as often as it takes to be long enough."""
+    once = device.prepare(calls)
+    repeats = math.ceil(device.shortest_ms / max(device.time(once), 1e-4))
+    return once if repeats <= 1 else device.prepare([*calls] * repeats)
+
+
+def time_interleaved(
+    programs: Mapping[str, Program], device: Device, rounds: int, *, seconds: float = math.inf
+) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    """Milliseconds of one call of every program in every round, and the telemetry after each round.
+
+    Args:
+        seconds: stop early after so long, but not before FEWEST_ROUNDS rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    order, telemetry, start = list(programs), [], time.perf_counter()
+    for done in range(rounds if programs else 0):
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for name in order:
+            times[name].append(device.time(programs[name]) / programs[name].calls)
+        order.append(order.pop(0))
+        telemetry.append(device.telemetry())
+    return times, telemetry
+
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile in milliseconds, their distance by the median, and whether that is noise."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    median = statistics.median(times)
+    spread = (cuts[7] - cuts[1]) / median
+    return {
+        "median_ms": median,
+        "p20_ms": cuts[1],
+        "p80_ms": cuts[7],
+        "rounds": len(times),
+        "spread": spread,
+        "noisy": spread > NOISY,
+    }
+
+
+def clocks(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Median clock and power over the rounds, the highest temperature, and all reasons for throttling; or nothing."""
+    seen = [sample for sample in telemetry if sample]
+    if not seen:
+        return {}
+    return {
+        "sm_clock_mhz": statistics.median(sample["sm_clock_mhz"] for sample in seen),
+        "power_w": statistics.median(sample["power_w"] for sample in seen),
+        "temperature_c": max(sample["temperature_c"] for sample in seen),
+        "throttled_by": sorted({reason for sample in seen for reason in sample["throttled_by"]}),
+    }

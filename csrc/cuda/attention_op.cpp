@@ -1,0 +1,100 @@
+// attention on CUDA devices: what the kernel asks of its arguments, and its launch on torch's stream.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "../attention_checks.h"
+#include "../ops.h"
+#include "attention.h"
+
+namespace vitfast {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+// The kernel copies rows 16 bytes at a time.
+void check_alignment(const char* name, const at::Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t axis = 0; axis < 3; ++axis) aligned &= tensor.size(axis) <= 1 || tensor.stride(axis) % 8 == 0;
+  TORCH_CHECK_VALUE(aligned, "attention: the rows of ", name, " with strides ", shape_text(tensor.strides()),
+                    " are not all aligned to 16 bytes");
+}
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias, const Optional& mask,
+           bool causal) {
+  check_attention(q, k, v, bias, mask, {at::kHalf, at::kBFloat16});
+  for (const at::Tensor& tensor : {k, v}) {
+    TORCH_CHECK_VALUE(tensor.device() == q.device(), "attention: k and v must be on ", q.device(), " like q, got ",
+                      tensor.device());
+  }
+  TORCH_CHECK_VALUE(!bias && !mask && !causal,
+                    "attention: the CUDA kernel takes no bias, no mask and no causal; the other backends do");
+  bool known = false;
+  std::string dims;
+  for (int dim : kAttentionHeadDims) {
+    known |= q.size(3) == dim;
+    dims += (dims.empty() ? "" : ", ") + std::to_string(dim);
+  }
+  TORCH_CHECK_VALUE(known, "attention: head dim must be one of ", dims, " on CUDA, got ", q.size(3));
+  TORCH_CHECK_VALUE(k.size(1) <= kAttentionMaxKeys, "attention: keys must be at most ", kAttentionMaxKeys,
+                    " on CUDA, got ", k.size(1));
+  TORCH_CHECK_VALUE(
+      q.size(1) <= std::numeric_limits<int>::max() && q.size(0) * q.size(2) <= std::numeric_limits<int>::max(),
+      "attention: q of shape ", shape_text(q.sizes()), " is too large for the CUDA kernel");
+  check_alignment("q", q);
+  check_alignment("k", k);
+  check_alignment("v", v);
+}
+
+}  // namespace
+
+at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
+                          const Optional& mask, bool causal, std::optional<double> scale) {
+  check(q, k, v, bias, mask, causal);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::cuda::CUDAGuard guard(q.device());
+  const at::Tensor out = at::empty(q.sizes(), q.options());
+  if (k.size(1) == 0) out.zero_();
+  if (out.numel() == 0 || k.size(1) == 0) return out;
+
+  const int head_dim = static_cast<int>(q.size(3)), keys = static_cast<int>(k.size(1));
+  const int needed = attention_shared_bytes(head_dim, keys);
+  int there = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&there, cudaDevAttrMaxSharedMemoryPerBlockOptin, q.device().index()));
+  TORCH_CHECK_VALUE(needed <= there, "attention: ", keys, " keys of head dim ", head_dim, " need ", needed,
+                    " bytes of shared memory, this GPU has ", there);
+
+  AttentionParams params{q.const_data_ptr(),
+                         k.const_data_ptr(),
+                         v.const_data_ptr(),
+                         out.mutable_data_ptr(),
+                         q.stride(0),
+                         q.stride(1),
+                         q.stride(2),
+                         k.stride(0),
+                         k.stride(1),
+                         k.stride(2),
+                         v.stride(0),
+                         v.stride(1),
+                         v.stride(2),
+                         static_cast<int>(q.size(1)),
+                         keys,
+                         static_cast<int>(q.size(2)),
+                         static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))))};
+  const AttentionType type = q.scalar_type() == at::kHalf ? AttentionType::fp16 : AttentionType::bf16;
+  const int error =
+      attention_launch(type, head_dim, params, static_cast<int>(q.size(0)), c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+  return out;
+}
+
+}  // namespace vitfast

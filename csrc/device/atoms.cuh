@@ -1,0 +1,149 @@
+// The GPU instructions that kernels are made of, one function each. Under nvcc a function is its PTX
+// instruction; under a host compiler it is a call into tests/emulation/emulation.h, which runs a block's
+// threads as fibers, so that a kernel can be tested, and its mistakes shown, without a GPU.
+// Addresses in shared memory are 32-bit numbers of bytes, as the instructions want them.
+#pragma once
+
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "emulation.h"
+#endif
+
+namespace vitfast {
+
+// Types of two bytes, by name only: kernels move pairs of them as one uint32_t.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+#ifdef __CUDACC__
+
+#define VITFAST_DEVICE __device__ __forceinline__
+#define VITFAST_HOST_DEVICE __host__ __device__
+
+// Where the block's dynamic shared memory begins; aligned to 16 bytes.
+VITFAST_DEVICE uint32_t shared_begin() {
+  extern __shared__ uint4 shared_memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+}
+
+VITFAST_DEVICE void block_barrier() { __syncthreads(); }
+
+// Two neighbouring elements, aligned to 4 bytes.
+VITFAST_DEVICE uint32_t load_pair(const void* global) { return __ldg(static_cast<const unsigned int*>(global)); }
+VITFAST_DEVICE void store_pair(void* global, uint32_t pair) { *static_cast<unsigned int*>(global) = pair; }
+
+// Starts to copy 16 bytes, both ends aligned to 16; zeros, and nothing is read, unless `valid`.
+VITFAST_DEVICE void copy_async(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Closes a group of the copies this thread has started.
+VITFAST_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the last `pending` groups of this thread are there, for this thread to see.
+template <int pending>
+VITFAST_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8 x 8 matrices of two-byte elements: lanes 8 i .. 8 i + 7 give the addresses of the rows of matrix i.
+// Lane l gets elements 2 (l % 4) and the next of row l / 4, or of column l / 4 if transposed.
+VITFAST_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared)
+               : "memory");
+}
+VITFAST_DEVICE void load_matrices_transposed(uint32_t (&to)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// c [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = 2 (lane % 4), a lane holds
+//   a: (g, t) (g + 8, t) (g, t + 8) (g + 8, t + 8), each with its right-hand neighbour
+//   b: (t, g) (t + 8, g), each with the element below
+//   c: (g, t) (g, t + 1) (g + 8, t) (g + 8, t + 1)
+VITFAST_DEVICE void multiply_add(bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+VITFAST_DEVICE void multiply_add(fp16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// x of the lane whose number differs in the bits of `mask`.
+VITFAST_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// 2^x, to about 2 ulp; 0 for -inf.
+VITFAST_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Both rounded to nearest even, `low` in the low half.
+VITFAST_DEVICE uint32_t pack(bf16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+#else
+
+#define VITFAST_DEVICE inline
+#define VITFAST_HOST_DEVICE
+#define __global__
+#define __launch_bounds__(...)
+#define threadIdx (emulation::thread().index)
+#define blockIdx (emulation::thread().block_index)
+
+inline uint32_t shared_begin() { return 0; }
+inline void block_barrier() { emulation::thread().barrier(); }
+inline uint32_t load_pair(const void* global) { return emulation::thread().load_pair(global); }
+inline void store_pair(void* global, uint32_t pair) { emulation::thread().store_pair(global, pair); }
+inline void copy_async(uint32_t shared, const void* global, bool valid) {
+  emulation::thread().copy_async(shared, global, valid);
+}
+inline void copy_commit() { emulation::thread().copy_commit(); }
+template <int pending>
+void copy_wait() {
+  emulation::thread().copy_wait(pending);
+}
+inline void load_matrices(uint32_t (&to)[4], uint32_t shared) { emulation::thread().load_matrices(to, shared, false); }
+inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t shared) {
+  emulation::thread().load_matrices(to, shared, true);
+}
+inline void multiply_add(bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::thread().multiply_add(&emulation::from_bf16, c, a, b0, b1);
+}
+inline void multiply_add(fp16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::thread().multiply_add(&emulation::from_fp16, c, a, b0, b1);
+}
+inline float shuffle_xor(float x, int mask) { return emulation::thread().shuffle_xor(x, mask); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline uint32_t pack(bf16, float low, float high) {
+  return emulation::to_bf16(low) | static_cast<uint32_t>(emulation::to_bf16(high)) << 16;
+}
+inline uint32_t pack(fp16, float low, float high) {
+  return emulation::to_fp16(low) | static_cast<uint32_t>(emulation::to_fp16(high)) << 16;
+}
+
+#endif
+
+}  // namespace vitfast

@@ -1,0 +1,236 @@
+"""act((x Wᵀ) * x_scale * weight_scale + b) * layer_scale + residual, x and W in 8 bits.
+
+    x [M, K] with x_scale [M], W [N, K] with weight_scale [N] -> y [M, N]
+    "swiglu": W [2F, K], gate rows first, y [M, F] = silu(gate) * up
+
+Fused: both scales, bias, activation, LayerScale and residual, in fp32; y is rounded once. x and W are
+float8_e4m3fn or int8, the sums fp32 or int32; y, bias, layer_scale and residual are fp32, fp16 or bf16.
+Hopper's FP8 products keep about 14 bits of a running sum; it is therefore moved to fp32 registers every
+PROMOTE products. Bound by FLOPs at ViT widths, by the bytes of y and residual at small K.
+
+Sources: LLM.int8() (Dettmers et al. 2022), scales of rows and columns applied to the sum; DeepSeek-V3's
+technical report (2024), section 3.3.2, promotion of FP8 sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitfast.kernels import _common
+from vitfast.kernels._common import CompileCase, Config
+from vitfast.kernels._linear_configs import GROUP_M
+from vitfast.kernels.linear import ACTIVATIONS, _activated, _tile_origin
+
+CAPABILITIES: dict[str, Any] = {"dtypes": ("float8_e4m3fn", "int8"), "min_capability": (8, 0), "limits": {}}
+
+PROMOTE = 128
+
+# Where these come from: compiling for sm_80, sm_89, sm_90 and sm_100; each spills no register with the
+# epilogues of `compile_cases` and fits the 99 KiB of shared memory of sm_89. None is measured yet. The
+# first is for many rows, the second for few, or for swiglu's two accumulators.
+CONFIGS = [
+    Config("128x128x128", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}, num_warps=8, num_stages=3),
+    Config("64x64x128", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=3),
+]
+
+
+def pick_config(rows: int, width: int, *, sms: int, gated: bool = False) -> Config:
+    """The large tile where it gives every multiprocessor one, else the small one."""
+    large, small = CONFIGS
+    tiles = triton.cdiv(rows, large.blocks["BLOCK_M"]) * triton.cdiv(width, large.blocks["BLOCK_N"])
+    return small if gated or tiles < sms else large
+
+
+@triton.jit
+def _quantized_linear_kernel(
+    y,  # [M, N]
+    x,  # [M, K] float8_e4m3fn or int8
+    x_scale,  # [M] fp32
+    weight,  # [N, K], or [2N, K] for swiglu, in x's dtype
+    weight_scale,  # [N] or [2N] fp32
+    bias,  # [N] or [2N], or None
+    layer_scale,  # [N], or None
+    residual,  # [M, N], or None
+    x_stride,
+    weight_stride,
+    residual_stride,
+    M,
+    N,
+    K,
+    ACTIVATION: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Locate.
+    tile_m, tile_n = _tile_origin(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    row_ok, column_ok = rows < M, columns < N
+    x_tile = x + rows.to(tl.int64)[:, None] * x_stride + inner[None, :]  # [BLOCK_M, BLOCK_K]
+    weight_tile = weight + columns.to(tl.int64)[None, :] * weight_stride + inner[:, None]  # [BLOCK_K, BLOCK_N]
+    up_tile = weight + (columns.to(tl.int64) + N)[None, :] * weight_stride + inner[:, None]
+
+    # Load and compute.
+    SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    up = None
+    if ACTIVATION == "swiglu":
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    for k in tl.range(0, K, BLOCK_K):
+        inner_ok = inner < K - k
+        a = tl.load(x_tile + k, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
+        b = tl.load(weight_tile + k, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=PROMOTE, out_dtype=SUM)
+        if ACTIVATION == "swiglu":
+            c = tl.load(up_tile + k, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
+            up = tl.dot(a, c, up, max_num_imprecise_acc=PROMOTE, out_dtype=SUM)
+
+    # Epilogue and store.
+    row_scale = tl.load(x_scale + rows, mask=row_ok, other=0.0)[:, None]
+    value = acc.to(tl.float32) * row_scale * tl.load(weight_scale + columns, mask=column_ok, other=0.0)[None, :]
+    if ACTIVATION == "swiglu":
+        up = up.to(tl.float32) * row_scale
+        up *= tl.load(weight_scale + N + columns, mask=column_ok, other=0.0)[None, :]
+    value = _activated(value, up, None, None, None, bias, layer_scale, columns, N, ACTIVATION)
+    mask = row_ok[:, None] & column_ok[None, :]
+    if residual is not None:
+        offsets = rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+        value += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+def _check(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype) -> None:
+    """What `vitfast.ops` checks too: this launcher is also called by itself."""
+    op = "quantized_linear"
+    _common.check_dtype(op, torch.float8_e4m3fn, torch.int8, x=x)
+    _common.check_dtype(op, x.dtype, weight=weight)
+    _common.check_dtype(op, torch.float32, x_scale=x_scale, weight_scale=weight_scale)
+    _common.check_dtype(op, dtype, bias=bias, layer_scale=layer_scale, residual=residual)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{op}: dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if activation == "swiglu" and weight.shape[0] % 2:
+        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {weight.shape[0]}")
+    width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    _common.check_shape(op, "x_scale", x_scale, tuple(x.shape[:-1]))
+    _common.check_shape(op, "weight_scale", weight_scale, (weight.shape[0],))
+    _common.check_shape(op, "bias", bias, (weight.shape[0],))
+    _common.check_shape(op, "layer_scale", layer_scale, (width,))
+    _common.check_shape(op, "residual", residual, (*x.shape[:-1], width))
+    _common.check_last_contiguous(op, weight=weight, weight_scale=weight_scale, bias=bias, layer_scale=layer_scale)
+    if not x_scale.is_contiguous():
+        raise ValueError(f"{op}: x_scale must be contiguous, got strides {x_scale.stride()}")
+
+
+@_common.on_its_device
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    config: Config | None = None,
+) -> Tensor:
+    """`vitfast.ops.quantized_linear` on CUDA; see there for the arguments.
+
+    Args:
+        x: [..., K], rows at one stride. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
+        residual: of the output's shape, rows at one stride.
+        config: a member of CONFIGS instead of `pick_config`'s choice.
+
+    Returns:
+        [..., N] in `dtype`, contiguous.
+
+    Raises:
+        ValueError: for a shape, dtype, stride, device or activation that does not fit.
+    """
+    op = "quantized_linear"
+    device = _common.check_device(
+        op, x=x, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
+        bias=bias, layer_scale=layer_scale, residual=residual,
+    )  # fmt: skip
+    _check(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype)
+    gated = activation == "swiglu"
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    x_rows = _common.rows_view(op, "x", x)
+    residual_rows = None if residual is None else _common.rows_view(op, "residual", residual)
+    rows, inner = x_rows.shape
+    y = x.new_empty((*x.shape[:-1], width), dtype=dtype)
+    if not rows or not width:
+        return y
+    if config is None:
+        config = pick_config(rows, width, sms=_common.num_sms(device), gated=gated)
+    tiles = triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_N"])
+    _quantized_linear_kernel[(tiles,)](
+        y=y, x=x_rows, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
+        bias=bias, layer_scale=layer_scale, residual=residual_rows,
+        x_stride=x_rows.stride(0),
+        weight_stride=weight.stride(0),
+        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
+        M=rows, N=width, K=inner,
+        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUP=GROUP_M, **config.blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+# Epilogue -> activation and the optional tensors present: the products of a ViT block.
+_EPILOGUES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bias": ("", ("bias",)),
+    "gelu": ("gelu", ("bias",)),
+    "residual": ("", ("bias", "layer_scale", "residual")),
+    "swiglu": ("swiglu", ("bias",)),
+}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both dtypes in every config with every epilogue of a ViT block that it serves, bf16 out."""
+    return [
+        _compile_case(config, kind, epilogue)
+        for config in CONFIGS
+        for kind in ("fp8e4nv", "i8")
+        for epilogue in _EPILOGUES
+        if not (epilogue == "swiglu" and config is CONFIGS[0])
+    ]
+
+
+def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
+    activation, present = _EPILOGUES[epilogue]
+    tensors = dict.fromkeys(("y", "bias", "layer_scale", "residual"), "*bf16")
+    tensors |= dict.fromkeys(("x", "weight"), f"*{kind}") | dict.fromkeys(("x_scale", "weight_scale"), "*fp32")
+    constexprs: dict[str, Any] = {"ACTIVATION": activation, "PROMOTE": PROMOTE, "GROUP": GROUP_M, **config.blocks}
+    constexprs |= {name: None for name in ("bias", "layer_scale", "residual") if name not in present}
+    names = _quantized_linear_kernel.arg_names
+    signature = {name: tensors.get(name, "i32") for name in names if name not in constexprs}
+    return CompileCase(
+        kernel="quantized_linear",
+        config=f"{config.name}_{kind}_{epilogue}",
+        fn=_quantized_linear_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=tuple(name for name in signature if name != "M"),
+        archs=(89, 90, 100) if kind == "fp8e4nv" else (80, 90, 100),
+        tile={axis: config.blocks[f"BLOCK_{axis}"] for axis in "MNK"},
+    )

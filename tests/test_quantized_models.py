@@ -1,0 +1,177 @@
+"""FP8 and INT8 models: whole forwards, what is kept in bf16, refusals, and what they cost in accuracy."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import weights
+from PIL import Image
+from test_engine import FAMILIES, SMALL, engine
+from typer.testing import CliRunner
+
+import vitfast
+from vitfast import ops, planner, testing
+from vitfast.cli import app
+from vitfast.ops import registry
+
+PRECISIONS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+COSINE = 0.995
+"""Least mean cosine of the photos' embeddings to fp32. Measured: FP8 .9981, INT8 .9978 (bf16 .9999)."""
+
+
+def images(config, batch=3):
+    return testing.make(batch, 3, *config.image_size)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_stays_near_bf16(family, precision):
+    """Random weights: every token's cosine to bf16 is near 1, and no output is bf16's own."""
+    config = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES[family]})
+    plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision)
+    assert (quantized.dtype, quantized.precision) == (torch.bfloat16, precision)
+    want, got = plain(images(config)), quantized(images(config))
+    assert got.tokens.dtype == got.embedding.dtype == torch.bfloat16
+    assert not torch.equal(got.tokens, want.tokens)
+    assert torch.cosine_similarity(got.tokens.float(), want.tokens.float(), dim=-1).min() > COSINE
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_are_quantised_and_the_rest_is_not(precision):
+    made = engine(dtype=precision)
+    for block in made._weights.blocks:
+        for dense in (block.qkv, block.proj, block.fc1, block.fc2):
+            assert dense.weight.dtype == PRECISIONS[precision]
+            assert dense.scale.shape == dense.weight.shape[:1]
+    assert made._weights.head.weight.dtype == made._weights.embed_float.weight.dtype == torch.bfloat16
+    assert not {"qkv", "proj", "fc1", "fc2", "mlp", "row_stats"} & set(made.plan.backends)
+
+
+def test_kept_products_stay_as_they_are():
+    made, plain = engine(dtype="fp8", keep=("fc2", "blocks.1.qkv")), engine(dtype="bf16", backend="torch")
+    first, second = made._weights.blocks
+    assert first.qkv.scale is not None and second.qkv.scale is None
+    assert first.fc2.scale is None and second.fc2.scale is None
+    assert torch.equal(first.fc2.weight, plain._weights.blocks[0].fc2.weight)
+    everything = engine(dtype="fp8", keep=("qkv", "proj", "fc1", "fc2"), backend="torch")
+    assert torch.equal(everything(images(SMALL)).tokens, plain(images(SMALL)).tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8", "keep": ("fc3",)}, "got 'fc3'"),
+        ({"dtype": "fp8", "keep": ("blocks.2.fc2",)}, "blocks.0 to 1, got 'blocks.2.fc2'"),
+        ({"dtype": "int8", "keep": "fc2"}, "keep is a tuple"),
+        ({"dtype": "bf16", "keep": ("fc2",)}, "'fp8' or 'int8'"),
+        ({"dtype": "fp4"}, "fp8, int8, got 'fp4'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        engine(**options)
+
+
+def test_native_has_no_quantised_products():
+    with pytest.raises(ops.BackendError, match="native"):
+        engine(dtype="fp8", backend="native")
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("fp8", (8, 6)), ("int8", (7, 5))])
+def test_gpus_without_such_products_refuse(precision, capability):
+    spec = ops.Spec("quantized_linear", "cuda", PRECISIONS[precision], capability, {})
+    reasons = registry.backend("quantized_linear", "triton").why_not(spec)
+    assert any("compute capability" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_site_is_measured_on_arguments_of_its_own(precision):
+    """What the planner would do on a GPU: check both backends at every quantised site, and time them."""
+    quantized = PRECISIONS[precision]
+    for site in planner.QUANTIZED_SITES:
+        call = planner.site_call(SMALL, site, 1, testing.device(), quantized)
+        entries = [registry.backend(call.op, name) for name in ("torch", "triton")]
+        _, record = planner.measure(call, entries, testing.device())
+        assert set(record["ms"]) == {"torch", "triton"}, record
+
+
+def test_a_nan_stays_in_its_image():
+    for precision in PRECISIONS:
+        batch = images(SMALL)
+        batch[1, 0, 3, 3] = float("nan")
+        tokens = engine(dtype=precision)(batch).tokens
+        assert tokens[1].isnan().all()
+        assert tokens[[0, 2]].isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """CLIP's embeddings of the photos in fp32."""
+    return photo_embeddings("fp32", backend="torch")
+
+
+def photo_embeddings(dtype, **options):
+    made = vitfast.load(weights.clip_vit_b16(), device=testing.device(), dtype=dtype, **options)
+    return torch.cat([made(torch.from_numpy(photo)[None]).embedding.float() for photo in weights.photos()])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_clips_embeddings_of_photos(precision, exact):
+    cosine = torch.cosine_similarity(photo_embeddings(precision), exact)
+    assert cosine.mean() >= COSINE, cosine.tolist()
+    assert cosine.max() < 0.9999, "bf16 alone is as near as this: is anything quantised?"
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+TRAIN, HELD_OUT, CHUNK, POINTS = 1000, 1000, 50, 0.5
+
+
+def fashion(part, count):
+    """Images uint8 [count, 28, 28] and labels of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017)."""
+    if not FASHION.is_dir():
+        pytest.skip(f"no {FASHION}: it comes with the Debian package dataset-fashion-mnist")
+    pixels = np.frombuffer(
+        gzip.decompress((FASHION / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
+    )
+    labels = np.frombuffer(gzip.decompress((FASHION / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    return pixels.reshape(-1, 28, 28)[:count], labels[:count]
+
+
+@pytest.mark.full  # hours on two cores: the emulation takes about a second an image
+@pytest.mark.timeout(4 * 3600)
+def test_linear_probe_keeps_its_accuracy():
+    """A probe trained on each precision's own embeddings, judged on held-out images, in points of accuracy."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the probe is scikit-learn's")
+    (train, train_labels), (test, test_labels) = fashion("train", TRAIN), fashion("t10k", HELD_OUT)
+    accuracy = {}
+    for precision in ("fp32", *PRECISIONS):
+        made = vitfast.load(weights.clip_vit_b16(), device=testing.device(), dtype=precision)
+
+        def embed(pixels, made=made):
+            parts = []
+            for chunk in np.array_split(pixels, len(pixels) // CHUNK):
+                big = [np.asarray(Image.fromarray(p).resize((224, 224), Image.Resampling.BICUBIC)) for p in chunk]
+                batch = torch.from_numpy(np.stack(big))[..., None].expand(-1, -1, -1, 3).contiguous()
+                parts.append(made(batch, preprocessed=True).embedding.float())
+            return torch.nn.functional.normalize(torch.cat(parts), dim=-1).cpu().numpy()
+
+        probe = linear_model.LogisticRegression(C=10.0, max_iter=2000).fit(embed(train), train_labels)
+        accuracy[precision] = 100 * probe.score(embed(test), test_labels)
+    print(accuracy)
+    for precision in PRECISIONS:
+        assert accuracy[precision] >= accuracy["fp32"] - POINTS, accuracy
+
+
+def test_verify_shows_the_cosine(tmp_path):
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    from peers import import_transformers, transformers_model
+
+    import_transformers()
+    transformers_model("ViTModel", {"image_size": 32, "patch_size": 16, **config}).save_pretrained(tmp_path)
+    for precision in PRECISIONS:
+        result = CliRunner().invoke(app, ["verify", str(tmp_path), "--dtype", precision], env={"COLUMNS": "100"})
+        assert result.exit_code == 0, result.output
+        assert f"dtype: {precision}" in result.output
+        assert "cosine" in result.output
