@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from vitfast.benchmarks import kernels
-from vitfast.benchmarks.cases import Call, Case
+from vitfast.benchmarks.cases import Call, Case, backend_options
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
@@ -52,7 +52,13 @@ def _mlp_key(call: Call) -> str:
     return tuning_key(x.shape[1], x.dtype, gated=call.kwargs["activation"] == "swiglu")
 
 
-TUNED: dict[str, Callable[[Call], str]] = {"linear": _linear_key, "mlp": _mlp_key}
+def _attention_key(call: Call) -> str:
+    from vitfast.kernels.attention import tuning_key
+
+    return tuning_key(*call.args[:2], backend_options(call.kwargs))
+
+
+TUNED: dict[str, Callable[[Call], str]] = {"attention": _attention_key, "linear": _linear_key, "mlp": _mlp_key}
 """Ops whose launcher takes `config`, and the key under which it looks a choice up. The others run as they are."""
 
 
@@ -155,4 +161,4 @@ def _contestants(case: Case) -> dict[str, Peer]:
 def _with_config(module: Any, case: Case, config: Any, call: Call) -> Thunk:
     if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < config.min_capability:
         raise ValueError(f"config {config.name} needs compute capability {config.min_capability}")
-    return functools.partial(getattr(module, case.op), *call.args, **call.kwargs, config=config)
+    return functools.partial(getattr(module, case.op), *call.args, **backend_options(call.kwargs), config=config)

@@ -23,18 +23,42 @@ from typing import Any
 import torch
 import triton
 
+from vitfast.kernels import _common, attention_short
 from vitfast.kernels._attention_arguments import CAPABILITIES, LOG2E, kernel_arguments, last_block, vector
 from vitfast.kernels._attention_cases import forward_cases
-from vitfast.kernels._attention_configs import CONFIGS, pick_config
+from vitfast.kernels._attention_configs import CONFIGS as GENERAL_CONFIGS
+from vitfast.kernels._attention_configs import pick_config
 from vitfast.kernels._attention_forward import attention_forward_kernel
-from vitfast.kernels._common import CompileCase, capability, on_its_device
+from vitfast.kernels._common import CompileCase, Config, capability, on_its_device
 
-__all__ = ["CAPABILITIES", "CONFIGS", "attention", "attention_forward", "compile_cases"]
+__all__ = ["CAPABILITIES", "CONFIGS", "attention", "attention_forward", "compile_cases", "tuning_key"]
+
+CONFIGS = [*GENERAL_CONFIGS, *attention_short.CONFIGS]
+"""Those of the kernel described above, and of attention_short.py, which a tuning table or `config` may choose."""
+
+
+def tuning_key(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> str:
+    """What a tuned choice depends on: not on the batch, so that an image's bits do not either."""
+    return " ".join([str(q.shape[3]), f"{q.shape[1]}x{k.shape[1]}", str(q.dtype), *_given(q, k, options)])
+
+
+def _given(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> list[str]:
+    """What a call asks beyond softmax(q kᵀ * scale) v."""
+    names = ("bias", "mask", "slopes", "left", "right", "cu_queries")
+    given = [name for name in names if options.get(name) is not None]
+    given += ["softcap"] if options.get("softcap") else []
+    return given + (["shared heads"] if k.shape[2] != q.shape[2] else [])
 
 
 @on_its_device
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: bool = False,
+    config: Config | None = None,
+    **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(score) v per head.
 
@@ -54,6 +78,7 @@ def attention(
             Read on the device only. Without bias and mask.
         max_queries, max_keys: at least the longest sequence. Rows beyond it, or of no sequence, are not written.
         return_lse: also give the log-sum-exp of each query's scores.
+        config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; without return_lse only.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
@@ -63,9 +88,11 @@ def attention(
         ValueError: if a shape, dtype, stride, device or number does not fit.
     """
     if return_lse:
+        if config is not None:
+            raise ValueError(f"attention: config must be None with return_lse, got {config.name}")
         out, stats = attention_forward(q, k, v, **options)
         return out, stats[0] + stats[1].log()
-    return _launch(q, k, v, None, options)
+    return _launch(q, k, v, None, options, config)
 
 
 @on_its_device
@@ -84,7 +111,12 @@ def attention_forward(
 
 
 def _launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: torch.Tensor | None, options: dict[str, Any]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    stats: torch.Tensor | None,
+    options: dict[str, Any],
+    config: Config | None = None,
 ) -> torch.Tensor:
     arguments = kernel_arguments("attention", q, k, v, **options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -95,9 +127,15 @@ def _launch(
     packed = arguments["cu_queries"] is not None
     if packed:
         batch, query_count = len(arguments["cu_queries"]) - 1, options["max_queries"]
+    if config is None and stats is None and not packed:
+        config = _common.tuned("attention", q.device, CONFIGS, tuning_key(q, k, options))
+    if config in attention_short.CONFIGS:
+        _check_short(q, k, options, arguments["scale"], config)
+        attention_short.launch(out, q, k, v, arguments["scale"], config)
+        return out
     bias_per_query, mask_per_query = arguments["bias_stride_q"] != 0, arguments["mask_stride_q"] != 0
     scores_change = arguments["softcap"] is not None or arguments["slopes"] is not None
-    config = pick_config(
+    config = config or pick_config(
         head_dim,
         0 if packed else query_count,  # a sequence's bits may not depend on the longest beside it
         q.dtype,
@@ -134,6 +172,17 @@ def _launch(
         num_stages=config.num_stages,
     )
     return out
+
+
+def _check_short(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any], scale: float, config: Config) -> None:
+    """Raise ValueError unless attention_short.py can run this call."""
+    reasons = attention_short.why_not(config, q.shape[3], k.shape[1], q.dtype, capability(q.device))
+    if given := _given(q, k, options):
+        reasons.append(f"it has no {', no '.join(given)}")
+    if not scale > torch.finfo(torch.float32).tiny:
+        reasons.append(f"the scale must be positive, got {scale}")
+    if reasons:
+        raise ValueError(f"attention: config {config.name} cannot run this call: {'; '.join(reasons)}")
 
 
 def compile_cases() -> list[CompileCase]:

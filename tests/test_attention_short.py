@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from vitfast.kernels import _common, attention
 from vitfast.kernels import attention_short as kernels
 from vitfast.kernels._common import capability
 from vitfast.ops import reference
@@ -104,3 +105,39 @@ def test_limits():
     assert why_not(short, 64, 197, torch.float32, (9, 0)) == ["dtype torch.float32 is not fp16 or bf16"]
     assert not why_not(walk_32, 64, 320, torch.bfloat16, (8, 6))
     assert why_not(walk_32, 64, 320, torch.bfloat16, (9, 0))
+
+
+def test_through_the_launcher_by_name_and_by_table(monkeypatch):
+    q, k, v = packed(50, 32, torch.bfloat16)
+    short = kernels.CONFIGS[0]
+    wanted = call(short, q, k, v)
+    assert torch.equal(attention.attention(q, k, v, config=short), wanted)
+    launched = []
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args: launched.append(args[-1].name) or launch(*args))
+    attention.attention(q, k, v)
+    assert not launched  # without a table the general kernel runs
+    table = {"attention": {attention.tuning_key(q, k, {}): "short-walk"}}
+    monkeypatch.setattr(_common, "tuned_choices", lambda device: table)
+    attention.attention(q, k, v)
+    attention.attention(q, k, v, right=0)  # another key
+    assert launched == ["short-walk"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"right": 0}, "it has no right"),
+        ({"scale": 0.0}, "the scale must be positive, got 0.0"),
+        ({"bias": torch.zeros(1, 1, 50, 50)}, "it has no bias"),
+        ({"return_lse": True}, "config must be None with return_lse, got short"),
+    ],
+)
+def test_the_launcher_refuses_what_a_short_config_cannot(options, message):
+    q, k, v = packed(50, 32, torch.bfloat16)
+    options = {name: x.to(device()) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    with pytest.raises(ValueError, match=message):
+        attention.attention(q, k, v, config=kernels.CONFIGS[0], **options)
+    if "return_lse" not in options:
+        with pytest.raises(ValueError, match="577 keys"):
+            attention.attention(*packed(577, 32, torch.bfloat16), config=kernels.CONFIGS[0])
