@@ -143,6 +143,7 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    **heads: Any,
 ) -> None:
     op = "attention"
     _dtype(op, "q", q, *FLOATS)
@@ -178,6 +179,43 @@ def check_attention(
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
         raise ValueError(f"{op}: slopes must be [H] or [B, H] = {(sequences, h)}, got {tuple(slopes.shape)}")
     _device(op, q, k=k, v=v, bias=bias, mask=mask, slopes=slopes, cu_queries=cu_queries, cu_keys=cu_keys)
+    if heads:
+        _check_heads(q, k, cu_queries is not None, **heads)
+
+
+def _check_heads(
+    q: Tensor, k: Tensor, packed: bool, *, cos, sin, interleaved, q_weight, k_weight, q_bias, k_bias, norm_eps, rms
+) -> None:
+    """What `heads.options` gives."""
+    op, (batch, tokens, heads, head_dim) = "attention", q.shape
+    norms = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    for name, tensor in norms.items():
+        _shape(op, name, tensor, (head_dim,))
+    for name, tensor in {**norms, "cos": cos, "sin": sin}.items():
+        _dtype(op, name, tensor, torch.float32, q.dtype)
+        if tensor is not None and tensor.shape[-1:].numel() > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last axis of {name} has stride {tensor.stride(-1)}, expected 1")
+    _device(op, q, cos=cos, sin=sin, **norms)
+    if cos is None:
+        return
+    if packed or k.shape[1] != tokens or head_dim % 2:
+        raise ValueError(
+            f"{op}: rope needs an even head dim, as many keys as queries and no packed sequences; got q "
+            f"{tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    rows = cos.shape[-2] if cos.ndim > 1 else 0
+    axes = zip(reversed(cos.shape), (head_dim, rows, heads, batch), strict=False)
+    per_head = cos.ndim > 2 and cos.shape[-3] != 1
+    if not 2 <= cos.ndim <= 4 or rows > tokens or cos.shape[-1] != head_dim or any(n not in (1, m) for n, m in axes):
+        raise ValueError(
+            f"{op}: cos must be [rows, D], [H, rows, D] or [B, H, rows, D] with at most {tokens} rows, got "
+            f"{tuple(cos.shape)} for q {tuple(q.shape)}"
+        )
+    if per_head and k.shape[2] != heads:
+        raise ValueError(f"{op}: cos for each head needs as many key heads, got {k.shape[2]} for {heads}")
+    _shape(op, "sin", sin, tuple(cos.shape))
+    if any(n > 1 and a != b for n, a, b in zip(cos.shape, cos.stride(), sin.stride(), strict=True)):
+        raise ValueError(f"{op}: cos and sin must be laid out alike, got strides {cos.stride()} and {sin.stride()}")
 
 
 def _check_packed(batch: int, bias: Tensor | None, mask: Tensor | None, cu_queries: Any, cu_keys: Any) -> None:
@@ -205,6 +243,8 @@ def attention_spec(
     right: int | None = None,
     offset: int = 0,
     cu_queries: Tensor | None = None,
+    cos: Tensor | None = None,
+    q_weight: Tensor | None = None,
     lse: bool = False,
 ) -> Spec:
     causal = left is None and right == 0 and offset == 0 and cu_queries is None
@@ -216,6 +256,8 @@ def attention_spec(
         "slopes": slopes is not None,
         "packed sequences": cu_queries is not None,
         "log-sum-exp": lse,
+        "rope": cos is not None,
+        "qk-norm": q_weight is not None,
     }
     features = tuple(name for name, wanted in asked.items() if wanted)
     return Spec.of("attention", q, features=features, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
