@@ -31,6 +31,7 @@ CONFIGS = [
     Config("heads-256", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
     Config("fp32-128", {"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     Config("fp32-256", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("fp32-heads", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 ]
 _WIDTHS = {"half": (96, 128, 192, 256), "heads": (64, 96, 128, 256), "dense": (96, 128, 256), "fp32": (128, 256)}
 _SHORT = 320
@@ -62,8 +63,9 @@ def pick_config(
     `per_query`: a bias or mask differs from query to query; `heads_change`: q and k are normed or rotated.
     """
     kind = "fp32" if dtype == torch.float32 else "heads" if heads_change else "dense" if per_query else "half"
-    width = next(w for w in _WIDTHS[kind] if w >= sum(head_chunks(head_dim)))
-    name = f"{kind}-{width}"
+    columns = sum(head_chunks(head_dim))
+    width = next(w for w in _WIDTHS[kind] if w >= columns)
+    name = "fp32-heads" if kind == "fp32" and heads_change and columns > 64 else f"{kind}-{width}"
     if name == "half-96" and query_count <= _SHORT:
         name += "-short"
     return next(c for c in CONFIGS if c.name in (f"{name}-sm90", name) and c.min_capability <= device_capability)

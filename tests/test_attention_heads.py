@@ -267,7 +267,7 @@ REJECTED = {
     "cos and sin must be laid out alike": {"rope": Rope(make(5, 32), make(5, 64)[:, :32])},
     "q_weight has shape (16,), expected (32,)": {"qk_norm": QKNorm(make(16), make(32))},
     "k_bias has dtype torch.float16": {"qk_norm": QKNorm(make(32), make(32), k_bias=make(32).half())},
-    "sin is on meta": {"rope": Rope(make(5, 32), make(5, 32).to("meta"))},
+    "sin is on meta, ": {"rope": Rope(make(5, 32), make(5, 32).to("meta"))},
 }
 
 

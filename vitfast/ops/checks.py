@@ -179,43 +179,54 @@ def check_attention(
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
         raise ValueError(f"{op}: slopes must be [H] or [B, H] = {(sequences, h)}, got {tuple(slopes.shape)}")
     _device(op, q, k=k, v=v, bias=bias, mask=mask, slopes=slopes, cu_queries=cu_queries, cu_keys=cu_keys)
-    if heads:
-        _check_heads(q, k, cu_queries is not None, **heads)
+    for problem in heads and why_not_heads(q, k, packed=cu_queries is not None, **heads):
+        raise ValueError(f"{op}: {problem}")
 
 
-def _check_heads(
-    q: Tensor, k: Tensor, packed: bool, *, cos, sin, interleaved, q_weight, k_weight, q_bias, k_bias, norm_eps, rms
-) -> None:
-    """What `heads.options` gives."""
-    op, (batch, tokens, heads, head_dim) = "attention", q.shape
+def why_not_heads(
+    q: Tensor, k: Tensor, *, cos, sin, interleaved, q_weight, k_weight, q_bias, k_bias, norm_eps, rms, packed=False
+) -> list[str]:
+    """What is wrong with what `heads.options` gives, for q [B, N, H, D] and k; empty if nothing is."""
+    batch, tokens, heads, head_dim = q.shape
     norms = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
-    for name, tensor in norms.items():
-        _shape(op, name, tensor, (head_dim,))
-    for name, tensor in {**norms, "cos": cos, "sin": sin}.items():
-        _dtype(op, name, tensor, torch.float32, q.dtype)
-        if tensor is not None and tensor.shape[-1:].numel() > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{op}: the last axis of {name} has stride {tensor.stride(-1)}, expected 1")
-    _device(op, q, cos=cos, sin=sin, **norms)
+    named = {name: t for name, t in {**norms, "cos": cos, "sin": sin}.items() if t is not None}
+    problems = [
+        f"{name} has dtype {t.dtype}, allowed: {', '.join(map(str, dict.fromkeys((torch.float32, q.dtype))))}"
+        for name, t in named.items()
+        if t.dtype not in (torch.float32, q.dtype)
+    ]
+    problems += [
+        f"the last axis of {name} has stride {t.stride(-1)}, expected 1"
+        for name, t in named.items()
+        if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1
+    ]
+    problems += [f"{name} is on {t.device}, q on {q.device}" for name, t in named.items() if t.device != q.device]
+    problems += [
+        f"{name} has shape {tuple(t.shape)}, expected {(head_dim,)}"
+        for name, t in norms.items()
+        if t is not None and tuple(t.shape) != (head_dim,)
+    ]
     if cos is None:
-        return
+        return problems
     if packed or k.shape[1] != tokens or head_dim % 2:
-        raise ValueError(
-            f"{op}: rope needs an even head dim, as many keys as queries and no packed sequences; got q "
-            f"{tuple(q.shape)}, k {tuple(k.shape)}"
+        problems.append(
+            f"rope needs an even head dim, as many keys as queries and no packed sequences; got q {tuple(q.shape)}, k "
+            f"{tuple(k.shape)}"
         )
     rows = cos.shape[-2] if cos.ndim > 1 else 0
     axes = zip(reversed(cos.shape), (head_dim, rows, heads, batch), strict=False)
-    per_head = cos.ndim > 2 and cos.shape[-3] != 1
     if not 2 <= cos.ndim <= 4 or rows > tokens or cos.shape[-1] != head_dim or any(n not in (1, m) for n, m in axes):
-        raise ValueError(
-            f"{op}: cos must be [rows, D], [H, rows, D] or [B, H, rows, D] with at most {tokens} rows, got "
+        problems.append(
+            f"cos must be [rows, D], [H, rows, D] or [B, H, rows, D] with at most {tokens} rows, got "
             f"{tuple(cos.shape)} for q {tuple(q.shape)}"
         )
-    if per_head and k.shape[2] != heads:
-        raise ValueError(f"{op}: cos for each head needs as many key heads, got {k.shape[2]} for {heads}")
-    _shape(op, "sin", sin, tuple(cos.shape))
-    if any(n > 1 and a != b for n, a, b in zip(cos.shape, cos.stride(), sin.stride(), strict=True)):
-        raise ValueError(f"{op}: cos and sin must be laid out alike, got strides {cos.stride()} and {sin.stride()}")
+    elif cos.ndim > 2 and cos.shape[-3] != 1 and k.shape[2] != heads:
+        problems.append(f"cos for each head needs as many key heads, got {k.shape[2]} for {heads}")
+    if sin.shape != cos.shape:
+        problems.append(f"sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)}")
+    elif any(n > 1 and a != b for n, a, b in zip(cos.shape, cos.stride(), sin.stride(), strict=True)):
+        problems.append(f"cos and sin must be laid out alike, got strides {cos.stride()} and {sin.stride()}")
+    return problems
 
 
 def _check_packed(batch: int, bias: Tensor | None, mask: Tensor | None, cu_queries: Any, cu_keys: Any) -> None:
