@@ -218,7 +218,7 @@ HEAD = """# What `vitfast.replace_attention` reaches
 
 Written by `python examples/compatibility.py` with {versions}; do not edit. Every family is built at a
 small size with random weights. "Replaced" counts the attention modules that go through
-`vitfast.attention.scaled_dot_product_attention`; "left" says how many stay as they were, and why.
+`vitfast.attention`; "left" says how many stay as they were, and why.
 "Difference" is the largest one in fp32 between the outputs without the swap and with it, on the Triton
 kernels, relative to the largest output; the script fails above {tolerance:g}, or if the outputs after
 `restore()` are not bit-identical to those before. The texts, the NaFlex images and DETR's images are
