@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks.cases import site_dims
 from vitfast.benchmarks.result_file import read, results_folder
+from vitfast.benchmarks.shapes import site_dims
 from vitfast.config import ViTConfig
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
