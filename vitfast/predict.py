@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vitfast.config import ViTConfig
-from vitfast.planner import site_spec
+from vitfast.sites import site_spec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
