@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from vitfast import predict
+from vitfast import launches, predict
 from vitfast.benchmarks import predicted
 from vitfast.config import NAMED
 
@@ -49,6 +49,21 @@ def test_flops_and_bytes_of_vit_base_by_hand():
     assert row(result, "row_stats")["bytes"] == 2 * m * c
 
 
+@pytest.mark.parametrize("dtype", launches.QUANTIZED)
+def test_flops_and_bytes_of_quantised_vit_base_by_hand(dtype):
+    result, m, c = prediction(dtype=dtype), 256 * 197, 768
+    assert result["gflop_per_image"] == prediction()["gflop_per_image"]
+    # Operands are one byte and scales four; bias, output and residual two.
+    assert row(result, "quantized_qkv")["bytes"] == m * c + 3 * c * c + 4 * (m + 3 * c) + 2 * (3 * c + m * 3 * c)
+    assert row(result, "quantized_proj")["bytes"] == m * c + c * c + 4 * (m + c) + 2 * (c + 2 * m * c)
+    assert row(result, "quantize_qkv")["bytes"] == 2 * m * c + m * c + 4 * m + 2 * 2 * c
+    assert row(result, "quantize_proj")["bytes"] == 2 * m * c + m * c + 4 * m
+    assert row(result, "attention") == {**row(prediction(), "attention"), "share": row(result, "attention")["share"]}
+    peak = {"fp8": 1979, "int8": 1979}[dtype] * launches.SUSTAINED_EIGHT
+    qkv = row(result, "quantized_qkv")
+    assert qkv["math_us"] == pytest.approx(2 * m * c * 3 * c / peak / 1e6 / qkv["tile_share"] / qkv["wave_share"])
+
+
 def test_launches_are_those_of_the_forward():
     sites = {row["site"]: row["count"] for row in prediction()["launches"]}
     assert sites == {
@@ -68,25 +83,34 @@ def test_sum_share_and_rate_agree():
 
 def test_no_prediction_beats_the_data_sheet():
     for model in NAMED:
-        for chip, card in predict.CHIPS.items():
+        for chip, card in launches.CHIPS.items():
             for row in prediction(model, chip=chip)["launches"]:
                 assert row["flops"] / row["time_us"] / 1e6 <= card.half_tflops
                 assert row["bytes"] / row["time_us"] / 1e3 <= card.memory_gb_s
+            for dtype, kind in launches.QUANTIZED.items():
+                if peak := launches.peak_tflops(card, kind):
+                    for row in prediction(model, chip=chip, dtype=dtype)["launches"]:
+                        assert row["flops"] / row["time_us"] / 1e6 <= peak
                 assert row["bound"] in ("math", "memory", "exp")
                 assert 0 < row["tile_share"] <= 1
                 assert 0 < row["wave_share"] <= 1
 
 
 def test_tile_and_wave_shares_by_hand():
-    assert predict._wave_share(132, 132) == 1
-    assert predict._wave_share(133, 132) == pytest.approx(133 / 264)
+    assert launches._wave_share(132, 132) == 1
+    assert launches._wave_share(133, 132) == pytest.approx(133 / 264)
     attention = row(prediction(), "attention")  # 197 queries in 4 tiles of 64, 197 keys in 208
     assert attention["tile_share"] == pytest.approx(197 * 197 / (256 * 208))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"chip": "v100"}, "'v100'"), ({"dtype": "fp4"}, "'fp4'"), ({"batch": 0}, "got 0")],
+    [
+        ({"chip": "v100"}, "'v100'"),
+        ({"dtype": "fp4"}, "'fp4'"),
+        ({"batch": 0}, "got 0"),
+        ({"chip": "a100", "dtype": "fp8"}, "A100 SXM 80 GB has no"),
+    ],
 )
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -100,8 +124,9 @@ def command(*arguments):
     )
 
 
-def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
-    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--json")
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp8", marks=pytest.mark.full)])
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(dtype):
+    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--dtype", dtype, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("occupancy_note") == ""
@@ -110,7 +135,7 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
         launch.pop("measured_us", None)
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
-    assert found == json.loads(json.dumps(prediction()))
+    assert found == json.loads(json.dumps(prediction(dtype=dtype)))
 
 
 def test_occupancy_that_is_not_known_is_said():

@@ -122,13 +122,14 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
     Raises:
         As `vitfast.load`.
     """
-    from vitfast import engine, planner
+    from vitfast import engine
+    from vitfast.sites import site_dtype, site_spec
 
     made = engine.load(source, device=device, dtype=dtype)
     sites = []
     for site, uses in made.plan.backends.items():
-        dtype_there = planner.site_dtype(site, made.dtype, made.plan.quantized)
-        spec = planner.site_spec(made.config, site, 1, made.device, dtype_there)
+        dtype_there = site_dtype(site, made.dtype, made.plan.quantized)
+        spec = site_spec(made.config, site, 1, made.device, dtype_there)
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]

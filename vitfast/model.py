@@ -173,7 +173,7 @@ def arrange(
         if plan.quantized and site in PRODUCTS and name not in plan.keep:
             exact = weights[f"{name}.weight"].detach().to(device, torch.float32)
             values, scale = quantize(exact, dtype=plan.quantized, backend="torch")
-            return Dense(values, get(f"{name}.bias"), scale=scale)
+            return Dense(pack(f"quantized_{site}", values), get(f"{name}.bias"), scale=scale)
         return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
 
     def normed(name: str, before: str, site: str) -> Dense | None:

@@ -281,15 +281,23 @@ def quantized_linear(
     upcast: bool = False,
 ) -> Tensor:
     exact = torch.float64 if upcast else torch.float32
-    # Sums of int8 products need more than fp32's 24 bits, and are exact in fp64.
-    sums = torch.float64 if x.dtype == torch.int8 else exact
-    y = F.linear(x.to(sums), weight.to(sums)).to(exact)
-    y = y * x_scale.to(exact)[..., None] * weight_scale.to(exact)
+    y = _sums(x, weight, exact)
+    y.mul_(x_scale.to(exact)[..., None]).mul_(weight_scale.to(exact))
     if bias is not None:
-        y = y + bias.to(exact)
+        y.add_(bias.to(exact))
     y = activate(y, activation)
     if layer_scale is not None:
         y = y * layer_scale.to(exact)
     if residual is not None:
         y = y + residual.to(exact)
     return y if upcast else y.to(dtype)
+
+
+def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:
+    """x weightᵀ of 8-bit operands (or of the same numbers in fp32), in `exact`; of int8 rounded once."""
+    if x.dtype != torch.int8:
+        return F.linear(x.to(exact), weight.to(exact))
+    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way.
+    if exact == torch.float32 and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], -1)
+    return F.linear(x.double(), weight.double()).to(exact)
