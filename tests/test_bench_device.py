@@ -226,7 +226,7 @@ def test_peak_memory_is_that_of_the_call():
 def test_peak_memory_of_a_cpu_is_what_the_process_grew_by():
     cpu, size = CpuDevice(), 2**27
     before = cpu.allocated()
-    assert size <= cpu.peak_memory(lambda: torch.ones(size // 4)) - before < 2 * size
+    assert 0.9 * size < cpu.peak_memory(lambda: torch.ones(size // 4)) - before < 2 * size
     assert cpu.peak_memory(lambda: torch.ones(4)) - before < size // 2  # the mark was set back
 
 

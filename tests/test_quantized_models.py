@@ -29,14 +29,14 @@ def images(config, batch=3):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_stays_near_bf16(family, precision):
-    """Random weights: every token's cosine to bf16 is near 1, and no output is bf16's own."""
+    """Random weights: tokens' mean cosine to bf16 is near 1 in every image, and no output is bf16's own."""
     config = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES[family]})
     plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision)
     assert (quantized.dtype, quantized.precision) == (torch.bfloat16, precision)
     want, got = plain(images(config)), quantized(images(config))
     assert got.tokens.dtype == got.embedding.dtype == torch.bfloat16
     assert not torch.equal(got.tokens, want.tokens)
-    assert torch.cosine_similarity(got.tokens.float(), want.tokens.float(), dim=-1).min() > COSINE
+    assert torch.cosine_similarity(got.tokens.float(), want.tokens.float(), dim=-1).mean(1).min() > COSINE
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
