@@ -36,6 +36,15 @@ VITFAST_DEVICE void block_barrier() { __syncthreads(); }
 // Two neighbouring elements, aligned to 4 bytes.
 VITFAST_DEVICE uint32_t load_pair(const void* global) { return __ldg(static_cast<const unsigned int*>(global)); }
 VITFAST_DEVICE void store_pair(void* global, uint32_t pair) { *static_cast<unsigned int*>(global) = pair; }
+// Two neighbouring floats, aligned to 8 bytes.
+VITFAST_DEVICE void load_floats(float (&to)[2], const float* global) {
+  const float2 both = __ldg(reinterpret_cast<const float2*>(global));
+  to[0] = both.x;
+  to[1] = both.y;
+}
+VITFAST_DEVICE void store_floats(float* global, float first, float second) {
+  *reinterpret_cast<float2*>(global) = make_float2(first, second);
+}
 
 // Starts to copy 16 bytes, both ends aligned to 16; zeros, and nothing is read, unless `valid`.
 VITFAST_DEVICE void copy_async(uint32_t shared, const void* global, bool valid) {
@@ -113,10 +122,14 @@ VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
 #define threadIdx (emulation::thread().index)
 #define blockIdx (emulation::thread().block_index)
 
-inline uint32_t shared_begin() { return 0; }
+inline uint32_t shared_begin() { return emulation::thread().block.begin; }
 inline void block_barrier() { emulation::thread().barrier(); }
 inline uint32_t load_pair(const void* global) { return emulation::thread().load_pair(global); }
 inline void store_pair(void* global, uint32_t pair) { emulation::thread().store_pair(global, pair); }
+inline void load_floats(float (&to)[2], const float* global) { emulation::thread().load_floats(to, global); }
+inline void store_floats(float* global, float first, float second) {
+  emulation::thread().store_floats(global, first, second);
+}
 inline void copy_async(uint32_t shared, const void* global, bool valid) {
   emulation::thread().copy_async(shared, global, valid);
 }
