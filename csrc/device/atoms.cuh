@@ -112,6 +112,17 @@ VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+// By mov, not __uint_as_float: an array that gets floats made of integers becomes one of integers to the compiler, and
+// products of wgmma into it then wait for each other.
+VITFAST_DEVICE void unpack(bf16, uint32_t pair, float& low, float& high) {
+  asm("mov.b32 %0, %1;" : "=f"(low) : "r"(pair << 16));
+  asm("mov.b32 %0, %1;" : "=f"(high) : "r"(pair & 0xffff0000u));
+}
+VITFAST_DEVICE void unpack(fp16, uint32_t pair, float& low, float& high) {
+  asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
 
 #else
 
@@ -155,6 +166,14 @@ inline uint32_t pack(bf16, float low, float high) {
 }
 inline uint32_t pack(fp16, float low, float high) {
   return emulation::to_fp16(low) | static_cast<uint32_t>(emulation::to_fp16(high)) << 16;
+}
+inline void unpack(bf16, uint32_t pair, float& low, float& high) {
+  low = emulation::from_bf16(static_cast<uint16_t>(pair));
+  high = emulation::from_bf16(static_cast<uint16_t>(pair >> 16));
+}
+inline void unpack(fp16, uint32_t pair, float& low, float& high) {
+  low = emulation::from_fp16(static_cast<uint16_t>(pair));
+  high = emulation::from_fp16(static_cast<uint16_t>(pair >> 16));
 }
 
 #endif

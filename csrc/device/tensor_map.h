@@ -6,7 +6,7 @@
 namespace vitfast {
 
 // What the driver (or the emulation) makes of a Matrix; 128 bytes that only the hardware reads.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
