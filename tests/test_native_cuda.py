@@ -161,7 +161,7 @@ def test_linear_views_graphs_and_repeats():
         (lambda x, w, b: ((x, w, b.float()), {}), "bias has dtype torch.float32"),
         (lambda x, w, b: ((x, w, b), {"activation": "relu"}), "activation must be one of gelu, .*, got 'relu'"),
         (lambda x, w, b: ((x, w, b), {"row_stats": make(16, 1, 2)}), "only one was given"),
-        (lambda x, w, b: ((x, w.cpu(), b), {}), "weight is on cpu, x on cuda"),
+        (lambda x, w, b: ((x, w.cpu(), b), {}), "weight is on cpu, but x is on cuda"),
     ],
 )
 def test_linear_rejects(change, message):

@@ -14,26 +14,25 @@ namespace {
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, found when it is first needed: the extension is not linked with the driver.
-cudaError_t find_encode(Encode& encode) {
-  static void* found = nullptr;
-  cudaDriverEntryPointQueryResult state = cudaDriverEntryPointSuccess;
-  cudaError_t error = cudaSuccess;
-  if (!found) {
+// The driver's function, or null; the extension is not linked with the driver.
+Encode find_encode() {
+  static void* const found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult state;
 #if CUDART_VERSION >= 12050
-    error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &state);
 #else
-    error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &state);
 #endif
-  }
-  encode = reinterpret_cast<Encode>(found);
-  return error == cudaSuccess && !found ? cudaErrorNotSupported : error;
+    return function;
+  }();
+  return reinterpret_cast<Encode>(found);
 }
 
 template <typename T, int kColumns>
 int launch(const LinearCall& call, CUtensorMapDataType type, int processors, cudaStream_t stream) {
-  Encode encode;
-  if (const cudaError_t error = find_encode(encode)) return error;
+  const Encode encode = find_encode();
+  if (!encode) return cudaErrorNotSupported;
   bool refused = false;
   const LinearParams params = linear_params(call, kColumns, [&](const Matrix& m) {
     const cuuint64_t size[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};

@@ -85,6 +85,34 @@ VITFAST_DEVICE void combine_stats(const LinearCall& p, int row, int share, float
   rstd = 1.0f / sqrtf(sum_of_quad(squares) / static_cast<float>(p.k) + p.eps);
 }
 
+// What a column has to do with its sums: `column` is that of sums[0]. Columns beyond the last, which nobody will see,
+// take what the last have: loads without conditions can go out together.
+VITFAST_DEVICE int within(int column, int n) { return column < n ? column : n - 2; }
+
+template <int count>
+VITFAST_DEVICE void fold_norm(float (&sums)[count], const LinearCall& p, int column, float mean0, float rstd0,
+                              float mean1, float rstd1) {
+#pragma unroll
+  for (int j = 0; j < count / 4; ++j) {
+    float* s = sums + 4 * j;
+    float sum[2];
+    load_floats(sum, p.weight_sum + within(column + 8 * j, p.n));
+    s[0] = rstd0 * (s[0] - mean0 * sum[0]), s[1] = rstd0 * (s[1] - mean0 * sum[1]);
+    s[2] = rstd1 * (s[2] - mean1 * sum[0]), s[3] = rstd1 * (s[3] - mean1 * sum[1]);
+  }
+}
+
+template <typename T, int count, typename F>
+VITFAST_DEVICE void combine(float (&sums)[count], const void* vector, int column, int n, F f) {
+#pragma unroll
+  for (int j = 0; j < count / 4; ++j) {
+    float* s = sums + 4 * j;
+    float low, high;
+    unpack(T{}, load_pair(static_cast<const T*>(vector) + within(column + 8 * j, n)), low, high);
+    s[0] = f(s[0], low), s[1] = f(s[1], high), s[2] = f(s[2], low), s[3] = f(s[3], high);
+  }
+}
+
 VITFAST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
 template <int count>
@@ -172,15 +200,14 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
     int tile_row, tile_column;
     tile_origin(tile, tile_rows, tile_columns, tile_row, tile_column);
     const int part_row = tile_row * kLinearRows + 64 * group, first_column = tile_column * kColumns;
-    const int boxes = (c.n - first_column + 63) / 64 < kColumns / 64 ? (c.n - first_column + 63) / 64 : kColumns / 64;
     const int row0 = part_row + row_in_part, row1 = row0 + 8;
 
     // Load what the epilogue needs of rows.
     if (thread == 0) {
       store_wait_read<0>();  // the last tile's y has left: its place is free
       if (c.residual) {
-        mbarrier_arrive_expect(residual, boxes * Shared::box);
-        for (int i = 0; i < boxes; ++i) {
+        mbarrier_arrive_expect(residual, Shared::y_part);
+        for (int i = 0; i < kColumns / 64; ++i) {
           tile_load(y_part + i * Shared::box, p.residual, part_row, first_column + 64 * i, residual);
         }
       }
@@ -212,59 +239,38 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
     if (lane == 0) mbarrier_arrive(last_empty);
 
     // Epilogue. sums[4 j .. 4 j + 3] are columns 8 j + pair and the next of row0, then of row1.
-    // N is a multiple of 8, so that the eight columns of a j are all in y or none is.
+    const int column = first_column + pair;
+    if (c.row_stats) fold_norm(sums, c, column, mean0, rstd0, mean1, rstd1);
+    if (c.bias) combine<T>(sums, c.bias, column, c.n, [](float s, float bias) { return s + bias; });
+    activate(sums, c.activation);
+    if (c.layer_scale) combine<T>(sums, c.layer_scale, column, c.n, [](float s, float scale) { return s * scale; });
+    named_barrier(1 + group, 128);  // thread 0 knows that y's place is free; now all do
+    const auto place = [=](int j, int half) {
+      return swizzle(y_part + j / 8 * Shared::box + (row_in_part + 8 * half) * 128 + j % 8 * 16 + 2 * pair);
+    };
+    if (c.residual) {
+      mbarrier_wait(residual, residual_parity);
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      float* s = sums + 4 * j;
-      const int column = first_column + 8 * j + pair;
-      if (column < c.n) {
-        if (c.row_stats) {
-          float w[2];
-          load_floats(w, c.weight_sum + column);
-          s[0] = rstd0 * (s[0] - mean0 * w[0]), s[1] = rstd0 * (s[1] - mean0 * w[1]);
-          s[2] = rstd1 * (s[2] - mean1 * w[0]), s[3] = rstd1 * (s[3] - mean1 * w[1]);
-        }
-        if (c.bias) {
-          float low, high;
-          unpack(T{}, load_pair(static_cast<const T*>(c.bias) + column), low, high);
-          s[0] += low, s[1] += high, s[2] += low, s[3] += high;
-        }
+      for (int i = 0; i < kColumns / 4; ++i) {
+        float low, high;
+        unpack(T{}, load_shared_pair(place(i / 2, i % 2)), low, high);
+        sums[2 * i] += low, sums[2 * i + 1] += high;
       }
     }
-    activate(sums, c.activation);
-    named_barrier(1 + group, 128);  // thread 0 knows that y's place is free; now all do
-    if (c.residual) mbarrier_wait(residual, residual_parity);
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      float* s = sums + 4 * j;
-      const int column = first_column + 8 * j + pair;
-      const uint32_t place = y_part + j / 8 * Shared::box + row_in_part * 128 + j % 8 * 16 + 2 * pair;
-      const uint32_t place0 = swizzle(place), place1 = swizzle(place + 8 * 128);
-      if (column < c.n) {
-        float low, high;
-        if (c.layer_scale) {
-          unpack(T{}, load_pair(static_cast<const T*>(c.layer_scale) + column), low, high);
-          s[0] *= low, s[1] *= high, s[2] *= low, s[3] *= high;
-        }
-        if (c.residual) {
-          unpack(T{}, load_shared_pair(place0), low, high);
-          s[0] += low, s[1] += high;
-          unpack(T{}, load_shared_pair(place1), low, high);
-          s[2] += low, s[3] += high;
-        }
-      }
-      const uint32_t y0 = pack(T{}, s[0], s[1]), y1 = pack(T{}, s[2], s[3]);
-      store_shared_pair(place0, y0);
-      store_shared_pair(place1, y1);
-      unpack(T{}, y0, s[0], s[1]);  // as stored: for the statistics
-      unpack(T{}, y1, s[2], s[3]);
+    for (int i = 0; i < kColumns / 4; ++i) {
+      const uint32_t stored = pack(T{}, sums[2 * i], sums[2 * i + 1]);
+      store_shared_pair(place(i / 2, i % 2), stored);
+      unpack(T{}, stored, sums[2 * i], sums[2 * i + 1]);  // for the statistics
     }
 
     // Store.
     async_fence();
     named_barrier(1 + group, 128);  // all of this warpgroup's y is there
     if (thread == 0) {
-      for (int i = 0; i < boxes; ++i) tile_store(p.y, part_row, first_column + 64 * i, y_part + i * Shared::box);
+      for (int i = 0; i < kColumns / 64; ++i) {
+        tile_store(p.y, part_row, first_column + 64 * i, y_part + i * Shared::box);
+      }
       store_commit();
     }
     if (c.y_stats) store_stats<kColumns>(c, sums, row0, first_column, lane);

@@ -72,6 +72,15 @@ void check_pairs(const char* name, const Optional& tensor) {
 // In the words of kernels/linear.py.
 void check(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& layer_scale,
            const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
+  const std::pair<const char*, const Optional&> like_x[] = {
+      {"weight", weight}, {"bias", bias}, {"layer_scale", layer_scale}, {"residual", residual}};
+  const std::pair<const char*, const Optional&> in_fp32[] = {{"row_stats", row_stats}, {"weight_sum", weight_sum}};
+  const auto check_device = [&x](const char* name, const Optional& tensor) {
+    TORCH_CHECK_VALUE(!tensor || tensor->device() == x.device(), op, ": ", name, " is on ", tensor->device(),
+                      ", but x is on ", x.device(), "; all must be on one device");
+  };
+  for (const auto& [name, tensor] : like_x) check_device(name, tensor);
+  for (const auto& [name, tensor] : in_fp32) check_device(name, tensor);
   check_dtype(op, "x", x, {at::kHalf, at::kBFloat16});
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1) && x.size(-1) >= 1, op,
                     ": x [..., K] and weight [N, K] with K >= 1 do not fit: ", shape_text(x.sizes()), " and ",
@@ -86,27 +95,17 @@ void check(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, 
                     ": row_stats and weight_sum go together (see fold_norm); only one was given");
   check_shape(op, "row_stats", row_stats, {m, (k + kLinearStats - 1) / kLinearStats, 2});
   check_shape(op, "weight_sum", weight_sum, {n});
-  const std::pair<const char*, const Optional&> like_x[] = {
-      {"weight", weight}, {"bias", bias}, {"layer_scale", layer_scale}, {"residual", residual}};
-  const std::pair<const char*, const Optional&> in_fp32[] = {{"row_stats", row_stats}, {"weight_sum", weight_sum}};
-  const auto check_device = [&x](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(), ", x on ", x.device());
-  };
   for (const auto& [name, tensor] : like_x) {
-    if (!tensor) continue;
-    check_dtype(op, name, *tensor, {x.scalar_type()});
-    check_device(name, *tensor);
+    if (tensor) check_dtype(op, name, *tensor, {x.scalar_type()});
   }
   for (const auto& [name, tensor] : in_fp32) {
-    if (!tensor) continue;
-    check_dtype(op, name, *tensor, {at::kFloat});
-    check_device(name, *tensor);
+    if (tensor) check_dtype(op, name, *tensor, {at::kFloat});
   }
   for (const auto& [name, tensor] : {like_x[1], like_x[2], in_fp32[0], in_fp32[1]}) check_pairs(name, tensor);
   TORCH_CHECK_VALUE(n % kLinearMultiple == 0 && k % kLinearMultiple == 0, op, ": N and K must be multiples of ",
                     kLinearMultiple, " on CUDA, got ", n, " and ", k);
   TORCH_CHECK_VALUE(std::max({m, n, k}) <= std::numeric_limits<int>::max() - 256 &&
-                        linear_tiles(m, n, 128) <= std::numeric_limits<int>::max(),
+                        linear_tiles(m, n, 128) <= std::numeric_limits<int>::max() / 2,
                     op, ": x of shape ", shape_text(x.sizes()), " is too large for the CUDA kernel");
 }
 
