@@ -122,6 +122,7 @@ VITFAST_DEVICE void product_wait() {
 // sums [64, n] = a [64, 16] b [n, 16]^T, plus sums if `add`, by the four warps of a warpgroup; see `operand` for a and
 // b. With g = lane / 4 and t = 2 (lane % 4), sums[4 j .. 4 j + 3] of a lane of warp w are
 //   (16 w + g, 8 j + t) (16 w + g, 8 j + t + 1) (16 w + g + 8, 8 j + t) (16 w + g + 8, 8 j + t + 1).
+// The instruction names every sum: the macros write "%0, ... %127" and its operands.
 #define VITFAST_16(x, i)                                                                                     \
   x(i), x(i + 1), x(i + 2), x(i + 3), x(i + 4), x(i + 5), x(i + 6), x(i + 7), x(i + 8), x(i + 9), x(i + 10), \
       x(i + 11), x(i + 12), x(i + 13), x(i + 14), x(i + 15)
