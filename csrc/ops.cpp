@@ -11,6 +11,7 @@
 
 #include "cpu/simd.h"
 #include "cuda/attention.h"
+#include "cuda/linear.h"
 
 namespace py = pybind11;
 
@@ -41,7 +42,10 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
 }
 
 #ifdef VITFAST_CUDA
-TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) { m.impl("attention", &vitfast::attention_cuda); }
+TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
+  m.impl("linear_packed", &vitfast::linear_packed_cuda);
+  m.impl("attention", &vitfast::attention_cuda);
+}
 #endif
 
 namespace {
@@ -66,6 +70,14 @@ py::dict ops() {
       "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"), "min_capability"_a = py::make_tuple(8, 0),
                           "limits"_a = py::dict("keys"_a = py::make_tuple(0, vitfast::kAttentionMaxKeys)),
                           "choices"_a = py::dict("head_dim"_a = head_dims), "features"_a = py::make_tuple()));
+  if (vitfast::linear_cuda_built()) {
+    const py::int_ multiple(vitfast::kLinearMultiple);
+    all["linear"]["devices"] = all["attention"]["devices"];
+    all["linear"]["per_device"] = py::dict(
+        "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
+                            "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
+                            "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
+  }
 #endif
   return all;
 }
