@@ -28,7 +28,7 @@ import torch
 import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
-from vitfast.model import Plan
+from vitfast.model import HIDDEN_SITES, Plan
 from vitfast.ops import mkldnn, native, reference, registry
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 from vitfast.sites import (
@@ -173,6 +173,14 @@ def _site_backends(
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
         del chosen["mlp"]
+    apart = (
+        "quantized_fc1",
+        "quantized_fc2",
+        "quantize",
+    )  # the last at the model's width, which the hidden rows exceed
+    if "hidden_fc1" in record and sum(_best(record, s) for s in HIDDEN_SITES) > sum(_best(record, s) for s in apart):
+        for site in HIDDEN_SITES:
+            del chosen[site]
     return chosen, record
 
 
