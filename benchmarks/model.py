@@ -47,7 +47,7 @@ def compare(
     Returns:
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
         logit), build_s (making the contestant), first_call_ms (compiling on demand included) and
-        peak_memory_bytes (on a GPU: the contestant's weights, activations and graph pools).
+        peak_memory_bytes (what it added: weights, activations, graph pools; on a CPU the process's resident memory).
     """
     torch.compiler.reset()
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def _prepare(
     peak = device.peak_memory(functools.partial(run, given))
     first_ms = (time.perf_counter() - built) * 1e3
     made = {"build_s": built - start, "first_call_ms": first_ms}
-    return run, made | ({} if peak is None else {"peak_memory_bytes": peak - before})
+    return run, made | ({} if peak is None or before is None else {"peak_memory_bytes": peak - before})
 
 
 def _error(logits: Tensor, expected: Tensor) -> float:

@@ -114,7 +114,7 @@ def _compiled(op: str, mode: str, call: Call) -> Thunk:
     return functools.partial(run, *call.args, **call.kwargs)
 
 
-for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", "block"):
+for _op in OPS.keys() - {"attention_backward"}:
     PEERS[_op]["torch.compile"] = Peer("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
     # Without its own CUDA graphs: every contestant is captured in the same way here.
     _tuned = functools.partial(_compiled, _op, "max-autotune-no-cudagraphs")

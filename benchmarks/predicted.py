@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks.cases import site_dims
 from vitfast.benchmarks.result_file import read, results_folder
+from vitfast.benchmarks.shapes import site_dims
 from vitfast.config import ViTConfig
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8", "int8": "int8"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn", "int8": "int8"}
 """A prediction's dtype -> that of result rows."""
 
 

@@ -217,6 +217,8 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     text = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu"]).stdout
     assert "attention" in text
     assert "why not the others" in text
+    assert found["memory"]["weights"] > 4 * (48 * 3 * 48 + 2 * 48 * 96)
+    assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
 
 
 def test_device_without_plan_is_refused():

@@ -116,8 +116,8 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
         source: as `vitfast.load` takes it. device, dtype: likewise.
 
     Returns:
-        model, device, dtype; sites: one entry per part of the forward: site, op, dims, uses, ms (median
-        milliseconds of each backend that was timed), refused (backend -> reasons).
+        model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
+        uses, ms (median milliseconds of each backend that was timed), refused (backend -> reasons).
 
     Raises:
         As `vitfast.load`.
@@ -143,7 +143,13 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
                 "refused": refused,
             }
         )
-    return {"model": made.config.name, "device": str(made.device), "dtype": made.precision, "sites": sites}
+    return {
+        "model": made.config.name,
+        "device": str(made.device),
+        "dtype": made.precision,
+        "memory": made.memory(),
+        "sites": sites,
+    }
 
 
 def _version(name: str) -> dict[str, str | None]:
@@ -325,6 +331,8 @@ def render_plan(found: Mapping[str, Any]) -> RenderableType:
 
     title = f"plan of {found['model'] or 'the model'} on {found['device']} in {found['dtype']}"
     table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
+    table.caption = f"{found['memory']['weights'] / 2**20:.1f} MiB of weights"
+    table.caption_justify = "left"
     for entry in found["sites"]:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))
         reasons = "\n".join(f"{name}: {why}" for name, why in entry["refused"].items())
