@@ -40,6 +40,25 @@ def plan_sites(quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str
     return (*plain, *QUANTIZED_SITES)
 
 
+def kept_products(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
+    """The products that are not quantised, by full name; "fc2" stands for that of every block.
+
+    Raises:
+        ValueError: for a name that no product has, or if nothing is quantised.
+    """
+    if not isinstance(keep, tuple) or (keep and not quantized):
+        raise ValueError(f"keep is a tuple of products that dtype 'fp8' or 'int8' leaves alone, got {keep!r}")
+    products = {f"blocks.{i}.{site}" for i in range(depth) for site in PRODUCTS}
+    names: set[str] = set()
+    for asked in keep:
+        found = {name for name in products if asked in (name, name.rpartition(".")[2])}
+        if not found:
+            sites = ", ".join(PRODUCTS)
+            raise ValueError(f"keep names are {sites}, or one in a block from blocks.0 to {depth - 1}, got {asked!r}")
+        names |= found
+    return frozenset(names)
+
+
 def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> torch.dtype:
     """The dtype that backends are asked about: a quantised site's own, else the model's."""
     return quantized if site in QUANTIZED_SITES else dtype
