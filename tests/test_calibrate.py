@@ -23,8 +23,9 @@ def planted(name):
     return vitfast.Checkpoint(SMALL, weights, PREPROCESS)
 
 
-def run(checkpoint, precision="fp8", images=PIXELS, **options):
-    return calibrate(checkpoint, images, device=testing.device(), dtype=precision, **options)
+def run(checkpoint, precision="fp8", images=PIXELS, target=0.996, **options):
+    """With a target that SMALL's random weights meet in 8 bits, where none is ruined."""
+    return calibrate(checkpoint, images, device=testing.device(), dtype=precision, target=target, **options)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.fc2", "blocks.0.qkv"])
@@ -34,7 +35,7 @@ def test_the_bad_product_is_the_one_that_is_kept(precision, name):
     assert found.kept == (name,)
     assert next(iter(found.alone)) == name and len(found.alone) == 4 * SMALL.depth
     assert found.alone[name] < 0.99 < min(cosine for other, cosine in found.alone.items() if other != name)
-    assert found.before < TARGET <= found.after
+    assert found.before < 0.99 and found.after >= 0.996
     assert f"{name:<20} {found.alone[name]:.6f}  kept" in str(found) and str(found).count("  kept") == 1
     assert run(planted(name), precision) == found, "a second run says otherwise"
 
@@ -44,6 +45,7 @@ def test_load_builds_the_model_that_was_measured(monkeypatch):
     monkeypatch.setattr("vitfast.engine.load_checkpoint", lambda source, **_: checkpoint)
     options = {"device": testing.device(), "dtype": "int8"}
     made = vitfast.load("anything", calibration=PIXELS, **options)
+    assert made.calibration.target == TARGET == 0.998
     plain = Engine(checkpoint, device=testing.device(), dtype="bf16")
     assert vitfast.load("anything", **options).calibration is None
     assert made.plan.keep == frozenset(made.calibration.kept) == {"blocks.1.fc2"}
