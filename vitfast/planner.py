@@ -29,7 +29,7 @@ import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
 from vitfast.model import HIDDEN_SITES, Plan
-from vitfast.ops import mkldnn, native, reference, registry
+from vitfast.ops import mkldnn, native, reference, registry, scaled_mm
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 from vitfast.sites import (
     LINEAR_SITES,
@@ -90,11 +90,12 @@ def time_calls(
 
 def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`pack` of a weight [N, K] and the product that reads it, for a backend that has them for this spec."""
-    if spec.device != "cpu":
-        return None
-    if spec.op == "quantized_linear" and spec.dtype == torch.float8_e4m3fn:
-        return (torch.Tensor.float, reference.quantized_linear) if entry.name == "torch" else None
-    if spec.op != "linear" or spec.dtype != torch.float32:
+    if spec.op == "quantized_linear" and entry.name == "torch":
+        if not scaled_mm.why_not(spec):
+            return scaled_mm.pack, scaled_mm.linear
+        if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
+            return torch.Tensor.float, reference.quantized_linear
+    if spec.op != "linear" or spec.device != "cpu" or spec.dtype != torch.float32:
         return None
     if entry.name == "native":
         return native.pack, native.linear_packed
