@@ -34,6 +34,10 @@ def _arguments() -> dict[str, tuple]:
             *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
             "gelu", None, None, torch.float32,
         ),
+        "quantized_linear_requantize": (
+            *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
+            "gelu", None, None, torch.float32,
+        ),
     }
 
 

@@ -56,6 +56,11 @@ def test_flops_and_bytes_of_quantised_vit_base_by_hand(dtype):
     # Operands are one byte and scales four; bias, output and residual two.
     assert row(result, "quantized_qkv")["bytes"] == m * c + 3 * c * c + 4 * (m + 3 * c) + 2 * (3 * c + m * 3 * c)
     assert row(result, "quantized_proj")["bytes"] == m * c + c * c + 4 * (m + c) + 2 * (c + 2 * m * c)
+    # 24 groups of the hidden rows have a scale each.
+    assert (
+        row(result, "hidden_fc1")["bytes"] == m * c + 4 * c * c + 4 * (m + 4 * c) + 2 * 4 * c + m * 4 * c + 4 * m * 24
+    )
+    assert row(result, "hidden_fc2")["bytes"] == m * 4 * c + 4 * c * c + 4 * (24 * m + c) + 2 * (c + 2 * m * c)
     assert row(result, "quantize_qkv")["bytes"] == 2 * m * c + m * c + 4 * m + 2 * 2 * c
     assert row(result, "quantize_proj")["bytes"] == 2 * m * c + m * c + 4 * m
     assert row(result, "attention") == {**row(prediction(), "attention"), "share": row(result, "attention")["share"]}
@@ -70,6 +75,14 @@ def test_launches_are_those_of_the_forward():
         "patch_embed": 1, "row_stats": 1, "qkv": 12, "attention": 12, "proj": 12, "fc1": 12, "fc2": 12,
         "norm": 1, "head": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", launches.QUANTIZED)
+def test_launches_of_a_quantised_forward(dtype):
+    sites = {row["site"]: row["count"] for row in prediction(dtype=dtype)["launches"]}
+    block = ("quantize_qkv", "quantized_qkv", "attention", "quantize_proj", "quantized_proj", "quantize_fc1",
+             "hidden_fc1", "hidden_fc2")  # fmt: skip
+    assert sites == {"patch_embed": 1, **dict.fromkeys(block, 12), "norm": 1, "head": 1}
 
 
 def test_sum_share_and_rate_agree():

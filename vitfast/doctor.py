@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import vitfast
-from vitfast.ops import registry
+from vitfast.ops import registry, scaled_mm
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,6 +133,8 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
+        if spec.op == "quantized_linear" and (reasons := scaled_mm.why_not(spec)):
+            refused["torch._scaled_mm"] = "; ".join(reasons)
         sites.append(
             {
                 "site": site,

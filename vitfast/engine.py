@@ -18,9 +18,12 @@ from vitfast.checkpoints import load as load_checkpoint
 from vitfast.graphs import Graphs
 from vitfast.images import preprocess_batch
 from vitfast.model import Output
+from vitfast.sites import kept_products
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from vitfast.calibrate import Calibration
 
 DTYPES = {
     "float32": torch.float32,
@@ -34,6 +37,10 @@ DTYPES = {
 QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """8-bit products; everything around them is bf16."""
 
+TARGET = 0.998
+"""Mean cosine of a quantised model's embeddings to bf16's that a calibration asks for: what CLIP ViT-B/16 has in fp8
+and int8 with nothing kept."""
+
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
 
@@ -46,6 +53,7 @@ class Engine:
         labels: class names, or None. device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.planner`).
+        calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
     wait): it makes that image's outputs NaN, and no other image's.
@@ -62,6 +70,7 @@ class Engine:
         buckets: tuple[int, ...] = BUCKETS,
         keep: tuple[str, ...] = (),
     ) -> None:
+        self.calibration: Calibration | None = None
         self.config = checkpoint.config
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
@@ -75,7 +84,7 @@ class Engine:
             dtype=self.dtype,
             backend=backend,
             quantized=quantized,
-            keep=_kept(self.config.depth, keep, quantized),
+            keep=kept_products(self.config.depth, keep, quantized),
         )
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self._weights = model.arrange(
@@ -315,25 +324,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _kept(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
-    """The products that are not quantised, by full name; "fc2" stands for that of every block.
-
-    Raises:
-        ValueError: for a name that no product has, or if nothing is quantised.
-    """
-    if not isinstance(keep, tuple) or (keep and not quantized):
-        raise ValueError(f"keep is a tuple of products that dtype 'fp8' or 'int8' leaves alone, got {keep!r}")
-    products = {f"blocks.{i}.{site}" for i in range(depth) for site in model.PRODUCTS}
-    names: set[str] = set()
-    for asked in keep:
-        found = {name for name in products if asked in (name, name.rpartition(".")[2])}
-        if not found:
-            sites = ", ".join(model.PRODUCTS)
-            raise ValueError(f"keep names are {sites}, or one in a block from blocks.0 to {depth - 1}, got {asked!r}")
-        names |= found
-    return frozenset(names)
-
-
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or bf16 on a GPU and fp32 on the CPU.
 
@@ -355,6 +345,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     keep: tuple[str, ...] = (),
+    calibration: Tensor | None = None,
+    target: float = TARGET,
     allow_pickle: bool = False,
     revision: str | None = None,
 ) -> Engine:
@@ -370,6 +362,9 @@ def load(
         backend: "auto", or "torch", "triton" or "native" to force one. A forced "torch" runs PyTorch's
             plain ops; on the CPU that gives the bits of the model's own library, at its speed.
         keep: products that "fp8" and "int8" leave in bf16: "fc2" for every block's, "blocks.3.fc2" for one.
+        calibration: images as the engine takes them, some dozens of the kind it will see: products are measured on
+            them and the worst kept in bf16, until the embeddings' mean cosine to bf16 is `target`. What was
+            measured and kept is the engine's `calibration`.
         allow_pickle: read .bin and .pth files too (weights only, but still a pickle).
         revision: of a hub id.
 
@@ -378,4 +373,14 @@ def load(
         BackendError: if a forced backend cannot run this model here; with every reason.
     """
     checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision)
-    return Engine(checkpoint, device=device, dtype=dtype, backend=backend, keep=keep)
+    found = None
+    if calibration is not None:
+        from vitfast.calibrate import calibrate
+
+        found = calibrate(
+            checkpoint, calibration, device=device, dtype=dtype, backend=backend, keep=keep, target=target
+        )
+        keep = found.kept
+    engine = Engine(checkpoint, device=device, dtype=dtype, backend=backend, keep=keep)
+    engine.calibration = found
+    return engine

@@ -105,7 +105,7 @@ def launches(
     if quantized is None:
         rows.append(_pass(config, "row_stats", 1, batch, card, dtype, passes=1))
     for site in ("qkv", "proj", "fc1", "fc2"):
-        if quantized is not None:
+        if quantized is not None and site != "fc2":  # fc1 has written fc2's operand
             rows.append(_quantize(config, site, depth, batch, card, dtype, norm=site in ("qkv", "fc1")))
         epilogue = {"residual": site in ("proj", "fc2"), "gated": site == "fc1" and config.gated}
         rows.append(_product(config, site, depth, batch, card, dtype, quantized, **epilogue))
@@ -191,18 +191,24 @@ def _product(
     dims = site_spec(config, site, batch, torch.device("cpu"), dtype).dims
     m, k, n = dims["rows"], dims["inner"], dims["width"]
     out = n // 2 if gated else n
-    moved = dtype.itemsize * (n + m * out * (2 if residual else 1))  # bias, output and residual
+    around = dtype.itemsize * (n + (m * out if residual else 0))  # bias and residual
     if quantized is not None:
-        tile = quantized_linear.pick_config(m, out, sms=card.multiprocessors, gated=gated)
-        moved += m * k + n * k + 4 * (m + n)  # operands and their scales
-    else:
-        tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
-        tile = _linear_configs.pick_config(
-            m, out, dtype, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual
+        hidden = f"hidden_{site}" if site in ("fc1", "fc2") else ""
+        tile = quantized_linear.pick_config(
+            m, out, sms=card.multiprocessors, gated=gated, requantize=hidden == "hidden_fc1"
         )
-        moved += dtype.itemsize * (m * k + n * k)
-    name = site if quantized is None else f"quantized_{site}"
-    return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized or dtype)
+        x_scales = _covering(k, quantized_linear.SCALE_GROUP) if hidden == "hidden_fc2" else 1
+        moved = around + m * k + n * k + 4 * (m * x_scales + n)  # operands and their scales
+        if hidden == "hidden_fc1":
+            moved += m * out + 4 * m * _covering(out, quantized_linear.SCALE_GROUP)
+        else:
+            moved += dtype.itemsize * m * out
+        name = hidden or f"quantized_{site}"
+        return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized)
+    tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
+    tile = _linear_configs.pick_config(m, out, dtype, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual)
+    moved = around + dtype.itemsize * (m * k + n * k + m * out)
+    return _tiled(site, count, flops(config, site, batch), moved, m, out, tile, card, dtype)
 
 
 def _quantize(

@@ -24,7 +24,9 @@ SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "
 
 PRODUCTS = ("qkv", "proj", "fc1", "fc2")
 """The products of a block: those that can be quantised."""
-QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS))
+HIDDEN_SITES = ("hidden_fc1", "hidden_fc2")
+"""fc1 and fc2 of a quantised MLP that hands its hidden rows on in 8 bits, with scales of groups: no pass between."""
+QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES)
 """Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
 
 
@@ -300,7 +302,7 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
 def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches where the norms are folded."""
+    """One pre-norm block; five launches where the norms are folded, eight where everything is quantised."""
     calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
     qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
     q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
@@ -322,11 +324,31 @@ def run_block(
             residual=x,
         )
         return x, None
+    if "hidden_fc1" in calls and block.fc1.scale is not None and block.fc2.scale is not None:
+        values, scale = _quantized(config, plan, x, block.norm2)
+        values, scale = _quantized_product(
+            calls["hidden_fc1"], values, scale, block.fc1, x.dtype, activation=activation, requantize=True
+        )
+        run, epilogue = calls["hidden_fc2"], {"layer_scale": block.layer_scale2, "residual": x}
+        return _quantized_product(run, values, scale, block.fc2, x.dtype, **epilogue), None
     hidden = _product(config, plan, "fc1", x, block.fc1, block.norm2, stats, activation=activation)
     want_stats = {"stats": True} if plan.fold_norm and not last else {}
     x = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
     x, stats = x if want_stats else (x, None)
     return x, stats
+
+
+def _quantized(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """The rows of x, or of its LayerNorm, in 8 bits."""
+    affine = (norm.weight, norm.bias) if norm else (None, None)
+    values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
+    return values, scale
+
+
+def _quantized_product(
+    run: Callable[..., Any], values: Tensor, scale: Tensor, dense: Dense, dtype: torch.dtype, **epilogue: Any
+) -> Any:
+    return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=dtype, **epilogue)
 
 
 def _product(
@@ -341,10 +363,8 @@ def _product(
 ) -> Any:
     """A product, after a LayerNorm if there is one: folded, quantised with the rows, or before it."""
     if dense.scale is not None:
-        affine = (norm.weight, norm.bias) if norm else (None, None)
-        values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
-        run = plan.calls[f"quantized_{site}"]
-        return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=x.dtype, **epilogue)
+        values, scale = _quantized(config, plan, x, norm)
+        return _quantized_product(plan.calls[f"quantized_{site}"], values, scale, dense, x.dtype, **epilogue)
     if plan.fold_norm and norm:
         return plan.calls[site](
             x,

@@ -28,8 +28,8 @@ import torch
 import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
-from vitfast.model import Plan
-from vitfast.ops import mkldnn, native, reference, registry
+from vitfast.model import HIDDEN_SITES, Plan
+from vitfast.ops import mkldnn, native, reference, registry, scaled_mm
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 from vitfast.sites import (
     LINEAR_SITES,
@@ -90,11 +90,12 @@ def time_calls(
 
 def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`pack` of a weight [N, K] and the product that reads it, for a backend that has them for this spec."""
-    if spec.device != "cpu":
-        return None
-    if spec.op == "quantized_linear" and spec.dtype == torch.float8_e4m3fn:
-        return (torch.Tensor.float, reference.quantized_linear) if entry.name == "torch" else None
-    if spec.op != "linear" or spec.dtype != torch.float32:
+    if spec.op == "quantized_linear" and entry.name == "torch":
+        if not scaled_mm.why_not(spec):
+            return scaled_mm.pack, scaled_mm.linear
+        if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
+            return torch.Tensor.float, reference.quantized_linear
+    if spec.op != "linear" or spec.device != "cpu" or spec.dtype != torch.float32:
         return None
     if entry.name == "native":
         return native.pack, native.linear_packed
@@ -173,6 +174,14 @@ def _site_backends(
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
         del chosen["mlp"]
+    apart = (
+        "quantized_fc1",
+        "quantized_fc2",
+        "quantize",
+    )  # the last at the model's width, which the hidden rows exceed
+    if "hidden_fc1" in record and sum(_best(record, s) for s in HIDDEN_SITES) > sum(_best(record, s) for s in apart):
+        for site in HIDDEN_SITES:
+            del chosen[site]
     return chosen, record
 
 

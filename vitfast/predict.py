@@ -123,15 +123,13 @@ def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, 
         return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
     if site == "attention":
         return site, site, name, {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
-    if site.startswith("quantize"):
-        op, _, product = site.partition("_")
-        kind = {"fp8": "fp8e4nv", "int8": "i8"}[dtype]
-        if op == "quantize":
-            return op, op, f"{name}_{kind}" + "_norm" * (product in ("qkv", "fc1")), {}
-        epilogue = {"proj": "residual", "fc2": "residual"}.get(product, "gelu")
-        if product == "fc1" and config.gated:
-            epilogue = "swiglu"
-        return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogue}", {}
+    kind = {"fp8": "fp8e4nv", "int8": "i8"}.get(dtype, "")
+    if site.startswith("quantize_"):
+        return "quantize", "quantize", f"{name}_{kind}" + "_norm" * (site != "quantize_proj"), {}
+    if site.startswith(("quantized_", "hidden_")):
+        first = "swiglu_requantize" if config.gated else "gelu_requantize"
+        epilogues = {"quantized_qkv": "bias", "quantized_proj": "residual", "hidden_fc2": "residual_groups"}
+        return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogues.get(site, first)}", {}
     epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(site, "norm_gelu")
     if site == "fc1" and config.gated:
         epilogue = "norm_swiglu"

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from vitfast.config import ViTConfig
-from vitfast.model import PRODUCTS, QUANTIZED_SITES, SITES
+from vitfast.model import HIDDEN_SITES, PRODUCTS, QUANTIZED_SITES, SITES
 from vitfast.ops import reference
 from vitfast.ops.registry import Spec, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
 QUANTIZED_PRODUCTS = QUANTIZED_SITES[1:]
-OPTIONAL_SITES = ("mlp", "row_stats")
-"""Sites that a forward can do without: fc1 and fc2 take the first's place, layer_norm the second's."""
+OPTIONAL_SITES = ("mlp", "row_stats", *HIDDEN_SITES)
+"""Sites that a forward can do without: fc1 and fc2 take the place of mlp and of the hidden ones, layer_norm that of
+row_stats."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,25 @@ def plan_sites(quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str
     kept = {name.rpartition(".")[2] for name in keep}
     plain = [site for site in SITES if site not in OPTIONAL_SITES and (site not in PRODUCTS or site in kept)]
     return (*plain, *QUANTIZED_SITES)
+
+
+def kept_products(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
+    """The products that are not quantised, by full name; "fc2" stands for that of every block.
+
+    Raises:
+        ValueError: for a name that no product has, or if nothing is quantised.
+    """
+    if not isinstance(keep, tuple) or (keep and not quantized):
+        raise ValueError(f"keep is a tuple of products that dtype 'fp8' or 'int8' leaves alone, got {keep!r}")
+    products = {f"blocks.{i}.{site}" for i in range(depth) for site in PRODUCTS}
+    names: set[str] = set()
+    for asked in keep:
+        found = {name for name in products if asked in (name, name.rpartition(".")[2])}
+        if not found:
+            sites = ", ".join(PRODUCTS)
+            raise ValueError(f"keep names are {sites}, or one in a block from blocks.0 to {depth - 1}, got {asked!r}")
+        names |= found
+    return frozenset(names)
 
 
 def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> torch.dtype:
@@ -62,8 +82,9 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         "mlp": {"rows": rows, "width": c, "hidden": up},
         "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
         "quantize": {"rows": rows, "width": max(c, hd, f)},
-    }[site.removeprefix("quantized_")]
-    return Spec(op, device.type, dtype, device_capability(device), dims)
+    }[site.removeprefix("quantized_").removeprefix("hidden_")]
+    features = ("scale groups",) if site in HIDDEN_SITES else ()
+    return Spec(op, device.type, dtype, device_capability(device), dims, features)
 
 
 def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Call:
@@ -125,8 +146,13 @@ def _quantized_call(config: ViTConfig, site: str, spec: Spec, random: Callable[.
         return Call(site, spec, args, {"dtype": spec.dtype})
     inner, width = spec.dims["inner"], spec.dims["width"]
     x = reference.quantize(random(rows, inner), dtype=spec.dtype)
+    if site == "hidden_fc2":
+        groups = -(-inner // reference.SCALE_GROUP)
+        x = (x[0], x[1][:, None] * torch.rand(rows, groups, device=x[1].device))
     weight = reference.quantize(random(width, inner, scale=inner**-0.5), dtype=spec.dtype)
-    kwargs: dict[str, Any] = {"activation": config.activation} if site == "quantized_fc1" else {}
-    if site in ("quantized_proj", "quantized_fc2"):
+    kwargs: dict[str, Any] = {"activation": config.activation} if site.endswith("fc1") else {}
+    if site == "hidden_fc1":
+        kwargs["requantize"] = True
+    if site.endswith(("proj", "fc2")):
         kwargs["residual"] = random(rows, width)
     return Call(spec.op, spec, (*x, *weight, random(width)), kwargs)

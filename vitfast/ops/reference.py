@@ -19,11 +19,17 @@ images, so that folding mean and std into low-precision weights costs no accurac
 STATS_TILE = 128
 """Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
 
-FEATURES = {"attention": ("fewer key heads", "causal", "window", "softcap", "slopes")}
+FEATURES = {
+    "attention": ("fewer key heads", "causal", "window", "softcap", "slopes"),
+    "quantized_linear": ("scale groups",),
+}
 """What the references have beyond the plain op; see `registry.Backend`."""
 
 QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The dtypes that rows are quantised to, and the value that a row's largest magnitude becomes."""
+
+SCALE_GROUP = 128
+"""Columns of a quantised row that share a scale where it has several; the last group covers what is left."""
 
 LEAST_AMAX = 2.0**-100
 """A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
@@ -258,13 +264,19 @@ def quantize(
     x = x.to(exact)
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight.to(exact), norm_bias.to(exact), eps)
+    values, scale = _in_8_bits(x, dtype)
+    return values, scale.squeeze(-1)
+
+
+def _in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows along the last axis, and a scale for each, [..., 1] in fp32."""
     amax = x.abs().amax(dim=-1, keepdim=True)
     amax = torch.where(amax.isfinite(), amax, torch.nan).clamp(min=LEAST_AMAX)
     largest = QUANTIZED[dtype]
     values = x * (largest / amax)
     if dtype == torch.int8:
         values = values.round().nan_to_num(0.0)  # the scale of such a row is NaN
-    return values.to(dtype), (amax / largest).squeeze(-1).float()
+    return values.to(dtype), (amax / largest).float()
 
 
 def quantized_linear(
@@ -278,11 +290,16 @@ def quantized_linear(
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    requantize: bool = False,
     upcast: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     exact = torch.float64 if upcast else torch.float32
-    y = _sums(x, weight, exact)
-    y.mul_(x_scale.to(exact)[..., None]).mul_(weight_scale.to(exact))
+    if x_scale.ndim == x.ndim:
+        widened = x_scale.to(exact).repeat_interleave(SCALE_GROUP, dim=-1)[..., : x.shape[-1]]
+        y = F.linear(widened.mul_(x.to(exact)), weight.to(exact))
+    else:
+        y = _sums(x, weight, exact).mul_(x_scale.to(exact)[..., None])
+    y.mul_(weight_scale.to(exact))
     if bias is not None:
         y.add_(bias.to(exact))
     y = activate(y, activation)
@@ -290,6 +307,11 @@ def quantized_linear(
         y = y * layer_scale.to(exact)
     if residual is not None:
         y = y + residual.to(exact)
+    if requantize:
+        width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
+        padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
+        values, scale = _in_8_bits(padded, x.dtype)
+        return values.flatten(-2)[..., :width].contiguous(), scale.squeeze(-1)
     return y if upcast else y.to(dtype)
 
 
