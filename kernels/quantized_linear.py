@@ -24,7 +24,8 @@ from torch import Tensor
 from vitfast.kernels import _common
 from vitfast.kernels._common import CompileCase, Config
 from vitfast.kernels._linear_configs import GROUP_M
-from vitfast.kernels.linear import ACTIVATIONS, _activated, _tile_origin
+from vitfast.kernels._linear_kernels import _activated, _tile_origin
+from vitfast.kernels.linear import ACTIVATIONS
 
 CAPABILITIES: dict[str, Any] = {"dtypes": ("float8_e4m3fn", "int8"), "min_capability": (8, 0), "limits": {}}
 

@@ -57,6 +57,18 @@ def test_launches_are_those_of_the_forward():
     }  # fmt: skip
 
 
+def test_split_products_of_vit_base_at_batch_1_by_hand():
+    """fc2 has 4 x 6 tiles of 64 x 128 and cuts K into 4 parts, whose fp32 sums are written, and read by a launch."""
+    result, m, c, f = prediction(batch=1), 197, 768, 3072
+    fc2, added = row(result, "fc2"), row(result, "fc2_sum")
+    assert fc2["config"] == "tma_64x128x64_split4"
+    assert fc2["wave_share"] == pytest.approx(4 * 4 * 6 / 264)
+    assert fc2["bytes"] == 2 * (m * f + c * f) + 4 * 4 * m * c
+    assert added["bytes"] == 4 * 4 * m * c + 2 * (c + 2 * m * c)
+    assert (added["count"], added["flops"], added["bound"]) == (12, 0, "memory")
+    assert row(result, "fc1")["config"] == "tma_64x128x64"
+
+
 def test_sum_share_and_rate_agree():
     result = prediction()
     total = sum(row["count"] * row["time_us"] for row in result["launches"])
@@ -100,8 +112,9 @@ def command(*arguments):
     )
 
 
-def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
-    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--json")
+@pytest.mark.parametrize("batch", [256, pytest.param(1, marks=pytest.mark.full)])
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(batch):
+    done = command("--model", "vit_base_patch16_224", "--batch", str(batch), "--chip", "h100", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("occupancy_note") == ""
@@ -110,7 +123,7 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
         launch.pop("measured_us", None)
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
-    assert found == json.loads(json.dumps(prediction()))
+    assert found == json.loads(json.dumps(prediction(batch=batch)))
 
 
 def test_occupancy_that_is_not_known_is_said():
