@@ -20,6 +20,11 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  // The same with what pack_patch_embed made of an fp32 weight.
+  m.def("pack_patch_embed(Tensor weight, *, int[] patch_size, bool channels_last=False) -> Tensor");
+  m.def(
+      "patch_embed_packed(Tensor images, Tensor packed, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, "
+      "*, int[] patch_size, bool channels_last=False) -> Tensor");
   // vitfast/ops/native.py calls these two like the reference. y, and with stats the row statistics of y.
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def(
@@ -34,6 +39,8 @@ TORCH_LIBRARY(vitfast_native, m) {
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("pack_patch_embed", &vitfast::pack_patch_embed_cpu);
+  m.impl("patch_embed_packed", &vitfast::patch_embed_packed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
   m.impl("layer_norm", &vitfast::layer_norm_cpu);

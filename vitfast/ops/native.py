@@ -1,7 +1,8 @@
 """Ops of the "native" backend whose C++ is not called like the reference itself.
 
-On the CPU linear's product reads a packed weight. A model packs its weights once (`pack`, then `linear_packed`);
-`linear` packs at every call, which costs about as much as a product of 200 rows. On CUDA the weight is read as it is.
+On the CPU the product of linear and patch_embed reads a packed weight. A model packs its weights once (`pack`, then
+`linear_packed`; `pack_patch_embed`, then `patch_embed_packed`); `linear` and the extension's own `patch_embed` pack
+at every call, which costs about as much as a product of 200 rows. On CUDA weights are read as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,20 @@ def attention(
     """`reference.attention`; `right` is None, or 0: the registry sends no other window here."""
     causal = right is not None
     return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+
+
+def pack_patch_embed(weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
+    """Rearrange an fp32 CPU weight [C, K] and add its sums over each channel; only `patch_embed_packed` reads it.
+
+    Returns:
+        [C, K + Cin].
+    """
+    return torch.ops.vitfast_native.pack_patch_embed(weight, patch_size=patch_size, channels_last=channels_last)
+
+
+def patch_embed_packed(images: Tensor, packed: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
+    """`reference.patch_embed` on a `pack_patch_embed`ed weight."""
+    return torch.ops.vitfast_native.patch_embed_packed(images, packed, *args, **kwargs)
 
 
 def pack(weight: Tensor) -> Tensor:
