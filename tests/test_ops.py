@@ -10,6 +10,8 @@ from vitfast.testing import make
 
 # slopes, softcap, left, right, offset, scale; no packed sequences
 OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
+# cos, sin, interleaved; weights and biases of the norms, eps, rms
+HEADS = (make(4, 24), make(4, 24), True, make(24), make(24), None, make(24), 1e-6, False)
 
 
 def _arguments() -> dict[str, tuple]:
@@ -27,7 +29,7 @@ def _arguments() -> dict[str, tuple]:
         "row_stats": (x,),
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
-        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, "auto"),
+        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, *HEADS, "auto"),
         "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
         "quantized_linear": (
