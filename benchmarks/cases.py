@@ -21,6 +21,8 @@ from vitfast.ops import fold_norm, reference
 from vitfast.ops.registry import Spec, device_capability
 
 Dims = Mapping[str, Any]
+FEATURES = {"causal": "causal", "groups": "scale groups", "requantize": "scale groups"}
+"""Of a case's variant or epilogue -> the name in backends' `features`, where it asks for one."""
 STATS_EPS = 1e-6
 
 
@@ -96,7 +98,8 @@ class Case:
     def spec(self) -> Spec:
         """What the registry needs to know."""
         op = OPS[self.op].backend_op or self.op
-        features = ("causal",) if self.dims.get("variant") == "causal" else ()
+        parts = (*self.dims.get("variant", "").split(), *self.dims.get("epilogue", "").split())
+        features = tuple(dict.fromkeys(FEATURES[part] for part in parts if part in FEATURES))
         sizes = OPS[self.op].spec(self.dims)
         return Spec(op, self.device.type, self.operand_dtype, device_capability(self.device), sizes, features)
 
@@ -249,10 +252,14 @@ def _quantize(d: Dims, make: Maker) -> Call:
 def _quantized_linear(d: Dims, make: Maker) -> Call:
     rows, inner, epilogue, dtype = d["rows"], d["inner"], d["epilogue"].split(), QUANTIZED[d["precision"]]
     width = d["width"] * (2 if "swiglu" in epilogue else 1)
-    x = reference.quantize(make.normal(rows, inner), dtype=dtype)
+    x, x_scale = reference.quantize(make.normal(rows, inner), dtype=dtype)
+    if "groups" in epilogue:
+        x_scale = x_scale[:, None] * make.normal(rows, -(-inner // reference.SCALE_GROUP)).float().abs()
     weight = reference.quantize(make.normal(width, inner, scale=inner**-0.5), dtype=dtype)
     kwargs = {**_epilogue(epilogue, make, rows, width), "dtype": make.dtype}
-    return Call((*x, *weight, make.normal(width)), kwargs, (0, 1, "residual"))
+    if "requantize" in epilogue:
+        kwargs["requantize"] = True
+    return Call((x, x_scale, *weight, make.normal(width)), kwargs, (0, 1, "residual"))
 
 
 def _block(d: Dims, make: Maker) -> Call:

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitfast import model, ops, planner
 from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
 from vitfast.config import ViTConfig
-from vitfast.ops import registry
+from vitfast.ops import registry, scaled_mm
 from vitfast.ops.registry import BACKENDS, backend
 
 Thunk = Callable[[], Any]
@@ -158,6 +158,19 @@ def torchao_fp8(call: Call) -> Thunk:
     layer.load_state_dict({"weight": weight, **({"bias": bias[0]} if bias else {})})
     quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return functools.partial(layer, x)
+
+
+@peer("quantized_linear", "torch._scaled_mm")
+def scaled_mm_linear(call: Call) -> Thunk:
+    """cuBLASLt's or CUTLASS's product, with the rest of the epilogue in torch."""
+    x, _, weight = call.args[:3]
+    spec = registry.Spec.of("quantized_linear", x, inner=x.shape[-1], width=weight.shape[0])
+    if reasons := scaled_mm.why_not(spec):
+        raise Absent("; ".join(reasons))
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "requantize"}
+    if kwargs != call.kwargs:
+        raise Absent("does not quantise its output")
+    return functools.partial(scaled_mm.linear, *call.args, **kwargs)
 
 
 def _planned_block(choice: str, call: Call) -> Thunk:

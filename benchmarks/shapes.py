@@ -33,6 +33,28 @@ def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
     }
 
 
+def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[str, tuple[str, Dims]]:
+    """Site of a block with products in 8 bits ("fp8" or "int8") -> (op, dims), by the names of `vitfast.launches`."""
+    sites, gate = site_dims(config, batch), "swiglu" if config.gated else "gelu"
+
+    def product(site: str, epilogue: str) -> tuple[str, Dims]:
+        return "quantized_linear", {**sites[site][1], "epilogue": epilogue, "precision": precision}
+
+    def quantize(site: str, norm: str) -> tuple[str, Dims]:
+        dims = sites[site][1]
+        return "quantize", {"rows": dims["rows"], "width": dims["inner"], "norm": norm, "precision": precision}
+
+    return {
+        "hidden_fc1": product("fc1", f"{gate} requantize"),
+        "hidden_fc2": product("fc2", "groups residual"),
+        "quantized_qkv": product("qkv", "bias"),
+        "quantized_proj": product("proj", "residual"),
+        "quantize_qkv": quantize("qkv", "norm"),
+        "quantize_fc1": quantize("fc1", "norm"),
+        "quantize_proj": quantize("proj", ""),
+    }
+
+
 def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     """(op, dims) of a forward's sites, then of other forms of the same work, and of attention's backward."""
     sites = site_dims(config, batch)
@@ -48,10 +70,9 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     yield "mlp", {**rows, "hidden": config.mlp_dim, "activation": "swiglu" if config.gated else "gelu"}
     yield "attention_backward", sites["attention"][1]
     for precision in QUANTIZED:
-        for site, epilogue in (("fc1", "swiglu" if config.gated else "gelu"), ("fc2", "residual"), ("qkv", "bias")):
+        yield from quantized_site_dims(config, batch, precision).values()
+        for site, epilogue in (("fc1", "swiglu" if config.gated else "gelu"), ("fc2", "residual")):  # not handed on
             yield "quantized_linear", {**sites[site][1], "epilogue": epilogue, "precision": precision}
-        yield "quantize", {**rows, "norm": "norm", "precision": precision}
-        yield "quantize", {**rows, "width": config.mlp_dim, "norm": "", "precision": precision}
 
 
 def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:

@@ -38,7 +38,7 @@ SMALL = {
     "quantize": [{"rows": 9, "width": 40, "norm": n, "precision": p} for n in ("norm", "") for p in ("fp8", "int8")],
     "quantized_linear": [
         {"rows": 9, "inner": 40, "width": 24, "epilogue": e, "precision": p}
-        for e in ("bias", "gelu", "swiglu", "residual")
+        for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual")
         for p in ("fp8", "int8")
     ],
     "block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "width": 32, "hidden": 64}],
@@ -64,7 +64,7 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
         )
     contestants = peers.peers_of(one)
     ours = "vitfast engine" if op == "block" else "vitfast native"
-    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed")
+    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed", "torch._scaled_mm")
     chosen = {name: contestants[name] for name in wanted if name in contestants}
     rows = kernels.run_case(one, CountedDevice(), {**chosen, "interpreted": interpreted}, rounds=2)
     rows = {row["peer"]: row for row in rows}

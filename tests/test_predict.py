@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vitfast import launches, predict
-from vitfast.benchmarks import predicted
+from vitfast.benchmarks import predicted, shapes
 from vitfast.config import NAMED
 
 
@@ -209,6 +210,24 @@ def test_measurements_stand_beside_the_prediction(tmp_path, monkeypatch):
         console.print(part)
     text = console.export_text()
     assert "predicted, not measured" in text and "measured: 15,000 img/s (c.json)" in text and "250.0" in text
+
+
+def test_measurements_of_a_quantised_forward():
+    """Products in 8 bits by rows in 8 bits, all else by those in bf16."""
+    config, fp8 = NAMED["vit_base_patch16_224"], "float8_e4m3fn"
+    found = {**shapes.site_dims(config, 256), **shapes.quantized_site_dims(config, 256, "fp8")}
+    kinds = [kind for i, kind in enumerate(found.values()) if kind not in list(found.values())[:i]]
+    rows = [
+        {**KERNELS, "op": op, "dims": dims, "dtype": fp8 if "precision" in dims else "bfloat16", "median_ms": i}
+        for i, (op, dims) in enumerate(kinds, 1)
+    ]
+    rows += [{**row, "dtype": "int8", "median_ms": 99} for row in rows]
+    rows += [{**WHOLE, "images_per_s": 1.0}, {**WHOLE, "peer": "vitfast fp8", "dtype": fp8, "images_per_s": 2.0}]
+    result = prediction(dtype="fp8")
+    predicted.add_measured(result, config, [(Path("x.json"), {"rows": rows})])
+    for launch in result["launches"]:
+        assert launch["measured_us"] == 1e3 * (1 + kinds.index(found[launch["site"]])), launch
+    assert result["measured_images_per_s"] == 2.0
 
 
 def test_command_says_that_it_predicts_and_refuses_mixtures():
