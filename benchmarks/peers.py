@@ -121,23 +121,26 @@ for _op in OPS.keys() - {"attention_backward"}:
     PEERS[_op]["torch.compile max-autotune"] = Peer("torch.compile max-autotune", _tuned, slow=True)
 
 
-def _packed(name: str, call: Call) -> Thunk:
-    """A linear on a weight that was packed once, as the engine runs it on a CPU."""
-    x, weight, *bias = call.args
-    entry, spec = backend("linear", name), registry.Spec.of("linear", x)
+def _packed(op: str, name: str, call: Call) -> Thunk:
+    """linear or patch_embed on a weight that was packed once, as the engine runs it on a CPU."""
+    x, weight, *rest = call.args
+    entry, spec = backend(op, name), registry.Spec.of(op, x, weight.dtype)
     if reasons := entry.why_not(spec):
         raise Absent("; ".join(reasons))
-    found = planner.packed_linear(entry, spec)
+    found = planner.packed_op(entry, spec)
     if found is None:
         raise Absent("packs weights in fp32 on a CPU only")
     pack, run = found
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
-    return functools.partial(run, x, pack(weight), *bias, **call.kwargs)
+    layout = call.kwargs if op == "patch_embed" else {}
+    return functools.partial(run, x, pack(weight, **layout), *rest, **call.kwargs)
 
 
-PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "torch"))
-PEERS["linear"]["vitfast native packed"] = Peer("vitfast native packed", functools.partial(_packed, "native"))
+PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "linear", "torch"))
+for _op in ("linear", "patch_embed"):
+    _native = functools.partial(_packed, _op, "native")
+    PEERS[_op]["vitfast native packed"] = Peer("vitfast native packed", _native)
 
 
 @peer("linear", "torchao FP8", eight_bit=True)

@@ -43,5 +43,6 @@ def add_measured(
 def _ours(result: Mapping[str, Any], dtype: str) -> Iterator[Mapping[str, Any]]:
     """Rows of our kernels or engine that were right, in one dtype."""
     for row in result["rows"]:
-        if row["correct"] and row["peer"] in ("vitfast", "vitfast triton") and row.get("dtype") == dtype:
+        ours = row["peer"] == "vitfast triton" if "op" in row else row["peer"].startswith("vitfast")
+        if row["correct"] and ours and row.get("dtype") == dtype:
             yield row

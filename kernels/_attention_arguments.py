@@ -17,7 +17,10 @@ CAPABILITIES = {
     "dtypes": DTYPES,
     "min_capability": (8, 0),
     "limits": {"head_dim": (1, 256)},
-    "features": ("fewer key heads", "causal", "window", "softcap", "slopes", "packed sequences", "log-sum-exp"),
+    "features": (
+        *("fewer key heads", "causal", "window", "softcap", "slopes", "packed sequences", "log-sum-exp"),
+        *("rope", "qk-norm"),
+    ),
 }
 
 
@@ -91,6 +94,76 @@ def kernel_arguments(
         "D_MAIN": main,
         "D_REST": rest,
     }
+
+
+HEAD_OPTIONS = ("cos", "sin", "interleaved", "q_weight", "k_weight", "q_bias", "k_bias", "norm_eps", "rms")
+"""The options of `head_arguments`; the other kernels' options are those of `kernel_arguments`."""
+
+
+def head_arguments(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    rms: bool = False,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """What the forward does to the heads of q and k, by name; see `attention`.
+
+    Raises:
+        ValueError: if a shape, dtype, stride or device does not fit.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    norms = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    for name, tensor in norms.items():
+        check_shape(op, name, tensor, (head_dim,))
+    for name, tensor in {**norms, "cos": cos, "sin": sin}.items():
+        check_dtype(op, torch.float32, q.dtype, **{name: tensor})
+    check_last_contiguous(op, cos=cos, sin=sin, **norms)
+    check_device(op, q=q, cos=cos, sin=sin, **norms)
+    if (q_weight is None) != (k_weight is None) or (q_weight is None and (q_bias is not None or k_bias is not None)):
+        raise ValueError(f"{op}: q_weight and k_weight go together, and a bias with its weight")
+    arguments: dict[str, Any] = {
+        **norms,
+        "cos": cos,
+        "sin": sin,
+        "norm_eps": None if q_weight is None else float(norm_eps),
+        **dict.fromkeys((*(f"table_stride_{axis}" for axis in "bhn"), "prefix")),
+        "RMS": rms,
+        "INTERLEAVED": interleaved,
+    }
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise ValueError(f"{op}: cos and sin go together; only one was given")
+        return arguments
+    if packed or k.shape[1] != tokens or head_dim % 2:
+        raise ValueError(
+            f"{op}: rope needs an even head dim, as many keys as queries and no packed sequences; got q "
+            f"{tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    rows = cos.shape[-2] if cos.ndim > 1 else 0
+    shape = (batch, heads, rows, head_dim)
+    axes = zip(reversed(cos.shape), reversed(shape), strict=False)
+    if not 2 <= cos.ndim <= 4 or rows > tokens or cos.shape[-1] != head_dim or any(n not in (1, m) for n, m in axes):
+        raise ValueError(
+            f"{op}: cos must be [rows, D], [H, rows, D] or [B, H, rows, D] with at most {tokens} rows, got "
+            f"{tuple(cos.shape)} for q {tuple(q.shape)}"
+        )
+    if cos.ndim > 2 and cos.shape[-3] != 1 and k.shape[2] != heads:
+        raise ValueError(f"{op}: cos for each head needs as many key heads, got {k.shape[2]} for {heads}")
+    check_shape(op, "sin", sin, tuple(cos.shape))
+    if strides(sin) != strides(cos):
+        raise ValueError(f"{op}: cos and sin must be laid out alike, got strides {cos.stride()} and {sin.stride()}")
+    steps = zip("bhn", strides(cos.expand(shape)), strict=False)
+    return arguments | {f"table_stride_{axis}": n for axis, n in steps} | {"prefix": tokens - rows}
 
 
 def last_block(block: int, count: int, arguments: dict[str, Any]) -> int:

@@ -22,6 +22,11 @@ PACKED = {"cu_queries": "*i32", "cu_keys": "*i32"}
 SOFTCAP, SLOPES = {"softcap": "fp32"}, {"slopes": "*fp32"}
 EVERYTHING = WINDOW | PACKED | SOFTCAP | SLOPES
 FEATURES = ((128, {"right": "i32"}), (128, WINDOW), (128, EVERYTHING), (64, EVERYTHING))
+# What is done to the heads of q and k.
+ROPE = {"cos": "*fp32", "sin": "*fp32", **dict.fromkeys(("table_stride_b", "table_stride_h", "table_stride_n"), "i32"),
+        "prefix": "i32"}  # fmt: skip
+NORM = {**dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), "*bf16"), "norm_eps": "fp32"}
+_HEADS = (*ROPE, *NORM)
 _OPTIONAL = ("bias", "mask", "slopes", "cu_queries", "cu_keys", "left", "right", "softcap")
 
 
@@ -35,6 +40,9 @@ def forward_cases() -> list[CompileCase]:
         cases += [_forward_case(64, 197, arch, **BIAS, **STATS)]
         cases += [_forward_case(head_dim, 577, arch, **extra, **STATS) for head_dim, extra in FEATURES]
         cases += [_forward_case(head_dim, 577, arch, group=4, **WINDOW, **PACKED) for head_dim in (64, 128)]
+        cases += [_forward_case(head_dim, 197, arch, **ROPE, **NORM) for head_dim in (72, 96)]
+        cases += [_forward_case(head_dim, 197, arch, **BIAS, **ROPE, **NORM) for head_dim in (64, 128)]
+        cases += [_forward_case(64, 197, arch, interleaved=True, **ROPE)]
     return cases
 
 
@@ -50,15 +58,20 @@ def backward_cases() -> list[CompileCase]:
     return cases
 
 
-def _forward_case(head_dim: int, tokens: int, arch: int, group: int = 1, **extra: str) -> CompileCase:
+def _forward_case(
+    head_dim: int, tokens: int, arch: int, group: int = 1, interleaved: bool = False, **extra: str
+) -> CompileCase:
     dense = bool(extra.keys() & {"bias", "mask", "softcap", "slopes", "left"})
     tokens = 0 if "cu_keys" in extra else tokens
-    config = pick_config(head_dim, tokens, torch.bfloat16, dense, divmod(arch, 10))
-    absent = {"max_out", "sum_out"} - extra.keys()
+    heads_change = bool(extra.keys() & {"cos", "q_weight"})
+    config = pick_config(head_dim, tokens, torch.bfloat16, dense, divmod(arch, 10), heads_change)
+    absent = {"max_out", "sum_out", *_HEADS} - extra.keys()
     constexprs = {
         "SCALE_FIRST": bool(extra.keys() & {"bias", "max_out", "softcap", "slopes"}),
         "BIAS_PER_QUERY": "bias" in extra,
         "MASK_PER_QUERY": "mask" in extra,
+        "RMS": False,
+        "INTERLEAVED": interleaved,
     }
     pointers = ("out", "q", "k", "v")
     tile = {"M": config.blocks["BLOCK_M"], "N": 16}  # the last key tile is as narrow as the keys left
@@ -114,7 +127,8 @@ def _case(
     }
     types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("delta", "row_max", "row_sum"), "*fp32")
     types |= {"scale": "fp32", "unit": "fp32"} | extra
-    strides = (f"{name}_stride_{axis}" for name in strided for axis in "bn")
+    strides = [f"{name}_stride_{axis}" for name in strided for axis in "bn"]
+    strides += [name for name in _HEADS if name in extra and not name.startswith(("prefix", "norm"))]
     return CompileCase(
         kernel=kernel,
         config=config.name,

@@ -11,7 +11,8 @@ from vitfast.kernels._common import Config
 # D = 256 on sm_100: 24 bytes of stack at most) and within the shared memory of sm_86 and sm_89
 # (101,376 bytes) unless for sm_90 and up. None has been timed. The number is the widest padded head
 # dim. "half": fp16 and bf16. "dense": the same with a bias or mask that differs from query to query,
-# whose tile takes registers too. "short": few queries.
+# whose tile takes registers too. "heads": the same with q and k normed or rotated, with or without what makes
+# others dense. "short": few queries.
 CONFIGS = [
     Config("half-96-short", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
     Config("half-96", {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
@@ -22,10 +23,17 @@ CONFIGS = [
     Config("dense-96", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
     Config("dense-128", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     Config("dense-256", {"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("heads-64", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    Config("heads-96-sm90", {"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2, min_capability=(9, 0)),
+    Config("heads-96", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config("heads-128-sm90", {"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2, min_capability=(9, 0)),
+    Config("heads-128", {"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    Config("heads-256", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
     Config("fp32-128", {"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     Config("fp32-256", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2),
+    Config("fp32-heads", {"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 ]
-_WIDTHS = {"half": (96, 128, 192, 256), "dense": (96, 128, 256), "fp32": (128, 256)}
+_WIDTHS = {"half": (96, 128, 192, 256), "heads": (64, 96, 128, 256), "dense": (96, 128, 256), "fp32": (128, 256)}
 _SHORT = 320
 """Up to so many queries (224 px with patches of 14 or more) 64-row tiles: more, smaller programs."""
 
@@ -43,12 +51,21 @@ def head_chunks(head_dim: int) -> tuple[int, int]:
 
 
 def pick_config(
-    head_dim: int, query_count: int, dtype: torch.dtype, per_query: bool, device_capability: tuple[int, int]
+    head_dim: int,
+    query_count: int,
+    dtype: torch.dtype,
+    per_query: bool,
+    device_capability: tuple[int, int],
+    heads_change: bool = False,
 ) -> Config:
-    """The configuration for one call; `per_query`: a bias or mask differs from query to query."""
-    kind = "fp32" if dtype == torch.float32 else "dense" if per_query else "half"
-    width = next(w for w in _WIDTHS[kind] if w >= sum(head_chunks(head_dim)))
-    name = f"{kind}-{width}"
+    """The configuration for one call.
+
+    `per_query`: a bias or mask differs from query to query; `heads_change`: q and k are normed or rotated.
+    """
+    kind = "fp32" if dtype == torch.float32 else "heads" if heads_change else "dense" if per_query else "half"
+    columns = sum(head_chunks(head_dim))
+    width = next(w for w in _WIDTHS[kind] if w >= columns)
+    name = "fp32-heads" if kind == "fp32" and heads_change and columns > 64 else f"{kind}-{width}"
     if name == "half-96" and query_count <= _SHORT:
         name += "-short"
     return next(c for c in CONFIGS if c.name in (f"{name}-sm90", name) and c.min_capability <= device_capability)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.kernels._attention_heads import head_moments, load_head
 from vitfast.kernels._attention_scores import band_tiles, in_band, make_scores
-from vitfast.kernels._attention_tiles import load_rows, load_scores, load_tile, sequence, store_tile
+from vitfast.kernels._attention_tiles import load_rows, load_scores, sequence, store_tile
 
 
 @triton.jit
@@ -19,6 +20,8 @@ def _key_tile(
     q_rest,  # [BLOCK_M, D_REST]
     k,  # this head's keys and values
     v,
+    k_norm,  # see _attention_heads
+    rope,
     bias,  # [BLOCK_M or 1, 1] pointers to this head's rows, or None
     mask,
     slope,  # this head's, or None
@@ -35,6 +38,8 @@ def _key_tile(
     scale,
     unit,  # what exp2 needs the scores to be multiplied by; positive
     SCALE_FIRST: tl.constexpr,
+    RMS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
@@ -48,10 +53,14 @@ def _key_tile(
     k += first * k_stride_n
     v += first * v_stride_n
 
-    k_tile = load_rows(k, k_stride_n, in_tile, count, 0, D_MAIN, HEAD_DIM, BOUNDED)
+    tokens = start + in_tile
+    moments = head_moments(k, k_stride_n, in_tile, count, k_norm, RMS, HEAD_DIM, D_MAIN, D_REST, BOUNDED)
+    k_tile = load_head(k, k_stride_n, in_tile, count, tokens, moments, k_norm, rope, INTERLEAVED, 0, D_MAIN, HEAD_DIM,
+                       BOUNDED)  # fmt: skip
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     if D_REST > 0:
-        k_tile = load_rows(k, k_stride_n, in_tile, count, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
+        k_tile = load_head(k, k_stride_n, in_tile, count, tokens, moments, k_norm, rope, INTERLEAVED, D_MAIN, D_REST,
+                           HEAD_DIM, BOUNDED)  # fmt: skip
         scores = tl.dot(q_rest, tl.trans(k_tile), scores, input_precision="ieee")
 
     keys = (start + in_tile)[None, :]
@@ -89,7 +98,7 @@ def _key_tile(
     return acc, acc_rest, new_shift, row_sum
 
 
-@triton.jit(do_not_specialize=["heads", "query_rows", "key_rows", "longest", "offset", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "query_rows", "key_rows", "longest", "offset", "left", "right", "prefix"])
 def attention_forward_kernel(
     out,  # [B, Nq, H, D] contiguous
     max_out,  # [B, H, Nq] fp32: the largest score of each query, or None; with SCALE_FIRST only
@@ -102,6 +111,12 @@ def attention_forward_kernel(
     slopes,  # [B, H] fp32, or None
     cu_queries,  # [sequences + 1], and B is 1; or None
     cu_keys,
+    cos,  # [B, H, Nq - prefix, D], any strides, or None
+    sin,  # the same strides
+    q_weight,  # [D], or None: the norms of q and k
+    q_bias,
+    k_weight,
+    k_bias,
     q_stride_b,
     q_stride_n,
     q_stride_h,
@@ -120,6 +135,9 @@ def attention_forward_kernel(
     mask_stride_q,
     mask_stride_k,
     slopes_stride_b,
+    table_stride_b,  # of cos and sin
+    table_stride_h,
+    table_stride_n,
     heads,
     query_rows,  # Nq, Nk
     key_rows,
@@ -128,13 +146,17 @@ def attention_forward_kernel(
     left,  # a query sees the keys from position - left to position + right; None: no limit
     right,
     softcap,  # or None
+    prefix,  # tokens that are not rotated
+    norm_eps,
     scale,
     unit,  # log2(e), times the scale unless SCALE_FIRST; positive
     SCALE_FIRST: tl.constexpr,  # make whole scores before maxima are taken: see the launcher
     BIAS_PER_QUERY: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr,
+    RMS: tl.constexpr,  # the norms are RMSNorms
+    INTERLEAVED: tl.constexpr,  # the channels that are rotated together are neighbours
     GROUP: tl.constexpr,  # query heads that share a key head
-    VECTOR: tl.constexpr,  # elements by which every stride and pointer of q, k, v, out is aligned
+    VECTOR: tl.constexpr,  # elements by which every stride and pointer of q, k, v, out, cos, sin is aligned
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
@@ -182,8 +204,23 @@ def attention_forward_kernel(
     if slopes is not None:
         slope = tl.load(slopes + batch * slopes_stride_b + head)
 
+    if cos is not None:
+        table_offset = batch * table_stride_b + head * table_stride_h
+        if VECTOR > 1:
+            table_offset = tl.multiple_of(table_offset, VECTOR)
+            table_stride_n = tl.multiple_of(table_stride_n, VECTOR)
+        cos, sin = cos + table_offset, sin + table_offset
+    rope = (cos, sin, table_stride_n, prefix)
+    q_norm, k_norm = (q_weight, q_bias, norm_eps), (k_weight, k_bias, norm_eps)
+
     # Load.
-    q_tile, q_rest = load_tile(q, q_stride_n, queries, query_count, HEAD_DIM, D_MAIN, D_REST, True)
+    moments = head_moments(q, q_stride_n, queries, query_count, q_norm, RMS, HEAD_DIM, D_MAIN, D_REST, True)
+    q_tile = load_head(q, q_stride_n, queries, query_count, queries, moments, q_norm, rope, INTERLEAVED, 0, D_MAIN,
+                       HEAD_DIM, True)  # fmt: skip
+    q_rest = q_tile  # where there is none: Triton has no None tile
+    if D_REST > 0:
+        q_rest = load_head(q, q_stride_n, queries, query_count, queries, moments, q_norm, rope, INTERLEAVED, D_MAIN,
+                           D_REST, HEAD_DIM, True)  # fmt: skip
 
     # Compute.
     acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
@@ -195,24 +232,24 @@ def attention_forward_kernel(
     if left is not None:
         for start in tl.range(begin, inner, BLOCK_N):
             acc, acc_rest, row_shift, row_sum = _key_tile(
-                acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, bias, mask, slope,
+                acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, k_norm, rope, bias, mask, slope,
                 k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
                 start, key_count, positions, left, right, softcap, scale, unit, SCALE_FIRST,
-                HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=True,
+                RMS, INTERLEAVED, HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=True,
             )  # fmt: skip
     for start in tl.range(inner, tail, BLOCK_N):
         acc, acc_rest, row_shift, row_sum = _key_tile(
-            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, bias, mask, slope,
+            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, k_norm, rope, bias, mask, slope,
             k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
             start, key_count, positions, left, right, softcap, scale, unit, SCALE_FIRST,
-            HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=False,
+            RMS, INTERLEAVED, HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=False,
         )  # fmt: skip
     for start in tl.range(tail, end, BLOCK_TAIL):
         acc, acc_rest, row_shift, row_sum = _key_tile(
-            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, bias, mask, slope,
+            acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, k_norm, rope, bias, mask, slope,
             k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
             start, key_count, positions, left, right, softcap, scale, unit, SCALE_FIRST,
-            HEAD_DIM, D_MAIN, D_REST, BLOCK_TAIL, BOUNDED=True,
+            RMS, INTERLEAVED, HEAD_DIM, D_MAIN, D_REST, BLOCK_TAIL, BOUNDED=True,
         )  # fmt: skip
 
     # Store. A query that saw no key has sum 0 and gives zeros.

@@ -11,8 +11,15 @@ def load_rows(pointer, stride, rows, row_count, START: tl.constexpr, SIZE: tl.co
                HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     """Columns START..START+SIZE of some rows; zeros beyond HEAD_DIM and, if BOUNDED, row_count."""
     columns = START + tl.arange(0, SIZE)
+    return load_columns(pointer, stride, rows, row_count, columns, START + SIZE > HEAD_DIM, HEAD_DIM, BOUNDED)
+
+
+@triton.jit
+def load_columns(pointer, stride, rows, row_count, columns, PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+                 BOUNDED: tl.constexpr):  # fmt: skip
+    """These columns of some rows; zeros beyond HEAD_DIM, where PADDED says that some are, and as `load_rows`."""
     tile = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if START + SIZE <= HEAD_DIM and not BOUNDED:
+    if not PADDED and not BOUNDED:
         return tl.load(tile)
     else:
         inside = (columns < HEAD_DIM)[None, :]

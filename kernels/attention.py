@@ -6,7 +6,8 @@ Reads strided views, so the packed qkv [B, N, 3, H, D] of a linear layer goes in
 bias and bool mask are broadcast by strides of 0, a key head serves H / Hk query heads, and a query
 that may see no key gives zeros. A query may be limited to a band of keys (causal masking and windows);
 scores may be capped and ALiBi added (see _attention_scores); sequences of different lengths may lie
-packed one after another.
+packed one after another. The heads of q and k may be normed and rotated (RoPE) as they are loaded (see
+_attention_heads).
 
 One program holds a tile of queries and walks over tiles of keys with the online softmax (Milakov
 and Gimelshein 2018; Dao et al. 2022). Key tiles that lie wholly inside need no mask; what is left
@@ -24,7 +25,15 @@ import torch
 import triton
 
 from vitfast.kernels import _common, attention_short
-from vitfast.kernels._attention_arguments import CAPABILITIES, LOG2E, kernel_arguments, last_block, vector
+from vitfast.kernels._attention_arguments import (
+    CAPABILITIES,
+    HEAD_OPTIONS,
+    LOG2E,
+    head_arguments,
+    kernel_arguments,
+    last_block,
+    vector,
+)
 from vitfast.kernels._attention_cases import forward_cases
 from vitfast.kernels._attention_configs import CONFIGS as GENERAL_CONFIGS
 from vitfast.kernels._attention_configs import pick_config
@@ -47,6 +56,7 @@ def _given(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> list[st
     names = ("bias", "mask", "slopes", "left", "right", "cu_queries")
     given = [name for name in names if options.get(name) is not None]
     given += ["softcap"] if options.get("softcap") else []
+    given += [name for name, tensor in (("rope", "cos"), ("qk-norm", "q_weight")) if options.get(tensor) is not None]
     return given + (["shared heads"] if k.shape[2] != q.shape[2] else [])
 
 
@@ -77,6 +87,11 @@ def attention(
             q, and likewise of k and v. Each query's position is aligned at the bottom right of its own sequence.
             Read on the device only. Without bias and mask.
         max_queries, max_keys: at least the longest sequence. Rows beyond it, or of no sequence, are not written.
+        q_weight, k_weight, q_bias, k_bias: [D] in fp32 or q's dtype: q and k are normed over each head first, with
+            norm_eps (1e-6 by default): LayerNorm, or RMSNorm if rms.
+        cos, sin: fp32 or q's dtype, [rows, D], [H, rows, D] or [B, H, rows, D], laid out alike: the last rows of q and
+            k are rotated, x * cos + turn(x) * sin, where turn makes channels (a, b) into (-b, a): d and d + D / 2, or
+            2d and 2d + 1 if interleaved. Norm and rotation are done in fp32 and rounded once.
         return_lse: also give the log-sum-exp of each query's scores.
         config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; without return_lse only.
 
@@ -118,19 +133,22 @@ def _launch(
     options: dict[str, Any],
     config: Config | None = None,
 ) -> torch.Tensor:
+    head_options = {name: options[name] for name in HEAD_OPTIONS if name in options}
+    options = {name: value for name, value in options.items() if name not in HEAD_OPTIONS}
     arguments = kernel_arguments("attention", q, k, v, **options)
+    packed = arguments["cu_queries"] is not None
+    arguments |= head_arguments("attention", q, k, **head_options, packed=packed)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
 
     batch, query_count, heads, head_dim = q.shape
-    packed = arguments["cu_queries"] is not None
     if packed:
         batch, query_count = len(arguments["cu_queries"]) - 1, options["max_queries"]
     if config is None and stats is None and not packed:
-        config = _common.tuned("attention", q.device, CONFIGS, tuning_key(q, k, options))
+        config = _common.tuned("attention", q.device, CONFIGS, tuning_key(q, k, options | head_options))
     if config in attention_short.CONFIGS:
-        _check_short(q, k, options, arguments["scale"], config)
+        _check_short(q, k, options | head_options, arguments["scale"], config)
         attention_short.launch(out, q, k, v, arguments["scale"], config)
         return out
     bias_per_query, mask_per_query = arguments["bias_stride_q"] != 0, arguments["mask_stride_q"] != 0
@@ -141,6 +159,7 @@ def _launch(
         q.dtype,
         bias_per_query or mask_per_query or scores_change or arguments["left"] is not None,  # too few registers
         capability(q.device),
+        arguments["cos"] is not None or arguments["q_weight"] is not None,
     )
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     scale = arguments["scale"]
@@ -165,7 +184,7 @@ def _launch(
         SCALE_FIRST=scale_first,
         BIAS_PER_QUERY=bias_per_query,
         MASK_PER_QUERY=mask_per_query,
-        VECTOR=vector(head_dim, q, k, v),
+        VECTOR=vector(head_dim, q, k, v, *(() if arguments["cos"] is None else (arguments["cos"], arguments["sin"]))),
         BLOCK_TAIL=last_block(block_n, k.shape[1], arguments),
         **config.blocks,
         num_warps=config.num_warps,

@@ -28,7 +28,8 @@ from torch import Tensor
 from vitfast.kernels import _common
 from vitfast.kernels._common import CompileCase, Config
 from vitfast.kernels._linear_configs import GROUP_M
-from vitfast.kernels.linear import ACTIVATIONS, _activated, _tile_origin
+from vitfast.kernels._linear_kernels import _activated, _tile_origin
+from vitfast.kernels.linear import ACTIVATIONS
 from vitfast.kernels.quantize import in_8_bits
 
 CAPABILITIES: dict[str, Any] = {

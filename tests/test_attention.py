@@ -291,10 +291,13 @@ def test_head_chunks(head_dim, chunks):
 
 
 def test_every_config_is_reached():
-    grid = itertools.product(range(1, 257), (50, 577), DTYPES, (False, True), ((8, 0), (8, 6), (9, 0), (10, 0)))
+    chips, either = ((8, 0), (8, 6), (9, 0), (10, 0)), (False, True)
     picked = {}
-    for head_dim, queries, dtype, per_query, chip in grid:
-        config = pick_config(head_dim, queries, dtype, per_query, chip)
+    for head_dim, queries, dtype, chip, *options in itertools.product(
+        range(1, 257), (50, 577), DTYPES, chips, either, either
+    ):
+        per_query, heads_change = options
+        config = pick_config(head_dim, queries, dtype, per_query, chip, heads_change)
         assert config.min_capability <= chip
         picked[config.name] = config
     assert sorted(picked) == sorted(config.name for config in CONFIGS)

@@ -11,7 +11,7 @@ from vitfast.kernels import _attention_dkdv, _attention_dq
 from vitfast.kernels import attention as forward
 from vitfast.kernels import attention_backward as kernel
 from vitfast.kernels._attention_configs import BACKWARD_CONFIGS, pick_backward_config
-from vitfast.ops import reference, registry
+from vitfast.ops import heads, reference, registry
 from vitfast.testing import DTYPES, HEAD_DIMS, assert_close, guarded, make, strided
 
 FP32, FP16, BF16 = DTYPES
@@ -374,7 +374,7 @@ def test_statistics_are_made_for_a_backward_only(monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     q, k, v, bias = leaves()
-    arguments = (q, k, v, bias, random_mask(5, 7), *OPTIONS, backend)
+    arguments = (q, k, v, bias, random_mask(5, 7), *OPTIONS, *heads.OPTIONS.values(), backend)
     torch.library.opcheck(torch.ops.vitfast.attention.default, arguments)
 
 

@@ -112,9 +112,9 @@ def test_plan_variants_agree(fold_norm, fuse_mlp):
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypatch):
-    """The CPU's plan with each backend that has a packed linear."""
+    """The CPU's plan with each backend that has a packed linear; native has a packed patch_embed, too."""
     entry = vitfast.ops.registry.backend("linear", backend)
-    packed = planner.packed_linear(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
+    packed = planner.packed_op(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
     if entry.missing or not packed:
         pytest.skip(entry.missing or "this torch has no oneDNN")
     monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
@@ -130,6 +130,7 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
     small = Engine(checkpoint, device="cpu", dtype="fp32")
     assert {small.plan.calls[site] for site in planner.LINEAR_SITES} == {packed[1]}
+    assert ("patch_embed" in small.plan.packs) == (backend == "native")
     got = small(testing.make(2, 3, 32, 48).cpu())
     want = oracle(config, testing.make(2, 3, 32, 48))
     torch.testing.assert_close(got.embedding.double(), want.embedding.cpu(), rtol=1e-4, atol=1e-4)

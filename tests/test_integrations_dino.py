@@ -104,13 +104,19 @@ CASES = {
 @pytest.fixture
 def calls(monkeypatch):
     """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
+    made, original, fused = [], attention.scaled_dot_product_attention, attention.fused
 
     def counted(*args, **kwargs):
         made.append(kwargs)
         return original(*args, **kwargs)
 
+    def counted_fused(*args, **kwargs):
+        out = fused(*args, **kwargs)
+        made.extend([kwargs] * (out is not None))
+        return out
+
     monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention, "fused", counted_fused)
     return made
 
 
@@ -137,6 +143,7 @@ def test_layers(name, calls):
     with torch.no_grad(), attention.attention_backend("triton"):
         close(layer(x, **arguments), expected)
     assert len(calls) == 2
+    assert ("rope" in calls[1]) == ("rope" in arguments)  # the kernel rotates
     swap.restore()
     assert torch.equal(layer(inputs, **arguments), expected)
     assert not {"forward", "compute_attention"} & layer.__dict__.keys()
@@ -151,6 +158,16 @@ def test_lists_of_images_of_two_sizes(calls):
         for actual, want in zip(layer.forward_list(xs, rope_list=ropes), expected, strict=True):
             close(actual, want)
     assert len(calls) == 2
+
+
+def test_another_rotation_stays(calls, monkeypatch):
+    layer, x = randomised(Third()).to(device()), make(2, 9, 48)
+    monkeypatch.setattr(Third, "apply_rope", lambda self, q, k, rope: tuple(t * 2 for t in (q, k)))
+    with torch.no_grad():
+        expected = layer(x, rope=ROPE)
+        with vitfast.replace_attention(layer), attention.attention_backend("triton"):
+            close(layer(x, rope=ROPE), expected)
+    assert "rope" not in calls[0]
 
 
 def test_biases_and_dropout_go_to_the_layer_itself(calls):

@@ -52,6 +52,10 @@ def native(*args, **kwargs):
     return registry.backend("patch_embed", "native").call(*args, **kwargs)
 
 
+def packed(images, weight, *rest, **kwargs):
+    return ops.native.patch_embed_packed(images, ops.native.pack_patch_embed(weight, **kwargs), *rest, **kwargs)
+
+
 @needs_extension
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -60,6 +64,31 @@ def native(*args, **kwargs):
 def test_patch_embed(case, dtype, pixels, channels_last):
     args = [None if t is None else testing.guarded(t) for t in inputs(case, dtype, pixels, channels_last)]
     testing.check_op(native, reference.patch_embed, *args, patch_size=case[4], channels_last=channels_last)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
+def test_packed_weight(case, channels_last):
+    images, weight, *rest = inputs(case, torch.float32, torch.uint8, channels_last)
+    kwargs = {"patch_size": case[4], "channels_last": channels_last}
+    testing.check_op(packed, reference.patch_embed, images, testing.strided(weight), *rest, **kwargs)
+
+
+@needs_extension
+def test_packed_weight_is_checked():
+    images, weight, *rest = inputs(GRID[0], torch.float32, torch.uint8, True)
+    kwargs = {"patch_size": (16, 16), "channels_last": True}
+    with pytest.raises(ValueError, match=r"pack_patch_embed: weight has dtype torch.bfloat16, allowed: torch.float32"):
+        packed(images, weight.bfloat16(), *rest, **kwargs)
+    with pytest.raises(ValueError, match=r"K a multiple of the patch 16x16, got shape \(64, 767\)"):
+        packed(images, weight[:, 1:], *rest, **kwargs)
+    with pytest.raises(ValueError, match=r"needs K = 3\*16\*16 = 768, got 765"):
+        ops.native.patch_embed_packed(images, weight, *rest, **kwargs)
+    ready = ops.native.pack_patch_embed(weight, **kwargs)
+    assert ready.shape == (64, 771)
+    with pytest.raises(ValueError, match=r"not as pack_patch_embed returned it: strides \(1, 64\)"):
+        ops.native.patch_embed_packed(images, ready.t().contiguous().t(), *rest, **kwargs)
 
 
 @needs_extension
@@ -110,7 +139,7 @@ def test_flat_patches_are_nearly_exact(pixels, channels_last):
     per_channel -= per_channel.mean(dim=1 if channels_last else 2, keepdim=True)
     kwargs = {"patch_size": (16, 16), "channels_last": channels_last}
     exact = reference.patch_embed(images, weight, **kwargs, upcast=True)
-    ours, plain = ((call(images, weight, **kwargs) - exact).abs().max() for call in (native, reference.patch_embed))
+    ours, plain = ((call(images, weight, **kwargs) - exact).abs().max() for call in (packed, reference.patch_embed))
     assert ours < 0.05 * plain
 
 

@@ -10,6 +10,8 @@ from vitfast.testing import make
 
 # slopes, softcap, left, right, offset, scale; no packed sequences
 OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
+# cos, sin, interleaved; weights and biases of the norms, eps, rms
+HEADS = (make(4, 24), make(4, 24), True, make(24), make(24), None, make(24), 1e-6, False)
 
 
 def _arguments() -> dict[str, tuple]:
@@ -27,7 +29,7 @@ def _arguments() -> dict[str, tuple]:
         "row_stats": (x,),
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
-        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, "auto"),
+        "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, *HEADS, "auto"),
         "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
         "quantized_linear": (
@@ -78,14 +80,24 @@ def test_every_op_has_every_part():
 def test_forced_backend_that_cannot_run_gives_every_reason(monkeypatch):
     entry = ops.Backend(
         "triton", "linear", lambda: None, devices=("cuda",), dtypes=("float16",), min_capability=(9, 0),
-        limits={"width": (1, 10)},
+        limits={"width": (1, 10)}, multiples={"width": 24, "inner": 8},
     )  # fmt: skip
     monkeypatch.setattr(registry, "backend", lambda op, name: entry)
     spec = ops.Spec("linear", "cpu", torch.float32, (8, 6), {"width": 64})
     with pytest.raises(ops.BackendError) as error:
         ops.choose(spec, "triton")
-    for part in ("device cpu", "dtype float32", "8.6 is below 9.0", "width 64 is outside 1..10"):
+    for part in (
+        "device cpu",
+        "dtype float32",
+        "8.6 is below 9.0",
+        "width 64 is outside 1..10",
+        "width 64 is not a multiple of 24",
+    ):
         assert part in str(error.value)
+    entry = ops.Backend("native", "linear", lambda: None, min_capability=(9, 0), max_capability=(9, 0))
+    for capability, reasons in {(8, 9): 1, (9, 0): 0, (10, 0): 1}.items():
+        assert len(entry.why_not(ops.Spec("linear", "cuda", torch.float16, capability))) == reasons
+    assert entry.why_not(spec)[0] == "compute capability 8.6 is below 9.0"
 
 
 def test_unknown_backend_and_op_are_named():

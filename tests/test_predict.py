@@ -85,6 +85,18 @@ def test_launches_of_a_quantised_forward(dtype):
     assert sites == {"patch_embed": 1, **dict.fromkeys(block, 12), "norm": 1, "head": 1}
 
 
+def test_split_products_of_vit_base_at_batch_1_by_hand():
+    """fc2 has 4 x 6 tiles of 64 x 128 and cuts K into 4 parts, whose fp32 sums are written, and read by a launch."""
+    result, m, c, f = prediction(batch=1), 197, 768, 3072
+    fc2, added = row(result, "fc2"), row(result, "fc2_sum")
+    assert fc2["config"] == "tma_64x128x64_split4"
+    assert fc2["wave_share"] == pytest.approx(4 * 4 * 6 / 264)
+    assert fc2["bytes"] == 2 * (m * f + c * f) + 4 * 4 * m * c
+    assert added["bytes"] == 4 * 4 * m * c + 2 * (c + 2 * m * c)
+    assert (added["count"], added["flops"], added["bound"]) == (12, 0, "memory")
+    assert row(result, "fc1")["config"] == "tma_64x128x64"
+
+
 def test_sum_share_and_rate_agree():
     result = prediction()
     total = sum(row["count"] * row["time_us"] for row in result["launches"])
@@ -137,9 +149,13 @@ def command(*arguments):
     )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp8", marks=pytest.mark.full)])
-def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(dtype):
-    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--dtype", dtype, "--json")
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(256, "bf16"), pytest.param(1, "bf16", marks=pytest.mark.full), pytest.param(256, "fp8", marks=pytest.mark.full)],
+)
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(batch, dtype):
+    options = ("--batch", str(batch), "--chip", "h100", "--dtype", dtype, "--json")
+    done = command("--model", "vit_base_patch16_224", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("occupancy_note") == ""
@@ -148,7 +164,7 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(dty
         launch.pop("measured_us", None)
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
-    assert found == json.loads(json.dumps(prediction(dtype=dtype)))
+    assert found == json.loads(json.dumps(prediction(batch=batch, dtype=dtype)))
 
 
 def test_occupancy_that_is_not_known_is_said():

@@ -60,7 +60,7 @@ def test_torchs_checks_for_cuda_take_the_arguments():
 def test_every_reason_against_it(changes, reasons):
     asked = spec(**changes)
     assert scaled_mm.why_not(asked) == reasons
-    on_cuda = planner.packed_linear(TORCH, asked)
+    on_cuda = planner.packed_op(TORCH, asked)
     assert (on_cuda == (scaled_mm.pack, scaled_mm.linear)) == (not reasons)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vitfast import ops
-from vitfast.ops import BackendError, Spec
+from vitfast.ops import BackendError, QKNorm, Rope, Spec, checks, heads
 from vitfast.ops.registry import backend, candidates, device_capability
 
 __all__ = ["Route", "attention_backend", "explain", "scaled_dot_product_attention"]
@@ -129,6 +129,47 @@ def scaled_dot_product_attention(
     return _attend(query, key, value, attn_mask, is_causal, scale)
 
 
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rope: Rope | None,
+    qk_norm: QKNorm | None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor | None:
+    """Attention whose kernel norms and rotates query and key as it loads them; None where it does not.
+
+    For integrations. Where torch comes first, the kernels cannot run the call or a gradient is wanted, there is
+    nothing to fuse: the caller prepares query and key as its model does and calls `scaled_dot_product_attention`.
+    Arguments as there, with four axes; key and value may have fewer heads.
+    """
+    if torch_first(query) or (rope is None and qk_norm is None):
+        return None
+    asked = heads.options(rope, qk_norm)
+    tensors = [t for t in (query, key, value, attn_mask, *asked.values()) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    if _why_not(query, key, value, attn_mask, 0.0, is_causal, scale, True) or query.ndim != 4:
+        return None
+    if not all(_is_plain(t) for t in tensors) or _autocast_dtype(query) != query.dtype:
+        return None
+    if checks.why_not_heads(query.transpose(1, 2), key.transpose(1, 2), **asked):
+        return None
+    return _attend(query, key, value, attn_mask, is_causal, scale, rope, qk_norm)
+
+
+def torch_first(query: Tensor) -> str:
+    """Why torch's op comes before the kernels for this query, whatever they can do; "" if it does not."""
+    if _backend == "torch":
+        return "attention_backend('torch') is in force"
+    if _backend == "auto" and isinstance(query, Tensor) and not _kernels_first(query.device.type):
+        return f"no measurement says that the kernels are right and faster on this {query.device.type}"
+    return ""
+
+
 def explain(
     query: Tensor,
     key: Tensor,
@@ -152,12 +193,8 @@ def explain(
 
 
 def _route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Route:
-    if _backend == "torch":
-        return Route("torch", ("attention_backend('torch') is in force",))
-    if _backend == "auto" and isinstance(query, Tensor) and not _kernels_first(query.device.type):
-        return Route(
-            "torch", (f"no measurement says that the kernels are right and faster on this {query.device.type}",)
-        )
+    if reason := torch_first(query):
+        return Route("torch", (reason,))
     reasons = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not reasons:
         return Route("triton")
@@ -287,7 +324,7 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor if dtype == tensor.dtype else tensor.to(dtype)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: bool, scale: Any) -> Tensor:
+def _attend(query, key, value, attn_mask, causal, scale, rope=None, qk_norm=None) -> Tensor:
     """The call on the kernels; `_why_not` had nothing against it."""
     q, k, v = (_autocast(tensor) for tensor in (query, key, value))
     for _ in range(4 - query.ndim):
@@ -299,7 +336,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
         bias = _autocast(attn_mask)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     scale = None if scale is None else float(scale)
-    out = ops.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend="triton").transpose(1, 2)
+    options: Any = {"bias": bias, "mask": mask, "causal": causal, "scale": scale, "rope": rope, "qk_norm": qk_norm}
+    out = ops.attention(q, k, v, **options, backend="triton").transpose(1, 2)
     for _ in range(4 - query.ndim):
         out = out[0]
     if query.ndim < 4 or not key.shape[-2]:

@@ -5,7 +5,7 @@ What `vitfast.predict` adds up; it says what the model is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,7 +115,22 @@ def launches(
         rows.append(_pass(config, "norm", 1, batch, card, dtype, passes=2))
     if config.projection_dim or config.num_classes:
         rows.append(_product(config, "head", 1, batch, card, dtype))
-    return rows
+    return [launch for row in rows for launch in _with_sum(config, row, batch, card, dtype)]
+
+
+def _with_sum(config: ViTConfig, row: Launch, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
+    """A launch; where it is a product with K in parts, also the one that adds these up and does the epilogue."""
+    from vitfast.kernels._linear_configs import CONFIGS, SUM_CONFIG, split_of
+
+    split = next((split_of(tile) for tile in CONFIGS if tile.name == row.config), 1)
+    if split == 1:
+        return [row]
+    dims = site_spec(config, row.site, batch, torch.device("cpu"), dtype).dims
+    partial = 4 * split * dims["rows"] * dims["width"]
+    operands = dtype.itemsize * dims["inner"] * (dims["rows"] + dims["width"])
+    moved = row.bytes - operands + partial  # what the epilogue moves, and the parts once more
+    sums = Launch(f"{row.site}_sum", row.count, 0, moved, SUM_CONFIG.name, 1, 1, 0, _memory_us(card, moved), 0)
+    return [replace(row, bytes=operands + partial, memory_us=_memory_us(card, operands + partial)), sums]
 
 
 def flops(config: ViTConfig, site: str, batch: int) -> int:
@@ -159,7 +174,7 @@ def _tiled(
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
     tiles = _covering(m, block_m) * _covering(n, block_n)
     tile_share = m * n / (tiles * block_m * block_n)
-    wave_share = _wave_share(tiles, card.multiprocessors * (8 // tile.num_warps))
+    wave_share = _wave_share(tiles * tile.blocks.get("SPLIT_K", 1), card.multiprocessors * (8 // tile.num_warps))
     return Launch(
         site=site,
         count=count,
@@ -206,7 +221,9 @@ def _product(
         name = hidden or f"quantized_{site}"
         return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized)
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
-    tile = _linear_configs.pick_config(m, out, dtype, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual)
+    tile = _linear_configs.pick_config(
+        m, out, dtype, inner=k, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual
+    )
     moved = around + dtype.itemsize * (m * k + n * k + m * out)
     return _tiled(site, count, flops(config, site, batch), moved, m, out, tile, card, dtype)
 

@@ -72,8 +72,9 @@ class Plan:
     """The implementation of each site, and how the forward is put together.
 
     Every callable has the signature of the op's reference. `packs` turn the [N, K] weights of some
-    linear sites into the form that the site's callable wants. `fold_norm`: LayerNorm is applied as a
-    correction inside the following product, from statistics the previous product wrote.
+    sites into the form that the site's callable wants; patch_embed's is told the layout, too.
+    `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
+    the previous product wrote.
     `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
     x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
     `quantized`: the dtype in which the products of the blocks are computed, None for that of the model;
@@ -86,7 +87,7 @@ class Plan:
     fold_norm: bool = False
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
-    packs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    packs: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     quantized: torch.dtype | None = None
     keep: frozenset[str] = frozenset()
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -167,8 +168,8 @@ def arrange(
         weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
         return None if weight is None or bias is None else Norm(weight, bias)
 
-    def pack(site: str, weight: Tensor) -> Tensor:
-        return plan.packs[site](weight) if site in plan.packs else weight
+    def pack(site: str, weight: Tensor, **layout: Any) -> Tensor:
+        return plan.packs[site](weight, **layout) if site in plan.packs else weight
 
     def dense(name: str, site: str) -> Dense | None:
         weight = get(f"{name}.weight")
@@ -191,19 +192,19 @@ def arrange(
         )
         return Dense(pack(site, folded), shift, total)
 
-    def embed(**layout: bool) -> Dense:
-        uint8 = layout.get("uint8", False)
+    def embed(*, uint8: bool, channels_last: bool) -> Dense:
         bias = weights.get("patch_embed.bias")
-        return Dense(
-            *pack_patch_embed(
-                weights["patch_embed.weight"].detach().to(device),
-                None if bias is None else bias.detach().to(device),
-                mean=mean if uint8 else None,
-                std=std if uint8 else None,
-                dtype=dtype,
-                **layout,
-            )
+        weight, shift = pack_patch_embed(
+            weights["patch_embed.weight"].detach().to(device),
+            None if bias is None else bias.detach().to(device),
+            mean=mean if uint8 else None,
+            std=std if uint8 else None,
+            dtype=dtype,
+            uint8=uint8,
+            channels_last=channels_last,
         )
+        layout = {"patch_size": config.patch_size, "channels_last": channels_last}
+        return Dense(pack("patch_embed", weight, **layout), shift)
 
     activation = config.activation
     if activation == "quick_gelu" and plan.quick_gelu_as_silu:
@@ -224,7 +225,7 @@ def arrange(
     return Weights(
         activation=activation,
         embed_uint8=embed(uint8=True, channels_last=True) if mean and std else None,
-        embed_float=embed(),
+        embed_float=embed(uint8=False, channels_last=False),
         prefix=get("prefix"),
         position=get("position"),
         norm_pre=norm("norm_pre"),

@@ -88,15 +88,17 @@ def time_calls(
     return [sorted(t)[len(t) // 2] for t in times]
 
 
-def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """`pack` of a weight [N, K] and the product that reads it, for a backend that has them for this spec."""
+def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """`pack` of a weight [N, K] and the op that reads it, for a backend that has them for this spec."""
     if spec.op == "quantized_linear" and entry.name == "torch":
         if not scaled_mm.why_not(spec):
             return scaled_mm.pack, scaled_mm.linear
         if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
             return torch.Tensor.float, reference.quantized_linear
-    if spec.op != "linear" or spec.device != "cpu" or spec.dtype != torch.float32:
+    if spec.op not in ("linear", "patch_embed") or spec.device != "cpu" or spec.dtype != torch.float32:
         return None
+    if spec.op == "patch_embed":
+        return (native.pack_patch_embed, native.patch_embed_packed) if entry.name == "native" else None
     if entry.name == "native":
         return native.pack, native.linear_packed
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() else None
@@ -105,9 +107,10 @@ def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Calla
 def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
     """The call as a planned model makes it."""
     run, args = cast(Any, entry.call), call.args
-    if packed := packed_linear(entry, call.spec):
+    if packed := packed_op(entry, call.spec):
         pack, run = packed
-        args = (args[0], pack(args[1]), *args[2:])
+        layout = call.kwargs if call.op == "patch_embed" else {}
+        args = (args[0], pack(args[1], **layout), *args[2:])
     return functools.partial(run, *args, **call.kwargs)
 
 
@@ -253,9 +256,9 @@ def assemble(
     names = {site: entry.name for site, entry in chosen.items()}
     calls = {site: cast(Any, entry.call) for site, entry in chosen.items()}
     packs = {}
-    for site in (site for site in (*LINEAR_SITES, *QUANTIZED_PRODUCTS) if packed and site in chosen):
+    for site in (site for site in ("patch_embed", *LINEAR_SITES, *QUANTIZED_PRODUCTS) if packed and site in chosen):
         spec = site_spec(config, site, 1, device, site_dtype(site, dtype, quantized))
-        if found := packed_linear(chosen[site], spec):
+        if found := packed_op(chosen[site], spec):
             packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
     on_triton = {site for site, name in names.items() if name == "triton"}

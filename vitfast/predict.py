@@ -130,7 +130,12 @@ def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, 
         first = "swiglu_requantize" if config.gated else "gelu_requantize"
         epilogues = {"quantized_qkv": "bias", "quantized_proj": "residual", "hidden_fc2": "residual_groups"}
         return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogues.get(site, first)}", {}
-    epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(site, "norm_gelu")
+    product = site.removesuffix("_sum")
+    epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(product, "norm_gelu")
+    if site != product:
+        return "linear", "linear_sum", f"{name}_{epilogue}", {}
+    if "_split" in name:
+        epilogue = "part"
     if site == "fc1" and config.gated:
         epilogue = "norm_swiglu"
     return "linear", "linear", f"{name}_{epilogue}", {}

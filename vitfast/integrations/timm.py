@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from vitfast import attention
 from vitfast.integrations import timm_windows, torch_sdpa
 from vitfast.integrations.known import Known, dropping, find_known
+from vitfast.integrations.norms import read_norms
 from vitfast.integrations.swap import Found, Swap, swap_forwards, unknown_attention
+from vitfast.ops import Rope
 
 
 def replace(model: nn.Module) -> Swap:
@@ -68,6 +70,24 @@ def _rotated(module: Any, x: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor
     return torch.cat([x[:, :, :prefix], rotated], dim=2).to(dtype)
 
 
+def _fused(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """Attention with the module's norms and rope in the kernel; None where that is not to be, or not exact."""
+    if attention.torch_first(q):
+        return None
+    exact, norm = read_norms(module.q_norm, module.k_norm, q.shape[-1])
+    if not exact:
+        return None
+    rotation = None
+    if rope is not None:
+        if rope.shape[-2] + module.num_prefix_tokens != q.shape[-2]:
+            return None
+        sin, cos = rope.chunk(2, dim=-1)
+        rotation = Rope(cos, sin, interleaved=not getattr(module, "rotate_half", False))
+    return attention.fused(q, k, v, rope=rotation, qk_norm=norm, attn_mask=attn_mask, is_causal=is_causal)
+
+
 def _joined(x: Tensor) -> Tensor:
     """[B, H, N, D] -> [B, N, H * D]."""
     return x.transpose(1, 2).flatten(2)
@@ -86,9 +106,11 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
         return type(module).forward(module, x, attn_mask, is_causal)
     gate = module.gate(x).sigmoid() if module.gate is not None else None
     q, k, v = _packed(module, module.qkv(x))
-    out = attention.scaled_dot_product_attention(
-        module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
-    )
+    out = _fused(module, q, k, v, None, attn_mask, is_causal)
+    if out is None:
+        out = attention.scaled_dot_product_attention(
+            module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
+        )
     return _projected(module, out, gate)
 
 
@@ -121,12 +143,14 @@ def _with_rope(
     """What AttentionRope and EvaAttention share."""
     gate = module.gate(x).sigmoid() if module.gate is not None else None
     q, k, v = qkv
-    q, k = module.q_norm(q), module.k_norm(k)
-    if rope is not None:
-        q, k = (_rotated(module, part, rope, v.dtype) for part in (q, k))
-    if (groups := q.shape[1] // k.shape[1]) > 1:  # copied as timm does: the kernels take one key head per query head
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    out = _fused(module, q, k, v, rope, attn_mask, is_causal)
+    if out is None:
+        q, k = module.q_norm(q), module.k_norm(k)
+        if rope is not None:
+            q, k = (_rotated(module, part, rope, v.dtype) for part in (q, k))
+        if (groups := q.shape[1] // k.shape[1]) > 1:  # copied, as timm does
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     return _projected(module, out, gate)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vitfast.integrations import torch_sdpa, transformers_modules
+from vitfast.integrations import torch_sdpa, transformers_modules, transformers_rope
 from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
 from vitfast.integrations.transformers_attention import (
     FLASH_NAME,
@@ -82,7 +82,7 @@ def switch(model: nn.Module, swap: Swap) -> None:
 
 
 def find(module: nn.Module, parent: nn.Module | None) -> Found:
-    """Finder for transformers' attention layers; True for those that `switch` has switched."""
+    """Finder for transformers' attention layers; True, or a forward, for those that `switch` has switched."""
     del parent
     if not _on_interface(module):
         theirs = type(module).__module__.startswith("transformers.") and not _is_model(module)
@@ -92,7 +92,7 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
         return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
     setting = _setting(module)
     if setting in (NAME, FLASH_NAME):
-        return True
+        return transformers_rope.find(module)
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return f"its config asks for attention weights (output_attentions=True), which {NAME!r} does not return"
     return f"transformers keeps it at attn_implementation={setting!r}"

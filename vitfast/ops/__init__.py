@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.ops import checks
+from vitfast.ops import checks, reference
+from vitfast.ops import heads as _heads
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
+from vitfast.ops.heads import QKNorm, Rope
 from vitfast.ops.quantized import quantize, quantized_linear
 from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, STATS_TILE
 from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
@@ -28,6 +30,8 @@ __all__ = [
     "STATS_TILE",
     "Backend",
     "BackendError",
+    "QKNorm",
+    "Rope",
     "Spec",
     "add_layer_norm",
     "attention",
@@ -236,6 +240,8 @@ def attention(
     cu_keys: Tensor | None = None,
     max_queries: int = 0,
     max_keys: int = 0,
+    rope: Rope | None = None,
+    qk_norm: QKNorm | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -258,12 +264,14 @@ def attention(
             a batch of 1, sequence i in rows cu[i] to cu[i + 1] - 1. Positions are aligned at the bottom right of each
             sequence, `offset` is ignored. The lengths are not read on the host. Triton backend only.
         max_queries, max_keys: at least the longest sequence; what lies beyond, or in none, is not computed.
+        rope, qk_norm: what is done to q and k first: qk_norm over each head, then rope. The Triton kernel does both as
+            it loads them; with a gradient or return_lse they are plain torch before it.
         return_lse: also give the log-sum-exp of the scores, without a gradient. Triton backend only.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros. Can be
-        differentiated with respect to q, k, v and bias. With return_lse that and [B, H, Nq] fp32,
-        natural logarithm, -inf for a query that sees no key.
+        differentiated with respect to q, k, v, bias and the tensors of rope and qk_norm. With return_lse
+        that and [B, H, Nq] fp32, natural logarithm, -inf for a query that sees no key.
 
     Raises:
         ValueError: if a shape, dtype, stride or number does not fit.
@@ -275,14 +283,18 @@ def attention(
     if causal:
         right = 0 if right is None else min(right, 0)
     packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys}
-    checks.check_attention(q, k, v, bias=bias, mask=mask, slopes=slopes, softcap=softcap, **packed)
+    heads = {} if rope is None and qk_norm is None else _heads.options(rope, qk_norm)
+    checks.check_attention(q, k, v, bias=bias, mask=mask, slopes=slopes, softcap=softcap, **packed, **heads)
     options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
     if not return_lse:
-        return torch.ops.vitfast.attention(q, k, v, *options, backend or "auto")
+        heads = heads or _heads.OPTIONS
+        return torch.ops.vitfast.attention(q, k, v, *options, *heads.values(), backend or "auto")
     spec = checks.attention_spec(
         q, k, slopes=slopes, softcap=softcap, left=left, right=right, offset=offset, cu_queries=cu_queries, lse=True
     )
     choose(spec, backend or "auto")  # raises unless the kernels run it: only they have a log-sum-exp
+    if heads:
+        q, k = reference.prepare_heads(q, k, **heads)
     out, stats = torch.ops.vitfast.attention_forward(q, k, v, *options)
     return out, stats[0] + stats[1].log()
 

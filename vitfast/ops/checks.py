@@ -143,6 +143,7 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    **heads: Any,
 ) -> None:
     op = "attention"
     _dtype(op, "q", q, *FLOATS)
@@ -178,6 +179,54 @@ def check_attention(
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
         raise ValueError(f"{op}: slopes must be [H] or [B, H] = {(sequences, h)}, got {tuple(slopes.shape)}")
     _device(op, q, k=k, v=v, bias=bias, mask=mask, slopes=slopes, cu_queries=cu_queries, cu_keys=cu_keys)
+    for problem in heads and why_not_heads(q, k, packed=cu_queries is not None, **heads):
+        raise ValueError(f"{op}: {problem}")
+
+
+def why_not_heads(
+    q: Tensor, k: Tensor, *, cos, sin, interleaved, q_weight, k_weight, q_bias, k_bias, norm_eps, rms, packed=False
+) -> list[str]:
+    """What is wrong with what `heads.options` gives, for q [B, N, H, D] and k; empty if nothing is."""
+    batch, tokens, heads, head_dim = q.shape
+    norms = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    named = {name: t for name, t in {**norms, "cos": cos, "sin": sin}.items() if t is not None}
+    problems = [
+        f"{name} has dtype {t.dtype}, allowed: {', '.join(map(str, dict.fromkeys((torch.float32, q.dtype))))}"
+        for name, t in named.items()
+        if t.dtype not in (torch.float32, q.dtype)
+    ]
+    problems += [
+        f"the last axis of {name} has stride {t.stride(-1)}, expected 1"
+        for name, t in named.items()
+        if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1
+    ]
+    problems += [f"{name} is on {t.device}, q on {q.device}" for name, t in named.items() if t.device != q.device]
+    problems += [
+        f"{name} has shape {tuple(t.shape)}, expected {(head_dim,)}"
+        for name, t in norms.items()
+        if t is not None and tuple(t.shape) != (head_dim,)
+    ]
+    if cos is None:
+        return problems
+    if packed or k.shape[1] != tokens or head_dim % 2:
+        problems.append(
+            f"rope needs an even head dim, as many keys as queries and no packed sequences; got q {tuple(q.shape)}, k "
+            f"{tuple(k.shape)}"
+        )
+    rows = cos.shape[-2] if cos.ndim > 1 else 0
+    axes = zip(reversed(cos.shape), (head_dim, rows, heads, batch), strict=False)
+    if not 2 <= cos.ndim <= 4 or rows > tokens or cos.shape[-1] != head_dim or any(n not in (1, m) for n, m in axes):
+        problems.append(
+            f"cos must be [rows, D], [H, rows, D] or [B, H, rows, D] with at most {tokens} rows, got "
+            f"{tuple(cos.shape)} for q {tuple(q.shape)}"
+        )
+    elif cos.ndim > 2 and cos.shape[-3] != 1 and k.shape[2] != heads:
+        problems.append(f"cos for each head needs as many key heads, got {k.shape[2]} for {heads}")
+    if sin.shape != cos.shape:
+        problems.append(f"sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)}")
+    elif any(n > 1 and a != b for n, a, b in zip(cos.shape, cos.stride(), sin.stride(), strict=True)):
+        problems.append(f"cos and sin must be laid out alike, got strides {cos.stride()} and {sin.stride()}")
+    return problems
 
 
 def _check_packed(batch: int, bias: Tensor | None, mask: Tensor | None, cu_queries: Any, cu_keys: Any) -> None:
@@ -205,6 +254,8 @@ def attention_spec(
     right: int | None = None,
     offset: int = 0,
     cu_queries: Tensor | None = None,
+    cos: Tensor | None = None,
+    q_weight: Tensor | None = None,
     lse: bool = False,
 ) -> Spec:
     causal = left is None and right == 0 and offset == 0 and cu_queries is None
@@ -216,6 +267,8 @@ def attention_spec(
         "slopes": slopes is not None,
         "packed sequences": cu_queries is not None,
         "log-sum-exp": lse,
+        "rope": cos is not None,
+        "qk-norm": q_weight is not None,
     }
     features = tuple(name for name, wanted in asked.items() if wanted)
     return Spec.of("attention", q, features=features, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from vitfast.ops import checks, reference
+from vitfast.ops import checks, heads, reference
 from vitfast.ops.reference import STATS_TILE
 from vitfast.ops.registry import Backend, BackendError, Spec, choose
 
@@ -152,42 +152,47 @@ def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, ro
 # Its options have no defaults: the dispatcher would leave those that equal theirs away.
 _OPTIONS = {"bias": None, "mask": None, "slopes": None, "softcap": 0.0, "left": None, "right": None, "offset": 0,
             "scale": None, "cu_queries": None, "cu_keys": None, "max_queries": 0, "max_keys": 0}  # fmt: skip
+_ALL_OPTIONS = _OPTIONS | heads.OPTIONS  # the gradient's ops have the first only
 _library = torch.library.Library("vitfast", "FRAGMENT")
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, "
     "SymInt? right, SymInt offset, float? scale, Tensor? cu_queries, Tensor? cu_keys, SymInt max_queries, "
-    "SymInt max_keys, str backend) -> Tensor"
+    "SymInt max_keys, Tensor? cos, Tensor? sin, bool interleaved, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
+    "Tensor? k_bias, float norm_eps, bool rms, str backend) -> Tensor"
 )
 
 
 def _entry(q, k, options, backend) -> Backend:
-    named = dict(zip(_OPTIONS, options, strict=True))
-    spec = {name: named[name] for name in ("slopes", "softcap", "left", "right", "offset", "cu_queries")}
+    known = ("slopes", "softcap", "left", "right", "offset", "cu_queries", "cos", "q_weight")
+    spec = {name: value for name, value in _keywords(options).items() if name in known}
     return choose(checks.attention_spec(q, k, **spec), backend)
 
 
 def _keywords(options) -> dict[str, Any]:
     """The options by name, without those that say nothing: a backend need not know them."""
-    named = zip(_OPTIONS.items(), options, strict=True)
+    named = zip(_ALL_OPTIONS.items(), options, strict=False)
     return {name: value for (name, none), value in named if isinstance(value, Tensor) or value != none}
 
 
 def _attention(q, k, v, *options) -> Tensor:
-    *scores, backend = options
-    return _fresh(_entry(q, k, scores, backend).call(q, k, v, **_keywords(scores)), q, k, v)
+    *asked, backend = options
+    return _fresh(_entry(q, k, asked, backend).call(q, k, v, **_keywords(asked)), q, k, v)
 
 
 def _attention_autograd(q, k, v, *options) -> Tensor:
-    *scores, backend = options
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *scores[:3])):
-        entry = _entry(q, k, scores, backend)
+    *asked, backend = options
+    tensors = (option for option in asked if isinstance(option, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tensors)):
+        entry = _entry(q, k, asked, backend)
         if entry.name == "torch":
-            return reference.attention(q, k, v, **_keywords(scores))
+            return reference.attention(q, k, v, **_keywords(asked))
         if entry.name == "triton":
+            scores, last = asked[: len(_OPTIONS)], asked[len(_OPTIONS) :]
+            q, k = reference.prepare_heads(q, k, **dict(zip(heads.OPTIONS, last, strict=True)))
             return torch.ops.vitfast.attention_forward(q, k, v, *scores)[0]
         raise BackendError(f"backend {entry.name!r} has no gradient of attention; the backends torch and triton have")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.vitfast.attention(q, k, v, *scores, backend)
+        return torch.ops.vitfast.attention(q, k, v, *asked, backend)
 
 
 def _attention_autocast(q, k, v, *options) -> Tensor:

@@ -20,7 +20,7 @@ STATS_TILE = 128
 """Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
 
 FEATURES = {
-    "attention": ("fewer key heads", "causal", "window", "softcap", "slopes"),
+    "attention": ("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
     "quantized_linear": ("scale groups",),
 }
 """What the references have beyond the plain op; see `registry.Backend`."""
@@ -181,7 +181,10 @@ def attention(
     slopes: Tensor | None = None,
     scale: float | None = None,
     upcast: bool = False,
+    **heads: Any,
 ) -> Tensor:
+    if heads:
+        q, k = prepare_heads(q, k, **heads, upcast=upcast)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain_causal = right == 0 and left is None and offset == 0 and bias is None and mask is None
     key, position = (
@@ -200,6 +203,47 @@ def attention(
     if bias is not None and mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))
     return _torch_attention(q, k, v, mask if bias is None else bias.to(q.dtype), scale)
+
+
+def prepare_heads(
+    q: Tensor,
+    k: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    rms: bool = False,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q and k normed over each head, then rotated; see `heads`. Can be differentiated by all of its tensors."""
+    if cos is None and q_weight is None:
+        return q, k
+    exact = torch.float64 if upcast else torch.promote_types(q.dtype, torch.float32)
+
+    def prepare(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = x.to(exact)
+        if weight is not None:
+            norm = F.rms_norm if rms else F.layer_norm
+            y = norm(y, y.shape[-1:], eps=norm_eps) * weight.to(exact)
+        if bias is not None:
+            y = y + bias.to(exact)
+        if cos is not None and sin is not None:
+            prefix, y = y.tensor_split([x.shape[1] - cos.shape[-2]], dim=1)
+            if interleaved:
+                turned = torch.stack((-y[..., 1::2], y[..., ::2]), dim=-1).flatten(-2)
+            else:
+                first, second = y.chunk(2, dim=-1)
+                turned = torch.cat((-second, first), dim=-1)
+            cosines, sines = ((t if t.ndim > 2 else t[None]).transpose(-3, -2).to(exact) for t in (cos, sin))
+            y = torch.cat((prefix, y * cosines + turned * sines), dim=1)
+        return y if upcast else y.to(x.dtype)
+
+    return prepare(q, q_weight, q_bias), prepare(k, k_weight, k_bias)
 
 
 def _torch_attention(q, k, v, added, scale, causal=False):
