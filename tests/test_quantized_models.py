@@ -198,7 +198,7 @@ def fashion(part, count):
     return pixels.reshape(-1, 28, 28)[:count], labels[:count]
 
 
-@pytest.mark.full  # 12000 images at a fifth of a second on two idle cores
+@pytest.mark.full  # 12000 images at a quarter of a second on two idle cores
 @pytest.mark.timeout(4 * 3600)
 def test_linear_probe_keeps_its_accuracy():
     """On held-out images, in points: fp32's own probe on each precision's embeddings, and a probe trained on those."""
