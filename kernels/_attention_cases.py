@@ -40,9 +40,17 @@ def forward_cases() -> list[CompileCase]:
         cases += [_forward_case(64, 197, arch, **BIAS, **STATS)]
         cases += [_forward_case(head_dim, 577, arch, **extra, **STATS) for head_dim, extra in FEATURES]
         cases += [_forward_case(head_dim, 577, arch, group=4, **WINDOW, **PACKED) for head_dim in (64, 128)]
-        cases += [_forward_case(head_dim, 197, arch, **ROPE, **NORM) for head_dim in (72, 96)]
         cases += [_forward_case(head_dim, 197, arch, **BIAS, **ROPE, **NORM) for head_dim in (64, 128)]
-        cases += [_forward_case(64, 197, arch, interleaved=True, **ROPE)]
+    return cases
+
+
+def more_forward_cases() -> list[CompileCase]:
+    """Other head dims and forms of RoPE and qk-norm: cases that take long, for the full tests only."""
+    cases = []
+    for arch in ARCHS:
+        cases += [_forward_case(head_dim, 197, arch, **ROPE, **NORM) for head_dim in HEAD_DIMS]
+        cases += [_forward_case(64, 197, arch, interleaved=interleaved, **ROPE) for interleaved in (False, True)]
+        cases += [_forward_case(72, 197, arch, interleaved=True, **ROPE, **NORM), _forward_case(64, 197, arch, **NORM)]
     return cases
 
 

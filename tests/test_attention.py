@@ -200,6 +200,18 @@ def test_huge_logits():
     check(q, k, v)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(FP16, 1e8), (BF16, 1e9)], ids=str)
+def test_where_huge_logits_end(dtype, largest):
+    """docs/numerics.md has these bounds, up to which a half-precision call without bias or gradient is right."""
+    q, k, v = inputs(1, 40, 131, 2, 64, dtype)
+    scale = largest / torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()).abs().max().item()
+    check(q, k, v, scale=scale)
+    with pytest.raises(AssertionError, match=r"nan in other|inf in other|error"):
+        check(q, k, v, scale=scale * 20)
+    bias = torch.zeros((), device=q.device)  # the scores are then made whole before their largest is taken off
+    check(q, k, v, scale=scale * 20, bias=bias)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_empty(shape, causal):

@@ -1,5 +1,9 @@
 """Norm and rotary embedding of q and k inside attention, against loops in float64 written from the formulas."""
 
+import os
+import subprocess
+import sys
+
 import peers
 import pytest
 import torch
@@ -182,7 +186,7 @@ def _others(norm, **changes):
     return (vars(norm) | changes).values()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_ones_are_caught(wrong, dtype):
     q, k, v = inputs(1, 40, 1, 1, 64, dtype)
@@ -301,3 +305,26 @@ def test_rejects_what_does_not_go_together():
     asked = heads.options(tables(5, 32, dtype=BF16), None)
     with pytest.raises(ValueError, match="config short cannot run this call: it has no rope"):
         kernel.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **asked, config=short)
+
+
+COMPILE = """
+from vitfast import inspect
+from vitfast.kernels._attention_cases import more_forward_cases
+for case in more_forward_cases():
+    for arch in [80, 86] if case.archs == (80,) else case.archs:
+        row = inspect.inspect_case(case, f"sm_{arch}")
+        print(row["config"], arch, "spill", row["spill_bytes"], "fits", row["fits"], row["tensor_core"])
+"""
+
+
+@pytest.mark.full
+def test_other_head_dims_compile_without_spills():
+    """As tests/test_inspect.py has it for the rest."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 40
+    assert [line for line in lines if "spill 0 fits True" not in line] == []
+    cores = {arch: {line.split()[-1] for line in lines if line.split()[1] == arch} for arch in ("80", "90", "100")}
+    assert cores == {"80": {"mma"}, "90": {"wgmma"}, "100": {"tcgen05"}}

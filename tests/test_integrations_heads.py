@@ -190,6 +190,7 @@ def test_dinov3_of_transformers(routes):
     assert routes == ["plain"] * 2 + ["fused"] * 2 + ["plain"] * 2
 
 
+@pytest.mark.full
 def test_dinov3_of_transformers_compiles_whole(routes):
     model = peers.transformers_model("DINOv3ViTModel", DINOV3).to(device())
     images = make(2, 3, 32, 32)
