@@ -71,7 +71,7 @@ py::dict ops() {
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
-  all["patch_embed"]["devices"] = all["attention"]["devices"] = py::make_tuple("cpu", "cuda");
+  for (const char* op : {"patch_embed", "attention"}) all[op]["devices"] = py::make_tuple("cpu", "cuda");
   all["patch_embed"]["per_device"] =
       py::dict("cuda"_a = py::dict("dtypes"_a = py::make_tuple("bfloat16"), "min_capability"_a = py::make_tuple(8, 0)));
   all["attention"]["per_device"] = py::dict(
