@@ -26,10 +26,20 @@ PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoin
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 
+def locate_toolkit(default: Path = Path("/usr/local/cuda")) -> None:
+    """Set CUDA_HOME where torch would be misled: by an nvcc on the path that is a mere script, far from its headers."""
+    nvcc, header = shutil.which("nvcc"), Path("include", "cuda_runtime.h")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    if not (Path(nvcc).parents[1] / header).is_file() and (default / header).is_file():
+        os.environ["CUDA_HOME"] = str(default)
+
+
 def why_no_extension() -> str:
     """The reason why the extension cannot or shall not be built here, or "" if it can."""
     if os.environ.get("VITFAST_BUILD") == "0":
         return "VITFAST_BUILD=0"
+    locate_toolkit()  # which torch looks for when the following is imported
     try:
         import torch.utils.cpp_extension
     except ImportError as error:
@@ -59,6 +69,8 @@ def why_no_cuda() -> str:
         return f"torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").is_file():
+        return f"there is no cuda_runtime.h below {CUDA_HOME}, where nvcc was found; set CUDA_HOME to the CUDA toolkit"
     if not cuda_archs():
         return "there is no GPU of compute capability 8.0 or later here; set VITFAST_CUDA_ARCHS, as in 80;90"
     return ""

@@ -50,6 +50,7 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
 
 #ifdef VITFAST_CUDA
 TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
+  m.impl("patch_embed", &vitfast::patch_embed_cuda);
   m.impl("linear_packed", &vitfast::linear_packed_cuda);
   m.impl("attention", &vitfast::attention_cuda);
 }
@@ -72,7 +73,9 @@ py::dict ops() {
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
-  all["attention"]["devices"] = py::make_tuple("cpu", "cuda");
+  for (const char* op : {"patch_embed", "attention"}) all[op]["devices"] = py::make_tuple("cpu", "cuda");
+  all["patch_embed"]["per_device"] =
+      py::dict("cuda"_a = py::dict("dtypes"_a = py::make_tuple("bfloat16"), "min_capability"_a = py::make_tuple(8, 0)));
   all["attention"]["per_device"] = py::dict(
       "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"), "min_capability"_a = py::make_tuple(8, 0),
                           "limits"_a = py::dict("keys"_a = py::make_tuple(0, vitfast::kAttentionMaxKeys)),

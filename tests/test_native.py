@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -284,11 +285,41 @@ def test_a_device_may_have_limits_of_its_own():
     ]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_cuda_part_is_set_up_where_torch_has_cuda():
+def toolkit(folder):
+    """A CUDA toolkit as far as setup.py looks at it."""
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        file = folder / name
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    return folder
+
+
+def test_toolkit_is_found_beside_an_nvcc_that_is_a_script(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("VITFAST_BUILD", "0")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    locate = runpy.run_path(str(ROOT / "setup.py"))["locate_toolkit"]
+    home, script = toolkit(tmp_path / "cuda"), tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    for nvcc, there, found in ((script, {}, str(home)), (home / "bin" / "nvcc", {}, None),
+                               (script, {"CUDA_PATH": "elsewhere"}, None)):  # fmt: skip
+        with monkeypatch.context() as context:
+            context.delenv("CUDA_HOME", raising=False)
+            context.delenv("CUDA_PATH", raising=False)
+            context.setenv("PATH", str(nvcc.parent))
+            for name, value in there.items():
+                context.setenv(name, value)
+            locate(home)
+            assert os.environ.get("CUDA_HOME") == found
+            os.environ.pop("CUDA_HOME", None)
+
+
+def test_cuda_part_is_set_up_where_torch_has_cuda(tmp_path):
+    home = toolkit(tmp_path)
     code = (
         "import json, runpy, sys, setuptools, torch.utils.cpp_extension as e;"
-        f"e.torch.version.cuda = '13.0'; e.CUDA_HOME = {str(Path(shutil.which('nvcc') or '').parents[1])!r};"
+        f"e.torch.version.cuda = '13.0'; e.CUDA_HOME = {str(home)!r};"
         "sys.argv = ['setup.py', 'build_ext'];"
         "setuptools.setup = lambda ext_modules, **rest: print(json.dumps([ext_modules[0].sources,"
         " ext_modules[0].extra_compile_args['nvcc'], ext_modules[0].define_macros]));"
@@ -301,11 +332,14 @@ def test_cuda_part_is_set_up_where_torch_has_cuda():
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
 
     sources, nvcc, macros = json.loads(configured({"VITFAST_CUDA_ARCHS": "80;90"}).stdout)
+    assert {"csrc/cuda/patch_embed.cu", "csrc/cuda/patch_embed_op.cpp"} <= set(sources)
     assert {"csrc/cuda/attention.cu", "csrc/cuda/attention_op.cpp", "csrc/cpu/attention.cpp"} <= set(sources)
     assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(nvcc)
     assert ["VITFAST_CUDA_STATE", '"80;90"'] in macros
     if not torch.cuda.is_available():
         assert "no CUDA kernels: there is no GPU of compute capability 8.0" in configured({}).stderr
+    (home / "include" / "cuda_runtime.h").unlink()
+    assert f"there is no cuda_runtime.h below {home}" in configured({}).stderr
 
 
 @pytest.mark.parametrize(
