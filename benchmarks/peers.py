@@ -198,7 +198,7 @@ def engine_block(call: Call) -> Thunk:
 
 @peer("block", "vitfast triton")
 def triton_block(call: Call) -> Thunk:
-    """In five launches of our Triton kernels."""
+    """In five launches of our Triton kernels, or four where mlp is one."""
     if call.args[0].device.type == "cpu":
         raise Absent(INTERPRETED)
     return _planned_block("triton", call)

@@ -89,24 +89,53 @@ def test_triton_forward_of_vit_tiny(dtype):
     check(TINY, pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
 
 
-def test_a_folded_block_is_five_launches():
-    small, launches = engine(backend="triton", dtype="fp32"), []
+@pytest.mark.parametrize(
+    ("fuse_mlp", "dtype", "block"),
+    [
+        (False, "fp32", ["qkv", "attention", "proj", "fc1", "fc2"]),
+        (True, "bf16", ["qkv", "attention", "proj", "mlp"]),
+    ],
+)
+def test_a_folded_block_is_five_launches_or_four(fuse_mlp, dtype, block):
+    small, launches = engine(backend="triton", dtype=dtype), []
 
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
 
     calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
-    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=False)
+    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=fuse_mlp)
     checkpoint = testing.random_weights(SMALL)
     small._weights = model.arrange(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
     small.run(testing.make(1, 3, 32, 48))
-    block = ["qkv", "attention", "proj", "fc1", "fc2"]
     assert launches == ["patch_embed", "row_stats", *block * SMALL.depth, "layer_norm", "head"]
 
 
-@pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
 def test_plan_variants_agree(fold_norm, fuse_mlp):
-    check(SMALL, testing.make(2, 3, 32, 48), torch.float32, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(SMALL, testing.make(2, 3, 32, 48), dtype, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+
+
+def test_a_small_models_plan_may_fuse_its_mlp(monkeypatch):
+    """Measured faster than fc1 and fc2 together, the one launch is chosen, and norms are folded all the same."""
+    monkeypatch.setattr(planner, "candidates", lambda spec: ([vitfast.ops.registry.backend(spec.op, "triton")] * 2, {}))
+    cost = {"mlp": 1.0, "linear": 0.6}
+    monkeypatch.setattr(
+        planner, "measure", lambda call, able, device: (able[0], {"ms": {"triton": cost.get(call.op, 0.1)}})
+    )
+
+    def planned(config=SMALL):
+        found = planner._site_backends(config, torch.device("cuda"), torch.bfloat16, "auto", 1)[0]
+        return planner.assemble(config, found, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
+
+    monkeypatch.setattr(planner, "site_call", lambda config, site, *rest: planner.Call(
+        "linear" if site in planner.LINEAR_SITES else site, None, (), {}))  # fmt: skip
+    monkeypatch.setattr(planner, "device_capability", lambda device: (9, 0))
+    assert planned().fuse_mlp and planned().fold_norm
+    cost["mlp"] = 1.3
+    assert not planned().fuse_mlp and planned().fold_norm
+    cost["mlp"] = 0.0
+    assert not planned(dataclasses.replace(SMALL, width=448, heads=7)).fuse_mlp  # wider than the one launch goes
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

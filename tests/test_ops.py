@@ -30,7 +30,8 @@ def _arguments() -> dict[str, tuple]:
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
         "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, *HEADS, "auto"),
-        "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
+        "mlp": (x, weight, bias, make(48, 64), None, "gelu_tanh", None, x, total, 1e-6),
+        "mlp_stats": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
         "quantized_linear": (
             *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,

@@ -279,7 +279,7 @@ class Engine:
         config = self.config
 
         def empty(*shape: int) -> Tensor:
-            device = None if pinned else self.device
+            device = "cpu" if pinned else self.device
             return torch.empty(batch, *shape, dtype=self.dtype, device=device, pin_memory=pinned)
 
         return Output(

@@ -75,8 +75,9 @@ class Plan:
     sites into the form that the site's callable wants; patch_embed's is told the layout, too.
     `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
     the previous product wrote.
-    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
-    x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`, norm and statistics included if `fold_norm`.
+    `quick_gelu_as_silu`: the 1.702 of x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends
+    that fuse SiLU only.
     `quantized`: the dtype in which the products of the blocks are computed, None for that of the model;
     the products named in `keep` ("blocks.3.fc2") are left as they are.
     `measured`: what the choices were made by, for each site that had one (see `vitfast.planner.measure`).
@@ -303,18 +304,20 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
 def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches where the norms are folded, eight where everything is quantised."""
+    """One pre-norm block; five launches where the norms are folded, four if the mlp is one too, eight in 8 bits."""
     calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
     qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
     q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
     mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
-    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm else {}
+    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_mlp else {}
     x = _product(config, plan, "proj", mixed, block.proj, layer_scale=block.layer_scale1, residual=x, **want_stats)
     if want_stats:
         x, stats = x
     if plan.fuse_mlp:
-        normed = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps)
-        x = calls["mlp"](
+        normed, options = x, {"weight_sum": block.fc1.weight_sum, "eps": config.norm_eps, "stats": not last}
+        if not plan.fold_norm:
+            normed, options = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps), {}
+        made: Any = calls["mlp"](
             normed,
             block.fc1.weight,
             block.fc1.bias,
@@ -323,8 +326,9 @@ def run_block(
             activation=activation,
             layer_scale=block.layer_scale2,
             residual=x,
+            **options,
         )
-        return x, None
+        return made if options.get("stats") else (made, None)
     if "hidden_fc1" in calls and block.fc1.scale is not None and block.fc2.scale is not None:
         values, scale = _quantized(config, plan, x, block.norm2)
         values, scale = _quantized_product(

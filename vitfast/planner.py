@@ -262,10 +262,11 @@ def assemble(
             packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
     on_triton = {site for site, name in names.items() if name == "triton"}
+    folding = {"row_stats", "qkv", "mlp"} if fused else {"row_stats", "qkv", "proj", "fc1", "fc2"}
     return Plan(
         calls=calls,
         backends=names,
-        fold_norm=not fused and on_triton >= {"row_stats", "qkv", "proj", "fc1", "fc2"},
+        fold_norm=on_triton >= folding,
         fuse_mlp=fused,
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,

@@ -141,7 +141,7 @@ class GpuLane:
         """The pinned and the device buffer of a batch's pixels, made anew if it does not fit."""
         batch, device = shape[0], self._engine.device
         if not _fits(self._pixels, batch, shape[1:], dtype):
-            self._pinned = torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+            self._pinned = torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
             self._pixels = torch.empty(tuple(shape), dtype=dtype, device=device)
             self._upload.wait_stream(stream)  # which may still be at work in the memory it has just been given
         assert self._pinned is not None and self._pixels is not None

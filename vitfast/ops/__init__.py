@@ -309,18 +309,29 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """act(x @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act(norm(x) @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
 
-    x: [..., C]; fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F]. Returns [..., C].
+    Args:
+        x: [..., C]. fc1_weight: [F, C] ([2F, C] for "swiglu"). fc2_weight: [C, F].
+        weight_sum: [F] (or [2F]) fp32: LayerNorm of x is applied as a correction of fc1's product; fc1_weight,
+            weight_sum and fc1_bias are then those of `fold_norm`, as in `linear`. eps: of that LayerNorm.
+        stats: also return `row_stats` of the output, as `linear` does.
+
+    Returns:
+        [..., C] in x's dtype, or that and [M, ceil(C / 128), 2] fp32.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the activation is unknown.
     """
-    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum)
     if backend is None:
-        return torch.ops.vitfast.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+        op = torch.ops.vitfast.mlp_stats if stats else torch.ops.vitfast.mlp
+        return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum, eps)
     return choose(checks.mlp_spec(x, fc1_weight), backend).call(
         x,
         fc1_weight,
@@ -330,4 +341,7 @@ def mlp(
         activation=activation,
         layer_scale=layer_scale,
         residual=residual,
+        weight_sum=weight_sum,
+        eps=eps,
+        stats=stats,
     )

@@ -283,8 +283,11 @@ def check_mlp(
     activation: str | None,
     layer_scale: Tensor | None,
     residual: Tensor | None,
+    weight_sum: Tensor | None = None,
 ) -> None:
     check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, "mlp (fc1)")
+    _shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
+    _dtype("mlp", "weight_sum", weight_sum, torch.float32)
     hidden = fc1_weight.shape[0] // 2 if activation == "swiglu" else fc1_weight.shape[0]
     _shape("mlp", "fc2_weight", fc2_weight, (x.shape[-1], hidden))
     _shape("mlp", "fc2_bias", fc2_bias, (x.shape[-1],))
@@ -293,7 +296,7 @@ def check_mlp(
     named = {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias, "layer_scale": layer_scale, "residual": residual}
     for name, tensor in named.items():
         _dtype("mlp", name, tensor, x.dtype)
-    _device("mlp", x, **named)
+    _device("mlp", x, **named, weight_sum=weight_sum)
 
 
 def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:

@@ -288,11 +288,23 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
     upcast: bool = False,
-) -> Tensor:
-    hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
-    out: Any = linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
-    return out
+) -> Tensor | tuple[Tensor, Tensor]:
+    stats_of_x = None if weight_sum is None else row_stats(x, upcast=upcast)
+    hidden: Any = linear(
+        x,
+        fc1_weight,
+        fc1_bias,
+        activation=activation,
+        row_stats=stats_of_x,
+        weight_sum=weight_sum,
+        eps=eps,
+        upcast=upcast,
+    )
+    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, stats=stats, upcast=upcast)
 
 
 def quantize(
