@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import model, planner, testing
+from vitfast import model, planner, sites, testing
 from vitfast.engine import Engine
 from vitfast.images import Preprocess, preprocess_batch
 
@@ -130,7 +130,7 @@ def test_a_small_models_plan_may_fuse_its_mlp(monkeypatch):
 
     monkeypatch.setattr(planner, "site_call", lambda config, site, *rest: planner.Call(
         "linear" if site in planner.LINEAR_SITES else site, None, (), {}))  # fmt: skip
-    monkeypatch.setattr(planner, "device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(sites, "device_capability", lambda device: (9, 0))
     assert planned().fuse_mlp and planned().fold_norm
     cost["mlp"] = 1.3
     assert not planned().fuse_mlp and planned().fold_norm
