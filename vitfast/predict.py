@@ -14,6 +14,7 @@ to serve every reread, so a prediction is a bound from below for these tiles, no
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -142,47 +143,50 @@ def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, 
 
 
 def render(prediction: dict[str, Any]) -> list[RenderableType]:
-    """The prediction as a table for a person, with what was measured beside it where there is something."""
+    """The prediction as tables for a person, with what was measured beside it where there is something."""
     from rich import box
     from rich.table import Table
 
-    chip = prediction["chip"]
-    table = Table(
-        title=f"predicted, not measured: {prediction['model']} batch {prediction['batch']} {prediction['dtype']} "
-        f"on {chip['name']}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    measured = any("measured_us" in row for row in prediction["launches"])
-    for column in ("launch", "config"):
-        table.add_column(column, overflow="fold")
-    for column in (
-        "times", "GFLOP", "MB", "tile", "wave", "blocks\nan SM", "math\nµs", "memory\nµs", "exp\nµs", "bound", "µs",
-        "share", *(["measured\nµs"] if measured else []),
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
-    for row in prediction["launches"]:
-        occupancy = row.get("occupancy")
-        cells = [
-            row["site"],
-            row["config"],
-            str(row["count"]),
-            f"{row['flops'] / 1e9:.1f}",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['tile_share']:.0%}",
-            f"{row['wave_share']:.0%}",
-            str(occupancy["blocks_per_sm"]) if occupancy else "?",
-            f"{row['math_us']:.1f}",
-            f"{row['memory_us']:.1f}",
-            f"{row['exp_us']:.1f}",
-            row["bound"],
-            f"{row['time_us']:.1f}",
-            f"{row['share']:.1%}",
-        ]
-        table.add_row(*cells, *([f"{row['measured_us']:.1f}"] if "measured_us" in row else []))
+    chip, rows = prediction["chip"], prediction["launches"]
+
+    def table(title: str, columns: dict[str, Callable[[dict[str, Any]], str]], texts: Container[str]) -> Table:
+        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for name in columns:
+            made.add_column(name, justify="left" if name in texts else "right", overflow="fold")
+        for row in rows:
+            made.add_row(*(cell(row) for cell in columns.values()))
+        return made
+
+    def blocks(row: dict[str, Any]) -> str:
+        return str(row["occupancy"]["blocks_per_sm"]) if row.get("occupancy") else "?"
+
+    launched: dict[str, Callable[[dict[str, Any]], str]] = {
+        "launch": lambda row: row["site"],
+        "times": lambda row: str(row["count"]),
+        "GFLOP": lambda row: f"{row['flops'] / 1e9:.1f}",
+        "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "bound": lambda row: row["bound"],
+        "µs": lambda row: f"{row['time_us']:.1f}",
+        "share": lambda row: f"{row['share']:.1%}",
+    }
+    if any("measured_us" in row for row in rows):
+        launched["measured µs"] = lambda row: f"{row['measured_us']:.1f}" if "measured_us" in row else ""
+    why: dict[str, Callable[[dict[str, Any]], str]] = {
+        "launch": lambda row: row["site"],
+        "config": lambda row: row["config"],
+        "tile": lambda row: f"{row['tile_share']:.0%}",
+        "wave": lambda row: f"{row['wave_share']:.0%}",
+        "blocks an SM": blocks,
+        "math µs": lambda row: f"{row['math_us']:.1f}",
+        "memory µs": lambda row: f"{row['memory_us']:.1f}",
+        "exp µs": lambda row: f"{row['exp_us']:.1f}",
+    }
+    whole = f"{prediction['model']} batch {prediction['batch']} {prediction['dtype']} on {chip['name']}"
     lines: list[Any] = [
-        table,
+        table(f"predicted, not measured: {whole}", launched, ("launch", "bound")),
+        "",
+        table("what each launch takes at least", why, ("launch", "config")),
+        "",
         f"predicted: {prediction['time_us'] / 1e3:.2f} ms, {prediction['images_per_s']:,.0f} img/s; "
         f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's peak "
         f"({chip['source']})",
