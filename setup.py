@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,9 +45,11 @@ def why_no_extension() -> str:
         import torch.utils.cpp_extension
     except ImportError as error:
         return f"torch cannot be imported by this build ({error}); install torch, then use --no-build-isolation"
-    compiler = shlex.split(torch.utils.cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler!r}; install one or set CXX"
+    compiler = shlex.split(torch.utils.cpp_extension.get_cxx_compiler())
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler {compiler[0]!r}; install one or set CXX"
+    if subprocess.run([*compiler, "--version"], capture_output=True, check=False).returncode:
+        return f"the C++ compiler {compiler[0]!r} does not even tell its version; install another or set CXX"
     return ""
 
 

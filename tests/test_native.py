@@ -348,9 +348,10 @@ def test_cuda_part_is_set_up_where_torch_has_cuda(tmp_path):
         ({"VITFAST_BUILD": "0"}, "", 0, "NOTICE: installing without the C++ extension: VITFAST_BUILD=0"),
         ({}, "sys.modules['torch'] = None;", 0, "NOTICE: installing without the C++ extension: torch cannot be"),
         ({"CXX": "no-such-c++"}, "", 0, "there is no C++ compiler 'no-such-c++'"),
+        ({"CXX": "false"}, "", 0, "the C++ compiler 'false' does not even tell its version"),
         ({"VITFAST_BUILD": "1", "CXX": "no-such-c++"}, "", 1, "VITFAST_BUILD=1, but the C++ extension cannot be"),
     ],
-    ids=["off", "no torch", "no compiler", "insisted on"],
+    ids=["off", "no torch", "no compiler", "broken compiler", "insisted on"],
 )
 def test_install_without_extension(tmp_path, environment, code, status, message):
     if importlib.util.find_spec("setuptools") is None:
