@@ -49,9 +49,9 @@ def test_epilogues(extra, activation, dtype, kind):
 
 
 @each_kind
-@pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", kernels.CONFIGS[:2], ids=lambda config: config.name)
 def test_configs(config, kind):
-    """Several tiles each way, and more tile rows than one group."""
+    """Several tiles each way, and more tile rows than one group; the third config is for `requantize` below."""
     rows = config.blocks["BLOCK_M"] * 9 + 5
     args, residual = operands(rows, 136, 264, kind), guarded(make(rows, 136, dtype=torch.bfloat16, seed=4))
     run = lambda *a, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
