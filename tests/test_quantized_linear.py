@@ -108,6 +108,15 @@ def test_the_reference_requantizes_what_it_would_return(kind):
     assert torch.equal(values.float(), want.float()) and torch.equal(scale, want_scale)
 
 
+@each_kind
+@pytest.mark.parametrize("implementation", [kernels.quantized_linear, reference.quantized_linear])
+def test_no_rows_and_one_axis(implementation, kind):
+    x, x_scale, *rest = operands(3, 24, 40, kind)
+    assert implementation(x[:0], x_scale[:0], *rest).shape == (0, 24)
+    assert implementation(x[:0], x_scale[:0], *rest, requantize=True)[1].shape == (0, 1)
+    assert torch.equal(implementation(x[0], x_scale[0], *rest), implementation(x, x_scale, *rest)[0])
+
+
 @pytest.mark.parametrize("implementation", [kernels.quantized_linear, reference.quantized_linear])
 def test_a_nan_stays_in_its_row(implementation):
     x, x_scale, *rest = operands(5, 300, 40, torch.int8)
