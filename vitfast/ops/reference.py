@@ -377,5 +377,5 @@ def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:
         return F.linear(x.to(exact), weight.to(exact))
     # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way.
     if exact == torch.float32 and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], -1)
+        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x.double(), weight.double()).to(exact)

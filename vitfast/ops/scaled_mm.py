@@ -42,14 +42,14 @@ def linear(
     if dtype != torch.bfloat16 or x_scale.ndim == x.ndim:
         raise ValueError(f"torch._scaled_mm takes a scale a row and gives torch.bfloat16, got {dtype}, {x_scale.shape}")
     y = torch._scaled_mm(
-        x.view(-1, x.shape[-1]),
+        x.reshape(-1, x.shape[-1]),
         weight.t(),
         scale_a=x_scale.view(-1, 1),
         scale_b=weight_scale.view(1, -1),
         bias=bias,
         out_dtype=dtype,
         use_fast_accum=False,
-    ).view(*x.shape[:-1], -1)
+    ).view(*x.shape[:-1], weight.shape[0])
     y = reference.activate(y, activation)
     if layer_scale is not None:
         y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
