@@ -17,7 +17,7 @@ from vitfast.checkpoints import Checkpoint
 from vitfast.checkpoints import load as load_checkpoint
 from vitfast.graphs import Graphs
 from vitfast.images import preprocess_batch
-from vitfast.model import Output
+from vitfast.output import Output
 from vitfast.sites import kept_products
 
 if TYPE_CHECKING:

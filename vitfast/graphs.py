@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vitfast.model import Output
+from vitfast.output import Output
 
 if TYPE_CHECKING:
     from vitfast.engine import Engine

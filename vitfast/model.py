@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitfast.config import ViTConfig
 from vitfast.ops import fold_norm, pack_patch_embed, quantize
+from vitfast.output import Output
 
 SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "mlp", "head")
 """Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
@@ -28,43 +29,6 @@ HIDDEN_SITES = ("hidden_fc1", "hidden_fc2")
 """fc1 and fc2 of a quantised MLP that hands its hidden rows on in 8 bits, with scales of groups: no pass between."""
 QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES)
 """Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an engine returns for B images of N tokens.
-
-    Attributes:
-        tokens: [B, N, C] after the final norm: CLS (and distillation token), registers, patches. None where
-            `Engine.stream` was not asked for them.
-        embedding: [B, E], what the family's own users take: the projected image embedding for
-            CLIP, the normalised CLS token for ViT and DINOv2, the pooled vector where a model pools.
-        logits: [B, classes], or None if the model has no classifier.
-    """
-
-    tokens: Tensor | None
-    embedding: Tensor
-    logits: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """Those that are there."""
-        return [t for t in (self.tokens, self.embedding, self.logits) if t is not None]
-
-    def __getitem__(self, images: slice) -> Output:
-        """The outputs of some of the images, as views."""
-        tokens, logits = (None if t is None else t[images] for t in (self.tokens, self.logits))
-        return Output(tokens, self.embedding[images], logits)
-
-    def clone(self) -> Output:
-        """A copy, in memory of the same kind."""
-        tokens, logits = (None if t is None else t.clone() for t in (self.tokens, self.logits))
-        return Output(tokens, self.embedding.clone(), logits)
-
-    def copy_(self, source: Output) -> None:
-        """Copy the values of a source that has at least these tensors; on a GPU, without waiting for it."""
-        for name in ("tokens", "embedding", "logits"):
-            if (tensor := getattr(self, name)) is not None:
-                tensor.copy_(getattr(source, name), non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitfast.model import Output
+from vitfast.output import Output
 
 if TYPE_CHECKING:
     from vitfast.engine import Engine
