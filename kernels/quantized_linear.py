@@ -63,6 +63,14 @@ def pick_config(rows: int, width: int, *, sms: int, gated: bool = False, requant
     return large
 
 
+def tuning_key(
+    rows: int, inner: int, width: int, dtype: torch.dtype, *, gated: bool, requantize: bool, grouped: bool
+) -> str:
+    """What a tuned choice depends on: the very shape, and what restricts the configs or changes their work."""
+    flags = {"gated": gated, "requantize": requantize, "grouped": grouped}
+    return " ".join([f"{rows}x{inner}x{width}", str(dtype), *(name for name, on in flags.items() if on)])
+
+
 @triton.jit
 def _quantized_linear_kernel(
     y,  # [M, N]
@@ -193,7 +201,8 @@ def quantized_linear(
     Args:
         x: [..., K], rows at one stride. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
         residual: of the output's shape, rows at one stride.
-        config: a member of CONFIGS instead of `pick_config`'s choice; with `requantize` one with 128 columns.
+        config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; with `requantize` one of 128
+            columns.
 
     Returns:
         [..., N] in `dtype`, contiguous; with `requantize` in x's dtype, and its scales [..., ceil(N / 128)].
@@ -218,8 +227,12 @@ def quantized_linear(
         y_scale = x.new_empty((*x.shape[:-1], triton.cdiv(width, SCALE_GROUP)), dtype=torch.float32)
     if not rows or not width:
         return y if y_scale is None else (y, y_scale)
+    grouped = x_scale.ndim == x.ndim
     if config is None:
-        config = pick_config(rows, width, sms=_common.num_sms(device), gated=gated, requantize=requantize)
+        key = tuning_key(rows, inner, width, x.dtype, gated=gated, requantize=requantize, grouped=grouped)
+        config = _common.tuned(op, device, CONFIGS, key) or pick_config(
+            rows, width, sms=_common.num_sms(device), gated=gated, requantize=requantize
+        )
     if requantize and config.blocks["BLOCK_N"] != SCALE_GROUP:
         raise ValueError(f"{op}: config {config.name} has tiles of other than {SCALE_GROUP} columns, a group of scales")
     tiles = triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_N"])
@@ -230,7 +243,7 @@ def quantized_linear(
         weight_stride=weight.stride(0),
         residual_stride=0 if residual_rows is None else residual_rows.stride(0),
         M=rows, N=width, K=inner,
-        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=x_scale.ndim == x.ndim, GROUP=GROUP_M,
+        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=grouped, GROUP=GROUP_M,
         **config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
