@@ -104,6 +104,9 @@ def test_fp8_weights_are_widened_once_on_the_cpu():
         x = ops.quantize(testing.make(5, SMALL.mlp_dim).cpu(), dtype=torch.float8_e4m3fn)
         run, again = (made.plan.calls["quantized_fc2"] for made in (kept, plain))
         assert torch.equal(run(*x, block.fc2.weight, block.fc2.scale), again(*x, its.fc2.weight, its.fc2.scale))
+    call = sites.site_call(SMALL, "quantized_fc2", 1, torch.device("cpu"), torch.float8_e4m3fn)
+    timed = planner._runner(registry.backend("quantized_linear", "torch"), call)
+    assert [t.dtype for t in timed.args[:4]] == [torch.float8_e4m3fn, *3 * [torch.float32]], "timed as it will run"
 
 
 def test_kept_products_stay_as_they_are():

@@ -110,7 +110,8 @@ def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
     if packed := packed_op(entry, call.spec):
         pack, run = packed
         layout = call.kwargs if call.op == "patch_embed" else {}
-        args = (args[0], pack(args[1], **layout), *args[2:])
+        at = 2 if call.op == "quantized_linear" else 1  # the weight's place: after x, or x and its scales
+        args = (*args[:at], pack(args[at], **layout), *args[at + 1 :])
     return functools.partial(run, *args, **call.kwargs)
 
 
