@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,17 +27,29 @@ PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoin
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 
+def locate_toolkit(default: Path = Path("/usr/local/cuda")) -> None:
+    """Set CUDA_HOME where torch would be misled: by an nvcc on the path that is a mere script, far from its headers."""
+    nvcc, header = shutil.which("nvcc"), Path("include", "cuda_runtime.h")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    if not (Path(nvcc).parents[1] / header).is_file() and (default / header).is_file():
+        os.environ["CUDA_HOME"] = str(default)
+
+
 def why_no_extension() -> str:
     """The reason why the extension cannot or shall not be built here, or "" if it can."""
     if os.environ.get("VITFAST_BUILD") == "0":
         return "VITFAST_BUILD=0"
+    locate_toolkit()  # which torch looks for when the following is imported
     try:
         import torch.utils.cpp_extension
     except ImportError as error:
         return f"torch cannot be imported by this build ({error}); install torch, then use --no-build-isolation"
-    compiler = shlex.split(torch.utils.cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler!r}; install one or set CXX"
+    compiler = shlex.split(torch.utils.cpp_extension.get_cxx_compiler())
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler {compiler[0]!r}; install one or set CXX"
+    if subprocess.run([*compiler, "--version"], capture_output=True, check=False).returncode:
+        return f"the C++ compiler {compiler[0]!r} does not even tell its version; install another or set CXX"
     return ""
 
 
@@ -59,6 +72,8 @@ def why_no_cuda() -> str:
         return f"torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").is_file():
+        return f"there is no cuda_runtime.h below {CUDA_HOME}, where nvcc was found; set CUDA_HOME to the CUDA toolkit"
     if not cuda_archs():
         return "there is no GPU of compute capability 8.0 or later here; set VITFAST_CUDA_ARCHS, as in 80;90"
     return ""

@@ -41,9 +41,9 @@ OTHERS = ("vit_tiny_patch16_224", "vit_huge_patch14_224")
 
 STEPS = (
     Step("kernels-base", ("kernels", "-m", BASE, "--batch", "256"), 0.25),
-    Step("model-base", _model((256, 1), (BASE,), ("timm CUDA graph",)), 0.25),
+    Step("model-base", _model((256, 1), (BASE,), ("vitfast fp8", "timm CUDA graph")), 0.25),
     Step("model-compiled", _model((256,), (BASE,), ("torch.compile", "transformers", "TensorRT")), 0.3),
-    Step("model-large", _model((128,), (LARGE,), ("timm CUDA graph",)), 0.2),
+    Step("model-large", _model((128,), (LARGE,), ("vitfast fp8", "timm CUDA graph")), 0.2),
     Step("kernels-large", ("kernels", "-m", "vit_large_patch14_518", "--batch", "64"), 0.25),
     Step("model-autotuned", _model((256,), (BASE,), ("torch.compile max-autotune",)), 0.5),
     Step("model-others", _model((1, 8, 64, 512), OTHERS, ("timm CUDA graph",)), 0.4),

@@ -2,24 +2,27 @@
 
 A case is an op at one shape. `Op.inputs` makes random arguments (never zeros, which run faster), `Op.flops`
 counts two per multiply-add that the result needs, `Op.reference` is plain PyTorch (`upcast=True`: the float64
-oracle, else the baseline of the accuracy rule). To add an op, write those three and a line in OPS.
+oracle, else the baseline of the accuracy rule). To add an op, write those three and a line in OPS; the shapes are in
+shapes.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitfast.config import ViTConfig
+from vitfast.engine import QUANTIZED
 from vitfast.ops import fold_norm, reference
 from vitfast.ops.registry import Spec, device_capability
 
 Dims = Mapping[str, Any]
+FEATURES = {"causal": "causal", "groups": "scale groups", "requantize": "scale groups"}
+"""Of a case's variant or epilogue -> the name in backends' `features`, where it asks for one."""
 STATS_EPS = 1e-6
 
 
@@ -73,7 +76,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape, dtype and device."""
+    """An op at one shape, dtype (of the activations; a quantised product's operands have another) and device."""
 
     op: str
     dims: Dims
@@ -87,12 +90,18 @@ class Case:
         return " ".join([self.op, *(part for part in sizes if part)])
 
     @property
+    def operand_dtype(self) -> torch.dtype:
+        """What the op computes in: 8 bits for the quantised ops."""
+        return QUANTIZED.get(self.dims.get("precision", ""), self.dtype)
+
+    @property
     def spec(self) -> Spec:
         """What the registry needs to know."""
         op = OPS[self.op].backend_op or self.op
-        features = ("causal",) if self.dims.get("variant") == "causal" else ()
+        parts = (*self.dims.get("variant", "").split(), *self.dims.get("epilogue", "").split())
+        features = tuple(dict.fromkeys(FEATURES[part] for part in parts if part in FEATURES))
         sizes = OPS[self.op].spec(self.dims)
-        return Spec(op, self.device.type, self.dtype, device_capability(self.device), sizes, features)
+        return Spec(op, self.device.type, self.operand_dtype, device_capability(self.device), sizes, features)
 
     @property
     def flops(self) -> int:
@@ -150,6 +159,16 @@ EPILOGUES = ("plain", "bias", "gelu", "residual", "residual stats", "norm", "nor
 LayerScale. stats: row statistics of the output. norm: LayerNorm of x, folded. swiglu: `width` is that of the output."""
 
 
+def _epilogue(parts: list[str], make: Maker, rows: int, width: int) -> dict[str, Any]:
+    """Residual with LayerScale, and activation."""
+    kwargs: dict[str, Any] = {}
+    if "residual" in parts:
+        kwargs |= {"residual": make.normal(rows, width), "layer_scale": make.normal(width)}
+    if activation := {"gelu", "swiglu"} & set(parts):
+        kwargs["activation"] = activation.pop()
+    return kwargs
+
+
 def _linear(d: Dims, make: Maker) -> Call:
     rows, inner, epilogue = d["rows"], d["inner"], d["epilogue"].split()
     width = d["width"] * (2 if "swiglu" in epilogue else 1)
@@ -157,17 +176,12 @@ def _linear(d: Dims, make: Maker) -> Call:
     if epilogue == ["plain"]:
         return Call((x, weight))
     bias = make.normal(width)
-    kwargs: dict[str, Any] = {}
-    batched: list[int | str] = [0]
+    kwargs = _epilogue(epilogue, make, rows, width)
+    batched: list[int | str] = [0, "residual"]
     if "norm" in epilogue:
         weight, weight_sum, bias = fold_norm(weight, bias, make.normal(inner), make.normal(inner))
         kwargs |= {"row_stats": reference.row_stats(x), "weight_sum": weight_sum}
         batched.append("row_stats")
-    if "residual" in epilogue:
-        kwargs |= {"residual": make.normal(rows, width), "layer_scale": make.normal(width)}
-        batched.append("residual")
-    if activation := {"gelu", "swiglu"} & set(epilogue):
-        kwargs["activation"] = activation.pop()
     if "stats" in epilogue:
         kwargs["stats"] = True
     return Call((x, weight, bias), kwargs, tuple(batched))
@@ -227,6 +241,25 @@ def _mlp(d: Dims, make: Maker) -> Call:
     fc2 = (make.normal(width, hidden, scale=hidden**-0.5), make.normal(width))
     kwargs = {"activation": d["activation"], "residual": make.normal(rows, width), "layer_scale": make.normal(width)}
     return Call((make.normal(rows, width), *fc1, *fc2), kwargs, (0, "residual"))
+
+
+def _quantize(d: Dims, make: Maker) -> Call:
+    width, dtype = d["width"], QUANTIZED[d["precision"]]
+    affine = (make.normal(width), make.normal(width), STATS_EPS) if d["norm"] else ()
+    return Call((make.normal(d["rows"], width), *affine), {"dtype": dtype})
+
+
+def _quantized_linear(d: Dims, make: Maker) -> Call:
+    rows, inner, epilogue, dtype = d["rows"], d["inner"], d["epilogue"].split(), QUANTIZED[d["precision"]]
+    width = d["width"] * (2 if "swiglu" in epilogue else 1)
+    x, x_scale = reference.quantize(make.normal(rows, inner), dtype=dtype)
+    if "groups" in epilogue:
+        x_scale = x_scale[:, None] * make.normal(rows, -(-inner // reference.SCALE_GROUP)).float().abs()
+    weight = reference.quantize(make.normal(width, inner, scale=inner**-0.5), dtype=dtype)
+    kwargs = {**_epilogue(epilogue, make, rows, width), "dtype": make.dtype}
+    if "requantize" in epilogue:
+        kwargs["requantize"] = True
+    return Call((x, x_scale, *weight, make.normal(width)), kwargs, (0, 1, "residual"))
 
 
 def _block(d: Dims, make: Maker) -> Call:
@@ -304,62 +337,12 @@ OPS: dict[str, Op] = {
         reference.mlp,
         _keep("rows", "width", "hidden"),
     ),
+    "quantize": Op(_quantize, lambda d: 0, reference.quantize, _keep("rows", "width")),
+    "quantized_linear": Op(
+        _quantized_linear, _linear_work, reference.quantized_linear, _keep("rows", "inner", "width")
+    ),
     "block": Op(_block, _block_work, block, lambda d: {}),
 }
-
-
-def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
-    """Site of a model's forward from uint8 pixels with folded norms -> (op, dims), telling ones first."""
-    tokens, width, hidden = config.tokens(), config.width, config.mlp_dim
-    rows, inner = batch * tokens, config.heads * config.head_dim
-
-    def product(rows: int, inner: int, width: int, epilogue: str) -> tuple[str, Dims]:
-        return "linear", {"rows": rows, "inner": inner, "width": width, "epilogue": epilogue}
-
-    gate = "swiglu" if config.gated else "gelu"
-    heads = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.head_dim}
-    patch = {"image": config.image_size[0], "patch": config.patch_size[0], "width": width, "pixels": "uint8"}
-    return {
-        "attention": ("attention", heads),
-        "fc1": product(rows, width, hidden, f"norm {gate}"),
-        "fc2": product(rows, hidden, width, "residual stats"),
-        "qkv": product(rows, width, 3 * inner, "norm"),
-        "proj": product(rows, inner, width, "residual stats"),
-        "patch_embed": ("patch_embed", {"batch": batch, **patch}),
-        "norm": ("layer_norm", {"rows": rows, "width": width}),
-        "row_stats": ("row_stats", {"rows": rows, "width": width}),
-        "head": product(batch, width, max(config.num_classes, config.projection_dim, 1), "bias"),
-    }
-
-
-def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
-    """(op, dims) of a forward's sites, then of other forms of the same work, and of attention's backward."""
-    sites = site_dims(config, batch)
-    yield from sites.values()
-    if (config.activation, config.layer_scale, config.heads * config.head_dim) == ("gelu", False, config.width):
-        yield "block", {**sites["attention"][1], "width": config.width, "hidden": config.mlp_dim}
-    for site, epilogue in (("fc1", "plain"), ("fc1", "gelu"), ("fc2", "residual"), ("qkv", "bias")):
-        op, dims = sites[site]
-        yield op, {**dims, "epilogue": epilogue}
-    yield "patch_embed", {**sites["patch_embed"][1], "pixels": "float"}
-    rows = {"rows": batch * config.tokens(), "width": config.width}
-    yield "add_layer_norm", rows
-    yield "mlp", {**rows, "hidden": config.mlp_dim, "activation": "swiglu" if config.gated else "gelu"}
-    yield "attention_backward", sites["attention"][1]
-
-
-def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:
-    """Shapes that no power of two divides, and the variants of attention and of the activations."""
-    base = {"batch": batch, "tokens": 197, "heads": 12, "head_dim": 64}
-    for variant in ("bias", "mask", "causal"):
-        yield "attention", {**base, "variant": variant}
-    for head_dim in (72, 80, 88, 96, 104, 128):
-        yield "attention", {**base, "head_dim": head_dim}
-    yield "linear", {"rows": 131, "inner": 577, "width": 1001, "epilogue": "gelu"}
-    yield "linear", {"rows": batch, "inner": 768, "width": 1000, "epilogue": "bias"}
-    yield "linear", {"rows": batch * 257, "inner": 1536, "width": 4096, "epilogue": "norm swiglu"}
-    yield "layer_norm", {"rows": 131, "width": 577}
-    yield "mlp", {"rows": batch * 257, "width": 384, "hidden": 1024, "activation": "swiglu"}
 
 
 def gate_size(case: Case) -> int:

@@ -6,6 +6,7 @@ Nothing else in this folder knows about events, graphs, threads or NVML.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import importlib
@@ -84,11 +85,11 @@ class Device:
         return {}
 
     def allocated(self) -> int | None:
-        """Bytes of tensors on the device now; None where nobody counts them."""
+        """Bytes in use now: of tensors on a GPU, of the whole process on a CPU; None where nobody counts them."""
         return None
 
     def peak_memory(self, call: Callable[[], Any]) -> int | None:
-        """The most bytes of tensors that there were during a call."""
+        """The most bytes that were in use during a call."""
         call()
         return None
 
@@ -122,6 +123,20 @@ class CpuDevice(Device):
         start = time.perf_counter()
         program.run()
         return (time.perf_counter() - start) * 1e3
+
+    def allocated(self) -> int | None:
+        """Resident memory, after the allocator has given back what it kept of earlier work. Linux only."""
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
+        return _process_bytes("VmRSS")
+
+    def peak_memory(self, call: Callable[[], Any]) -> int | None:
+        """The most resident memory, by the kernel's high-water mark."""
+        if (mark := Path("/proc/self/clear_refs")).is_file():
+            mark.write_text("5")  # sets the mark back to what is resident now
+        call()
+        return _process_bytes("VmHWM")
 
     def facts(self) -> dict[str, Any]:
         """The cores this process may use, and how busy the machine is."""
@@ -280,6 +295,13 @@ def _sibling_rank(cpu: int) -> int:
         return 0
     first = [int(part.split("-")[0]) for part in path.read_text().strip().split(",")]
     return sum(other < cpu for other in first)
+
+
+def _process_bytes(name: str) -> int | None:
+    """A size of this process in /proc/self/status, which has kB."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vitfast import testing
 from vitfast.benchmarks import timing
-from vitfast.benchmarks.cases import OPS, Call, Case, awkward_dims, gate_size, model_dims, nbytes
+from vitfast.benchmarks.cases import OPS, Call, Case, gate_size, nbytes
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.peers import BASELINE, Absent, Peer, Thunk, peers_of
+from vitfast.benchmarks.shapes import awkward_dims, model_dims
 from vitfast.config import NAMED
 
 FULL_BATCHES = (1, 8, 64, 256, 512)
@@ -83,7 +84,8 @@ def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int)
     rows, programs = [], {}
     for peer in peers.values():
         row: dict[str, Any] = {
-            "case": case.name, "op": case.op, "peer": peer.name, "dtype": str(case.dtype).removeprefix("torch."),
+            "case": case.name, "op": case.op, "peer": peer.name,
+            "dtype": str(case.operand_dtype).removeprefix("torch."),
             "dims": dict(case.dims), "flops": case.flops, "bytes": moved, "correct": False, "checked": gate.checked,
         }  # fmt: skip
         rows.append(row)
@@ -138,13 +140,14 @@ class Gate:
             shape = (self._size, *self._answers[0][0][i].shape[1:])
             if not isinstance(got, Tensor) or tuple(got.shape) != shape:
                 problems.append(f"{tuple(got.shape) if isinstance(got, Tensor) else type(got)}, expected {shape}")
-            elif not got.isfinite().all():
+            elif not got.double().isfinite().all():  # fp8 has no isfinite
                 problems.append("nan or inf in the output")
             else:
                 for part, (oracles, baselines) in zip(self._parts, self._answers, strict=True):
                     judge = testing.why_not_close_in_8_bits if peer.eight_bit else testing.why_not_close
                     problems += judge(got[part], oracles[i], baselines[i])
-                    error = (got[part].double() - oracles[i]).abs().max() / oracles[i].abs().max()
+                    right = oracles[i].double()
+                    error = (got[part].double() - right).abs().max() / right.abs().max()
                     worst = max(worst, error.item())
         row: dict[str, Any] = {"correct": not problems, "max_error": worst}
         if peer.eight_bit:

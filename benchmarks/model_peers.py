@@ -8,6 +8,7 @@ write that function and name it in PEERS.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import tempfile
@@ -28,6 +29,14 @@ BASELINE = "timm eager"
 def engine(model: Any, images: Tensor) -> Run:
     """vitfast's engine, on the images' device and dtype."""
     built = vitfast.load(model, device=images.device, dtype=images.dtype)
+    return lambda x: built(x).logits
+
+
+def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
+    """vitfast's engine with the products of the blocks in 8 bits."""
+    if not images.is_cuda:
+        raise Absent("on a CPU it is an emulation, there to see what it costs in accuracy")
+    built = vitfast.load(model, device=images.device, dtype=precision)
     return lambda x: built(x).logits
 
 
@@ -66,6 +75,17 @@ def compiled(model: Any, images: Tensor) -> Run:
 def compiled_tuned(model: Any, images: Tensor) -> Run:
     """torch.compile in the mode max-autotune, which on a GPU brings CUDA graphs."""
     return torch.compile(eager(model, images), mode="max-autotune")
+
+
+def torchao_fp8(model: Any, images: Tensor) -> Run:
+    """torchao's FP8, scales per row and channel as ours, compiled as its documentation has it."""
+    if not images.is_cuda:
+        raise Absent("runs on a GPU only")
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    module = eager(model, images)
+    quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return torch.compile(module, mode="max-autotune")
 
 
 def transformers(model: Any, images: Tensor) -> Run:
@@ -186,18 +206,24 @@ def _export(model: Any, images: Tensor, path: Path) -> None:
 
 PEERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vitfast": engine,
+    "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
+    "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
     "timm eager": eager,
     "timm CUDA graph": eager_graph,
     "torch.compile": compiled,
     "torch.compile max-autotune": compiled_tuned,
     "transformers": transformers,
+    "torchao FP8": torchao_fp8,
     "TensorRT": tensorrt,
     "ONNX Runtime": onnxruntime,
     "OpenVINO": openvino,
 }
 
+EIGHT_BIT = {"vitfast fp8": "float8_e4m3fn", "vitfast int8": "int8", "torchao FP8": "float8_e4m3fn"}
+"""Those that multiply in 8 bits, and in which."""
+
 DEFAULTS = {
     "cpu": ("vitfast", "timm eager", "torch.compile", "ONNX Runtime", "OpenVINO"),
-    "cuda": ("vitfast", "timm eager", "timm CUDA graph", "torch.compile", "transformers", "TensorRT"),
+    "cuda": ("vitfast", "vitfast fp8", "timm eager", "timm CUDA graph", "torch.compile", "transformers", "TensorRT"),
 }
 """Who takes part unless told otherwise; max-autotune takes minutes to compile."""

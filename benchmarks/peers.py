@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitfast import model, ops, planner
 from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
 from vitfast.config import ViTConfig
-from vitfast.ops import registry
+from vitfast.ops import registry, scaled_mm
 from vitfast.ops.registry import BACKENDS, backend
 
 Thunk = Callable[[], Any]
@@ -114,30 +114,33 @@ def _compiled(op: str, mode: str, call: Call) -> Thunk:
     return functools.partial(run, *call.args, **call.kwargs)
 
 
-for _op in ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", "block"):
+for _op in OPS.keys() - {"attention_backward"}:
     PEERS[_op]["torch.compile"] = Peer("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
     # Without its own CUDA graphs: every contestant is captured in the same way here.
     _tuned = functools.partial(_compiled, _op, "max-autotune-no-cudagraphs")
     PEERS[_op]["torch.compile max-autotune"] = Peer("torch.compile max-autotune", _tuned, slow=True)
 
 
-def _packed(name: str, call: Call) -> Thunk:
-    """A linear on a weight that was packed once, as the engine runs it on a CPU."""
-    x, weight, *bias = call.args
-    entry, spec = backend("linear", name), registry.Spec.of("linear", x)
+def _packed(op: str, name: str, call: Call) -> Thunk:
+    """linear or patch_embed on a weight that was packed once, as the engine runs it on a CPU."""
+    x, weight, *rest = call.args
+    entry, spec = backend(op, name), registry.Spec.of(op, x, weight.dtype)
     if reasons := entry.why_not(spec):
         raise Absent("; ".join(reasons))
-    found = planner.packed_linear(entry, spec)
+    found = planner.packed_op(entry, spec)
     if found is None:
         raise Absent("packs weights in fp32 on a CPU only")
     pack, run = found
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
-    return functools.partial(run, x, pack(weight), *bias, **call.kwargs)
+    layout = call.kwargs if op == "patch_embed" else {}
+    return functools.partial(run, x, pack(weight, **layout), *rest, **call.kwargs)
 
 
-PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "torch"))
-PEERS["linear"]["vitfast native packed"] = Peer("vitfast native packed", functools.partial(_packed, "native"))
+PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "linear", "torch"))
+for _op in ("linear", "patch_embed"):
+    _native = functools.partial(_packed, _op, "native")
+    PEERS[_op]["vitfast native packed"] = Peer("vitfast native packed", _native)
 
 
 @peer("linear", "torchao FP8", eight_bit=True)
@@ -155,6 +158,19 @@ def torchao_fp8(call: Call) -> Thunk:
     layer.load_state_dict({"weight": weight, **({"bias": bias[0]} if bias else {})})
     quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return functools.partial(layer, x)
+
+
+@peer("quantized_linear", "torch._scaled_mm")
+def scaled_mm_linear(call: Call) -> Thunk:
+    """cuBLASLt's or CUTLASS's product, with the rest of the epilogue in torch."""
+    x, _, weight = call.args[:3]
+    spec = registry.Spec.of("quantized_linear", x, inner=x.shape[-1], width=weight.shape[0])
+    if reasons := scaled_mm.why_not(spec):
+        raise Absent("; ".join(reasons))
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "requantize"}
+    if kwargs != call.kwargs:
+        raise Absent("does not quantise its output")
+    return functools.partial(scaled_mm.linear, *call.args, **kwargs)
 
 
 def _planned_block(choice: str, call: Call) -> Thunk:
@@ -182,7 +198,7 @@ def engine_block(call: Call) -> Thunk:
 
 @peer("block", "vitfast triton")
 def triton_block(call: Call) -> Thunk:
-    """In five launches of our Triton kernels."""
+    """In five launches of our Triton kernels, or four where mlp is one."""
     if call.args[0].device.type == "cpu":
         raise Absent(INTERPRETED)
     return _planned_block("triton", call)

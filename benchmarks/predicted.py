@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks.cases import site_dims
 from vitfast.benchmarks.result_file import read, results_folder
+from vitfast.benchmarks.shapes import quantized_site_dims, site_dims
 from vitfast.config import ViTConfig
+from vitfast.engine import QUANTIZED
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn", "int8": "int8"}
+"""A prediction's dtype -> that of result rows."""
 
 
 def results_of(chip: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -28,19 +30,24 @@ def add_measured(
     Adds measured_us (median of our Triton kernel at the launch's very shape) to launches, and to the whole
     measured_images_per_s (of the engine) with measured_in, the name of its file.
     """
-    dtype, batch = DTYPES[prediction["dtype"]], prediction["batch"]
+    precision, batch = prediction["dtype"], prediction["batch"]
     sites = site_dims(config, batch)
+    if precision in QUANTIZED:
+        sites |= quantized_site_dims(config, batch, precision)
     for path, result in results:
-        for row in _ours(result, dtype):
-            if result["kind"] == "model" and (row.get("model"), row.get("batch")) == (config.name, batch):
+        for row in filter(_ours, result["rows"]):
+            if "op" in row:
+                for launch in prediction["launches"]:
+                    found = sites.get(launch["site"])
+                    in_8_bits = found is not None and "precision" in found[1]
+                    dtype = DTYPES[precision if in_8_bits or precision not in QUANTIZED else "bf16"]
+                    if (row["op"], row["dims"]) == found and row["dtype"] == dtype:
+                        launch["measured_us"] = row["median_ms"] * 1e3
+            elif (row["model"], row["batch"], row["dtype"]) == (config.name, batch, DTYPES[precision]):
                 prediction["measured_images_per_s"], prediction["measured_in"] = row["images_per_s"], path.name
-            for launch in prediction["launches"]:
-                if "op" in row and (row["op"], row["dims"]) == sites.get(launch["site"]):
-                    launch["measured_us"] = row["median_ms"] * 1e3
 
 
-def _ours(result: Mapping[str, Any], dtype: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of our kernels or engine that were right, in one dtype."""
-    for row in result["rows"]:
-        if row["correct"] and row["peer"] in ("vitfast", "vitfast triton") and row.get("dtype") == dtype:
-            yield row
+def _ours(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of our Triton kernels or our engine, and was right."""
+    ours = row["peer"] == "vitfast triton" if "op" in row else row["peer"].startswith("vitfast")
+    return ours and row["correct"]

@@ -30,13 +30,13 @@ SCHEMA = 2
 
 COLUMNS = {
     "kernels": ("peer", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
-    "model": ("peer", "median_ms", "range", "images_per_s", "roof_share", "ratio", "max_error", "notes"),
+    "model": ("peer", "median_ms", "range", "images_per_s", "roof_share", "ratio", "cosine", "notes"),
 }
 """What is shown of a row: its fields, or what `cells` makes of them."""
 
 HEADINGS = {
     "peer": "contestant", "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
-    "roof_share": "of roof", "images_per_s": "img/s", "max_error": "error",
+    "roof_share": "of roof", "images_per_s": "img/s",
 }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.0%}" if name == "roof_share" else f"{value:.0e}" if name == "max_error" else number(value)
+        return f"{value:.0%}" if name == "roof_share" else f"{value:.5f}" if name == "cosine" else number(value)
     return "" if value is None else str(value)
 
 

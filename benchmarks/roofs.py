@@ -33,7 +33,7 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     side = SIDES[kind]
     calls: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8) if kind == "cuda" else (dtype,):
+    for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8) if kind == "cuda" else (dtype,):
         name = str(kind_of).removeprefix("torch.")
         try:
             call = _product(side, where, kind_of)
@@ -60,6 +60,8 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
 
 def _product(side: int, device: torch.device, dtype: torch.dtype) -> Any:
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    if dtype == torch.int8:
+        return functools.partial(torch._int_mm, a.mul(32).to(dtype), b.mul(32).to(dtype).t())
     if dtype != FP8:
         return functools.partial(torch.mm, a.to(dtype), b.to(dtype))
     one = torch.ones((), device=device)

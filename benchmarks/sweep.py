@@ -31,7 +31,10 @@ from vitfast.benchmarks.result_file import write
 from vitfast.planner import MLP_MAX_WIDTH
 
 OURS = "vitfast triton"
-OPS = ("attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "mlp")
+OPS = (
+    "attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "mlp", "quantized_linear",
+    "quantize",
+)  # fmt: skip
 
 
 def _linear_key(call: Call) -> str:
@@ -58,7 +61,22 @@ def _attention_key(call: Call) -> str:
     return tuning_key(*call.args[:2], backend_options(call.kwargs))
 
 
-TUNED: dict[str, Callable[[Call], str]] = {"attention": _attention_key, "linear": _linear_key, "mlp": _mlp_key}
+def _quantized_linear_key(call: Call) -> str:
+    from vitfast.kernels.quantized_linear import tuning_key
+
+    x, x_scale, weight = call.args[:3]
+    gated, requantize = call.kwargs.get("activation") == "swiglu", call.kwargs.get("requantize", False)
+    width = weight.shape[0] // (2 if gated else 1)
+    grouped = x_scale.ndim == x.ndim
+    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, gated=gated, requantize=requantize, grouped=grouped)
+
+
+TUNED: dict[str, Callable[[Call], str]] = {
+    "attention": _attention_key,
+    "linear": _linear_key,
+    "mlp": _mlp_key,
+    "quantized_linear": _quantized_linear_key,
+}
 """Ops whose launcher takes `config`, and the key under which it looks a choice up. The others run as they are."""
 
 
@@ -76,7 +94,7 @@ def sweep(
         seconds: for everything; cases that are left then are not swept.
 
     Returns:
-        swept and proven: op -> dtype; configs as they stand in the table.
+        swept and proven: op -> dtypes; configs as they stand in the table.
     """
     found: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
@@ -84,8 +102,9 @@ def sweep(
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             choices = decide(found)  # what was cut short is proven for nothing
-            left = {case.op for case in cases[index:]}
-            return choices | {"proven": {op: t for op, t in choices["proven"].items() if op not in left}}
+            left = {(case.op, _dtype(case)) for case in cases[index:]}
+            proven = {op: [t for t in dtypes if (op, t) not in left] for op, dtypes in choices["proven"].items()}
+            return choices | {"proven": {op: dtypes for op, dtypes in proven.items() if dtypes}}
         key = TUNED[case.op](case.inputs()) if case.op in TUNED else ""
         rows = kernels.run_case(case, device, _contestants(case), rounds)
         on_rows(rows)
@@ -95,28 +114,38 @@ def sweep(
 
 def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
     """The table's choices from measured rows: per op and key the least total time, of configs right in every case."""
-    times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    times: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
     for case, key, rows in found:
-        times[case.op, key].append({row["peer"]: row["median_ms"] for row in rows if row["correct"]})
+        times[case.op, _dtype(case), key].append({row["peer"]: row["median_ms"] for row in rows if row["correct"]})
     configs: dict[str, dict[str, str]] = defaultdict(dict)
+    swept: dict[str, list[str]] = defaultdict(list)
     losing = set()
-    for (op, key), measured in times.items():
+    for (op, dtype, key), measured in times.items():
+        if dtype not in swept[op]:
+            swept[op].append(dtype)
         total = {
             peer: sum(ms[peer] for ms in measured)
             for peer in measured[0]
             if peer.startswith(OURS) and all(peer in ms for ms in measured)
         }
         if not total:
-            losing.add(op)
+            losing.add((op, dtype))
             continue
         best = min(total, key=lambda peer: total[peer])
         if op in TUNED:
             configs[op][key] = best.removeprefix(f"{OURS} ")
         if any(ms[best] > ms.get(BASELINE, float("inf")) for ms in measured):
-            losing.add(op)
-    dtypes = {case.op: str(case.dtype).removeprefix("torch.") for case, _, _ in found}
-    proven = {op: dtype for op, dtype in dtypes.items() if op not in losing}
-    return {"swept": dtypes, "proven": proven, "configs": dict(configs)}
+            losing.add((op, dtype))
+    proven = {op: [dtype for dtype in dtypes if (op, dtype) not in losing] for op, dtypes in swept.items()}
+    return {
+        "swept": dict(swept),
+        "proven": {op: dtypes for op, dtypes in proven.items() if dtypes},
+        "configs": dict(configs),
+    }
+
+
+def _dtype(case: Case) -> str:
+    return str(case.operand_dtype).removeprefix("torch.")
 
 
 def table_path(device: Device) -> Path:
@@ -130,8 +159,8 @@ def write_table(path: Path, choices: dict[str, Any], environment: dict[str, Any]
     configs, proven = old.get("configs", {}), old.get("proven", {})
     for op, chosen in choices["configs"].items():
         configs[op] = dict(sorted({**configs.get(op, {}), **chosen}.items()))
-    for op, dtype in choices["swept"].items():
-        kept = set(proven.get(op, [])) - {dtype} | ({dtype} if op in choices["proven"] else set())
+    for op, dtypes in choices["swept"].items():
+        kept = set(proven.get(op, [])) - set(dtypes) | set(choices["proven"].get(op, []))
         proven = {**proven, op: sorted(kept)}
     table = {
         "gpu": environment["gpu"],

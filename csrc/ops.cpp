@@ -11,6 +11,7 @@
 
 #include "cpu/simd.h"
 #include "cuda/attention.h"
+#include "cuda/linear.h"
 
 namespace py = pybind11;
 
@@ -19,6 +20,11 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
+  // The same with what pack_patch_embed made of an fp32 weight.
+  m.def("pack_patch_embed(Tensor weight, *, int[] patch_size, bool channels_last=False) -> Tensor");
+  m.def(
+      "patch_embed_packed(Tensor images, Tensor packed, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, "
+      "*, int[] patch_size, bool channels_last=False) -> Tensor");
   // vitfast/ops/native.py calls these two like the reference. y, and with stats the row statistics of y.
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def(
@@ -33,6 +39,8 @@ TORCH_LIBRARY(vitfast_native, m) {
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
+  m.impl("pack_patch_embed", &vitfast::pack_patch_embed_cpu);
+  m.impl("patch_embed_packed", &vitfast::patch_embed_packed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
   m.impl("layer_norm", &vitfast::layer_norm_cpu);
@@ -41,7 +49,11 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
 }
 
 #ifdef VITFAST_CUDA
-TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) { m.impl("attention", &vitfast::attention_cuda); }
+TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
+  m.impl("patch_embed", &vitfast::patch_embed_cuda);
+  m.impl("linear_packed", &vitfast::linear_packed_cuda);
+  m.impl("attention", &vitfast::attention_cuda);
+}
 #endif
 
 namespace {
@@ -61,11 +73,21 @@ py::dict ops() {
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
-  all["attention"]["devices"] = py::make_tuple("cpu", "cuda");
+  for (const char* op : {"patch_embed", "attention"}) all[op]["devices"] = py::make_tuple("cpu", "cuda");
+  all["patch_embed"]["per_device"] =
+      py::dict("cuda"_a = py::dict("dtypes"_a = py::make_tuple("bfloat16"), "min_capability"_a = py::make_tuple(8, 0)));
   all["attention"]["per_device"] = py::dict(
       "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"), "min_capability"_a = py::make_tuple(8, 0),
                           "limits"_a = py::dict("keys"_a = py::make_tuple(0, vitfast::kAttentionMaxKeys)),
                           "choices"_a = py::dict("head_dim"_a = head_dims), "features"_a = py::make_tuple()));
+  if (vitfast::linear_cuda_built()) {
+    const py::int_ multiple(vitfast::kLinearMultiple);
+    all["linear"]["devices"] = all["attention"]["devices"];
+    all["linear"]["per_device"] = py::dict(
+        "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
+                            "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
+                            "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
+  }
 #endif
   return all;
 }

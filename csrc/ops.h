@@ -14,6 +14,13 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                            at::IntArrayRef patch_size, bool channels_last);
 
+at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last);
+
+at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& packed,
+                                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& position,
+                                  const std::optional<at::Tensor>& prefix, at::IntArrayRef patch_size,
+                                  bool channels_last);
+
 at::Tensor pack_linear_cpu(const at::Tensor& weight);
 
 std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
@@ -34,9 +41,25 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          std::optional<double> scale);
 
 #ifdef VITFAST_CUDA
+at::Tensor patch_embed_cuda(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
+                            at::IntArrayRef patch_size, bool channels_last);
+
 at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
                           std::optional<double> scale);
+
+// As linear_packed_cpu, but the weight is as it is.
+std::vector<at::Tensor> linear_packed_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                           const std::optional<at::Tensor>& bias,
+                                           const std::optional<std::string>& activation,
+                                           const std::optional<at::Tensor>& layer_scale,
+                                           const std::optional<at::Tensor>& residual,
+                                           const std::optional<at::Tensor>& row_stats,
+                                           const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
+
+// Whether this build has that kernel: it exists for sm_90a only.
+bool linear_cuda_built();
 #endif
 
 }  // namespace vitfast

@@ -1,14 +1,17 @@
-"""act(x W1ᵀ + b1) W2ᵀ + b2, times layer_scale, plus residual, without writing the hidden rows.
+"""act(norm(x) W1ᵀ + b1) W2ᵀ + b2, times layer_scale, plus residual, without writing the hidden rows.
 
+    norm: LayerNorm folded into W1, as in `linear`; mean and variance are those of the rows here, which are whole
+    stats: (mean, M2) pairs of y, as `linear` writes them
     x [M, C], W1 [F, C] ("swiglu": [2F, C], gate rows first), W2 [C, F] -> y [M, C]
 
 One kernel where the hidden tile fits on chip, else two `linear`: for C <= 384 in a 16-bit dtype a
 program keeps its rows of x and an fp32 accumulator [BLOCK_M, C], and walks over chunks of the hidden
 axis: product with a chunk of W1, activation, product with the same chunk of W2. Wider C, and float32,
-go through `vitfast.kernels.linear` twice. Power-of-two tiles cover C as a large and a small one
-(192 = 128 + 64, 384 = 256 + 128), so that little is padded.
+go through `vitfast.kernels.linear` twice. Power-of-two tiles cover C > 128 as a large and a small one
+(192 = 128 + 64, 384 = 256 + 128), so that little is padded, and tiles of row statistics lie in one of them.
 
-Fused: both products, both biases, the activation, LayerScale and the residual. Dtypes: float32,
+Fused: the folded LayerNorm, both products, both biases, the activation, LayerScale, the residual and row statistics;
+so a small model's block is four launches, and the whole rows are read and written once. Dtypes: float32,
 float16, bfloat16; fp32 accumulation, the hidden chunk rounded to x's dtype between the products.
 Bound by FLOPs and by the bytes of W1 and W2, which every program reads from L2.
 
@@ -25,17 +28,21 @@ import triton.language as tl
 from torch import Tensor
 
 from vitfast.kernels import _common
-from vitfast.kernels._common import DTYPES, CompileCase, Config, activate, silu
+from vitfast.kernels._common import DTYPES, STATS_TILE, CompileCase, Config, activate, silu
+from vitfast.kernels._linear_kernels import _norm_and_bias
+from vitfast.kernels.layer_norm import row_stats
 from vitfast.kernels.linear import linear
 
 # From compiling for sm_80, sm_90 and sm_100: the accumulator [BLOCK_M, C] takes at most 96 registers
 # of a thread, and BLOCK_F is the longest chunk of the hidden axis that leaves no spill and lets two
-# chunks of W1 and W2 into shared memory. The name has the largest C. None is measured yet.
+# chunks of W1 and W2 into shared memory. The name has the largest C. Wider than 192, the folded norm costs
+# registers: a shorter chunk then, and none is short enough for swiglu. None is measured yet.
 CONFIGS = [
     Config("width192", {"BLOCK_M": 128, "BLOCK_F": 64}, 8, 2, (9, 0)),
     Config("width192_swiglu", {"BLOCK_M": 128, "BLOCK_F": 32}, 8, 2, (9, 0)),
     Config("width192_sm80", {"BLOCK_M": 128, "BLOCK_F": 16}, 8, 3),
     Config("width384", {"BLOCK_M": 64, "BLOCK_F": 32}, 8, 2),
+    Config("width384_norm", {"BLOCK_M": 64, "BLOCK_F": 16}, 8, 3),
     Config("width384_swiglu", {"BLOCK_M": 64, "BLOCK_F": 16}, 8, 2),
 ]
 
@@ -55,19 +62,51 @@ def _load_rows(tensor, rows, row_ok, columns, C, stride):
 
 
 @triton.jit
-def _hidden(x0, x1, weight, bias, units, unit_ok, columns0, columns1, C, stride, C1: tl.constexpr):
-    """One chunk of x W1ᵀ + b1: [BLOCK_M, BLOCK_F] fp32; `units` are rows of W1."""
-    acc = tl.dot(x0, _load_rows(weight, units, unit_ok, columns0, C, stride).T)
+def _moments(x0, x1, columns0, columns1, C, eps, C1: tl.constexpr):
+    """Mean and 1/sqrt(var + eps) of each row, in two passes over both column tiles."""
+    total = tl.sum(x0.to(tl.float32), axis=1)  # columns beyond C are zeros
     if C1 > 0:
-        acc = tl.dot(x1, _load_rows(weight, units, unit_ok, columns1, C, stride).T, acc)
-    if bias is not None:
-        acc += tl.load(bias + units, mask=unit_ok, other=0.0).to(tl.float32)[None, :]
-    return acc
+        total += tl.sum(x1.to(tl.float32), axis=1)
+    mean = total / C
+    shift = tl.where((columns0 < C)[None, :], x0.to(tl.float32) - mean[:, None], 0.0)
+    squares = tl.sum(shift * shift, axis=1)
+    if C1 > 0:
+        shift = tl.where((columns1 < C)[None, :], x1.to(tl.float32) - mean[:, None], 0.0)
+        squares += tl.sum(shift * shift, axis=1)
+    return mean, tl.rsqrt(squares / C + eps)
 
 
 @triton.jit
-def _store(y, acc, bias, layer_scale, residual, residual_stride, rows, row_ok, columns, C):
-    """Bias, LayerScale and residual of one column tile, and its store."""
+def _hidden(
+    x0, x1, mean, rstd, weight, weight_sum, bias, units, unit_ok, columns0, columns1, C, stride, C1: tl.constexpr
+):
+    """One chunk of norm(x) W1ᵀ + b1: [BLOCK_M, BLOCK_F] fp32; `units` are rows of W1."""
+    acc = tl.dot(x0, _load_rows(weight, units, unit_ok, columns0, C, stride).T)
+    if C1 > 0:
+        acc = tl.dot(x1, _load_rows(weight, units, unit_ok, columns1, C, stride).T, acc)
+    return _norm_and_bias(acc, mean, rstd, weight_sum, bias, units, unit_ok)
+
+
+@triton.jit
+def _store_stats(y_stats, value, rows, row_ok, first_column, C):
+    """(mean, M2) of each row of each 128 columns of a tile, or of all its columns if they are fewer."""
+    WIDTH: tl.constexpr = min(128, value.shape[1])
+    TILES: tl.constexpr = value.shape[1] // WIDTH
+    first = first_column + tl.arange(0, TILES) * 128
+    count = tl.maximum(tl.minimum(C - first, 128), 1).to(tl.float32)
+    value = tl.reshape(value.to(tl.float32), (value.shape[0], TILES, WIDTH))
+    column_ok = (first[:, None] + tl.arange(0, WIDTH)[None, :] < C)[None, :, :]
+    mean = tl.sum(tl.where(column_ok, value, 0.0), axis=2) / count[None, :]
+    shift = tl.where(column_ok, value - mean[:, :, None], 0.0)
+    pairs = y_stats + (rows.to(tl.int64)[:, None] * tl.cdiv(C, 128) + (first // 128)[None, :]) * 2
+    mask = row_ok[:, None] & (first < C)[None, :]
+    tl.store(pairs, mean, mask=mask)
+    tl.store(pairs + 1, tl.sum(shift * shift, axis=2), mask=mask)
+
+
+@triton.jit
+def _store(y, y_stats, acc, bias, layer_scale, residual, residual_stride, rows, row_ok, first_column, columns, C):
+    """Bias, LayerScale and residual of one column tile, its store and its statistics."""
     column_ok = columns < C
     if bias is not None:
         acc += tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -76,12 +115,16 @@ def _store(y, acc, bias, layer_scale, residual, residual_stride, rows, row_ok, c
     if residual is not None:
         acc += _load_rows(residual, rows, row_ok, columns, C, residual_stride).to(tl.float32)
     offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+    value = acc.to(y.dtype.element_ty)
+    tl.store(y + offsets, value, mask=row_ok[:, None] & column_ok[None, :])
+    if y_stats is not None:
+        _store_stats(y_stats, value, rows, row_ok, first_column, C)
 
 
 @triton.jit
 def _mlp_kernel(
     y,  # [M, C]
+    y_stats,  # [M, ceil(C / 128), 2] fp32, or None
     x,  # [M, C]
     fc1_weight,  # [F, C], or [2F, C] for swiglu
     fc1_bias,  # [F] or [2F], or None
@@ -89,6 +132,7 @@ def _mlp_kernel(
     fc2_bias,  # [C], or None
     layer_scale,  # [C], or None
     residual,  # [M, C], or None
+    weight_sum,  # [F] or [2F] fp32: norm(x) is folded into fc1; or None
     x_stride,
     fc1_stride,
     fc2_stride,
@@ -96,6 +140,7 @@ def _mlp_kernel(
     M,
     C,
     F,
+    eps,
     ACTIVATION: tl.constexpr,
     C0: tl.constexpr,
     C1: tl.constexpr,
@@ -115,6 +160,9 @@ def _mlp_kernel(
     x1 = x0
     if C1 > 0:
         x1 = _load_rows(x, rows, row_ok, columns1, C, x_stride)
+    mean, rstd = None, None
+    if weight_sum is not None:
+        mean, rstd = _moments(x0, x1, columns0, columns1, C, eps, C1)
 
     # Compute, one chunk of hidden units at a time.
     acc0 = tl.zeros((BLOCK_M, C0), dtype=tl.float32)
@@ -123,9 +171,14 @@ def _mlp_kernel(
     for first in tl.range(0, F, BLOCK_F):
         units = first + tl.arange(0, BLOCK_F)
         unit_ok = units < F
-        hidden = _hidden(x0, x1, fc1_weight, fc1_bias, units, unit_ok, columns0, columns1, C, fc1_stride, C1)
+        hidden = _hidden(
+            x0, x1, mean, rstd, fc1_weight, weight_sum, fc1_bias, units, unit_ok, columns0, columns1, C, fc1_stride, C1
+        )
         if ACTIVATION == "swiglu":
-            up = _hidden(x0, x1, fc1_weight, fc1_bias, units + F, unit_ok, columns0, columns1, C, fc1_stride, C1)
+            up = _hidden(
+                x0, x1, mean, rstd, fc1_weight, weight_sum, fc1_bias, units + F, unit_ok, columns0, columns1, C,
+                fc1_stride, C1,
+            )  # fmt: skip
             hidden = silu(hidden) * up
         else:
             hidden = activate(hidden, ACTIVATION)
@@ -135,28 +188,32 @@ def _mlp_kernel(
             acc1 = tl.dot(hidden, _load_rows(fc2_weight, columns1, columns1 < C, units, F, fc2_stride).T, acc1)
 
     # Store.
-    _store(y, acc0, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, columns0, C)
+    _store(y, y_stats, acc0, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, 0, columns0, C)
     if C1 > 0:
-        _store(y, acc1, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, columns1, C)
+        _store(y, y_stats, acc1, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, C0, columns1, C)
 
 
 def column_tiles(width: int) -> tuple[int, int]:
-    """Two powers of two whose sum covers `width` with little to spare; the second may be 0.
-
-    The smaller is at least 16, the shortest side of a matrix-multiply tile.
-    """
-    large = max(16, 1 << (width.bit_length() - 1))
+    """One power of two that covers `width` <= 128; beyond, two whose sum does, the second of which may be 0."""
+    if width <= STATS_TILE:
+        return max(16, triton.next_power_of_2(width)), 0
+    large = 1 << (width.bit_length() - 1)
     if large >= width:
         return large, 0
     small = max(16, triton.next_power_of_2(width - large))
     return (2 * large, 0) if small == large else (large, small)
 
 
-def pick_config(width: int, *, gated: bool, capability: tuple[int, int]) -> Config:
-    """The config for C = `width` <= MAX_WIDTH: the first that is wide enough and spills no register."""
+def is_one_kernel(width: int, dtype: torch.dtype, *, gated: bool, norm: bool) -> bool:
+    """Whether mlp is one kernel for this C, or two `linear`."""
+    return width <= (192 if gated and norm else MAX_WIDTH) and dtype != torch.float32
+
+
+def pick_config(width: int, *, gated: bool, norm: bool, capability: tuple[int, int]) -> Config:
+    """The config where `is_one_kernel`: the first that is wide enough and spills no register."""
     by_name = {config.name: config for config in CONFIGS}
     if width > 192:
-        return by_name["width384_swiglu" if gated else "width384"]
+        return by_name["width384_swiglu" if gated else "width384_norm" if norm else "width384"]
     if capability < (9, 0):
         return by_name["width192_sm80"]
     return by_name["width192_swiglu" if gated else "width192"]
@@ -202,57 +259,71 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
     config: Config | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`vitfast.ops.mlp` on CUDA: one kernel for C <= MAX_WIDTH in a 16-bit dtype, else two `linear`.
 
     Args:
         x: [..., C], rows at one stride. fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F].
         residual: of x's shape, rows at one stride.
+        weight_sum: [F] or [2F] fp32, where a LayerNorm of x is folded into fc1.
         config: a member of CONFIGS instead of the tuning table's or `pick_config`'s choice, for the one-kernel form.
 
     Returns:
-        [..., C] in x's dtype, contiguous.
+        [..., C] in x's dtype, contiguous; with `stats` also [M, ceil(C / 128), 2] fp32.
 
     Raises:
-        ValueError: for a shape, dtype, stride, device or activation that does not fit.
+        ValueError: for a shape, dtype, stride, device, or activation that does not fit.
     """
     device = _common.check_device(
         "mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias, layer_scale=layer_scale, residual=residual,
+        fc2_bias=fc2_bias, layer_scale=layer_scale, residual=residual, weight_sum=weight_sum,
     )  # fmt: skip
     _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+    _common.check_shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
+    _common.check_dtype("mlp", torch.float32, weight_sum=weight_sum)
+    _common.check_last_contiguous("mlp", weight_sum=weight_sum)
     width, units = fc2_weight.shape
-    if width > MAX_WIDTH or x.dtype == torch.float32:
+    gated, norm = activation == "swiglu", weight_sum is not None
+    if not is_one_kernel(width, x.dtype, gated=gated, norm=norm):
         if config is not None:
             raise ValueError(f"mlp: config {config.name} needs C <= {MAX_WIDTH} in 16 bits, got {width} in {x.dtype}")
-        hidden = cast(Tensor, linear(x, fc1_weight, fc1_bias, activation=activation))
-        return cast(Tensor, linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual))
+        stats_of_x = row_stats(x) if norm else None
+        hidden = cast(
+            Tensor,
+            linear(
+                x, fc1_weight, fc1_bias, activation=activation, row_stats=stats_of_x, weight_sum=weight_sum, eps=eps
+            ),
+        )
+        return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, stats=stats)
 
     x_rows = _common.rows_view("mlp", "x", x)
     residual_rows = None if residual is None else _common.rows_view("mlp", "residual", residual)
     y = x.new_empty(x.shape)
     rows = x_rows.shape[0]
+    y_stats = x.new_empty((rows, triton.cdiv(width, STATS_TILE), 2), dtype=torch.float32) if stats else None
     if not rows:
-        return y
-    gated = activation == "swiglu"
+        return (y, y_stats) if y_stats is not None else y
     if config is None:
         config = _common.tuned("mlp", device, CONFIGS, tuning_key(width, x.dtype, gated=gated)) or pick_config(
-            width, gated=gated, capability=_common.capability(device)
+            width, gated=gated, norm=norm, capability=_common.capability(device)
         )
     large, small = column_tiles(width)
     _mlp_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]),)](
-        y, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows,
+        y, y_stats, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows, weight_sum,
         x_rows.stride(0), fc1_weight.stride(0), fc2_weight.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
-        rows, width, units, ACTIVATION=activation, C0=large, C1=small, **config.blocks,
+        rows, width, units, eps, ACTIVATION=activation, C0=large, C1=small, **config.blocks,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return y
+    return (y, y_stats) if y_stats is not None else y
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every config at its largest width and its activations, with biases, LayerScale and residual."""
+    """Every config at its largest width and its activations, with all that is fused."""
     return [
         _compile_case(config, activation)
         for config in CONFIGS
@@ -262,18 +333,27 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _compile_case(config: Config, activation: str) -> CompileCase:
-    tensors = ("y", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale", "residual")
-    sizes = ("x_stride", "fc1_stride", "fc2_stride", "residual_stride", "M", "C", "F")
+    tensors = (
+        "y", "y_stats", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale", "residual", "weight_sum"
+    )  # fmt: skip
+    sizes = ("x_stride", "fc1_stride", "fc2_stride", "residual_stride", "M", "C", "F", "eps")
+    kinds = {"y_stats": "*fp32", "weight_sum": "*fp32", "eps": "fp32"}
+    absent = {"weight_sum": None} if config.name in ("width384", "width384_swiglu") else {}
+    signature = {
+        name: kinds.get(name, "*bf16" if name in tensors else "i32")
+        for name in (*tensors, *sizes)
+        if name not in absent
+    }
     large, small = column_tiles(192 if config.name.startswith("width192") else 384)
     return CompileCase(
         kernel="mlp",
         config=config.name if config.name.endswith("swiglu") else f"{config.name}_{activation}",
         fn=_mlp_kernel,
-        signature=dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sizes, "i32"),
-        constexprs={"ACTIVATION": activation, "C0": large, "C1": small, **config.blocks},
+        signature=signature,
+        constexprs={"ACTIVATION": activation, "C0": large, "C1": small, **config.blocks, **absent},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=tuple(name for name in (*tensors, *sizes) if name != "M"),
+        aligned=tuple(name for name in signature if name not in ("M", "eps")),
         archs=tuple(arch for arch in (80, 90, 100) if divmod(arch, 10) >= config.min_capability),
         tile={"M": config.blocks["BLOCK_M"], "F": config.blocks["BLOCK_F"]},
     )

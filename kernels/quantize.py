@@ -33,6 +33,19 @@ CAPABILITIES: dict[str, Any] = {
 
 
 @triton.jit
+def in_8_bits(value, kind: tl.constexpr):
+    """Rows of fp32 [R, K], masked columns 0, in `kind` with a scale each [R]."""
+    LARGEST: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.0
+    amax = tl.maximum(tl.max(tl.abs(value), axis=1), 7.888609052210118e-31)  # 2^-100: no division by zero
+    nan = tl.sum(value * 0.0, axis=1)  # 0 for finite rows, which a maximum does not tell
+    value = value * (LARGEST / amax)[:, None]
+    if kind == tl.int8:
+        # Adding and taking away 1.5 * 2^23 rounds to nearest even; a NaN has no integer, its scale says it.
+        value = tl.where(value == value, (value + 12582912.0) - 12582912.0, 0.0)
+    return value.to(kind), amax / LARGEST + nan
+
+
+@triton.jit
 def _quantize_kernel(
     values,  # [M, K] contiguous, float8_e4m3fn or int8
     scale,  # [M] fp32
@@ -62,18 +75,11 @@ def _quantize_kernel(
         shift = tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)
         _, deviation, squares = _moments(value, mask, columns)
         value = deviation * tl.rsqrt(squares / columns + eps)[:, None] * gain + shift
-    is_fp8: tl.constexpr = values.dtype.element_ty == tl.float8e4nv
-    LARGEST: tl.constexpr = 448.0 if is_fp8 else 127.0
-    amax = tl.maximum(tl.max(tl.abs(value), axis=1), 7.888609052210118e-31)  # 2^-100: no division by zero
-    nan = tl.sum(value * 0.0, axis=1)  # 0 for finite rows, which a maximum does not tell
-    value = value * (LARGEST / amax)[:, None]
-    if not is_fp8:
-        # Adding and taking away 1.5 * 2^23 rounds to nearest even; a NaN has no integer, its scale says it.
-        value = tl.where(value == value, (value + 12582912.0) - 12582912.0, 0.0)
+    value, row_scale = in_8_bits(value, values.dtype.element_ty)
 
     # Store
-    tl.store(values + start * columns + column, value.to(values.dtype.element_ty), mask=mask)
-    tl.store(scale + row, amax / LARGEST + nan, mask=row_ok)
+    tl.store(values + start * columns + column, value, mask=mask)
+    tl.store(scale + row, row_scale, mask=row_ok)
 
 
 @_common.on_its_device

@@ -20,7 +20,17 @@ needs_compiler = pytest.mark.skipif(
 def library(source, folder, macros=(), include=ROOT / "csrc"):
     """tests/emulation/<source>.cpp as a ctypes library; kernels come from `include`."""
     built = folder / f"{source}.so"
-    command = [*COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command = [
+        *COMPILER,
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-shared",
+        "-fPIC",
+    ]
     command += [f"-I{include}", f"-I{ROOT / 'tests' / 'emulation'}", *(f"-D{macro}" for macro in macros)]
     command += [str(ROOT / "tests" / "emulation" / f"{source}.cpp"), "-o", str(built)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

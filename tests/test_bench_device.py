@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,13 +222,21 @@ def test_peak_memory_is_that_of_the_call():
     assert fake.log[-1] == "empty cache"
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="this system keeps no high-water mark")
+def test_peak_memory_of_a_cpu_is_what_the_process_grew_by():
+    cpu, size = CpuDevice(), 2**27
+    before = cpu.allocated()
+    assert 0.9 * size < cpu.peak_memory(lambda: torch.ones(size // 4)) - before < 2 * size
+    assert cpu.peak_memory(lambda: torch.ones(4)) - before < size // 2  # the mark was set back
+
+
 def test_cpu_times_by_the_wall_clock():
     cpu = CpuDevice()
     program = cpu.prepare([lambda: None] * 3)
     assert (program.how, program.calls) == ("wall", 3)
     assert 0 < cpu.time(program) < 1000
     assert cpu.cache_bytes >= 2**15
-    assert cpu.telemetry() == {} and cpu.allocated() is None
+    assert cpu.telemetry() == {}
 
 
 def test_threads_are_pinned_to_distinct_cores(monkeypatch):

@@ -11,7 +11,7 @@ from benching import CountedDevice, contestant, layer_norm_case, rows_of
 from typer.testing import CliRunner
 
 from vitfast import ops, predict, testing
-from vitfast.benchmarks import cases, device, kernels, peers, timing
+from vitfast.benchmarks import cases, device, kernels, peers, shapes, timing
 from vitfast.benchmarks.environment import ROOT
 from vitfast.cli import app
 from vitfast.config import NAMED
@@ -35,13 +35,19 @@ SMALL = {
     ],
     "attention_backward": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16}],
     "mlp": [{"rows": 9, "width": 32, "hidden": 64, "activation": a} for a in ("gelu", "swiglu")],
+    "quantize": [{"rows": 9, "width": 40, "norm": n, "precision": p} for n in ("norm", "") for p in ("fp8", "int8")],
+    "quantized_linear": [
+        {"rows": 9, "inner": 40, "width": 24, "epilogue": e, "precision": p}
+        for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual")
+        for p in ("fp8", "int8")
+    ],
     "block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "width": 32, "hidden": 64}],
 }
 
 
 def test_every_op_has_cases():
     assert set(SMALL) == set(cases.OPS) == set(peers.PEERS)
-    assert set(registry.OPS) - set(registry.QUANTIZED_OPS) <= set(cases.OPS)  # those have none yet, as the docs say
+    assert set(registry.OPS) <= set(cases.OPS)
 
 
 @pytest.mark.parametrize(("op", "dims"), [(op, dims) for op, found in SMALL.items() for dims in found])
@@ -58,7 +64,7 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
         )
     contestants = peers.peers_of(one)
     ours = "vitfast engine" if op == "block" else "vitfast native"
-    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed")
+    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed", "torch._scaled_mm")
     chosen = {name: contestants[name] for name in wanted if name in contestants}
     rows = kernels.run_case(one, CountedDevice(), {**chosen, "interpreted": interpreted}, rounds=2)
     rows = {row["peer"]: row for row in rows}
@@ -88,7 +94,7 @@ def test_part_of_a_call_gives_part_of_the_result():
             given = call.part(rows)
             part = kernels._tuple(run(*given.args, **given.kwargs))
             for a, b in zip(whole, part, strict=True):
-                torch.testing.assert_close(a[rows], b, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(a[rows].float(), b.float(), rtol=1e-5, atol=1e-5)  # fp8 has no closeness
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_base_patch16_224", "vit_large_patch14_518"])
@@ -97,7 +103,7 @@ def test_flops_are_those_of_the_prediction(model):
     launches = predict.predict(NAMED[model], batch=8, chip="h100")["launches"]
     predicted = {row["site"]: row["flops"] for row in launches}
     found = {}
-    for op, dims in cases.model_dims(NAMED[model], 8):
+    for op, dims in shapes.model_dims(NAMED[model], 8):
         found[op, dims.get("epilogue", ""), dims.get("inner")] = case(op, **dims).flops
     config = NAMED[model]
     assert found["attention", "", None] == predicted["attention"]
@@ -322,6 +328,18 @@ def test_your_own_kernel_from_the_command_line(tmp_path, monkeypatch):
     assert "mymodule:right" in (tmp_path / "r.csv").read_text()
     for needed in ("case", "peer", "median_ms", "p20_ms", "p80_ms", "ratio", "correct"):
         assert needed in rows["mymodule:right"]
+
+
+def test_a_library_that_is_wrong_is_named_but_no_failure(tmp_path, monkeypatch):
+    library = contestant(CountedDevice(), "a library", 1.0, lambda *a: reference.layer_norm(*a) * 1.01)
+    monkeypatch.setitem(peers.PEERS["layer_norm"], "a library", library)
+    common = ("kernels", "--op", "layer_norm", "-m", "vit_tiny_patch16_224", "--batch", 1, "--device", "cpu",
+              "--rounds", 2, "--no-roofs", "--json", tmp_path / "r.json")  # fmt: skip
+    done = bench(*common)
+    assert done.exit_code == 0 and "wrong: a library" in done.output, done.output
+    ours = peers.Peer("vitfast wrong", library.build)
+    monkeypatch.setitem(peers.PEERS["layer_norm"], "vitfast wrong", ours)
+    assert bench(*common).exit_code == 1
 
 
 def test_the_example_in_the_docs_is_right(tmp_path, monkeypatch):

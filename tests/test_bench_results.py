@@ -258,6 +258,7 @@ def test_model_comparison_gives_complete_rows(timm):
         assert one["correct"], one
         assert one["p20_ms"] <= one["median_ms"] <= one["p80_ms"]
         assert one["images_per_s"] > 0 and one["build_s"] >= 0 and one["first_call_ms"] > 0
+        assert one["cosine"] == pytest.approx(1, abs=1e-6) and one["max_error"] < 1e-4
     assert rows[1]["ratio"] == 1
     assert [r.get("error") for r in rows[2:]] == ["runs on a GPU only", "CUDA graphs need a GPU"]
 
@@ -269,6 +270,25 @@ def test_wrong_model_gets_no_time(timm, monkeypatch):
     for one in rows[:2]:
         assert one["error"].startswith("incorrect: error") and "median_ms" not in one
     assert rows[2]["correct"]
+
+
+def test_eight_bits_are_judged_by_the_cosine_and_marked(timm, monkeypatch):
+    def noisy(share):
+        def build(oracle, images):
+            noise = testing.make(2, 1000, seed=5)
+            return lambda x: (y := oracle(x)) + share * noise * y.square().mean().sqrt()
+
+        return build
+
+    for name, share in (("rough", 0.1), ("broken", 0.5)):
+        monkeypatch.setitem(model_peers.PEERS, name, noisy(share))
+        monkeypatch.setitem(model_peers.EIGHT_BIT, name, "int8")
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("rough", "broken", "vitfast fp8"), rounds=2)
+    rough, broken, ours, _ = rows
+    assert rough["correct"] and rough["cosine"] == pytest.approx(0.995, abs=1e-3) and rough["median_ms"] > 0
+    assert broken["error"].startswith("incorrect: cosine 0.8") and "median_ms" not in broken
+    assert (rough["dtype"], rough["eight_bit"], ours["dtype"]) == ("int8", True, "float8_e4m3fn")
+    assert "emulation" in ours["error"]
 
 
 def test_a_model_that_turns_wrong_gets_no_time(timm, monkeypatch):

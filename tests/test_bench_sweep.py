@@ -1,5 +1,6 @@
 """Tuning: what gets into a GPU's table, and that the launchers and the registry read it."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from vitfast import testing
 from vitfast.benchmarks import sweep
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.peers import BASELINE
-from vitfast.kernels import _common, linear, mlp
+from vitfast.kernels import _common, linear
 from vitfast.kernels._linear_configs import FLOAT32_CONFIGS, POINTER_CONFIGS, TMA_CONFIGS
 from vitfast.ops import registry
 
@@ -19,16 +20,21 @@ DEVICE = testing.device()
 ENTRY = {"gpu": "NVIDIA H100", "date": "2026", "commit": "0" * 40, "torch": "2", "packages": {"triton": "3.9"}}
 
 
+def kernel_file(op):
+    return importlib.import_module(f"vitfast.kernels.{op}")
+
+
 def case(op="linear", dtype=torch.float16, **dims):
     base = {"linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu"},
             "mlp": {"rows": 9, "width": 32, "hidden": 64, "activation": "gelu"},
+            "quantized_linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu", "precision": "fp8"},
             "layer_norm": {"rows": 7, "width": 64}, "row_stats": {"rows": 7, "width": 64}}[op]  # fmt: skip
     return Case(op, base | dims, DEVICE, dtype)
 
 
-def measured(op, key, **ms):
+def measured(op, key, dims=None, **ms):
     rows = [{"peer": p.replace("_", " "), "correct": t is not None, "median_ms": t} for p, t in ms.items()]
-    return case(op), key, [{"peer": BASELINE, "correct": True, "median_ms": 1.0}, *rows]
+    return case(op, **(dims or {})), key, [{"peer": BASELINE, "correct": True, "median_ms": 1.0}, *rows]
 
 
 def test_the_fastest_that_is_right_everywhere_is_chosen():
@@ -37,7 +43,7 @@ def test_the_fastest_that_is_right_everywhere_is_chosen():
         measured("mlp", "a", vitfast_triton_x=0.9, vitfast_triton_y=0.6, vitfast_triton_z=None),  # z is wrong here
     ]
     choices = sweep.decide(found)
-    expected = {"swept": {"mlp": "float16"}, "proven": {"mlp": "float16"}, "configs": {"mlp": {"a": "y"}}}
+    expected = {"swept": {"mlp": ["float16"]}, "proven": {"mlp": ["float16"]}, "configs": {"mlp": {"a": "y"}}}
     assert choices == expected
 
 
@@ -46,8 +52,18 @@ def test_an_op_slower_anywhere_is_tuned_but_not_proven():
         measured("linear", "a", vitfast_triton_x=0.5), measured("linear", "b", vitfast_triton_x=1.1),
         measured("layer_norm", "", vitfast_triton=0.7),
     ])  # fmt: skip
-    assert choices["proven"] == {"layer_norm": "float16"}
+    assert choices["proven"] == {"layer_norm": ["float16"]}
     assert choices["configs"] == {"linear": {"a": "x", "b": "x"}}
+
+
+def test_an_op_is_proven_in_each_dtype_by_itself():
+    fp8, int8 = ({"precision": precision} for precision in ("fp8", "int8"))
+    choices = sweep.decide([
+        measured("quantized_linear", "a", dims=fp8, vitfast_triton_x=0.5),
+        measured("quantized_linear", "b", dims=int8, vitfast_triton_x=1.1),
+    ])  # fmt: skip
+    assert choices["swept"] == {"quantized_linear": ["float8_e4m3fn", "int8"]}
+    assert choices["proven"] == {"quantized_linear": ["float8_e4m3fn"]}
 
 
 def test_an_op_wrong_anywhere_is_neither():
@@ -76,15 +92,15 @@ def test_sweep_gates_every_config(monkeypatch):
     assert choices["configs"]["linear"][key] == "64x64x64"
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "quantized_linear"])
 def test_the_launcher_takes_what_the_sweep_wrote(op, tmp_path, monkeypatch):
     """Keys agree: every config of an op, written under the key of a case, is the one that a plain call then uses."""
-    module, one = {"linear": linear, "mlp": mlp}[op], case(op)
+    module, one = kernel_file(op), case(op)
     call, used = one.inputs(), []
     original = _common.tuned
     monkeypatch.setattr(_common, "tuned", lambda *a: used.append(original(*a)) or used[-1])
     for config in module.CONFIGS:
-        choices = {"swept": {op: "float16"}, "proven": {}, "configs": {op: {sweep.TUNED[op](call): config.name}}}
+        choices = {"swept": {op: ["float16"]}, "proven": {}, "configs": {op: {sweep.TUNED[op](call): config.name}}}
         sweep.write_table(tmp_path / "gpu.json", choices, ENTRY)
         table = json.loads((tmp_path / "gpu.json").read_text())
         monkeypatch.setattr(_common, "tuned_choices", lambda device, table=table: table["configs"])
@@ -121,10 +137,10 @@ def test_tuning_changes_no_order_of_summation():
 
 def test_tables_grow(tmp_path):
     path = tmp_path / "configs" / "gpu.json"
-    both = {"linear": "float16", "mlp": "float16"}
+    both = {"linear": ["float16"], "mlp": ["float16"]}
     first = {"swept": both, "proven": both, "configs": {"linear": {"a": "x", "b": "x"}}}
-    second = {"swept": {"linear": "float16"}, "proven": {}, "configs": {"linear": {"b": "y"}}}
-    third = {"swept": {"mlp": "bfloat16"}, "proven": {"mlp": "bfloat16"}, "configs": {}}
+    second = {"swept": {"linear": ["float16"]}, "proven": {}, "configs": {"linear": {"b": "y"}}}
+    third = {"swept": {"mlp": ["bfloat16"]}, "proven": {"mlp": ["bfloat16"]}, "configs": {}}
     for choices in (first, second, third):
         sweep.write_table(path, choices, ENTRY)
     table = json.loads(path.read_text())
@@ -134,7 +150,7 @@ def test_tables_grow(tmp_path):
 
 
 def test_registry_and_launchers_read_one_table(tmp_path, monkeypatch):
-    right = {"linear": "bfloat16"}
+    right = {"linear": ["bfloat16"]}
     choices = {"swept": right, "proven": right, "configs": {"linear": {"key": "64x64x64"}}}
     sweep.write_table(tmp_path / "kernels" / "configs" / "nvidia-h100.json", choices, ENTRY)
     monkeypatch.setattr(registry, "__file__", str(tmp_path / "ops" / "registry.py"))
@@ -160,5 +176,5 @@ def test_committed_tables_name_what_there_is():
         table = json.loads(path.read_text())
         assert set(table["proven"]) <= set(registry.OPS), path
         for op, chosen in table["configs"].items():
-            names = {config.name for config in {"linear": linear, "mlp": mlp}[op].CONFIGS}
+            names = {config.name for config in kernel_file(op).CONFIGS}
             assert set(chosen.values()) <= names, path

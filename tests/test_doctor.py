@@ -217,6 +217,12 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     text = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu"]).stdout
     assert "attention" in text
     assert "why not the others" in text
+    assert found["memory"]["weights"] > 4 * (48 * 3 * 48 + 2 * 48 * 96)
+    assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
+    quantized = {entry["site"]: entry for entry in doctor.plan(tmp_path / "model", device="cpu", dtype="fp8")["sites"]}
+    assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
+    assert "it has no scale groups" in quantized["hidden_fc2"]["refused"]["torch._scaled_mm"]
+    assert "torch._scaled_mm" not in quantized["quantize"]["refused"]
 
 
 def test_device_without_plan_is_refused():

@@ -53,6 +53,10 @@ class FakeEngine:
         embedding = torch.cat([colour, images[:, 0, 0, :1]], 1)
         return SimpleNamespace(embedding=embedding, logits=colour if self.classes else None, tokens=None)
 
+    def stream(self, batches, *, preprocessed):
+        for images in batches:
+            yield self(torch.from_numpy(np.stack(images)), preprocessed=preprocessed)
+
 
 def expected(path):
     image = resize_and_crop(open_image(path), PREPROCESS)

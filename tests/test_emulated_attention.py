@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -200,13 +201,15 @@ def test_registers_do_not_spill(archs, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.skipif(not (CUDA_HEADERS / "cuda_runtime_api.h").is_file(), reason=f"no CUDA headers in {CUDA_HEADERS}")
-def test_torch_side_compiles(tmp_path):
+@pytest.mark.parametrize("source", ["cuda/attention_op.cpp", "cuda/patch_embed_op.cpp", "ops.cpp"])
+def test_torch_side_compiles(source, tmp_path):
     """Against the headers alone: a CPU-only torch has those of CUDA too, but for one that a build of torch makes."""
     made = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     made.parent.mkdir(parents=True)
     made.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    command = [*COMPILER, "-std=c++20", "-fsyntax-only", "-DVITFAST_CUDA"]
-    command += [f"-I{path}" for path in (*include_paths(), CUDA_HEADERS, tmp_path)]
-    command += [str(ROOT / "csrc" / "cuda" / "attention_op.cpp")]
+    command = [*COMPILER, "-std=c++20", "-fsyntax-only", "-DVITFAST_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
+    command += ['-DVITFAST_CXX_FLAGS=""', '-DVITFAST_CUDA_STATE=""']
+    command += [f"-I{path}" for path in (*include_paths(), CUDA_HEADERS, tmp_path, sysconfig.get_paths()["include"])]
+    command += [str(ROOT / "csrc" / source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

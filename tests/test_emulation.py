@@ -12,8 +12,8 @@ pytestmark = needs_compiler
 BF16, FP16 = torch.bfloat16, torch.float16
 MISTAKES = {
     "none": "",
-    "no barrier": "race: thread .* which thread .* wrote since the last barrier|nobody has written|waited for",
-    "no barrier before writing again": "race: thread .* touched since the last barrier|waited for",
+    "no barrier": "race: which thread .* wrote with no barrier between|nobody has written|waited for",
+    "no barrier before writing again": "race: thread .* touched with no barrier between|waited for",
     "no wait": "whose copy nobody has waited for",
     "waits for the wrong group": "whose copy nobody has waited for",
     "copies in no group": "ends with copies in no group",
@@ -25,8 +25,8 @@ MISTAKES = {
     "reads beyond the input": "reads global memory out of bounds",
     "writes the input": "writes global memory out of bounds",
     "lanes part": "divergence: thread .* is at",
-    "a lane leaves": "0 threads wait at a barrier, 1 have ended, the others wait for their warp",
-    "a thread skips the barrier": "31 threads wait at a barrier, 1 have ended",
+    "a lane leaves": "deadlock: 31 threads wait for their warp, at shuffle, 1 have ended",
+    "a thread skips the barrier": "deadlock: 31 threads wait at a barrier, 1 have ended",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import model, planner, testing
+from vitfast import model, planner, sites, testing
 from vitfast.engine import Engine
 from vitfast.images import Preprocess, preprocess_batch
 
@@ -89,32 +89,61 @@ def test_triton_forward_of_vit_tiny(dtype):
     check(TINY, pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
 
 
-def test_a_folded_block_is_five_launches():
-    small, launches = engine(backend="triton", dtype="fp32"), []
+@pytest.mark.parametrize(
+    ("fuse_mlp", "dtype", "block"),
+    [
+        (False, "fp32", ["qkv", "attention", "proj", "fc1", "fc2"]),
+        (True, "bf16", ["qkv", "attention", "proj", "mlp"]),
+    ],
+)
+def test_a_folded_block_is_five_launches_or_four(fuse_mlp, dtype, block):
+    small, launches = engine(backend="triton", dtype=dtype), []
 
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
 
     calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
-    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=False)
+    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=fuse_mlp)
     checkpoint = testing.random_weights(SMALL)
     small._weights = model.arrange(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
     small.run(testing.make(1, 3, 32, 48))
-    block = ["qkv", "attention", "proj", "fc1", "fc2"]
     assert launches == ["patch_embed", "row_stats", *block * SMALL.depth, "layer_norm", "head"]
 
 
-@pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
 def test_plan_variants_agree(fold_norm, fuse_mlp):
-    check(SMALL, testing.make(2, 3, 32, 48), torch.float32, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(SMALL, testing.make(2, 3, 32, 48), dtype, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+
+
+def test_a_small_models_plan_may_fuse_its_mlp(monkeypatch):
+    """Measured faster than fc1 and fc2 together, the one launch is chosen, and norms are folded all the same."""
+    monkeypatch.setattr(planner, "candidates", lambda spec: ([vitfast.ops.registry.backend(spec.op, "triton")] * 2, {}))
+    cost = {"mlp": 1.0, "linear": 0.6}
+    monkeypatch.setattr(
+        planner, "measure", lambda call, able, device: (able[0], {"ms": {"triton": cost.get(call.op, 0.1)}})
+    )
+
+    def planned(config=SMALL):
+        found = planner._site_backends(config, torch.device("cuda"), torch.bfloat16, "auto", 1)[0]
+        return planner.assemble(config, found, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
+
+    monkeypatch.setattr(planner, "site_call", lambda config, site, *rest: planner.Call(
+        "linear" if site in planner.LINEAR_SITES else site, None, (), {}))  # fmt: skip
+    monkeypatch.setattr(sites, "device_capability", lambda device: (9, 0))
+    assert planned().fuse_mlp and planned().fold_norm
+    cost["mlp"] = 1.3
+    assert not planned().fuse_mlp and planned().fold_norm
+    cost["mlp"] = 0.0
+    assert not planned(dataclasses.replace(SMALL, width=448, heads=7)).fuse_mlp  # wider than the one launch goes
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypatch):
-    """The CPU's plan with each backend that has a packed linear."""
+    """The CPU's plan with each backend that has a packed linear; native has a packed patch_embed, too."""
     entry = vitfast.ops.registry.backend("linear", backend)
-    packed = planner.packed_linear(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
+    packed = planner.packed_op(entry, vitfast.ops.Spec("linear", "cpu", torch.float32))
     if entry.missing or not packed:
         pytest.skip(entry.missing or "this torch has no oneDNN")
     monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
@@ -130,6 +159,7 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
     small = Engine(checkpoint, device="cpu", dtype="fp32")
     assert {small.plan.calls[site] for site in planner.LINEAR_SITES} == {packed[1]}
+    assert ("patch_embed" in small.plan.packs) == (backend == "native")
     got = small(testing.make(2, 3, 32, 48).cpu())
     want = oracle(config, testing.make(2, 3, 32, 48))
     torch.testing.assert_close(got.embedding.double(), want.embedding.cpu(), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,30 +27,13 @@ each_backend = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
 def reference(q, k, v, softmax_scale=None, causal=False, window_size=NONE, softcap=0.0, alibi_slopes=None, dtype=None):
-    """One query, one head, one batch entry at a time; output and log-sum-exp. `dtype` float64 by default."""
-    dtype = dtype or torch.float64
-    batch, queries, heads, head_dim = q.shape
-    keys, group = k.shape[1], heads // k.shape[2]
-    out = torch.zeros(batch, queries, heads, head_dim, dtype=dtype, device=q.device)
-    lse = torch.full((batch, heads, queries), float("inf"), dtype=dtype, device=q.device)
-    for b, h, i in itertools.product(range(batch), range(heads), range(queries)):
-        place = i + keys - queries
-        low = 0 if window_size[0] < 0 else max(0, place - window_size[0])
-        high = keys - 1 if window_size[1] < 0 else min(keys - 1, place + window_size[1])
-        if causal:
-            high = min(high, place)
-        if high < low:
-            continue
-        scores = k[b, low : high + 1, h // group].to(dtype) @ q[b, i, h].to(dtype)
-        scores = scores * (head_dim**-0.5 if softmax_scale is None else softmax_scale)
-        if softcap:
-            scores = softcap * (scores / softcap).tanh()
-        if alibi_slopes is not None:
-            slope = alibi_slopes.expand(batch, heads)[b, h].to(dtype)
-            scores = scores - slope * (torch.arange(low, high + 1, device=q.device) - place).abs()
-        lse[b, h, i] = scores.logsumexp(0)
-        out[b, i, h] = scores.softmax(0) @ v[b, low : high + 1, h // group].to(dtype)
-    return out, lse
+    """The oracle by flash-attn's arguments, aligned at the bottom right; a query that sees no key has lse +inf."""
+    left, right = (None if side < 0 else side for side in window_size)
+    out, lse = oracles.attention(
+        q, k, v, left=left, right=0 if causal else right, offset=k.shape[1] - q.shape[1], softcap=softcap,
+        slopes=alibi_slopes, scale=softmax_scale, dtype=dtype or torch.float64,
+    )  # fmt: skip
+    return out, lse.masked_fill(lse == -float("inf"), float("inf"))
 
 
 def inputs(queries=7, keys=12, heads=4, kv_heads=4, head_dim=16, batch=2, dtype=FP32):

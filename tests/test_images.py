@@ -417,3 +417,9 @@ def test_decompression_bomb(photo, limit, monkeypatch):
         open_image(photo)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     assert open_image(photo).shape == (20, 30, 3)
+
+
+def test_taps_are_copied_to_a_device_once():
+    device = torch.device("cpu")
+    first = resample._taps_on(device, 37, 20, "bicubic")
+    assert all(a is b for a, b in zip(first, resample._taps_on(device, 37, 20, "bicubic"), strict=True))

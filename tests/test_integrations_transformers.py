@@ -296,6 +296,32 @@ def test_function_equals_sdpa(causal, kind, biased, heads):
     assert actual.is_contiguous()
 
 
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_shared_key_heads_are_not_copied_for_the_kernels(kind, monkeypatch):
+    q, k, v = make(2, 5, 4, 8).transpose(1, 2), make(2, 2, 7, 8, seed=1), make(2, 2, 7, 8, seed=2)
+    mask = {"none": None, "bool": make(2, 1, 5, 7) > -0.5, "float": make(2, 1, 5, 7)}[kind]
+    seen, original = [], attention.ops.attention
+
+    def watched(*tensors, **kwargs):
+        seen.append(tensors)
+        return original(*tensors, **kwargs)
+
+    monkeypatch.setattr(attention.ops, "attention", watched)
+    weight = make(2, 5, 4, 8, seed=3)
+    with attention.attention_backend("triton"):
+        results = []
+        for share in (lambda t: t, lambda t: t.repeat_interleave(2, 1)):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            keys, values = (share(t) for t in leaves[1:])
+            out, _ = integration.attention_forward(torch.nn.Identity(), leaves[0], keys, values, mask)
+            results.append([out, *torch.autograd.grad(out, leaves, weight)])
+    assert [tensors[1].shape[2] for tensors in seen] == [2, 4]
+    assert [t.data_ptr() for t in seen[0]] == [t.data_ptr() for t in (q, k, v)]
+    assert torch.equal(results[0][0], results[1][0])
+    for shared, copied in zip(*results, strict=True):
+        close(shared, copied)
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [

@@ -24,6 +24,9 @@ def implementation(backend):
     return entry.call
 
 
+SPLITTING = [config for config in kernels.CONFIGS if kernels.split_of(config) > 1]
+
+
 def operands(rows, outputs, inner, dtype, offset=0.0):
     """x, weight and bias of the size of a trained block's; `offset` is added to x."""
     return (
@@ -122,16 +125,19 @@ def test_configs_with_everything(config):
     needs(config)
     dtype = config_dtype(config)
     inner = 136 if dtype != torch.float32 else 40
-    args, norm = folded(*operands(197, 264, inner, dtype))
-    kwargs = {"activation": "gelu", **norm, **extras(197, 264, dtype)}
-    if config.blocks["BLOCK_N"] % ops.STATS_TILE:
+    rows, width = (67, 136) if config in SPLITTING else (197, 264)  # slow in the interpreter: every part of every tile
+    args, norm = folded(*operands(rows, width, inner, dtype))
+    kwargs = {"activation": "gelu", **norm, **extras(rows, width, dtype)}
+    if config.blocks["BLOCK_N"] % ops.STATS_TILE and config not in SPLITTING:
         check_op(with_config(config), reference.linear, *args, **kwargs)
     else:
         check_stats(kernels.linear(*args, **kwargs, stats=True, config=config), *args, **kwargs)
 
 
 @pytest.mark.parametrize(
-    "config", [c for c in kernels.CONFIGS if c.blocks["BLOCK_N"] <= 128], ids=lambda config: config.name
+    "config",
+    [c for c in kernels.CONFIGS if c.blocks["BLOCK_N"] <= 128 and c not in SPLITTING],
+    ids=lambda config: config.name,
 )
 def test_configs_with_swiglu(config):
     needs(config)
@@ -149,6 +155,28 @@ def test_programs_take_several_tiles():
         if device().type == "cpu":
             assert tiles > 2 * _common.num_sms(device()) * 2
         check_op(with_config(config), reference.linear, *operands(rows, 136, 64, torch.bfloat16))
+
+
+@pytest.mark.parametrize("config", SPLITTING[::2], ids=lambda config: config.name)
+def test_split_inner(config):
+    """Parts of several steps, the last one shorter; the bits of a row depend on nothing but the row."""
+    needs(config)
+    split = with_config(config)
+    args = operands(67, 72, 64 * 9 + 40, torch.float16)
+    check_op(split, reference.linear, *args)
+    assert torch.equal(split(*args)[64:], split(args[0][64:], *args[1:]))
+
+
+def test_a_lost_part_is_noticed(monkeypatch):
+    class OnePartLess:
+        def __getitem__(self, grid):
+            return lambda *args, SPLIT_K, **kwargs: whole[grid](*args, SPLIT_K=SPLIT_K - 1, **kwargs)
+
+    whole = kernels._linear_sum_kernel
+    monkeypatch.setattr(kernels, "_linear_sum_kernel", OnePartLess())
+    args = operands(9, 24, 64 * 8, torch.float16)
+    with pytest.raises(AssertionError, match="error"):
+        check_op(with_config(SPLITTING[-1]), reference.linear, *args)
 
 
 def test_path_by_alignment():
@@ -267,12 +295,17 @@ def test_through_ops():
 
 def test_pick_config():
     """Large tiles for much work, small ones for little, and never one that cannot run."""
-    name = lambda *args, **kwargs: kernels.pick_config(*args, sms=132, **kwargs).name  # noqa: E731
+    name = lambda *args, **kwargs: kernels.pick_config(*args, **{"inner": 768, "sms": 132} | kwargs).name  # noqa: E731
     half = torch.bfloat16
     assert name(256 * 197, 3072, half, tma=True) == "tma_128x256x64"
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
-    assert name(197, 768, half, tma=True) == "tma_64x64x64"
-    assert name(197, 768, half, tma=True, stats=True) == "tma_64x128x64"
+    assert name(197, 576, half, tma=True, inner=192) == "tma_64x64x64"
+    assert name(197, 192, half, tma=True, inner=192, stats=True) == "tma_64x128x64"
+    few = {"tma": True, "stats": True, "sms": 132}
+    assert name(197, 768, half, inner=3072, **few) == "tma_64x128x64_split4"  # 24 tiles, 48 steps
+    assert name(2 * 197, 768, half, inner=768, **few) == "tma_64x128x64"  # 42 tiles, but only 12 steps
+    assert name(197, 768, half, inner=3072, **few | {"sms": 24}) == "tma_64x128x64"  # as many tiles as that
+    assert name(197, 768, half, inner=3072, **few, gated=True) == "tma_64x128x64"
     assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_64x64x64"
     assert name(256 * 197, 4096, half, tma=False, gated=True) == "128x64x64"
     assert name(197, 192, torch.float32, tma=False, stats=True).startswith("float32")
@@ -280,7 +313,9 @@ def test_pick_config():
         for stats in (False, True):
             for gated in (False, True):
                 for tma, dtype in ((True, half), (False, half), (False, torch.float32)):
-                    config = kernels.pick_config(rows, 768, dtype, tma=tma, sms=108, gated=gated, stats=stats)
+                    config = kernels.pick_config(
+                        rows, 768, dtype, inner=3072, tma=tma, sms=108, gated=gated, stats=stats
+                    )
                     _linear_configs.check_config(config, dtype, tma, gated, stats)
 
 
@@ -369,6 +404,8 @@ def test_bad_config():
         kernels.linear(strided(x, gap=3), weight, bias, config=configs["tma_64x64x64"])
     with pytest.raises(ValueError, match="no multiple of 128 columns"):
         kernels.linear(x, weight, bias, stats=True, config=configs["64x64x64"])
+    with pytest.raises(ValueError, match="splits K, which swiglu's two sums cannot"):
+        kernels.linear(x, weight, activation="swiglu", config=configs["64x64x64_split4"])
     with pytest.raises(ValueError, match="not one for"):
         kernels.linear(x, weight, bias, config=configs["float32_32x64x32"])
     if _common.capability(device()) >= (9, 0):

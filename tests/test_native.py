@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,10 @@ def native(*args, **kwargs):
     return registry.backend("patch_embed", "native").call(*args, **kwargs)
 
 
+def packed(images, weight, *rest, **kwargs):
+    return ops.native.patch_embed_packed(images, ops.native.pack_patch_embed(weight, **kwargs), *rest, **kwargs)
+
+
 @needs_extension
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -60,6 +65,31 @@ def native(*args, **kwargs):
 def test_patch_embed(case, dtype, pixels, channels_last):
     args = [None if t is None else testing.guarded(t) for t in inputs(case, dtype, pixels, channels_last)]
     testing.check_op(native, reference.patch_embed, *args, patch_size=case[4], channels_last=channels_last)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
+def test_packed_weight(case, channels_last):
+    images, weight, *rest = inputs(case, torch.float32, torch.uint8, channels_last)
+    kwargs = {"patch_size": case[4], "channels_last": channels_last}
+    testing.check_op(packed, reference.patch_embed, images, testing.strided(weight), *rest, **kwargs)
+
+
+@needs_extension
+def test_packed_weight_is_checked():
+    images, weight, *rest = inputs(GRID[0], torch.float32, torch.uint8, True)
+    kwargs = {"patch_size": (16, 16), "channels_last": True}
+    with pytest.raises(ValueError, match=r"pack_patch_embed: weight has dtype torch.bfloat16, allowed: torch.float32"):
+        packed(images, weight.bfloat16(), *rest, **kwargs)
+    with pytest.raises(ValueError, match=r"K a multiple of the patch 16x16, got shape \(64, 767\)"):
+        packed(images, weight[:, 1:], *rest, **kwargs)
+    with pytest.raises(ValueError, match=r"needs K = 3\*16\*16 = 768, got 765"):
+        ops.native.patch_embed_packed(images, weight, *rest, **kwargs)
+    ready = ops.native.pack_patch_embed(weight, **kwargs)
+    assert ready.shape == (64, 771)
+    with pytest.raises(ValueError, match=r"not as pack_patch_embed returned it: strides \(1, 64\)"):
+        ops.native.patch_embed_packed(images, ready.t().contiguous().t(), *rest, **kwargs)
 
 
 @needs_extension
@@ -110,7 +140,7 @@ def test_flat_patches_are_nearly_exact(pixels, channels_last):
     per_channel -= per_channel.mean(dim=1 if channels_last else 2, keepdim=True)
     kwargs = {"patch_size": (16, 16), "channels_last": channels_last}
     exact = reference.patch_embed(images, weight, **kwargs, upcast=True)
-    ours, plain = ((call(images, weight, **kwargs) - exact).abs().max() for call in (native, reference.patch_embed))
+    ours, plain = ((call(images, weight, **kwargs) - exact).abs().max() for call in (packed, reference.patch_embed))
     assert ours < 0.05 * plain
 
 
@@ -255,11 +285,41 @@ def test_a_device_may_have_limits_of_its_own():
     ]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_cuda_part_is_set_up_where_torch_has_cuda():
+def toolkit(folder):
+    """A CUDA toolkit as far as setup.py looks at it."""
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        file = folder / name
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    return folder
+
+
+def test_toolkit_is_found_beside_an_nvcc_that_is_a_script(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("VITFAST_BUILD", "0")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    locate = runpy.run_path(str(ROOT / "setup.py"))["locate_toolkit"]
+    home, script = toolkit(tmp_path / "cuda"), tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    for nvcc, there, found in ((script, {}, str(home)), (home / "bin" / "nvcc", {}, None),
+                               (script, {"CUDA_PATH": "elsewhere"}, None)):  # fmt: skip
+        with monkeypatch.context() as context:
+            context.delenv("CUDA_HOME", raising=False)
+            context.delenv("CUDA_PATH", raising=False)
+            context.setenv("PATH", str(nvcc.parent))
+            for name, value in there.items():
+                context.setenv(name, value)
+            locate(home)
+            assert os.environ.get("CUDA_HOME") == found
+            os.environ.pop("CUDA_HOME", None)
+
+
+def test_cuda_part_is_set_up_where_torch_has_cuda(tmp_path):
+    home = toolkit(tmp_path)
     code = (
         "import json, runpy, sys, setuptools, torch.utils.cpp_extension as e;"
-        f"e.torch.version.cuda = '13.0'; e.CUDA_HOME = {str(Path(shutil.which('nvcc') or '').parents[1])!r};"
+        f"e.torch.version.cuda = '13.0'; e.CUDA_HOME = {str(home)!r};"
         "sys.argv = ['setup.py', 'build_ext'];"
         "setuptools.setup = lambda ext_modules, **rest: print(json.dumps([ext_modules[0].sources,"
         " ext_modules[0].extra_compile_args['nvcc'], ext_modules[0].define_macros]));"
@@ -272,11 +332,14 @@ def test_cuda_part_is_set_up_where_torch_has_cuda():
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
 
     sources, nvcc, macros = json.loads(configured({"VITFAST_CUDA_ARCHS": "80;90"}).stdout)
+    assert {"csrc/cuda/patch_embed.cu", "csrc/cuda/patch_embed_op.cpp"} <= set(sources)
     assert {"csrc/cuda/attention.cu", "csrc/cuda/attention_op.cpp", "csrc/cpu/attention.cpp"} <= set(sources)
     assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(nvcc)
     assert ["VITFAST_CUDA_STATE", '"80;90"'] in macros
     if not torch.cuda.is_available():
         assert "no CUDA kernels: there is no GPU of compute capability 8.0" in configured({}).stderr
+    (home / "include" / "cuda_runtime.h").unlink()
+    assert f"there is no cuda_runtime.h below {home}" in configured({}).stderr
 
 
 @pytest.mark.parametrize(
@@ -285,9 +348,10 @@ def test_cuda_part_is_set_up_where_torch_has_cuda():
         ({"VITFAST_BUILD": "0"}, "", 0, "NOTICE: installing without the C++ extension: VITFAST_BUILD=0"),
         ({}, "sys.modules['torch'] = None;", 0, "NOTICE: installing without the C++ extension: torch cannot be"),
         ({"CXX": "no-such-c++"}, "", 0, "there is no C++ compiler 'no-such-c++'"),
+        ({"CXX": "false"}, "", 0, "the C++ compiler 'false' does not even tell its version"),
         ({"VITFAST_BUILD": "1", "CXX": "no-such-c++"}, "", 1, "VITFAST_BUILD=1, but the C++ extension cannot be"),
     ],
-    ids=["off", "no torch", "no compiler", "insisted on"],
+    ids=["off", "no torch", "no compiler", "broken compiler", "insisted on"],
 )
 def test_install_without_extension(tmp_path, environment, code, status, message):
     if importlib.util.find_spec("setuptools") is None:

@@ -1,4 +1,4 @@
-"""The C++ extension's CUDA attention on a GPU. Without one, see test_emulated_attention.py."""
+"""The C++ extension's CUDA kernels on a GPU. Without one, see test_emulated_*.py."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,7 @@ import torch
 
 from vitfast import ops
 from vitfast.ops import reference, registry
-from vitfast.testing import check_op, guarded, make, strided
+from vitfast.testing import assert_close, check_op, guarded, make, strided
 
 FP16, BF16 = DTYPES = (torch.float16, torch.bfloat16)
 
@@ -87,3 +87,90 @@ def test_never_the_unmeasured_default():
     able, _ = registry.candidates(registry.Spec.of("attention", q, head_dim=64, queries=50, keys=50))
     assert [entry.name for entry in able].index("torch") < [entry.name for entry in able].index("native")
     assert torch.equal(ops.attention(q, k, v, backend="native"), native(q, k, v))
+
+
+def why_no_linear():
+    if why_not():
+        return why_not()
+    entry, capability = registry.backend("linear", "native"), torch.cuda.get_device_capability()
+    return "; ".join(entry.why_not(registry.Spec("linear", "cuda", BF16, capability)))
+
+
+needs_linear = pytest.mark.skipif(bool(why_no_linear()), reason=why_no_linear() or "-")
+
+
+def native_linear(*args, **kwargs):
+    return registry.backend("linear", "native").call(*args, **kwargs)
+
+
+def operands(m, n, k, dtype=BF16):
+    x, weight = make(m, k, dtype=dtype), make(n, k, dtype=dtype, scale=k**-0.5, seed=1)
+    return guarded(x), guarded(weight), guarded(make(n, dtype=dtype, seed=2))
+
+
+@needs_linear
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 8, 8), (197, 768, 768), (197, 1000, 768), (6304, 2304, 768), (6304, 3072, 768), (6304, 768, 3072),
+     (25216, 576, 192), (513, 1408, 6144)],
+)  # fmt: skip
+def test_linear_sizes(m, n, k, dtype):
+    check_op(native_linear, reference.linear, *operands(m, n, k, dtype), activation="gelu")
+
+
+@needs_linear
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"])
+@pytest.mark.parametrize("rows", [130, 6304])
+def test_linear_epilogues(rows, activation):
+    x, weight, bias = operands(rows, 1536, 776)
+    width = 768 if activation == "swiglu" else 1536
+    extras = {"layer_scale": make(width, dtype=BF16, seed=3), "residual": make(rows, width, dtype=BF16, seed=4)}
+    norm = {"row_stats": reference.row_stats(x), "weight_sum": weight.float().sum(1)}
+    for kwargs in (extras, norm, extras | norm):
+        check_op(native_linear, reference.linear, x, weight, bias, activation=activation, **kwargs)
+    y, stats = native_linear(x, weight, bias, activation=activation, **extras, stats=True)
+    assert_close(stats, reference.row_stats(y, upcast=True), reference.row_stats(y))
+
+
+@needs_linear
+def test_linear_views_graphs_and_repeats():
+    x, weight, bias = guarded(make(4, 197, 1024, dtype=BF16))[..., 64:832], *operands(1, 1000, 768)[1:]
+    check_op(native_linear, reference.linear, x, weight, bias)
+    want = native_linear(x, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = native_linear(x, weight, bias)
+    for _ in range(20):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
+    assert not native_linear(x[:, :0], weight, bias).numel()
+
+
+@needs_linear
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, b: ((x, w[:63], b[:63]), {}), "N and K must be multiples of 8 on CUDA, got 63 and 72"),
+        (
+            lambda x, w, b: ((x[:, 1:65], w[:, 1:65], b), {}),
+            "the rows of x with strides .* not all aligned to 16 bytes",
+        ),
+        (lambda x, w, b: ((x, w, b[:10]), {}), "bias has shape"),
+        (lambda x, w, b: ((x, w, b.float()), {}), "bias has dtype torch.float32"),
+        (lambda x, w, b: ((x, w, b), {"activation": "relu"}), "activation must be one of gelu, .*, got 'relu'"),
+        (lambda x, w, b: ((x, w, b), {"row_stats": make(16, 1, 2)}), "only one was given"),
+        (lambda x, w, b: ((x, w.cpu(), b), {}), "weight is on cpu, but x is on cuda"),
+    ],
+)
+def test_linear_rejects(change, message):
+    args, kwargs = change(*operands(16, 64, 72))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        native_linear(*args, **kwargs)
+
+
+@needs_linear
+def test_linear_is_never_the_unmeasured_default():
+    able, _ = registry.candidates(registry.Spec("linear", "cuda", BF16, (9, 0), {"rows": 8, "inner": 8, "width": 8}))
+    assert [entry.name for entry in able].index("torch") < [entry.name for entry in able].index("native")

@@ -30,9 +30,14 @@ def _arguments() -> dict[str, tuple]:
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
         "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, *HEADS, "auto"),
-        "mlp": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
+        "mlp": (x, weight, bias, make(48, 64), None, "gelu_tanh", None, x, total, 1e-6),
+        "mlp_stats": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
         "quantized_linear": (
+            *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
+            "gelu", None, None, torch.float32,
+        ),
+        "quantized_linear_requantize": (
             *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
             "gelu", None, None, torch.float32,
         ),
@@ -76,14 +81,24 @@ def test_every_op_has_every_part():
 def test_forced_backend_that_cannot_run_gives_every_reason(monkeypatch):
     entry = ops.Backend(
         "triton", "linear", lambda: None, devices=("cuda",), dtypes=("float16",), min_capability=(9, 0),
-        limits={"width": (1, 10)},
+        limits={"width": (1, 10)}, multiples={"width": 24, "inner": 8},
     )  # fmt: skip
     monkeypatch.setattr(registry, "backend", lambda op, name: entry)
     spec = ops.Spec("linear", "cpu", torch.float32, (8, 6), {"width": 64})
     with pytest.raises(ops.BackendError) as error:
         ops.choose(spec, "triton")
-    for part in ("device cpu", "dtype float32", "8.6 is below 9.0", "width 64 is outside 1..10"):
+    for part in (
+        "device cpu",
+        "dtype float32",
+        "8.6 is below 9.0",
+        "width 64 is outside 1..10",
+        "width 64 is not a multiple of 24",
+    ):
         assert part in str(error.value)
+    entry = ops.Backend("native", "linear", lambda: None, min_capability=(9, 0), max_capability=(9, 0))
+    for capability, reasons in {(8, 9): 1, (9, 0): 0, (10, 0): 1}.items():
+        assert len(entry.why_not(ops.Spec("linear", "cuda", torch.float16, capability))) == reasons
+    assert entry.why_not(spec)[0] == "compute capability 8.6 is below 9.0"
 
 
 def test_unknown_backend_and_op_are_named():

@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from vitfast import predict
-from vitfast.benchmarks import predicted
+from vitfast import launches, predict
+from vitfast.benchmarks import predicted, shapes
 from vitfast.config import NAMED
 
 
@@ -49,12 +50,52 @@ def test_flops_and_bytes_of_vit_base_by_hand():
     assert row(result, "row_stats")["bytes"] == 2 * m * c
 
 
+@pytest.mark.parametrize("dtype", launches.QUANTIZED)
+def test_flops_and_bytes_of_quantised_vit_base_by_hand(dtype):
+    result, m, c = prediction(dtype=dtype), 256 * 197, 768
+    assert result["gflop_per_image"] == prediction()["gflop_per_image"]
+    # Operands are one byte and scales four; bias, output and residual two.
+    assert row(result, "quantized_qkv")["bytes"] == m * c + 3 * c * c + 4 * (m + 3 * c) + 2 * (3 * c + m * 3 * c)
+    assert row(result, "quantized_proj")["bytes"] == m * c + c * c + 4 * (m + c) + 2 * (c + 2 * m * c)
+    # 24 groups of the hidden rows have a scale each.
+    assert (
+        row(result, "hidden_fc1")["bytes"] == m * c + 4 * c * c + 4 * (m + 4 * c) + 2 * 4 * c + m * 4 * c + 4 * m * 24
+    )
+    assert row(result, "hidden_fc2")["bytes"] == m * 4 * c + 4 * c * c + 4 * (24 * m + c) + 2 * (c + 2 * m * c)
+    assert row(result, "quantize_qkv")["bytes"] == 2 * m * c + m * c + 4 * m + 2 * 2 * c
+    assert row(result, "quantize_proj")["bytes"] == 2 * m * c + m * c + 4 * m
+    assert row(result, "attention") == {**row(prediction(), "attention"), "share": row(result, "attention")["share"]}
+    peak = {"fp8": 1979, "int8": 1979}[dtype] * launches.SUSTAINED_EIGHT
+    qkv = row(result, "quantized_qkv")
+    assert qkv["math_us"] == pytest.approx(2 * m * c * 3 * c / peak / 1e6 / qkv["tile_share"] / qkv["wave_share"])
+
+
 def test_launches_are_those_of_the_forward():
     sites = {row["site"]: row["count"] for row in prediction()["launches"]}
     assert sites == {
         "patch_embed": 1, "row_stats": 1, "qkv": 12, "attention": 12, "proj": 12, "fc1": 12, "fc2": 12,
         "norm": 1, "head": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", launches.QUANTIZED)
+def test_launches_of_a_quantised_forward(dtype):
+    sites = {row["site"]: row["count"] for row in prediction(dtype=dtype)["launches"]}
+    block = ("quantize_qkv", "quantized_qkv", "attention", "quantize_proj", "quantized_proj", "quantize_fc1",
+             "hidden_fc1", "hidden_fc2")  # fmt: skip
+    assert sites == {"patch_embed": 1, **dict.fromkeys(block, 12), "norm": 1, "head": 1}
+
+
+def test_split_products_of_vit_base_at_batch_1_by_hand():
+    """fc2 has 4 x 6 tiles of 64 x 128 and cuts K into 4 parts, whose fp32 sums are written, and read by a launch."""
+    result, m, c, f = prediction(batch=1), 197, 768, 3072
+    fc2, added = row(result, "fc2"), row(result, "fc2_sum")
+    assert fc2["config"] == "tma_64x128x64_split4"
+    assert fc2["wave_share"] == pytest.approx(4 * 4 * 6 / 264)
+    assert fc2["bytes"] == 2 * (m * f + c * f) + 4 * 4 * m * c
+    assert added["bytes"] == 4 * 4 * m * c + 2 * (c + 2 * m * c)
+    assert (added["count"], added["flops"], added["bound"]) == (12, 0, "memory")
+    assert row(result, "fc1")["config"] == "tma_64x128x64"
 
 
 def test_sum_share_and_rate_agree():
@@ -68,25 +109,34 @@ def test_sum_share_and_rate_agree():
 
 def test_no_prediction_beats_the_data_sheet():
     for model in NAMED:
-        for chip, card in predict.CHIPS.items():
+        for chip, card in launches.CHIPS.items():
             for row in prediction(model, chip=chip)["launches"]:
                 assert row["flops"] / row["time_us"] / 1e6 <= card.half_tflops
                 assert row["bytes"] / row["time_us"] / 1e3 <= card.memory_gb_s
+            for dtype, kind in launches.QUANTIZED.items():
+                if peak := launches.peak_tflops(card, kind):
+                    for row in prediction(model, chip=chip, dtype=dtype)["launches"]:
+                        assert row["flops"] / row["time_us"] / 1e6 <= peak
                 assert row["bound"] in ("math", "memory", "exp")
                 assert 0 < row["tile_share"] <= 1
                 assert 0 < row["wave_share"] <= 1
 
 
 def test_tile_and_wave_shares_by_hand():
-    assert predict._wave_share(132, 132) == 1
-    assert predict._wave_share(133, 132) == pytest.approx(133 / 264)
+    assert launches._wave_share(132, 132) == 1
+    assert launches._wave_share(133, 132) == pytest.approx(133 / 264)
     attention = row(prediction(), "attention")  # 197 queries in 4 tiles of 64, 197 keys in 208
     assert attention["tile_share"] == pytest.approx(197 * 197 / (256 * 208))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"chip": "v100"}, "'v100'"), ({"dtype": "fp4"}, "'fp4'"), ({"batch": 0}, "got 0")],
+    [
+        ({"chip": "v100"}, "'v100'"),
+        ({"dtype": "fp4"}, "'fp4'"),
+        ({"batch": 0}, "got 0"),
+        ({"chip": "a100", "dtype": "fp8"}, "A100 SXM 80 GB has no"),
+    ],
 )
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -100,8 +150,13 @@ def command(*arguments):
     )
 
 
-def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
-    done = command("--model", "vit_base_patch16_224", "--batch", "256", "--chip", "h100", "--json")
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(256, "bf16"), pytest.param(1, "bf16", marks=pytest.mark.full), pytest.param(256, "fp8", marks=pytest.mark.full)],
+)
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(batch, dtype):
+    options = ("--batch", str(batch), "--chip", "h100", "--dtype", dtype, "--json")
+    done = command("--model", "vit_base_patch16_224", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("occupancy_note") == ""
@@ -110,7 +165,7 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch():
         launch.pop("measured_us", None)
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
-    assert found == json.loads(json.dumps(prediction()))
+    assert found == json.loads(json.dumps(prediction(batch=batch, dtype=dtype)))
 
 
 def test_occupancy_that_is_not_known_is_said():
@@ -155,6 +210,24 @@ def test_measurements_stand_beside_the_prediction(tmp_path, monkeypatch):
         console.print(part)
     text = console.export_text()
     assert "predicted, not measured" in text and "measured: 15,000 img/s (c.json)" in text and "250.0" in text
+
+
+def test_measurements_of_a_quantised_forward():
+    """Products in 8 bits by rows in 8 bits, all else by those in bf16."""
+    config, fp8 = NAMED["vit_base_patch16_224"], "float8_e4m3fn"
+    found = {**shapes.site_dims(config, 256), **shapes.quantized_site_dims(config, 256, "fp8")}
+    kinds = [kind for i, kind in enumerate(found.values()) if kind not in list(found.values())[:i]]
+    rows = [
+        {**KERNELS, "op": op, "dims": dims, "dtype": fp8 if "precision" in dims else "bfloat16", "median_ms": i}
+        for i, (op, dims) in enumerate(kinds, 1)
+    ]
+    rows += [{**row, "dtype": "int8", "median_ms": 99} for row in rows]
+    rows += [{**WHOLE, "images_per_s": 1.0}, {**WHOLE, "peer": "vitfast fp8", "dtype": fp8, "images_per_s": 2.0}]
+    result = prediction(dtype="fp8")
+    predicted.add_measured(result, config, [(Path("x.json"), {"rows": rows})])
+    for launch in result["launches"]:
+        assert launch["measured_us"] == 1e3 * (1 + kinds.index(found[launch["site"]])), launch
+    assert result["measured_images_per_s"] == 2.0
 
 
 def test_command_says_that_it_predicts_and_refuses_mixtures():

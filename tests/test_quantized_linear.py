@@ -49,13 +49,80 @@ def test_epilogues(extra, activation, dtype, kind):
 
 
 @each_kind
-@pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", kernels.CONFIGS[:2], ids=lambda config: config.name)
 def test_configs(config, kind):
-    """Several tiles each way, and more tile rows than one group."""
+    """Several tiles each way, and more tile rows than one group; the third config is for `requantize` below."""
     rows = config.blocks["BLOCK_M"] * 9 + 5
     args, residual = operands(rows, 136, 264, kind), guarded(make(rows, 136, dtype=torch.bfloat16, seed=4))
     run = lambda *a, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
     check_op(run, reference.quantized_linear, *args, activation="gelu", residual=residual)
+
+
+def in_groups(x, kind):
+    """x in 8 bits with a scale for each 128 columns of a row."""
+    parts = [reference.quantize(part, dtype=kind) for part in x.split(ops.SCALE_GROUP, dim=-1)]
+    values, scales = zip(*parts, strict=True)
+    return guarded(torch.cat([v.view(torch.int8) for v in values], dim=-1).view(kind)), guarded(torch.stack(scales, -1))
+
+
+@each_kind
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize("inner", [1, 264])
+def test_scales_of_groups(inner, config, kind):
+    """Groups whose sizes are far apart, the last a short one, and residual and LayerScale after."""
+    x = make(70, inner) * 10.0 ** (torch.arange(inner, device=device()) // 128 - 1)
+    args = (*in_groups(x, kind), *operands(70, 136, inner, kind)[2:])
+    extra = {"residual": make(70, 136, dtype=torch.bfloat16, seed=4), "layer_scale": make(136, dtype=torch.bfloat16)}
+    run = lambda *a, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
+    check_op(run, reference.quantized_linear, *args, **extra)
+
+
+@each_kind
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("width", [1, 128, 300])
+def test_requantized_output(width, activation, kind):
+    """Values and the scales of their groups, of 8-bit operands with scales of rows or of groups."""
+    args = operands(50, 2 * width if activation == "swiglu" else width, 200, kind)
+    check(*args, activation=activation, requantize=True)
+    grouped = in_groups(make(50, 200), kind)
+    check(*grouped, *args[2:], activation=activation, requantize=True)
+
+
+@each_kind
+def test_requantized_output_at_every_config(kind):
+    args = operands(150, 264, 72, kind)
+    for config in kernels.CONFIGS:
+        run = lambda *a, config=config, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
+        if config.blocks["BLOCK_N"] == ops.SCALE_GROUP:
+            check_op(run, reference.quantized_linear, *args, requantize=True)
+        else:
+            with pytest.raises(ValueError, match=config.name):
+                run(*args, requantize=True)
+
+
+@each_kind
+def test_the_reference_requantizes_what_it_would_return(kind):
+    args = operands(9, 300, 72, kind, torch.float32)
+    values, scale = reference.quantized_linear(*args, activation="gelu", requantize=True)
+    want, want_scale = in_groups(reference.quantized_linear(*args, activation="gelu", dtype=torch.float32), kind)
+    assert torch.equal(values.float(), want.float()) and torch.equal(scale, want_scale)
+
+
+@each_kind
+@pytest.mark.parametrize("implementation", [kernels.quantized_linear, reference.quantized_linear])
+def test_no_rows_and_one_axis(implementation, kind):
+    x, x_scale, *rest = operands(3, 24, 40, kind)
+    assert implementation(x[:0], x_scale[:0], *rest).shape == (0, 24)
+    assert implementation(x[:0], x_scale[:0], *rest, requantize=True)[1].shape == (0, 1)
+    assert torch.equal(implementation(x[0], x_scale[0], *rest), implementation(x, x_scale, *rest)[0])
+
+
+@pytest.mark.parametrize("implementation", [kernels.quantized_linear, reference.quantized_linear])
+def test_a_nan_stays_in_its_row(implementation):
+    x, x_scale, *rest = operands(5, 300, 40, torch.int8)
+    x_scale[2] = float("nan")
+    _, scale = implementation(x, x_scale, *rest, requantize=True)
+    assert scale.isnan().all(1).tolist() == scale.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("implementation", [kernels.quantized_linear, reference.quantized_linear])
@@ -96,11 +163,30 @@ def test_wrong_kernels_are_noticed(right, wrong, kind, tmp_path):
         check_op(copy.quantized_linear, reference.quantized_linear, *args, activation="swiglu")
 
 
+@each_kind
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("+ k // BLOCK_K", ""),
+        ("(value, y.dtype.element_ty)", "(value * 1.1, y.dtype.element_ty)"),
+        ("tl.cdiv(N, BLOCK_N) + tile_n, group_scale", "tl.cdiv(N, BLOCK_N) + tile_n, group_scale * 0.99"),
+    ],
+)
+def test_wrong_groups_are_noticed(right, wrong, kind, tmp_path):
+    copy = mutant(kernels, right, wrong, tmp_path)
+    args = (*in_groups(make(50, 264), kind), *operands(50, 264, 264, kind)[2:])
+    check(*args, requantize=True)
+    with pytest.raises(AssertionError):
+        check_op(copy.quantized_linear, reference.quantized_linear, *args, requantize=True)
+
+
 def test_pick_config():
-    large, small = kernels.CONFIGS
+    large, small, one_group = kernels.CONFIGS
     assert kernels.pick_config(256 * 197, 3072, sms=132) is large
     assert kernels.pick_config(256 * 197, 8192, sms=132, gated=True) is small
     assert kernels.pick_config(197, 768, sms=132) is small
+    assert kernels.pick_config(256 * 197, 3072, sms=132, requantize=True) is large
+    assert kernels.pick_config(256 * 197, 8192, sms=132, gated=True, requantize=True) is one_group
 
 
 @pytest.mark.parametrize("call", [kernels.quantized_linear, ops.quantized_linear], ids=["kernel", "op"])
@@ -111,6 +197,7 @@ def test_pick_config():
         ({"weight": torch.zeros(24, 39, dtype=torch.int8)}, r"\(7, 40\) and \(24, 39\)"),
         ({"weight": torch.zeros(24, 40)}, "weight has dtype torch.float32"),
         ({"x_scale": torch.zeros(6)}, r"x_scale has shape \(6,\), expected \(7,\)"),
+        ({"x_scale": torch.zeros(7, 2)}, r"x_scale has shape \(7, 2\), expected \(7, 1\)"),
         ({"weight_scale": torch.zeros(23)}, r"weight_scale has shape \(23,\)"),
         ({"bias": torch.zeros(24)}, "bias has dtype torch.float32"),
         ({"residual": torch.zeros(6, 24, dtype=torch.bfloat16)}, r"residual has shape \(6, 24\)"),

@@ -1,5 +1,7 @@
 """FP8 and INT8 models: whole forwards, what is kept in bf16, refusals, and what they cost in accuracy."""
 
+import dataclasses
+import functools
 import gzip
 from pathlib import Path
 
@@ -8,12 +10,13 @@ import pytest
 import torch
 import weights
 from PIL import Image
-from test_engine import FAMILIES, SMALL, engine
+from test_engine import FAMILIES, PREPROCESS, SMALL, engine
 from typer.testing import CliRunner
 
 import vitfast
-from vitfast import ops, planner, testing
+from vitfast import model, ops, planner, sites, testing
 from vitfast.cli import app
+from vitfast.engine import Engine
 from vitfast.ops import registry
 
 PRECISIONS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -28,25 +31,82 @@ def images(config, batch=3):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_stays_near_bf16(family, precision):
-    """Random weights: every token's cosine to bf16 is near 1, and no output is bf16's own."""
-    config = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES[family]})
+    """Random weights: tokens' mean cosine to bf16 is near 1, hidden rows in groups cost no more than a pass."""
+    config, batch = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES[family]}), 16
     plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision)
     assert (quantized.dtype, quantized.precision) == (torch.bfloat16, precision)
-    want, got = plain(images(config)), quantized(images(config))
+    want, got = plain(images(config, batch)), quantized(images(config, batch))
     assert got.tokens.dtype == got.embedding.dtype == torch.bfloat16
     assert not torch.equal(got.tokens, want.tokens)
-    assert torch.cosine_similarity(got.tokens.float(), want.tokens.float(), dim=-1).min() > COSINE
+    calls = {site: call for site, call in quantized.plan.calls.items() if site not in model.HIDDEN_SITES}
+    quantized.plan = dataclasses.replace(quantized.plan, calls=calls)
+    apart = quantized(images(config, batch))
+    loss, loss_apart = (
+        1 - torch.cosine_similarity(out.tokens.double(), want.tokens.double(), dim=-1).mean() for out in (got, apart)
+    )
+    assert loss < 1 - COSINE
+    assert loss < 1.1 * loss_apart
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_are_quantised_and_the_rest_is_not(precision):
-    made = engine(dtype=precision)
+    made = engine(dtype=precision, backend="torch")
     for block in made._weights.blocks:
         for dense in (block.qkv, block.proj, block.fc1, block.fc2):
             assert dense.weight.dtype == PRECISIONS[precision]
             assert dense.scale.shape == dense.weight.shape[:1]
     assert made._weights.head.weight.dtype == made._weights.embed_float.weight.dtype == torch.bfloat16
     assert not {"qkv", "proj", "fc1", "fc2", "mlp", "row_stats"} & set(made.plan.backends)
+
+
+@pytest.mark.parametrize(("keep", "mlp"), [
+    ((), ["quantize", "hidden_fc1", "hidden_fc2"]),
+    (("fc2",), ["quantize", "quantized_fc1", "fc2"]),
+    (("fc1",), ["layer_norm", "fc1", "quantize", "quantized_fc2"]),
+])  # fmt: skip
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_quantised_block_is_eight_launches(precision, keep, mlp):
+    """The hidden rows, its largest activation, are never read by a pass of their own."""
+    small, launches = engine(dtype=precision, keep=keep, backend="triton" if not keep else "auto"), []
+
+    def counted(site, call):
+        return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
+
+    calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
+    small.plan = dataclasses.replace(small.plan, calls=calls)
+    small.run(images(SMALL, 1).bfloat16())
+    block = ["quantize", "quantized_qkv", "attention", "quantize", "quantized_proj", *mlp]
+    assert launches == ["patch_embed", *block * SMALL.depth, "layer_norm", "head"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_hidden_sites_are_left_out_where_a_plan_measures_them_slower(precision, monkeypatch):
+    milliseconds = {"quantize": 1.0, "quantized_linear": 2.0}
+
+    def measure(call, entries, device, hidden):
+        slow = call.spec.features and hidden
+        return entries[0], {"ms": {"torch": 9.0 if slow else milliseconds.get(call.op, 1.0)}, "refused": {}}
+
+    monkeypatch.setattr(planner, "candidates", lambda spec: ([registry.backend(spec.op, "torch")] * 2, {}))
+    for hidden in (False, True):
+        monkeypatch.setattr(planner, "measure", functools.partial(measure, hidden=hidden))
+        options = {"device": testing.device(), "dtype": torch.bfloat16, "quantized": PRECISIONS[precision]}
+        chosen, _ = planner._site_backends(SMALL, backend="auto", batch=1, **options)
+        assert set(model.HIDDEN_SITES) & set(chosen) == (set() if hidden else set(model.HIDDEN_SITES))
+
+
+def test_fp8_weights_are_widened_once_on_the_cpu():
+    """A planned model keeps them in fp32, which gives the same bits; forced, PyTorch widens them at every call."""
+    checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL), PREPROCESS)
+    kept, plain = (Engine(checkpoint, device="cpu", dtype="fp8", backend=name) for name in ("auto", "torch"))
+    for block, its in zip(kept._weights.blocks, plain._weights.blocks, strict=True):
+        assert its.fc2.weight.dtype == torch.float8_e4m3fn and block.fc2.weight.dtype == torch.float32
+        x = ops.quantize(testing.make(5, SMALL.mlp_dim).cpu(), dtype=torch.float8_e4m3fn)
+        run, again = (made.plan.calls["quantized_fc2"] for made in (kept, plain))
+        assert torch.equal(run(*x, block.fc2.weight, block.fc2.scale), again(*x, its.fc2.weight, its.fc2.scale))
+    call = sites.site_call(SMALL, "quantized_fc2", 1, torch.device("cpu"), torch.float8_e4m3fn)
+    timed = planner._runner(registry.backend("quantized_linear", "torch"), call)
+    assert [t.dtype for t in timed.args[:4]] == [torch.float8_e4m3fn, *3 * [torch.float32]], "timed as it will run"
 
 
 def test_kept_products_stay_as_they_are():
@@ -90,8 +150,8 @@ def test_gpus_without_such_products_refuse(precision, capability):
 def test_every_site_is_measured_on_arguments_of_its_own(precision):
     """What the planner would do on a GPU: check both backends at every quantised site, and time them."""
     quantized = PRECISIONS[precision]
-    for site in planner.QUANTIZED_SITES:
-        call = planner.site_call(SMALL, site, 1, testing.device(), quantized)
+    for site in model.QUANTIZED_SITES:
+        call = sites.site_call(SMALL, site, 1, testing.device(), quantized)
         entries = [registry.backend(call.op, name) for name in ("torch", "triton")]
         _, record = planner.measure(call, entries, testing.device())
         assert set(record["ms"]) == {"torch", "triton"}, record
@@ -125,7 +185,9 @@ def test_clips_embeddings_of_photos(precision, exact):
 
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-TRAIN, HELD_OUT, CHUNK, POINTS = 1000, 1000, 50, 0.5
+TRAIN, HELD_OUT, CHUNK, POINTS = 1000, 3000, 50, 0.5
+"""Two probes that disagree on 3 % of n images differ in accuracy by sqrt(0.03 / n) from chance alone: 0.55 points
+for 1000 images, which would make a bound of 0.5 a matter of luck, and 0.32 for 3000."""
 
 
 def fashion(part, count):
@@ -139,13 +201,13 @@ def fashion(part, count):
     return pixels.reshape(-1, 28, 28)[:count], labels[:count]
 
 
-@pytest.mark.full  # hours on two cores: the emulation takes about a second an image
+@pytest.mark.full  # 12000 images at a quarter of a second on two idle cores
 @pytest.mark.timeout(4 * 3600)
 def test_linear_probe_keeps_its_accuracy():
-    """A probe trained on each precision's own embeddings, judged on held-out images, in points of accuracy."""
+    """On held-out images, in points: fp32's own probe on each precision's embeddings, and a probe trained on those."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the probe is scikit-learn's")
     (train, train_labels), (test, test_labels) = fashion("train", TRAIN), fashion("t10k", HELD_OUT)
-    accuracy = {}
+    accuracy, right, probes = {}, {}, {}
     for precision in ("fp32", *PRECISIONS):
         made = vitfast.load(weights.clip_vit_b16(), device=testing.device(), dtype=precision)
 
@@ -157,11 +219,16 @@ def test_linear_probe_keeps_its_accuracy():
                 parts.append(made(batch, preprocessed=True).embedding.float())
             return torch.nn.functional.normalize(torch.cat(parts), dim=-1).cpu().numpy()
 
-        probe = linear_model.LogisticRegression(C=10.0, max_iter=2000).fit(embed(train), train_labels)
-        accuracy[precision] = 100 * probe.score(embed(test), test_labels)
-    print(accuracy)
-    for precision in PRECISIONS:
-        assert accuracy[precision] >= accuracy["fp32"] - POINTS, accuracy
+        features = embed(test)
+        probes[precision] = linear_model.LogisticRegression(C=10.0, max_iter=2000).fit(embed(train), train_labels)
+        for trained in {"fp32": None, precision: None}:
+            right[precision, trained] = probes[trained].predict(features) == test_labels
+            accuracy[precision, trained] = 100 * right[precision, trained].mean()
+    for run, correct in right.items():
+        lost, won = (right["fp32", "fp32"] & ~correct).sum(), (correct & ~right["fp32", "fp32"]).sum()
+        print(f"{run[0]}, probe of {run[1]}: {accuracy[run]:.2f} %; {lost} images lost and {won} won of {len(correct)}")
+    for run, score in accuracy.items():
+        assert score >= accuracy["fp32", "fp32"] - POINTS, (run, accuracy)
 
 
 def test_verify_shows_the_cosine(tmp_path):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     )
     from vitfast.images import ImageError, Preprocess
     from vitfast.integrations import Swap, replace_attention
-    from vitfast.model import Output
     from vitfast.ops import BackendError
+    from vitfast.output import Output
     from vitfast.verify import verify, verify_swap
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _PUBLIC = {
     "CheckpointError": "vitfast.checkpoints",
     "Engine": "vitfast.engine",
     "ImageError": "vitfast.images",
-    "Output": "vitfast.model",
+    "Output": "vitfast.output",
     "Preprocess": "vitfast.images",
     "Swap": "vitfast.integrations",
     "ViTConfig": "vitfast.config",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import vitfast
-from vitfast.ops import registry
+from vitfast.ops import registry, scaled_mm
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -116,22 +116,25 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
         source: as `vitfast.load` takes it. device, dtype: likewise.
 
     Returns:
-        model, device, dtype; sites: one entry per part of the forward: site, op, dims, uses, ms (median
-        milliseconds of each backend that was timed), refused (backend -> reasons).
+        model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
+        uses, ms (median milliseconds of each backend that was timed), refused (backend -> reasons).
 
     Raises:
         As `vitfast.load`.
     """
-    from vitfast import engine, planner
+    from vitfast import engine
+    from vitfast.sites import site_dtype, site_spec
 
     made = engine.load(source, device=device, dtype=dtype)
     sites = []
     for site, uses in made.plan.backends.items():
-        dtype_there = planner.site_dtype(site, made.dtype, made.plan.quantized)
-        spec = planner.site_spec(made.config, site, 1, made.device, dtype_there)
+        dtype_there = site_dtype(site, made.dtype, made.plan.quantized)
+        spec = site_spec(made.config, site, 1, made.device, dtype_there)
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
+        if spec.op == "quantized_linear" and (reasons := scaled_mm.why_not(spec)):
+            refused["torch._scaled_mm"] = "; ".join(reasons)
         sites.append(
             {
                 "site": site,
@@ -142,7 +145,13 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
                 "refused": refused,
             }
         )
-    return {"model": made.config.name, "device": str(made.device), "dtype": made.precision, "sites": sites}
+    return {
+        "model": made.config.name,
+        "device": str(made.device),
+        "dtype": made.precision,
+        "memory": made.memory(),
+        "sites": sites,
+    }
 
 
 def _version(name: str) -> dict[str, str | None]:
@@ -324,6 +333,8 @@ def render_plan(found: Mapping[str, Any]) -> RenderableType:
 
     title = f"plan of {found['model'] or 'the model'} on {found['device']} in {found['dtype']}"
     table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
+    table.caption = f"{found['memory']['weights'] / 2**20:.1f} MiB of weights"
+    table.caption_justify = "left"
     for entry in found["sites"]:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))
         reasons = "\n".join(f"{name}: {why}" for name, why in entry["refused"].items())

@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from vitfast.images import FORMATS, Preprocess, open_image, resize_and_crop
 
@@ -162,16 +161,21 @@ def _pipeline(
 ) -> Iterator[Result]:
     with ThreadPoolExecutor(workers, thread_name_prefix="vitfast-decode") as pool:
         waiting: deque[tuple[Path, Future[np.ndarray | str]]] = deque()
-        try:
-            running = None  # a batch the model is at: its results are fetched once the next is under way
+        taken: deque[list[tuple[Path, np.ndarray | str]]] = deque()  # batches whose results are to be given
+
+        def batches_of_images() -> Iterator[list[np.ndarray]]:
             for batch in _batches(_decoded(pool, waiting, paths, preprocess, exif, batch_size + workers), batch_size):
-                images = [image for _, image in batch if not isinstance(image, str)]
-                output = _run(engine, images) if images else None
-                if running is not None:
-                    yield from _results(*running)
-                running = batch, output
-            if running is not None:
-                yield from _results(*running)
+                taken.append(batch)
+                if images := _images(batch):
+                    yield images
+
+        try:
+            for output in engine.stream(batches_of_images(), preprocessed=True):
+                while not _images(taken[0]):
+                    yield from _results(taken.popleft(), None)
+                yield from _results(taken.popleft(), output)
+            while taken:
+                yield from _results(taken.popleft(), None)
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -212,16 +216,15 @@ def _batches(
         yield batch
 
 
-def _run(engine: Engine, images: list[np.ndarray]) -> Any:
-    stacked = torch.from_numpy(np.stack(images))
-    return engine(stacked.pin_memory() if engine.device.type == "cuda" else stacked, preprocessed=True)
+def _images(batch: list[tuple[Path, np.ndarray | str]]) -> list[np.ndarray]:
+    return [image for _, image in batch if not isinstance(image, str)]
 
 
 def _results(batch: list[tuple[Path, np.ndarray | str]], output: Any) -> Iterator[Result]:
     embeddings = logits = None
     if output is not None:
-        embeddings = output.embedding.float().cpu().numpy()
-        logits = None if output.logits is None else output.logits.float().cpu().numpy()
+        embeddings = output.embedding.float().numpy()
+        logits = None if output.logits is None else output.logits.float().numpy()
     row = 0
     for path, image in batch:
         if isinstance(image, str):

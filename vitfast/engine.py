@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vitfast import model, planner
+from vitfast import model, planner, stream
 from vitfast.checkpoints import Checkpoint
 from vitfast.checkpoints import load as load_checkpoint
+from vitfast.graphs import Graphs
 from vitfast.images import preprocess_batch
-from vitfast.model import Output
+from vitfast.output import Output
+from vitfast.sites import kept_products
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from vitfast.calibrate import Calibration
 
 DTYPES = {
     "float32": torch.float32,
@@ -31,6 +37,10 @@ DTYPES = {
 QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """8-bit products; everything around them is bf16."""
 
+TARGET = 0.998
+"""Mean cosine of a quantised model's embeddings to bf16's that a calibration asks for: what CLIP ViT-B/16 has in fp8
+and int8 with nothing kept."""
+
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
 
@@ -43,6 +53,7 @@ class Engine:
         labels: class names, or None. device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.planner`).
+        calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
     wait): it makes that image's outputs NaN, and no other image's.
@@ -59,6 +70,7 @@ class Engine:
         buckets: tuple[int, ...] = BUCKETS,
         keep: tuple[str, ...] = (),
     ) -> None:
+        self.calibration: Calibration | None = None
         self.config = checkpoint.config
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
@@ -72,17 +84,22 @@ class Engine:
             dtype=self.dtype,
             backend=backend,
             quantized=quantized,
-            keep=_kept(self.config.depth, keep, quantized),
+            keep=kept_products(self.config.depth, keep, quantized),
         )
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self._weights = model.arrange(
             self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
         )
-        self._positions: OrderedDict[tuple[int, int], Tensor | None] = OrderedDict()
-        self._graphs = _Graphs(self, buckets) if graphs and self.device.type == "cuda" else None
+        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._graphs = Graphs(self, buckets) if graphs and self.device.type == "cuda" else None
+        self._lanes: weakref.WeakSet[stream.GpuLane] = weakref.WeakSet()
+        self._lanes_lock = threading.Lock()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
     def __repr__(self) -> str:
-        return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend})"
+        weights = f"{self._weight_bytes() / 2**20:.1f} MiB of weights"
+        return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend}, {weights})"
 
     @property
     def backend(self) -> str:
@@ -107,54 +124,125 @@ class Engine:
         Raises:
             ValueError: for a wrong number of axes, channel count, dtype or size.
         """
-        images = self._check(images, preprocessed)
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        self._check(images.shape, images.dtype)
+        images = self._prepare(images.to(self.device, non_blocking=True), preprocessed)
         size = self._size(images)
         if images.shape[0] == 0:
-            return self._empty(size)
+            return self._outputs(0, size)
         if self._graphs is not None:
-            return self._graphs(images)
+            output = self._outputs(images.shape[0], size)
+            self._graphs(images, output)
+            return output
         return self.run(images)
+
+    def stream(
+        self, batches: Iterable[stream.Batch], *, preprocessed: bool = False, tokens: bool = False
+    ) -> Iterator[Output]:
+        """Run batch after batch; outputs come on the CPU, in order.
+
+            for output in engine.stream(batches):
+                save(output.embedding)
+
+        On a GPU the next batch is taken, uploaded and computed while the output of the one before is on its
+        way and is used, and the host waits for nothing but the output that it is given. On the CPU a batch is
+        computed when it is taken.
+
+        Args:
+            batches: each as `__call__` takes it, or a list of uint8 arrays [H, W, C] of one size. Batches of
+                one size after another reuse all memory. A pinned tensor is uploaded from where it is, and
+                must not be changed until its output has come.
+            preprocessed: as in `__call__`.
+            tokens: give the tokens, too; they are many, and take time to come back from a GPU.
+
+        Returns:
+            An iterator over Output, whose tensors the caller may keep. Several may be at work at once, in as many
+            threads. Breaking off waits for the batches under way.
+
+        Raises:
+            ValueError: as `__call__` does, with the number of the batch before the message. This, and what
+                `batches` raises, comes after the outputs of the batches before.
+        """
+        options = {"preprocessed": preprocessed, "tokens": tokens}
+        if self.device.type == "cpu":
+            return stream.run([stream.CpuLane(self, **options)], batches)
+        upload, download = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        lanes = [stream.GpuLane(self, upload, download, **options) for _ in range(stream.LANES)]
+        with self._lanes_lock:
+            self._lanes.update(lanes)
+        return stream.run(lanes, batches)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the engine holds now.
+
+        Returns:
+            weights: on its device, position embeddings resized for other image sizes included;
+            graphs: of the CUDA graphs' inputs, outputs and what is between (see `vitfast.graphs`);
+            staging: on the device, of the runs of `stream` that there are; pinned: theirs in pinned host memory.
+        """
+        with self._lanes_lock:
+            lanes = [lane.memory() for lane in self._lanes]
+        return {
+            "weights": self._weight_bytes(),
+            "graphs": self._graphs.memory() if self._graphs is not None else 0,
+            "staging": sum(device for device, _ in lanes),
+            "pinned": sum(pinned for _, pinned in lanes),
+        }
+
+    def _weight_bytes(self) -> int:
+        tensors = {id(t): t.numel() * t.element_size() for t in _tensors((self._weights, *self._positions.values()))}
+        return sum(tensors.values())
 
     def run(self, images: Tensor) -> Output:
         """The forward itself on checked images of the model's size, without graphs or chunks."""
-        return model.forward(self.config, self._weights, self._position(self._size(images)), images, self.plan)
+        return self._forward(images, self._position(self._size(images)))
 
-    def _check(self, images: Tensor, preprocessed: bool) -> Tensor:
-        channels = self.config.in_channels
-        if not isinstance(images, Tensor):
-            raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        if images.ndim != 4:
+    def _forward(self, images: Tensor, position: Tensor | None) -> Output:
+        return model.forward(self.config, self._weights, position, images, self.plan)
+
+    def _run_into(self, images: Tensor, output: Output) -> None:
+        """Run, and write the outputs where the caller wants them."""
+        if self._graphs is not None:
+            self._graphs(images, output)
+        elif images.shape[0]:
+            output.copy_(self.run(images))
+
+    def _check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Raise ValueError for images that no model of this kind could take."""
+        shape, channels = tuple(shape), self.config.in_channels
+        if len(shape) != 4:
             raise ValueError(
-                f"images must be uint8 [B, H, W, {channels}] or float [B, {channels}, H, W], "
-                f"got shape {tuple(images.shape)}"
+                f"images must be uint8 [B, H, W, {channels}] or float [B, {channels}, H, W], got shape {shape}"
             )
-        if images.dtype == torch.uint8:
-            if images.shape[3] != channels:
+        if dtype == torch.uint8:
+            if shape[3] != channels:
                 raise ValueError(
-                    f"uint8 images must be [B, H, W, {channels}], got {images.shape[3]} channels "
-                    f"in shape {tuple(images.shape)}"
+                    f"uint8 images must be [B, H, W, {channels}], got {shape[3]} channels in shape {shape}"
                 )
             if self.preprocess is None:
                 raise ValueError(
                     "the checkpoint does not say how its images are normalised, so uint8 images cannot be "
                     "preprocessed; pass normalised float images [B, C, H, W]"
                 )
-            if images.shape[0] and 0 in images.shape[1:3]:
-                raise ValueError(f"images have no pixels: shape {tuple(images.shape)}")
-            images = images.to(self.device, non_blocking=True)
-            if preprocessed:
-                return images
-            if not images.shape[0]:
-                return images.new_empty(0, *self.preprocess.size, channels)
-            return preprocess_batch(images, self.preprocess)
-        if not images.is_floating_point():
-            raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-        if images.shape[1] != channels:
-            raise ValueError(
-                f"float images must be [B, {channels}, H, W], got {images.shape[1]} channels "
-                f"in shape {tuple(images.shape)}"
-            )
-        return images.to(self.device, self.dtype, non_blocking=True)
+            if shape[0] and 0 in shape[1:3]:
+                raise ValueError(f"images have no pixels: shape {shape}")
+            return
+        if not dtype.is_floating_point:
+            raise ValueError(f"images must be uint8 or floating point, got {dtype}")
+        if shape[1] != channels:
+            raise ValueError(f"float images must be [B, {channels}, H, W], got {shape[1]} channels in shape {shape}")
+
+    def _prepare(self, images: Tensor, preprocessed: bool) -> Tensor:
+        """Checked images, on the device, as the forward takes them: resized and cropped, or in the model's dtype."""
+        if images.dtype != torch.uint8:
+            return images.to(self.dtype)
+        if preprocessed:
+            return images
+        assert self.preprocess is not None
+        if not images.shape[0]:
+            return images.new_empty(0, *self.preprocess.size, self.config.in_channels)
+        return preprocess_batch(images, self.preprocess)
 
     def _size(self, images: Tensor) -> tuple[int, int]:
         """(height, width) of the images, checked against what the model takes."""
@@ -167,91 +255,49 @@ class Engine:
 
     def _position(self, size: tuple[int, int]) -> Tensor | None:
         """The position embedding for an image size; the last few sizes are kept."""
-        if self._weights.position is None or size == self.config.image_size:
-            return self._weights.position
-        if size not in self._positions:
-            self._positions[size] = model.resize_position(
-                self._weights.position,
+        weights = self._weights
+        if weights.position is None or size == self.config.image_size:
+            return weights.position
+        position = self._positions.get(size)
+        if position is None:
+            position = model.resize_position(
+                weights.position,
                 self.config.grid(self.config.image_size),
                 self.config.grid(size),
                 antialias=self.config.position_antialias,
                 offset=self.config.position_offset,
             )
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
+            self._positions[size] = position
             while len(self._positions) > 8:
                 self._positions.popitem(last=False)
-        return self._positions[size]
+        return position
 
-    def _empty(self, size: tuple[int, int]) -> Output:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(0, *shape, dtype=self.dtype, device=self.device)
-
+    def _outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
+        """Uninitialised outputs, on the engine's device or in pinned host memory."""
         config = self.config
+
+        def empty(*shape: int) -> Tensor:
+            device = "cpu" if pinned else self.device
+            return torch.empty(batch, *shape, dtype=self.dtype, device=device, pin_memory=pinned)
+
         return Output(
-            tokens=zeros(config.tokens(size), config.width),
-            embedding=zeros(config.projection_dim or config.width),
-            logits=zeros(config.num_classes) if config.num_classes else None,
+            tokens=empty(config.tokens(size), config.width) if tokens else None,
+            embedding=empty(config.projection_dim or config.width),
+            logits=empty(config.num_classes) if config.num_classes else None,
         )
 
 
-class _Graphs:
-    """CUDA graphs of the forward, one per (batch bucket, image size and dtype), in one memory pool.
-
-    A batch is copied into its bucket's static input and the graph replayed; outputs are copied out,
-    since the next replay of any graph in the pool may overwrite them. Larger batches run in chunks.
-    """
-
-    KEEP = 16
-    """Graphs kept; the least recently used goes first."""
-
-    def __init__(self, engine: Engine, buckets: tuple[int, ...]) -> None:
-        if not buckets or any(b < 1 for b in buckets):
-            raise ValueError(f"buckets must be positive batch sizes, got {buckets}")
-        self._engine = engine
-        self._buckets = sorted(buckets)
-        self._pool: Any = torch.cuda.graph_pool_handle()
-        self._captured: OrderedDict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Output]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, images: Tensor) -> Output:
-        largest = self._buckets[-1]
-        with self._lock, torch.cuda.device(self._engine.device):
-            parts = [self._replay(chunk) for chunk in images.split(largest)]
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
-
-    def _replay(self, images: Tensor) -> Output:
-        batch = images.shape[0]
-        bucket = next(b for b in self._buckets if b >= batch)
-        key = (bucket, images.shape[1:], images.dtype)
-        if key not in self._captured:
-            self._captured[key] = self._capture(images, bucket)
-            while len(self._captured) > self.KEEP:
-                self._captured.popitem(last=False)
-        self._captured.move_to_end(key)
-        graph, static, output = self._captured[key]
-        static[:batch].copy_(images, non_blocking=True)
-        graph.replay()
-        return Output(*(None if t is None else t[:batch].clone() for t in _tensors(output)))
-
-    def _capture(self, images: Tensor, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Output]:
-        static = images.new_zeros(bucket, *images.shape[1:])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._engine.run(static)  # compiles kernels and fills caches outside the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._engine.run(static)
-        return graph, static, output
-
-
-def _tensors(output: Output) -> list[Tensor | None]:
-    return [getattr(output, field.name) for field in fields(output)]
-
-
-def _concatenate(parts: list[Output]) -> Output:
-    columns = zip(*map(_tensors, parts), strict=True)
-    return Output(*(None if column[0] is None else torch.cat(column) for column in columns))
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in a tree of dataclasses and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif is_dataclass(tree):
+        yield from _tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
+    elif isinstance(tree, tuple):
+        for branch in tree:
+            yield from _tensors(branch)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -278,25 +324,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _kept(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
-    """The products that are not quantised, by full name; "fc2" stands for that of every block.
-
-    Raises:
-        ValueError: for a name that no product has, or if nothing is quantised.
-    """
-    if not isinstance(keep, tuple) or (keep and not quantized):
-        raise ValueError(f"keep is a tuple of products that dtype 'fp8' or 'int8' leaves alone, got {keep!r}")
-    products = {f"blocks.{i}.{site}" for i in range(depth) for site in model.PRODUCTS}
-    names: set[str] = set()
-    for asked in keep:
-        found = {name for name in products if asked in (name, name.rpartition(".")[2])}
-        if not found:
-            sites = ", ".join(model.PRODUCTS)
-            raise ValueError(f"keep names are {sites}, or one in a block from blocks.0 to {depth - 1}, got {asked!r}")
-        names |= found
-    return frozenset(names)
-
-
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or bf16 on a GPU and fp32 on the CPU.
 
@@ -318,6 +345,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     keep: tuple[str, ...] = (),
+    calibration: Tensor | None = None,
+    target: float = TARGET,
     allow_pickle: bool = False,
     revision: str | None = None,
 ) -> Engine:
@@ -333,6 +362,9 @@ def load(
         backend: "auto", or "torch", "triton" or "native" to force one. A forced "torch" runs PyTorch's
             plain ops; on the CPU that gives the bits of the model's own library, at its speed.
         keep: products that "fp8" and "int8" leave in bf16: "fc2" for every block's, "blocks.3.fc2" for one.
+        calibration: images as the engine takes them, some dozens of the kind it will see: products are measured on
+            them and the worst kept in bf16, until the embeddings' mean cosine to bf16 is `target`. What was
+            measured and kept is the engine's `calibration`.
         allow_pickle: read .bin and .pth files too (weights only, but still a pickle).
         revision: of a hub id.
 
@@ -341,4 +373,14 @@ def load(
         BackendError: if a forced backend cannot run this model here; with every reason.
     """
     checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision)
-    return Engine(checkpoint, device=device, dtype=dtype, backend=backend, keep=keep)
+    found = None
+    if calibration is not None:
+        from vitfast.calibrate import calibrate
+
+        found = calibrate(
+            checkpoint, calibration, device=device, dtype=dtype, backend=backend, keep=keep, target=target
+        )
+        keep = found.kept
+    engine = Engine(checkpoint, device=device, dtype=dtype, backend=backend, keep=keep)
+    engine.calibration = found
+    return engine

@@ -18,30 +18,17 @@ from torch import Tensor
 
 from vitfast.config import ViTConfig
 from vitfast.ops import fold_norm, pack_patch_embed, quantize
+from vitfast.output import Output
 
 SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "mlp", "head")
 """Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
 
 PRODUCTS = ("qkv", "proj", "fc1", "fc2")
 """The products of a block: those that can be quantised."""
-QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS))
+HIDDEN_SITES = ("hidden_fc1", "hidden_fc2")
+"""fc1 and fc2 of a quantised MLP that hands its hidden rows on in 8 bits, with scales of groups: no pass between."""
+QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES)
 """Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an engine returns for B images of N tokens.
-
-    Attributes:
-        tokens: [B, N, C] after the final norm: CLS (and distillation token), registers, patches.
-        embedding: [B, E], what the family's own users take: the projected image embedding for
-            CLIP, the normalised CLS token for ViT and DINOv2, the pooled vector where a model pools.
-        logits: [B, classes], or None if the model has no classifier.
-    """
-
-    tokens: Tensor
-    embedding: Tensor
-    logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -49,10 +36,12 @@ class Plan:
     """The implementation of each site, and how the forward is put together.
 
     Every callable has the signature of the op's reference. `packs` turn the [N, K] weights of some
-    linear sites into the form that the site's callable wants. `fold_norm`: LayerNorm is applied as a
-    correction inside the following product, from statistics the previous product wrote.
-    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`. `quick_gelu_as_silu`: the 1.702 of
-    x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends that fuse SiLU only.
+    sites into the form that the site's callable wants; patch_embed's is told the layout, too.
+    `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
+    the previous product wrote.
+    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`, norm and statistics included if `fold_norm`.
+    `quick_gelu_as_silu`: the 1.702 of x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends
+    that fuse SiLU only.
     `quantized`: the dtype in which the products of the blocks are computed, None for that of the model;
     the products named in `keep` ("blocks.3.fc2") are left as they are.
     `measured`: what the choices were made by, for each site that had one (see `vitfast.planner.measure`).
@@ -63,7 +52,7 @@ class Plan:
     fold_norm: bool = False
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
-    packs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    packs: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     quantized: torch.dtype | None = None
     keep: frozenset[str] = frozenset()
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -144,15 +133,15 @@ def arrange(
         weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
         return None if weight is None or bias is None else Norm(weight, bias)
 
-    def pack(site: str, weight: Tensor) -> Tensor:
-        return plan.packs[site](weight) if site in plan.packs else weight
+    def pack(site: str, weight: Tensor, **layout: Any) -> Tensor:
+        return plan.packs[site](weight, **layout) if site in plan.packs else weight
 
     def dense(name: str, site: str) -> Dense | None:
         weight = get(f"{name}.weight")
         if plan.quantized and site in PRODUCTS and name not in plan.keep:
             exact = weights[f"{name}.weight"].detach().to(device, torch.float32)
             values, scale = quantize(exact, dtype=plan.quantized, backend="torch")
-            return Dense(values, get(f"{name}.bias"), scale=scale)
+            return Dense(pack(f"quantized_{site}", values), get(f"{name}.bias"), scale=scale)
         return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
 
     def normed(name: str, before: str, site: str) -> Dense | None:
@@ -168,19 +157,19 @@ def arrange(
         )
         return Dense(pack(site, folded), shift, total)
 
-    def embed(**layout: bool) -> Dense:
-        uint8 = layout.get("uint8", False)
+    def embed(*, uint8: bool, channels_last: bool) -> Dense:
         bias = weights.get("patch_embed.bias")
-        return Dense(
-            *pack_patch_embed(
-                weights["patch_embed.weight"].detach().to(device),
-                None if bias is None else bias.detach().to(device),
-                mean=mean if uint8 else None,
-                std=std if uint8 else None,
-                dtype=dtype,
-                **layout,
-            )
+        weight, shift = pack_patch_embed(
+            weights["patch_embed.weight"].detach().to(device),
+            None if bias is None else bias.detach().to(device),
+            mean=mean if uint8 else None,
+            std=std if uint8 else None,
+            dtype=dtype,
+            uint8=uint8,
+            channels_last=channels_last,
         )
+        layout = {"patch_size": config.patch_size, "channels_last": channels_last}
+        return Dense(pack("patch_embed", weight, **layout), shift)
 
     activation = config.activation
     if activation == "quick_gelu" and plan.quick_gelu_as_silu:
@@ -201,7 +190,7 @@ def arrange(
     return Weights(
         activation=activation,
         embed_uint8=embed(uint8=True, channels_last=True) if mean and std else None,
-        embed_float=embed(),
+        embed_float=embed(uint8=False, channels_last=False),
         prefix=get("prefix"),
         position=get("position"),
         norm_pre=norm("norm_pre"),
@@ -279,18 +268,20 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
 def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches where the norms are folded."""
+    """One pre-norm block; five launches where the norms are folded, four if the mlp is one too, eight in 8 bits."""
     calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
     qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
     q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
     mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
-    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm else {}
+    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_mlp else {}
     x = _product(config, plan, "proj", mixed, block.proj, layer_scale=block.layer_scale1, residual=x, **want_stats)
     if want_stats:
         x, stats = x
     if plan.fuse_mlp:
-        normed = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps)
-        x = calls["mlp"](
+        normed, options = x, {"weight_sum": block.fc1.weight_sum, "eps": config.norm_eps, "stats": not last}
+        if not plan.fold_norm:
+            normed, options = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps), {}
+        made: Any = calls["mlp"](
             normed,
             block.fc1.weight,
             block.fc1.bias,
@@ -299,13 +290,34 @@ def run_block(
             activation=activation,
             layer_scale=block.layer_scale2,
             residual=x,
+            **options,
         )
-        return x, None
+        return made if options.get("stats") else (made, None)
+    if "hidden_fc1" in calls and block.fc1.scale is not None and block.fc2.scale is not None:
+        values, scale = _quantized(config, plan, x, block.norm2)
+        values, scale = _quantized_product(
+            calls["hidden_fc1"], values, scale, block.fc1, x.dtype, activation=activation, requantize=True
+        )
+        run, epilogue = calls["hidden_fc2"], {"layer_scale": block.layer_scale2, "residual": x}
+        return _quantized_product(run, values, scale, block.fc2, x.dtype, **epilogue), None
     hidden = _product(config, plan, "fc1", x, block.fc1, block.norm2, stats, activation=activation)
     want_stats = {"stats": True} if plan.fold_norm and not last else {}
     x = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
     x, stats = x if want_stats else (x, None)
     return x, stats
+
+
+def _quantized(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """The rows of x, or of its LayerNorm, in 8 bits."""
+    affine = (norm.weight, norm.bias) if norm else (None, None)
+    values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
+    return values, scale
+
+
+def _quantized_product(
+    run: Callable[..., Any], values: Tensor, scale: Tensor, dense: Dense, dtype: torch.dtype, **epilogue: Any
+) -> Any:
+    return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=dtype, **epilogue)
 
 
 def _product(
@@ -320,10 +332,8 @@ def _product(
 ) -> Any:
     """A product, after a LayerNorm if there is one: folded, quantised with the rows, or before it."""
     if dense.scale is not None:
-        affine = (norm.weight, norm.bias) if norm else (None, None)
-        values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
-        run = plan.calls[f"quantized_{site}"]
-        return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=x.dtype, **epilogue)
+        values, scale = _quantized(config, plan, x, norm)
+        return _quantized_product(plan.calls[f"quantized_{site}"], values, scale, dense, x.dtype, **epilogue)
     if plan.fold_norm and norm:
         return plan.calls[site](
             x,

@@ -19,24 +19,29 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
-from vitfast.model import PRODUCTS, QUANTIZED_SITES, SITES, Plan
-from vitfast.ops import mkldnn, native, reference, registry
-from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose, device_capability
+from vitfast.model import HIDDEN_SITES, Plan
+from vitfast.ops import mkldnn, native, reference, registry, scaled_mm
+from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
+from vitfast.sites import (
+    LINEAR_SITES,
+    OPTIONAL_SITES,
+    QUANTIZED_PRODUCTS,
+    Call,
+    plan_sites,
+    site_call,
+    site_dtype,
+    site_spec,
+)
 
-LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
-QUANTIZED_PRODUCTS = QUANTIZED_SITES[1:]
-OPTIONAL_SITES = ("mlp", "row_stats")
-"""Sites that a forward can do without: fc1 and fc2 take the first's place, layer_norm the second's."""
 MLP_MAX_WIDTH = 384
 """Widest model for which the one-launch mlp is a candidate; wider, it would be two `linear` anyway."""
 GPU_BATCH = 64
@@ -49,118 +54,6 @@ a busy machine. On the CPU native comes first: its sums err less than torch's (d
 
 class PlanError(RuntimeError):
     """No backend able to run a site gave a right result on this device; lists each one's error."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One site's op at its shapes, with arguments to check and time it on."""
-
-    op: str
-    spec: Spec
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def plan_sites(quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str, ...]:
-    """The sites that a plan has to choose a backend for."""
-    if quantized is None:
-        return SITES
-    kept = {name.rpartition(".")[2] for name in keep}
-    plain = [site for site in SITES if site not in OPTIONAL_SITES and (site not in PRODUCTS or site in kept)]
-    return (*plain, *QUANTIZED_SITES)
-
-
-def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> torch.dtype:
-    """The dtype that backends are asked about: a quantised site's own, else the model's."""
-    return quantized if site in QUANTIZED_SITES else dtype
-
-
-def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Spec:
-    """The registry's description of one site at a batch size."""
-    op = "linear" if site in LINEAR_SITES else "quantized_linear" if site in QUANTIZED_PRODUCTS else site
-    tokens, c, f = config.tokens(), config.width, config.mlp_dim
-    hd, up = config.heads * config.head_dim, 2 * f if config.gated else f
-    rows = batch * tokens
-    dims = {
-        "patch_embed": {"width": c, "patch": config.in_channels * config.patch_size[0] * config.patch_size[1]},
-        "layer_norm": {"width": c},
-        "row_stats": {"width": c},
-        "qkv": {"rows": rows, "inner": c, "width": 3 * hd},
-        "attention": {"head_dim": config.head_dim, "queries": tokens, "keys": tokens},
-        "proj": {"rows": rows, "inner": hd, "width": c},
-        "fc1": {"rows": rows, "inner": c, "width": up},
-        "fc2": {"rows": rows, "inner": f, "width": c},
-        "mlp": {"rows": rows, "width": c, "hidden": up},
-        "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
-        "quantize": {"rows": rows, "width": max(c, hd, f)},
-    }[site.removeprefix("quantized_")]
-    return Spec(op, device.type, dtype, device_capability(device), dims)
-
-
-def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Call:
-    """Random arguments of one site's real shapes, scaled so that activations stay near 1."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    made_in = torch.bfloat16 if site in QUANTIZED_SITES else dtype
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(made_in)
-
-    spec = site_spec(config, site, batch, device, dtype)
-    tokens, c = config.tokens(), config.width
-
-    def product(inner: int, width: int, **kwargs: Any) -> Call:
-        # A head may have one output: with few rows the error it is allowed would be zero by luck.
-        x = random(batch, tokens, inner) if site != "head" else random(max(batch, 64), inner)
-        args = (x, random(width, inner, scale=inner**-0.5), random(width))
-        return Call("linear", spec, args, kwargs)
-
-    inner, width = spec.dims.get("inner", 0), spec.dims.get("width", 0)
-    if site == "patch_embed":
-        (height, breadth), (rows, columns) = config.image_size, config.grid(config.image_size)
-        pixels = torch.randint(
-            0, 256, (batch, height, breadth, config.in_channels), generator=generator, device=device, dtype=torch.uint8
-        )
-        prefix = random(config.prefix_tokens, c) if config.prefix_tokens else None
-        position = random(rows * columns, c)
-        patch = spec.dims["patch"]
-        weight = random(c, patch, scale=1 / (64 * patch**0.5))
-        kwargs = {"patch_size": config.patch_size, "channels_last": True}
-        return Call(site, spec, (pixels, weight, random(c), position, prefix), kwargs)
-    if site == "layer_norm":
-        return Call(site, spec, (random(batch, tokens, c), random(c), random(c), config.norm_eps), {})
-    if site == "row_stats":
-        return Call(site, spec, (random(batch, tokens, c),), {})
-    if site == "attention":
-        qkv = random(batch, tokens, 3, config.heads, config.head_dim)
-        return Call(site, spec, tuple(qkv.unbind(2)), {})
-    if site == "mlp":
-        up = spec.dims["hidden"]
-        weights = (random(up, c, scale=c**-0.5), random(up), random(c, config.mlp_dim, scale=c**-0.5), random(c))
-        kwargs = {"activation": config.activation, "residual": random(batch, tokens, c)}
-        return Call(site, spec, (random(batch, tokens, c), *weights), kwargs)
-    if site in QUANTIZED_SITES:
-        return _quantized_call(config, site, spec, random)
-    if site == "fc1":
-        return product(inner, width, activation=config.activation)
-    if site in ("proj", "fc2"):
-        return product(inner, width, residual=random(batch, tokens, c))
-    return product(inner, width)
-
-
-def _quantized_call(config: ViTConfig, site: str, spec: Spec, random: Callable[..., Tensor]) -> Call:
-    """`site_call` of a quantised site; `random` makes bf16."""
-    c, rows = config.width, spec.dims["rows"]
-    if site == "quantize":
-        args = (random(rows, c), random(c), random(c), config.norm_eps)
-        return Call(site, spec, args, {"dtype": spec.dtype})
-    inner, width = spec.dims["inner"], spec.dims["width"]
-    x = reference.quantize(random(rows, inner), dtype=spec.dtype)
-    weight = reference.quantize(random(width, inner, scale=inner**-0.5), dtype=spec.dtype)
-    kwargs: dict[str, Any] = {"activation": config.activation} if site == "quantized_fc1" else {}
-    if site in ("quantized_proj", "quantized_fc2"):
-        kwargs["residual"] = random(rows, width)
-    return Call(spec.op, spec, (*x, *weight, random(width)), kwargs)
 
 
 def time_calls(
@@ -195,10 +88,17 @@ def time_calls(
     return [sorted(t)[len(t) // 2] for t in times]
 
 
-def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """`pack` of a weight [N, K] and the linear that reads it, for a backend that has them for this spec."""
-    if spec.op != "linear" or spec.device != "cpu" or spec.dtype != torch.float32:
+def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """`pack` of a weight [N, K] and the op that reads it, for a backend that has them for this spec."""
+    if spec.op == "quantized_linear" and entry.name == "torch":
+        if not scaled_mm.why_not(spec):
+            return scaled_mm.pack, scaled_mm.linear
+        if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
+            return torch.Tensor.float, reference.quantized_linear
+    if spec.op not in ("linear", "patch_embed") or spec.device != "cpu" or spec.dtype != torch.float32:
         return None
+    if spec.op == "patch_embed":
+        return (native.pack_patch_embed, native.patch_embed_packed) if entry.name == "native" else None
     if entry.name == "native":
         return native.pack, native.linear_packed
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() else None
@@ -207,9 +107,11 @@ def packed_linear(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Calla
 def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
     """The call as a planned model makes it."""
     run, args = cast(Any, entry.call), call.args
-    if packed := packed_linear(entry, call.spec):
+    if packed := packed_op(entry, call.spec):
         pack, run = packed
-        args = (args[0], pack(args[1]), *args[2:])
+        layout = call.kwargs if call.op == "patch_embed" else {}
+        at = 2 if call.op == "quantized_linear" else 1  # the weight's place: after x, or x and its scales
+        args = (*args[:at], pack(args[at], **layout), *args[at + 1 :])
     return functools.partial(run, *args, **call.kwargs)
 
 
@@ -276,6 +178,14 @@ def _site_backends(
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
         del chosen["mlp"]
+    apart = (
+        "quantized_fc1",
+        "quantized_fc2",
+        "quantize",
+    )  # the last at the model's width, which the hidden rows exceed
+    if "hidden_fc1" in record and sum(_best(record, s) for s in HIDDEN_SITES) > sum(_best(record, s) for s in apart):
+        for site in HIDDEN_SITES:
+            del chosen[site]
     return chosen, record
 
 
@@ -308,8 +218,8 @@ def build(
     batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
     if backend != "auto":
         chosen, _ = _site_backends(config, device, dtype, backend, batch, quantized, keep)
-        plan = assemble(config, chosen, device=device, dtype=dtype, packed=backend != "torch")
-        return replace(plan, quantized=quantized, keep=keep)
+        packed = backend != "torch"
+        return assemble(config, chosen, device=device, dtype=dtype, packed=packed, quantized=quantized, keep=keep)
     key = plan_key(config, device, dtype, batch)
     if quantized:
         key |= {"quantized": str(quantized), "sites": list(plan_sites(quantized, keep))}
@@ -323,34 +233,46 @@ def build(
         chosen = {}
         for site, name in names.items():
             chosen[site] = choose(site_spec(config, site, batch, device, site_dtype(site, dtype, quantized)), name)
-    plan = assemble(config, chosen, device=device, dtype=dtype, packed=True)
-    return replace(plan, measured=measured, quantized=quantized, keep=keep)
+    plan = assemble(config, chosen, device=device, dtype=dtype, packed=True, quantized=quantized, keep=keep)
+    return replace(plan, measured=measured)
 
 
 def assemble(
-    config: ViTConfig, chosen: dict[str, Backend], *, device: torch.device, dtype: torch.dtype, packed: bool
+    config: ViTConfig,
+    chosen: dict[str, Backend],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool,
+    quantized: torch.dtype | None = None,
+    keep: frozenset[str] = frozenset(),
 ) -> Plan:
     """Make a Plan of chosen backends: fold norms where every product is Triton, pack weights on the CPU.
 
     Args:
         packed: whether packed weights may be used. Not by a forced "torch": it runs the plain ops, and
             gives the bits that the model's own library gives.
+        quantized, keep: as in `Plan`.
     """
     names = {site: entry.name for site, entry in chosen.items()}
     calls = {site: cast(Any, entry.call) for site, entry in chosen.items()}
     packs = {}
-    for site in (site for site in LINEAR_SITES if packed and site in chosen):
-        if found := packed_linear(chosen[site], site_spec(config, site, 1, device, dtype)):
+    for site in (site for site in ("patch_embed", *LINEAR_SITES, *QUANTIZED_PRODUCTS) if packed and site in chosen):
+        spec = site_spec(config, site, 1, device, site_dtype(site, dtype, quantized))
+        if found := packed_op(chosen[site], spec):
             packs[site], calls[site] = found
     fused = names.get("mlp") in ("triton", "native")
     on_triton = {site for site, name in names.items() if name == "triton"}
+    folding = {"row_stats", "qkv", "mlp"} if fused else {"row_stats", "qkv", "proj", "fc1", "fc2"}
     return Plan(
         calls=calls,
         backends=names,
-        fold_norm=not fused and on_triton >= {"row_stats", "qkv", "proj", "fc1", "fc2"},
+        fold_norm=on_triton >= folding,
         fuse_mlp=fused,
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
+        quantized=quantized,
+        keep=keep,
     )
 
 

@@ -72,6 +72,13 @@ def _taps(length: int, out: int, interpolation: str) -> tuple[np.ndarray, np.nda
     return np.minimum(index, length - 1)[used], fixed[used]
 
 
+@lru_cache(maxsize=64)
+def _taps_on(device: torch.device, length: int, out: int, interpolation: str) -> tuple[Tensor, Tensor]:
+    """`_taps` on a device. Kept there: to copy them makes the host wait for all that a GPU has been given before."""
+    index, weights = _taps(length, out, interpolation)
+    return torch.from_numpy(index).to(device), torch.from_numpy(weights).to(device)
+
+
 def vertical_first(height: int, width: int, rows: int, columns: int) -> bool:
     """Whether the installed Pillow, from height x width to rows x columns, resizes the vertical axis first.
 
@@ -109,11 +116,10 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     for axis, out in passes:
         if images.shape[axis] == out:
             continue
-        index, weights = (torch.from_numpy(t) for t in _taps(images.shape[axis], out, interpolation))
+        index, weights = _taps_on(images.device, images.shape[axis], out, interpolation)
         if interpolation == "nearest":
-            images = images.index_select(axis, index[0].to(images.device))
+            images = images.index_select(axis, index[0])
             continue
-        index, weights = index.to(images.device), weights.to(images.device)
         shape = (out,) + (1,) * (-axis - 1)
         half = 1 << (FRACTION_BITS - 1)  # rounds the shift below to nearest
         total = torch.full((1,), half, dtype=torch.int32, device=images.device)

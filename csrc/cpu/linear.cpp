@@ -151,8 +151,11 @@ VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <int lanes, int rows_, int vectors>
 VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& memory) {
-  for (int64_t m = rows.begin; m < rows.end; m += kRows) {
-    const int64_t m_end = std::min(m + kRows, rows.end);
+  // As many rows in each block, rather than a few in the last, for which the weight would be read again.
+  const int64_t count = rows.end - rows.begin, blocks = std::max<int64_t>(1, (count + kRows - 1) / kRows);
+  const int64_t height = round_up((count + blocks - 1) / blocks, rows_);
+  for (int64_t m = rows.begin; m < rows.end; m += height) {
+    const int64_t m_end = std::min(m + height, rows.end);
     for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
       const Range block{n, std::min(n + kColumns, columns.end)};
       for (int64_t k = 0; k < c.k; k += kDepth) {
@@ -216,7 +219,7 @@ void run(const Call& c) {
   const int64_t step = by_rows ? 12 : kStatsTile, size = by_rows ? c.m : c.n;
   const int64_t shares = (size + step - 1) / step;
   at::parallel_for(0, shares, (shares + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique<Memory>();
+    const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
     const Range share{begin * step, std::min(end * step, size)}, all{0, by_rows ? c.n : c.m};
     if (by_rows) {
       compute(c, share, all, *memory);
@@ -320,21 +323,24 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   check_dtype("pack_linear", "weight", weight, {at::kFloat});
   TORCH_CHECK_VALUE(weight.dim() == 2, "pack_linear: weight must be [N, K], got shape ", shape_text(weight.sizes()));
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = weight.size(0), k = weight.size(1);
   const at::Tensor source = weight.contiguous(), packed = at::empty(source.sizes(), source.options());
-  const int64_t panels = (n + kPanel - 1) / kPanel;
+  pack_panels(source, packed.mutable_data_ptr<float>());
+  return packed;
+}
+
+void pack_panels(const at::Tensor& weight, float* packed) {
+  const int64_t n = weight.size(0), k = weight.size(1), panels = (n + kPanel - 1) / kPanel;
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kPanel, width = std::min(kPanel, n - first);
-      pack_panel(source.const_data_ptr<float>() + first * k, k, width, packed.mutable_data_ptr<float>() + first * k);
+      pack_panel(weight.const_data_ptr<float>() + first * k, k, width, packed + first * k);
     }
   });
-  return packed;
 }
 
 void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
   const Call call{rows, packed.size(0), packed.size(1), x, packed.const_data_ptr<float>(), y, {}};
-  const auto memory = std::make_unique<Memory>();
+  const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
   compute_here()(call, {0, call.m}, {0, call.n}, *memory);
 }
 

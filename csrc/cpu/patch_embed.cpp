@@ -24,8 +24,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../checks.h"
 #include "../ops.h"
+#include "../patch_embed_checks.h"
 #include "linear.h"
 #include "simd.h"
 
@@ -33,33 +33,51 @@ namespace vitfast {
 namespace {
 
 constexpr float kPixelCenter = 128.0f;
-// Rows per product. With fewer the weight is packed too often, with more the buffer leaves the cache.
-constexpr int64_t kChunk = 512;
+// Rows per product: what linear's product has in a block. With fewer the weight is read too often, with more the
+// buffer leaves the cache.
+constexpr int64_t kChunk = 192;
 // A thread is worth waking for this many rows.
 constexpr int64_t kMinRows = 32;
 
 using Optional = std::optional<at::Tensor>;
 
+// The order of the K axis, which is made of runs of `width` numbers: of one channel each, or of all, interleaved.
+struct Order {
+  int64_t channels, width;
+  bool interleaved;
+
+  Order(int64_t channels, int64_t patch_width, bool channels_last)
+      : channels(channels), width(channels_last ? patch_width * channels : patch_width), interleaved(channels_last) {}
+
+  // The channel of the next number of a run.
+  int64_t after(int64_t channel) const { return !interleaved ? channel : channel + 1 < channels ? channel + 1 : 0; }
+};
+
 // Where patches lie in the images; strides in elements. `size` and `stride` are the three nested runs of
 // pixels of one patch, outermost first, in the order of the weight's K axis.
 struct Geometry {
+  Order order;
   int64_t batch, prefix, grid_h, grid_w;
   int64_t image_stride, down, right;
   std::array<int64_t, 3> size, stride;
-  int64_t channels, width;  // the K axis is made of runs of `width`: of one channel each, or of all, interleaved
-  bool interleaved;
 
   int64_t tokens() const { return prefix + grid_h * grid_w; }
 };
 
-Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool channels_last, int64_t prefix) {
+Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool channels_last, const Optional& prefix) {
   const int64_t h = channels_last ? 1 : 2, w = h + 1, c = channels_last ? 3 : 1;
   const int64_t ph = patch_size[0], pw = patch_size[1], channels = images.size(c);
   const int64_t sh = images.stride(h), sw = images.stride(w), sc = images.stride(c);
-  Geometry g{};
-  g.batch = images.size(0), g.prefix = prefix, g.grid_h = images.size(h) / ph, g.grid_w = images.size(w) / pw;
-  g.image_stride = images.stride(0), g.down = ph * sh, g.right = pw * sw;
-  g.channels = channels, g.interleaved = channels_last, g.width = channels_last ? pw * channels : pw;
+  Geometry g{Order(channels, pw, channels_last),
+             images.size(0),
+             prefix ? prefix->size(0) : 0,
+             images.size(h) / ph,
+             images.size(w) / pw,
+             images.stride(0),
+             ph * sh,
+             pw * sw,
+             {},
+             {}};
   if (channels_last && sc == 1 && sw == channels) {  // a row of the patch is one run
     g.size = {1, ph, pw * channels};
     g.stride = {0, sh, 1};
@@ -108,39 +126,39 @@ void gather(const pixel_t* patch, const Geometry& g, row_t* row) {
 
 // The sums [channels] of a row [K] over each channel; `run` [width] is memory.
 template <typename row_t, typename sum_t>
-VITFAST_INLINE void sum_channels(const Geometry& g, const row_t* row, int64_t k, sum_t* run, sum_t* sums) {
-  const int64_t parts = g.interleaved ? 1 : g.channels, part = k / parts;
-  std::fill(sums, sums + g.channels, sum_t(0));
+VITFAST_INLINE void sum_channels(const Order& order, const row_t* row, int64_t k, sum_t* run, sum_t* sums) {
+  const int64_t parts = order.interleaved ? 1 : order.channels, part = k / parts;
+  std::fill(sums, sums + order.channels, sum_t(0));
   for (int64_t c = 0; c < parts; ++c, row += part) {
-    std::fill(run, run + g.width, sum_t(0));
-    for (int64_t i = 0; i < part; i += g.width) {
-      for (int64_t j = 0; j < g.width; ++j) run[j] += static_cast<float>(row[i + j]);
+    std::fill(run, run + order.width, sum_t(0));
+    for (int64_t i = 0; i < part; i += order.width) {
+      for (int64_t j = 0; j < order.width; ++j) run[j] += static_cast<float>(row[i + j]);
     }
-    for (int64_t j = 0; j < g.width; ++j) sums[g.interleaved ? j % g.channels : c] += run[j];
+    for (int64_t j = 0, channel = c; j < order.width; ++j, channel = order.after(channel)) sums[channel] += run[j];
   }
 }
 
 // row [K] -= level [channels], the mean of each channel, whole for uint8 pixels, whose differences are exact then.
 template <typename row_t>
-VITFAST_INLINE void center_loop(const Geometry& g, bool whole, row_t* row, float* level, float* run, int64_t k) {
-  sum_channels(g, row, k, run, level);
-  for (int64_t c = 0; c < g.channels; ++c) {
-    level[c] *= static_cast<float>(g.channels) / static_cast<float>(k);
+VITFAST_INLINE void center_loop(const Order& order, bool whole, row_t* row, float* level, float* run, int64_t k) {
+  sum_channels(order, row, k, run, level);
+  for (int64_t c = 0; c < order.channels; ++c) {
+    level[c] *= static_cast<float>(order.channels) / static_cast<float>(k);
     if (whole) level[c] = std::nearbyint(level[c]);
   }
-  const int64_t parts = g.interleaved ? 1 : g.channels, part = k / parts;
+  const int64_t parts = order.interleaved ? 1 : order.channels, part = k / parts;
   for (int64_t c = 0; c < parts; ++c, row += part) {
-    for (int64_t j = 0; j < g.width; ++j) run[j] = level[g.interleaved ? j % g.channels : c];
-    for (int64_t i = 0; i < part; i += g.width) {
-      for (int64_t j = 0; j < g.width; ++j) row[i + j] = static_cast<float>(row[i + j]) - run[j];
+    for (int64_t j = 0, channel = c; j < order.width; ++j, channel = order.after(channel)) run[j] = level[channel];
+    for (int64_t i = 0; i < part; i += order.width) {
+      for (int64_t j = 0; j < order.width; ++j) row[i + j] = static_cast<float>(row[i + j]) - run[j];
     }
   }
 }
-VITFAST_SIMD void center(const Geometry& g, bool whole, float* row, float* level, float* run, int64_t k) {
-  center_loop(g, whole, row, level, run, k);
+VITFAST_SIMD void center(const Order& order, bool whole, float* row, float* level, float* run, int64_t k) {
+  center_loop(order, whole, row, level, run, k);
 }
-VITFAST_SIMD void center(const Geometry& g, bool whole, at::BFloat16* row, float* level, float* run, int64_t k) {
-  center_loop(g, whole, row, level, run, k);
+VITFAST_SIMD void center(const Order& order, bool whole, at::BFloat16* row, float* level, float* run, int64_t k) {
+  center_loop(order, whole, row, level, run, k);
 }
 
 // Rows [begin, end) of the whole, centred, as rows of `buffer` [end - begin, K]; levels [end - begin, channels].
@@ -150,39 +168,37 @@ void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int
   const int64_t k = buffer.size(1);
   const pixel_t* data = images.const_data_ptr<pixel_t>();
   row_t* row = buffer.mutable_data_ptr<row_t>();
-  std::vector<float> run(g.width);
-  for (int64_t r = begin; r < end; ++r, row += k, levels += g.channels) {
+  std::vector<float> run(g.order.width);
+  for (int64_t r = begin; r < end; ++r, row += k, levels += g.order.channels) {
     const int64_t patch = r % g.tokens() - g.prefix;
     if (patch < 0) {
       std::fill(row, row + k, row_t(0.0f));
     } else {
       const pixel_t* image = data + r / g.tokens() * g.image_stride;
       gather(image + patch / g.grid_w * g.down + patch % g.grid_w * g.right, g, row);
-      center(g, std::is_same_v<pixel_t, uint8_t>, row, levels, run.data(), k);
+      center(g.order, std::is_same_v<pixel_t, uint8_t>, row, levels, run.data(), k);
     }
   }
 }
 
 // weight [C, K] -> its sums over each channel [channels, C].
-VITFAST_SIMD void sum_channels_of(const Geometry& g, const float* row, int64_t k, double* run, double* sums) {
-  sum_channels(g, row, k, run, sums);
+VITFAST_SIMD void sum_channels_of(const Order& order, const float* row, int64_t k, double* run, double* sums) {
+  sum_channels(order, row, k, run, sums);
 }
-VITFAST_SIMD void sum_channels_of(const Geometry& g, const at::BFloat16* row, int64_t k, double* run, double* sums) {
-  sum_channels(g, row, k, run, sums);
+VITFAST_SIMD void sum_channels_of(const Order& order, const at::BFloat16* row, int64_t k, double* run, double* sums) {
+  sum_channels(order, row, k, run, sums);
 }
 template <typename row_t>
-std::vector<float> weight_sums(const Geometry& g, const at::Tensor& weight) {
+void sum_weight(const Order& order, const at::Tensor& weight, float* sums) {
   const int64_t n = weight.size(0), k = weight.size(1);
   const row_t* data = weight.const_data_ptr<row_t>();
-  std::vector<float> sums(g.channels * n);
   at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
-    std::vector<double> run(g.width), sum(g.channels);
+    std::vector<double> run(order.width), sum(order.channels);
     for (int64_t i = begin; i < end; ++i) {
-      sum_channels_of(g, data + i * k, k, run.data(), sum.data());
-      for (int64_t c = 0; c < g.channels; ++c) sums[c * n + i] = static_cast<float>(sum[c]);
+      sum_channels_of(order, data + i * k, k, run.data(), sum.data());
+      for (int64_t c = 0; c < order.channels; ++c) sums[c * n + i] = static_cast<float>(sum[c]);
     }
   });
-  return sums;
 }
 
 template <typename row_t>
@@ -224,12 +240,12 @@ void finish_rows(const Geometry& g, int64_t begin, int64_t end, const float* lev
   const int64_t n = out.size(1);
   const row_t *b = data_or_null<row_t>(bias), *pos = data_or_null<row_t>(position), *pre = data_or_null<row_t>(prefix);
   row_t* row = out.mutable_data_ptr<row_t>() + begin * n;
-  for (int64_t r = begin; r < end; ++r, row += n, levels += g.channels) {
+  for (int64_t r = begin; r < end; ++r, row += n, levels += g.order.channels) {
     const int64_t token = r % g.tokens(), patch = token - g.prefix;
     if (patch < 0) {
       std::copy(pre + token * n, pre + (token + 1) * n, row);
     } else {
-      add(row, b, pos ? pos + patch * n : nullptr, levels, sums, g.channels, n);
+      add(row, b, pos ? pos + patch * n : nullptr, levels, sums, g.order.channels, n);
     }
   }
 }
@@ -242,57 +258,19 @@ auto gather_rows_of(at::ScalarType pixel) {
       }) AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, [] { return &gather_rows<scalar_t, row_t>; }));
 }
 
-void check(const at::Tensor& images, const at::Tensor& weight, const Optional& bias, const Optional& position,
-           const Optional& prefix, at::IntArrayRef patch_size, bool channels_last) {
-  const char* op = "patch_embed";
-  check_dtype(op, "images", images, {at::kByte, at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
-  check_dtype(op, "weight", weight, {at::kFloat, at::kBFloat16});
-  const char* layout = channels_last ? "[B, H, W, Cin]" : "[B, Cin, H, W]";
-  TORCH_CHECK_VALUE(images.dim() == 4, op, ": images must be ", layout, ", got shape ", shape_text(images.sizes()));
-  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [C, K] (see pack_patch_embed), got shape ",
-                    shape_text(weight.sizes()));
-  TORCH_CHECK_VALUE(patch_size.size() == 2, op, ": patch_size must be (height, width), got ", shape_text(patch_size));
-  const int64_t ph = patch_size[0], pw = patch_size[1];
-  const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
-  const int64_t channels = images.size(channels_last ? 3 : 1);
-  TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
-                    ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
-  TORCH_CHECK_VALUE(weight.size(1) == channels * ph * pw, op, ": images ", layout, " of shape ",
-                    shape_text(images.sizes()), " have ", channels, " channels, so weight needs K = ", channels, "*",
-                    ph, "*", pw, " = ", channels * ph * pw, ", got ", weight.size(1));
-  const int64_t c = weight.size(0), patches = (height / ph) * (width / pw);
-  check_shape(op, "bias", bias, {c});
-  check_shape(op, "position", position, {patches, c});
-  TORCH_CHECK_VALUE(!prefix || (prefix->dim() == 2 && prefix->size(1) == c), op, ": prefix has shape ",
-                    shape_text(prefix->sizes()), ", expected (P, ", c, ")");
-  if (bias) check_dtype(op, "bias", *bias, {weight.scalar_type()});
-  if (position) check_dtype(op, "position", *position, {weight.scalar_type()});
-  if (prefix) check_dtype(op, "prefix", *prefix, {weight.scalar_type()});
-}
-
 Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
 
-}  // namespace
-
-at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, const Optional& bias,
-                           const Optional& position, const Optional& prefix, at::IntArrayRef patch_size,
-                           bool channels_last) {
-  check(images, weight, bias, position, prefix, patch_size, channels_last);
-  const Geometry g = geometry(images, patch_size, channels_last, prefix ? prefix->size(0) : 0);
-  const int64_t width = weight.size(0), k = weight.size(1), rows = g.batch * g.tokens();
+// The tokens of images; weight [C, K], packed by pack_linear_cpu if it is fp32, has sums [channels, C].
+at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& weight, const float* sums,
+                 const Optional& bias, const Optional& position, const Optional& prefix) {
+  const int64_t n = weight.size(0), k = weight.size(1), rows = g.batch * g.tokens();
   const bool fp32 = weight.scalar_type() == at::kFloat;
   auto* gather_chunk =
       fp32 ? gather_rows_of<float>(images.scalar_type()) : gather_rows_of<at::BFloat16>(images.scalar_type());
   auto* finish_chunk = fp32 ? &finish_rows<float> : &finish_rows<at::BFloat16>;
-
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  // Copied if need be, unlike the images: they are small, and packed already in a planned model.
+  // Copied if need be, unlike the images: they are small, and contiguous already in a planned model.
   const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
-  const at::Tensor kernel = weight.contiguous(), transposed = kernel.t();
-  const at::Tensor packed = fp32 ? pack_linear_cpu(kernel) : at::Tensor();
-  const std::vector<float> sums = fp32 ? weight_sums<float>(g, kernel) : weight_sums<at::BFloat16>(g, kernel);
-  const at::Tensor out = at::empty({g.batch, g.tokens(), width}, weight.options());
-  const at::Tensor flat = out.view({rows, width});
+  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, weight.options()), flat = out.view({rows, n});
 
   // One parallel region for everything: each thread works through its own rows, product included
   // (BLAS does not thread inside a parallel region), and waits for the others only once.
@@ -300,20 +278,68 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   at::parallel_for(0, rows, share, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
     const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, weight.options());
-    std::vector<float> levels(kChunk * g.channels);
+    std::vector<float> levels(kChunk * g.order.channels);
     for (int64_t start = begin; start < end; start += kChunk) {
       const int64_t stop = std::min(start + kChunk, end);
       gather_chunk(images, g, start, stop, buffer, levels.data());
       at::Tensor product = flat.narrow(0, start, stop - start);
       if (fp32) {
-        multiply_packed(buffer.const_data_ptr<float>(), stop - start, packed, product.mutable_data_ptr<float>());
+        multiply_packed(buffer.const_data_ptr<float>(), stop - start, weight, product.mutable_data_ptr<float>());
       } else {
-        at::mm_out(product, buffer.narrow(0, 0, stop - start), transposed);
+        at::mm_out(product, buffer.narrow(0, 0, stop - start), weight.t());
       }
-      finish_chunk(g, start, stop, levels.data(), sums.data(), b, pos, pre, flat);
+      finish_chunk(g, start, stop, levels.data(), sums, b, pos, pre, flat);
     }
   });
   return out;
+}
+
+}  // namespace
+
+at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, const Optional& bias,
+                           const Optional& position, const Optional& prefix, at::IntArrayRef patch_size,
+                           bool channels_last) {
+  check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last, {at::kFloat, at::kBFloat16});
+  if (weight.scalar_type() == at::kFloat) {
+    const at::Tensor packed = pack_patch_embed_cpu(weight, patch_size, channels_last);
+    return patch_embed_packed_cpu(images, packed, bias, position, prefix, patch_size, channels_last);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Geometry g = geometry(images, patch_size, channels_last, prefix);
+  const at::Tensor kernel = weight.contiguous();
+  std::vector<float> sums(g.order.channels * kernel.size(0));
+  sum_weight<at::BFloat16>(g.order, kernel, sums.data());
+  return embed(images, g, kernel, sums.data(), bias, position, prefix);
+}
+
+at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
+  const char* op = "pack_patch_embed";
+  check_dtype(op, "weight", weight, {at::kFloat});
+  check_patch_size(op, patch_size);
+  const int64_t ph = patch_size[0], pw = patch_size[1];
+  TORCH_CHECK_VALUE(weight.dim() == 2 && ph >= 1 && pw >= 1 && weight.size(1) % (ph * pw) == 0, op,
+                    ": weight must be [C, K] with K a multiple of the patch ", ph, "x", pw, ", got shape ",
+                    shape_text(weight.sizes()));
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t n = weight.size(0), k = weight.size(1), channels = k / (ph * pw);
+  const at::Tensor kernel = weight.contiguous(), packed = at::empty({n, k + channels}, kernel.options());
+  float* panels = packed.mutable_data_ptr<float>();
+  pack_panels(kernel, panels);
+  sum_weight<float>(Order(channels, pw, channels_last), kernel, panels + n * k);
+  return packed;
+}
+
+at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& packed, const Optional& bias,
+                                  const Optional& position, const Optional& prefix, at::IntArrayRef patch_size,
+                                  bool channels_last) {
+  check_patch_embed(images, packed, bias, position, prefix, patch_size, channels_last, {at::kFloat}, /*packed=*/true);
+  TORCH_CHECK_VALUE(packed.is_contiguous(), "patch_embed: weight is not as pack_patch_embed returned it: strides ",
+                    shape_text(packed.strides()));
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Geometry g = geometry(images, patch_size, channels_last, prefix);
+  const int64_t n = packed.size(0), k = packed.size(1) - g.order.channels;
+  const at::Tensor panels = packed.view(-1).narrow(0, 0, n * k).view({n, k});
+  return embed(images, g, panels, packed.const_data_ptr<float>() + n * k, bias, position, prefix);
 }
 
 }  // namespace vitfast

@@ -36,6 +36,15 @@ VITFAST_DEVICE void block_barrier() { __syncthreads(); }
 // Two neighbouring elements, aligned to 4 bytes.
 VITFAST_DEVICE uint32_t load_pair(const void* global) { return __ldg(static_cast<const unsigned int*>(global)); }
 VITFAST_DEVICE void store_pair(void* global, uint32_t pair) { *static_cast<unsigned int*>(global) = pair; }
+// Two neighbouring floats, aligned to 8 bytes.
+VITFAST_DEVICE void load_floats(float (&to)[2], const float* global) {
+  const float2 both = __ldg(reinterpret_cast<const float2*>(global));
+  to[0] = both.x;
+  to[1] = both.y;
+}
+VITFAST_DEVICE void store_floats(float* global, float first, float second) {
+  *reinterpret_cast<float2*>(global) = make_float2(first, second);
+}
 
 // Starts to copy 16 bytes, both ends aligned to 16; zeros, and nothing is read, unless `valid`.
 VITFAST_DEVICE void copy_async(uint32_t shared, const void* global, bool valid) {
@@ -103,6 +112,17 @@ VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+// By mov, not __uint_as_float: an array that gets floats made of integers becomes one of integers to the compiler, and
+// products of wgmma into it then wait for each other.
+VITFAST_DEVICE void unpack(bf16, uint32_t pair, float& low, float& high) {
+  asm("mov.b32 %0, %1;" : "=f"(low) : "r"(pair << 16));
+  asm("mov.b32 %0, %1;" : "=f"(high) : "r"(pair & 0xffff0000u));
+}
+VITFAST_DEVICE void unpack(fp16, uint32_t pair, float& low, float& high) {
+  asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
 
 #else
 
@@ -113,10 +133,14 @@ VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
 #define threadIdx (emulation::thread().index)
 #define blockIdx (emulation::thread().block_index)
 
-inline uint32_t shared_begin() { return 0; }
+inline uint32_t shared_begin() { return emulation::thread().block.begin; }
 inline void block_barrier() { emulation::thread().barrier(); }
 inline uint32_t load_pair(const void* global) { return emulation::thread().load_pair(global); }
 inline void store_pair(void* global, uint32_t pair) { emulation::thread().store_pair(global, pair); }
+inline void load_floats(float (&to)[2], const float* global) { emulation::thread().load_floats(to, global); }
+inline void store_floats(float* global, float first, float second) {
+  emulation::thread().store_floats(global, first, second);
+}
 inline void copy_async(uint32_t shared, const void* global, bool valid) {
   emulation::thread().copy_async(shared, global, valid);
 }
@@ -142,6 +166,14 @@ inline uint32_t pack(bf16, float low, float high) {
 }
 inline uint32_t pack(fp16, float low, float high) {
   return emulation::to_fp16(low) | static_cast<uint32_t>(emulation::to_fp16(high)) << 16;
+}
+inline void unpack(bf16, uint32_t pair, float& low, float& high) {
+  low = emulation::from_bf16(static_cast<uint16_t>(pair));
+  high = emulation::from_bf16(static_cast<uint16_t>(pair >> 16));
+}
+inline void unpack(fp16, uint32_t pair, float& low, float& high) {
+  low = emulation::from_fp16(static_cast<uint16_t>(pair));
+  high = emulation::from_fp16(static_cast<uint16_t>(pair >> 16));
 }
 
 #endif

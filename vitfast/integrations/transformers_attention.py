@@ -60,10 +60,14 @@ def attention_forward(
     mask = attention_mask
     if position_bias is not None:
         mask, causal = _biased(position_bias, mask, causal, query, key), False
-    if (groups := query.shape[1] // key.shape[1]) > 1:  # copied: the kernels take one key head per query head
+    groups, shared = query.shape[1] // key.shape[1], False
+    if groups > 1:  # the kernels read the shared heads where they are
+        route = attention.explain(query, key, value, mask, dropout, causal, scaling, enable_gqa=True)
+        shared = route.backend == "triton"
+    if groups > 1 and not shared:  # copied, as "sdpa" does it: torch's fused ops do not all take fewer key heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     out = attention.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shared
     )
     return out.transpose(1, 2).contiguous(), None
 

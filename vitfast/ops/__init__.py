@@ -17,7 +17,8 @@ from vitfast.ops import checks, reference
 from vitfast.ops import heads as _heads
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
 from vitfast.ops.heads import QKNorm, Rope
-from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, STATS_TILE
+from vitfast.ops.quantized import quantize, quantized_linear
+from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, STATS_TILE
 from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "OPS",
     "PIXEL_CENTER",
     "QUANTIZED",
+    "SCALE_GROUP",
     "STATS_TILE",
     "Backend",
     "BackendError",
@@ -307,18 +309,29 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """act(x @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act(norm(x) @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
 
-    x: [..., C]; fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F]. Returns [..., C].
+    Args:
+        x: [..., C]. fc1_weight: [F, C] ([2F, C] for "swiglu"). fc2_weight: [C, F].
+        weight_sum: [F] (or [2F]) fp32: LayerNorm of x is applied as a correction of fc1's product; fc1_weight,
+            weight_sum and fc1_bias are then those of `fold_norm`, as in `linear`. eps: of that LayerNorm.
+        stats: also return `row_stats` of the output, as `linear` does.
+
+    Returns:
+        [..., C] in x's dtype, or that and [M, ceil(C / 128), 2] fp32.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the activation is unknown.
     """
-    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum)
     if backend is None:
-        return torch.ops.vitfast.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
+        op = torch.ops.vitfast.mlp_stats if stats else torch.ops.vitfast.mlp
+        return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum, eps)
     return choose(checks.mlp_spec(x, fc1_weight), backend).call(
         x,
         fc1_weight,
@@ -328,79 +341,7 @@ def mlp(
         activation=activation,
         layer_scale=layer_scale,
         residual=residual,
-    )
-
-
-def quantize(
-    x: Tensor,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    dtype: torch.dtype,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rows of x, or of its LayerNorm, in 8 bits with one scale a row: x ≈ values * scale.
-
-    The row's largest magnitude becomes 448 in float8_e4m3fn, 127 in int8; rounding is to nearest
-    even. The LayerNorm is that of `layer_norm`, in fp32 and not rounded before it is quantised.
-
-    Args:
-        x: [..., K]. norm_weight, norm_bias: [K] in x's dtype, both or neither.
-        dtype: torch.float8_e4m3fn or torch.int8.
-
-    Returns:
-        values [..., K] in `dtype`, and scale [...] in fp32. A row with NaN or infinity has a NaN scale.
-
-    Raises:
-        ValueError: if a shape or dtype does not fit.
-    """
-    checks.check_quantize(x, norm_weight, norm_bias, dtype)
-    if backend is None:
-        return torch.ops.vitfast.quantize(x, norm_weight, norm_bias, eps, dtype)
-    return choose(checks.quantize_spec(x, dtype), backend).call(x, norm_weight, norm_bias, eps, dtype=dtype)
-
-
-def quantized_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    backend: str | None = None,
-) -> Tensor:
-    """`linear` of quantised operands: act(x @ weightᵀ * x_scale * weight_scale + bias) * layer_scale + residual.
-
-    Args:
-        x: [..., K], x_scale: [...], as `quantize` gives them. weight: [N, K] in x's dtype,
-            weight_scale: [N], as `quantize(weight)` gives them; [2F, K] and [2F] for "swiglu".
-        activation: as in `linear`. bias: [N]. layer_scale: [N]. residual: of the output's shape.
-        dtype: of the output, bias, layer_scale and residual. Sums are int32 for int8 and fp32 for fp8.
-
-    Returns:
-        [..., N] in `dtype`, rounded once.
-
-    Raises:
-        ValueError: if a shape or dtype does not fit, or the activation is unknown.
-    """
-    checks.check_quantized_linear(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype)
-    if backend is None:
-        return torch.ops.vitfast.quantized_linear(
-            x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype
-        )
-    return choose(checks.quantized_linear_spec(x, weight), backend).call(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        dtype=dtype,
+        weight_sum=weight_sum,
+        eps=eps,
+        stats=stats,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.ops.reference import QUANTIZED, STATS_TILE
+from vitfast.ops.reference import QUANTIZED, SCALE_GROUP, STATS_TILE
 from vitfast.ops.registry import Spec
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
@@ -283,8 +283,11 @@ def check_mlp(
     activation: str | None,
     layer_scale: Tensor | None,
     residual: Tensor | None,
+    weight_sum: Tensor | None = None,
 ) -> None:
     check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, "mlp (fc1)")
+    _shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
+    _dtype("mlp", "weight_sum", weight_sum, torch.float32)
     hidden = fc1_weight.shape[0] // 2 if activation == "swiglu" else fc1_weight.shape[0]
     _shape("mlp", "fc2_weight", fc2_weight, (x.shape[-1], hidden))
     _shape("mlp", "fc2_bias", fc2_bias, (x.shape[-1],))
@@ -293,7 +296,7 @@ def check_mlp(
     named = {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias, "layer_scale": layer_scale, "residual": residual}
     for name, tensor in named.items():
         _dtype("mlp", name, tensor, x.dtype)
-    _device("mlp", x, **named)
+    _device("mlp", x, **named, weight_sum=weight_sum)
 
 
 def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:
@@ -345,7 +348,8 @@ def check_quantized_linear(
     if activation == "swiglu" and rows % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
     out = rows // 2 if activation == "swiglu" else rows
-    _shape(op, "x_scale", x_scale, tuple(x.shape[:-1]))
+    groups = (-(-x.shape[-1] // SCALE_GROUP),) if x_scale.ndim == x.ndim else ()
+    _shape(op, "x_scale", x_scale, (*x.shape[:-1], *groups))
     _shape(op, "weight_scale", weight_scale, (rows,))
     _shape(op, "bias", bias, (rows,))
     _shape(op, "layer_scale", layer_scale, (out,))
@@ -359,5 +363,7 @@ def check_quantized_linear(
     _device(op, x, weight=weight, **scales, **floats)
 
 
-def quantized_linear_spec(x: Tensor, weight: Tensor) -> Spec:
-    return Spec.of("quantized_linear", x, rows=x.numel() // x.shape[-1], inner=weight.shape[1], width=weight.shape[0])
+def quantized_linear_spec(x: Tensor, x_scale: Tensor, weight: Tensor, requantize: bool = False) -> Spec:
+    features = ("scale groups",) if requantize or x_scale.ndim == x.ndim else ()
+    rows = x.numel() // x.shape[-1]
+    return Spec.of("quantized_linear", x, features=features, rows=rows, inner=weight.shape[1], width=weight.shape[0])

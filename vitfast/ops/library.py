@@ -313,6 +313,11 @@ attention_forward.register_autograd(_differentiate_attention, setup_context=_sav
 attention_backward.register_autograd(_refuse_second_derivative)
 
 
+def _call_mlp(stats, x, weights, activation, layer_scale, residual, weight_sum, eps) -> Any:
+    options = {"layer_scale": layer_scale, "residual": residual, "weight_sum": weight_sum, "eps": eps, "stats": stats}
+    return choose(checks.mlp_spec(x, weights[0])).call(x, *weights, activation=activation, **options)
+
+
 @custom_op("vitfast::mlp", mutates_args=())
 def mlp(
     x: Tensor,
@@ -323,61 +328,35 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    return choose(checks.mlp_spec(x, fc1_weight)).call(
-        x,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-    )
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _call_mlp(False, x, weights, activation, layer_scale, residual, weight_sum, eps)
 
 
 @mlp.register_fake
-def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation="gelu", layer_scale=None, residual=None):
+def _(x, *weights_and_options):
     return x.new_empty(x.shape)
 
 
-@custom_op("vitfast::quantize", mutates_args=())
-def quantize(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return choose(checks.quantize_spec(x, dtype)).call(x, norm_weight, norm_bias, eps, dtype=dtype)
-
-
-@quantize.register_fake
-def _(x, norm_weight, norm_bias, eps, dtype):
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@custom_op("vitfast::quantized_linear", mutates_args=())
-def quantized_linear(
+@custom_op("vitfast::mlp_stats", mutates_args=())
+def mlp_stats(
     x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    layer_scale: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return choose(checks.quantized_linear_spec(x, weight)).call(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        dtype=dtype,
-    )
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _call_mlp(True, x, weights, activation, layer_scale, residual, weight_sum, eps)
 
 
-@quantized_linear.register_fake
-def _(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype):
-    return _linear_out(x, weight, activation).to(dtype)
+@mlp_stats.register_fake
+def _(x, *weights_and_options):
+    return x.new_empty(x.shape), _stats_like(x, x.shape[-1])

@@ -1,7 +1,8 @@
 """Ops of the "native" backend whose C++ is not called like the reference itself.
 
-linear's product reads a packed weight. A model packs its weights once (`pack`, then `linear_packed`); `linear`
-packs at every call, which costs about as much as a product of 200 rows.
+On the CPU the product of linear and patch_embed reads a packed weight. A model packs its weights once (`pack`, then
+`linear_packed`; `pack_patch_embed`, then `patch_embed_packed`); `linear` and the extension's own `patch_embed` pack
+at every call, which costs about as much as a product of 200 rows. On CUDA weights are read as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ def attention(
     return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
 
+def pack_patch_embed(weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
+    """Rearrange an fp32 CPU weight [C, K] and add its sums over each channel; only `patch_embed_packed` reads it.
+
+    Returns:
+        [C, K + Cin].
+    """
+    return torch.ops.vitfast_native.pack_patch_embed(weight, patch_size=patch_size, channels_last=channels_last)
+
+
+def patch_embed_packed(images: Tensor, packed: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
+    """`reference.patch_embed` on a `pack_patch_embed`ed weight."""
+    return torch.ops.vitfast_native.patch_embed_packed(images, packed, *args, **kwargs)
+
+
 def pack(weight: Tensor) -> Tensor:
     """Rearrange an fp32 CPU weight [N, K]; the result has the same shape, and only `linear_packed` reads it."""
     return torch.ops.vitfast_native.pack_linear(weight)
@@ -36,7 +51,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **epilogue: Any) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear`."""
-    return linear_packed(x, pack(weight), bias, **epilogue)
+    return linear_packed(x, weight if weight.is_cuda else pack(weight), bias, **epilogue)
 
 
 def linear_packed(
@@ -52,7 +67,7 @@ def linear_packed(
     eps: float = 1e-6,
     stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.linear` on a `pack`ed weight."""
+    """`reference.linear` on a `pack`ed weight, or a plain one on CUDA."""
     run = torch.ops.vitfast_native.linear_packed
     if activation != "swiglu":
         outputs = run(x, packed, bias, activation, layer_scale, residual, row_stats, weight_sum, eps, stats)

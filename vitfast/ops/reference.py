@@ -19,11 +19,17 @@ images, so that folding mean and std into low-precision weights costs no accurac
 STATS_TILE = 128
 """Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
 
-FEATURES = {"attention": ("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm")}
+FEATURES = {
+    "attention": ("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
+    "quantized_linear": ("scale groups",),
+}
 """What the references have beyond the plain op; see `registry.Backend`."""
 
 QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The dtypes that rows are quantised to, and the value that a row's largest magnitude becomes."""
+
+SCALE_GROUP = 128
+"""Columns of a quantised row that share a scale where it has several; the last group covers what is left."""
 
 LEAST_AMAX = 2.0**-100
 """A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
@@ -282,11 +288,23 @@ def mlp(
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
     upcast: bool = False,
-) -> Tensor:
-    hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, upcast=upcast)
-    out: Any = linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, upcast=upcast)
-    return out
+) -> Tensor | tuple[Tensor, Tensor]:
+    stats_of_x = None if weight_sum is None else row_stats(x, upcast=upcast)
+    hidden: Any = linear(
+        x,
+        fc1_weight,
+        fc1_bias,
+        activation=activation,
+        row_stats=stats_of_x,
+        weight_sum=weight_sum,
+        eps=eps,
+        upcast=upcast,
+    )
+    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, stats=stats, upcast=upcast)
 
 
 def quantize(
@@ -302,13 +320,19 @@ def quantize(
     x = x.to(exact)
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight.to(exact), norm_bias.to(exact), eps)
+    values, scale = _in_8_bits(x, dtype)
+    return values, scale.squeeze(-1)
+
+
+def _in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows along the last axis, and a scale for each, [..., 1] in fp32."""
     amax = x.abs().amax(dim=-1, keepdim=True)
     amax = torch.where(amax.isfinite(), amax, torch.nan).clamp(min=LEAST_AMAX)
     largest = QUANTIZED[dtype]
     values = x * (largest / amax)
     if dtype == torch.int8:
         values = values.round().nan_to_num(0.0)  # the scale of such a row is NaN
-    return values.to(dtype), (amax / largest).squeeze(-1).float()
+    return values.to(dtype), (amax / largest).float()
 
 
 def quantized_linear(
@@ -322,18 +346,36 @@ def quantized_linear(
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    requantize: bool = False,
     upcast: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     exact = torch.float64 if upcast else torch.float32
-    # Sums of int8 products need more than fp32's 24 bits, and are exact in fp64.
-    sums = torch.float64 if x.dtype == torch.int8 else exact
-    y = F.linear(x.to(sums), weight.to(sums)).to(exact)
-    y = y * x_scale.to(exact)[..., None] * weight_scale.to(exact)
+    if x_scale.ndim == x.ndim:
+        widened = x_scale.to(exact).repeat_interleave(SCALE_GROUP, dim=-1)[..., : x.shape[-1]]
+        y = F.linear(widened.mul_(x.to(exact)), weight.to(exact))
+    else:
+        y = _sums(x, weight, exact).mul_(x_scale.to(exact)[..., None])
+    y.mul_(weight_scale.to(exact))
     if bias is not None:
-        y = y + bias.to(exact)
+        y.add_(bias.to(exact))
     y = activate(y, activation)
     if layer_scale is not None:
         y = y * layer_scale.to(exact)
     if residual is not None:
         y = y + residual.to(exact)
+    if requantize:
+        width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
+        padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
+        values, scale = _in_8_bits(padded, x.dtype)
+        return values.flatten(-2)[..., :width].contiguous(), scale.squeeze(-1)
     return y if upcast else y.to(dtype)
+
+
+def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:
+    """x weightᵀ of 8-bit operands (or of the same numbers in fp32), in `exact`; of int8 rounded once."""
+    if x.dtype != torch.int8:
+        return F.linear(x.to(exact), weight.to(exact))
+    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way.
+    if exact == torch.float32 and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x.double(), weight.double()).to(exact)

@@ -68,8 +68,8 @@ class Backend:
     """One implementation of one op.
 
     `limits` maps a name of `Spec.dims` to its inclusive (low, high), `choices` to all values there
-    are. `per_device` has the fields that are others on some device. `call` is None where the backend
-    could not be loaded; `missing` then says why.
+    are, `multiples` to what must divide it. `per_device` has the fields that are others on some device.
+    `call` is None where the backend could not be loaded; `missing` then says why.
     """
 
     name: str
@@ -78,8 +78,10 @@ class Backend:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = _FLOATS
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
     per_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     features: tuple[str, ...] = ()
     missing: str = ""
@@ -89,7 +91,7 @@ class Backend:
         if self.call is None:
             return [self.missing]
         if spec.device in self.per_device:
-            here = replace(self, choices={}, limits={}, per_device={})
+            here = replace(self, choices={}, limits={}, multiples={}, per_device={})
             return replace(here, **self.per_device[spec.device]).why_not(spec)
         reasons = []
         if spec.device not in self.devices:
@@ -98,15 +100,20 @@ class Backend:
         if dtype not in self.dtypes:
             reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
         least = max(self.min_capability or (0, 0), _DTYPE_CAPABILITY.get(dtype, (0, 0)))
+        have = ".".join(map(str, spec.capability or ()))
         if spec.capability and spec.capability < least:
-            have, need = (".".join(map(str, c)) for c in (spec.capability, least))
-            reasons.append(f"compute capability {have} is below {need}")
+            reasons.append(f"compute capability {have} is below {'.'.join(map(str, least))}")
+        if spec.capability and self.max_capability and spec.capability > self.max_capability:
+            reasons.append(f"compute capability {have} is above {'.'.join(map(str, self.max_capability))}")
         for name, (low, high) in self.limits.items():
             if name in spec.dims and not low <= spec.dims[name] <= high:
                 reasons.append(f"{name} {spec.dims[name]} is outside {low}..{high}")
         for name, values in self.choices.items():
             if name in spec.dims and spec.dims[name] not in values:
                 reasons.append(f"{name} {spec.dims[name]} is not among {', '.join(map(str, values))}")
+        for name, step in self.multiples.items():
+            if spec.dims.get(name, 0) % step:
+                reasons.append(f"{name} {spec.dims[name]} is not a multiple of {step}")
         reasons += [f"it has no {feature}" for feature in spec.features if feature not in self.features]
         return reasons
 

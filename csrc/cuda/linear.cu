@@ -1,0 +1,75 @@
+// The instances of the linear kernel, the tensor maps they read, and their launch.
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "linear.cuh"
+
+namespace vitfast {
+namespace {
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, or null; the extension is not linked with the driver.
+Encode find_encode() {
+  static void* const found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult state;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &state);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &state);
+#endif
+    return function;
+  }();
+  return reinterpret_cast<Encode>(found);
+}
+
+template <typename T, int kColumns>
+int launch(const LinearCall& call, CUtensorMapDataType type, int processors, cudaStream_t stream) {
+  const Encode encode = find_encode();
+  if (!encode) return cudaErrorNotSupported;
+  bool refused = false;
+  const LinearParams params = linear_params(call, kColumns, [&](const Matrix& m) {
+    const cuuint64_t size[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+    const cuuint64_t row_bytes = 2 * static_cast<cuuint64_t>(m.stride);
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(m.box_columns), static_cast<cuuint32_t>(m.box_rows)};
+    const cuuint32_t every[] = {1, 1};
+    CUtensorMap made;
+    refused |= encode(&made, type, 2, const_cast<void*>(m.data), size, &row_bytes, box, every,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS;
+    TensorMap map;
+    std::memcpy(&map, &made, sizeof(map));
+    return map;
+  });
+  if (refused) return cudaErrorInvalidValue;
+
+  auto* kernel = &linear_kernel<T, kColumns>;
+  constexpr int bytes = LinearShared<kColumns>::bytes;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = linear_tiles(call.m, call.n, kColumns);
+  kernel<<<static_cast<int>(std::min<int64_t>(tiles, processors)), kLinearThreads, bytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <typename T>
+int launch(const LinearCall& call, CUtensorMapDataType type, int processors, cudaStream_t stream) {
+  return linear_columns(call.m, call.n, processors) == 256 ? launch<T, 256>(call, type, processors, stream)
+                                                           : launch<T, 128>(call, type, processors, stream);
+}
+
+}  // namespace
+
+int linear_launch(LinearType type, const LinearCall& call, int processors, void* stream) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return type == LinearType::bf16 ? launch<bf16>(call, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, processors, s)
+                                  : launch<fp16>(call, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, processors, s);
+}
+
+}  // namespace vitfast

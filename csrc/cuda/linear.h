@@ -1,0 +1,69 @@
+// What the CUDA linear kernel and its launcher share; free of torch and of CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "../device/tensor_map.h"
+
+namespace vitfast {
+
+enum class LinearType { bf16, fp16 };
+enum class LinearActivation { none, gelu, gelu_tanh, quick_gelu, silu };
+
+constexpr int kLinearRows = 128;     // of a tile of y: 64 for each of two warpgroups
+constexpr int kLinearDepth = 64;     // of x and the weight per stage: 128 bytes, the swizzle's width
+constexpr int kLinearStats = 128;    // columns per pair of row statistics
+constexpr int kLinearGroup = 8;      // tile rows that are gone down before the next tile column
+constexpr int kLinearThreads = 384;  // a producer's and two consumers' warpgroups
+constexpr int kLinearMultiple = 8;   // of N and K: rows of a multiple of 16 bytes
+
+constexpr int64_t linear_tiles(int64_t m, int64_t n, int columns) {
+  return (m + kLinearRows - 1) / kLinearRows * ((n + columns - 1) / columns);
+}
+
+// Columns of a tile, 256 or 128: what keeps the busiest of `processors` busy for the shorter time, as pick_config in
+// kernels/_linear_configs.py counts it (multiply-adds, and 64 for each operand read; an assumption, no measurement).
+constexpr int linear_columns(int64_t m, int64_t n, int processors) {
+  const auto price = [=](int columns) {
+    const int64_t rounds = (linear_tiles(m, n, columns) + processors - 1) / processors;
+    return rounds * (kLinearRows * columns + 64 * (kLinearRows + columns));
+  };
+  return price(256) <= price(128) ? 256 : 128;
+}
+
+// One product and its epilogue; a null pointer leaves its part out. Strides are in elements.
+struct LinearCall {
+  const void *x, *weight;               // [M, K], [N, K]
+  void* y;                              // [M, N], contiguous
+  const void* residual;                 // [M, N]
+  const void *bias, *layer_scale;       // [N]
+  const float *row_stats, *weight_sum;  // [M, ceil(K / 128), 2] and [N]: LayerNorm of x, folded
+  float* y_stats;                       // [M, ceil(N / 128), 2]
+  int64_t x_stride, weight_stride, residual_stride;
+  int m, n, k;
+  LinearActivation activation;
+  float eps;
+};
+
+struct LinearParams {
+  TensorMap x, weight, y, residual;
+  LinearCall call;
+};
+
+// The same with the matrices as TMA wants them, for tiles of `columns` columns; `encode` makes a map of a Matrix.
+template <typename Encode>
+LinearParams linear_params(const LinearCall& call, int columns, Encode encode) {
+  LinearParams p{};
+  p.x = encode(Matrix{call.x, call.m, call.k, call.x_stride, kLinearRows, kLinearDepth});
+  p.weight = encode(Matrix{call.weight, call.n, call.k, call.weight_stride, columns, kLinearDepth});
+  p.y = encode(Matrix{call.y, call.m, call.n, call.n, 64, 64});
+  if (call.residual) p.residual = encode(Matrix{call.residual, call.m, call.n, call.residual_stride, 64, 64});
+  p.call = call;
+  return p;
+}
+
+// Starts the kernel on a stream (a cudaStream_t) of a GPU with `processors` multiprocessors; a cudaError_t, 0 if all is
+// well. M, N and K are at least 1, N and K multiples of 8, and all rows aligned to 16 bytes.
+int linear_launch(LinearType type, const LinearCall& call, int processors, void* stream);
+
+}  // namespace vitfast

@@ -1,0 +1,43 @@
+// Argument checks of patch_embed, on the CPU as on CUDA; errors read like those of vitfast/ops/checks.py.
+#pragma once
+
+#include "checks.h"
+
+namespace vitfast {
+
+inline void check_patch_size(const char* op, at::IntArrayRef patch_size) {
+  TORCH_CHECK_VALUE(patch_size.size() == 2, op, ": patch_size must be (height, width), got ", shape_text(patch_size));
+}
+
+// `packed`: the weight is one of pack_patch_embed, whose K is followed by a column per channel.
+inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                              const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
+                              at::IntArrayRef patch_size, bool channels_last,
+                              std::initializer_list<at::ScalarType> weight_dtypes, bool packed = false) {
+  const char* op = "patch_embed";
+  check_dtype(op, "images", images, {at::kByte, at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
+  check_dtype(op, "weight", weight, weight_dtypes);
+  const char* layout = channels_last ? "[B, H, W, Cin]" : "[B, Cin, H, W]";
+  TORCH_CHECK_VALUE(images.dim() == 4, op, ": images must be ", layout, ", got shape ", shape_text(images.sizes()));
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [C, K] (see pack_patch_embed), got shape ",
+                    shape_text(weight.sizes()));
+  check_patch_size(op, patch_size);
+  const int64_t ph = patch_size[0], pw = patch_size[1];
+  const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
+  const int64_t channels = images.size(channels_last ? 3 : 1), inner = weight.size(1) - (packed ? channels : 0);
+  TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
+                    ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
+  TORCH_CHECK_VALUE(inner == channels * ph * pw, op, ": images ", layout, " of shape ", shape_text(images.sizes()),
+                    " have ", channels, " channels, so weight needs K = ", channels, "*", ph, "*", pw, " = ",
+                    channels * ph * pw, ", got ", inner);
+  const int64_t c = weight.size(0), patches = (height / ph) * (width / pw);
+  check_shape(op, "bias", bias, {c});
+  check_shape(op, "position", position, {patches, c});
+  TORCH_CHECK_VALUE(!prefix || (prefix->dim() == 2 && prefix->size(1) == c), op, ": prefix has shape ",
+                    shape_text(prefix->sizes()), ", expected (P, ", c, ")");
+  if (bias) check_dtype(op, "bias", *bias, {weight.scalar_type()});
+  if (position) check_dtype(op, "position", *position, {weight.scalar_type()});
+  if (prefix) check_dtype(op, "prefix", *prefix, {weight.scalar_type()});
+}
+
+}  // namespace vitfast
