@@ -54,13 +54,13 @@ def why_no_extension() -> str:
 
 
 def cuda_archs() -> list[str]:
-    """Compute capabilities to build for, as nvcc writes them: "80", "90"."""
+    """Compute capabilities to build for, as nvcc writes them: "80", "90a", the form of Hopper that has wgmma."""
     import torch
 
-    if named := os.environ.get("VITFAST_CUDA_ARCHS"):
-        return named.split(";")
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
+    here = [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
+    named = os.environ.get("VITFAST_CUDA_ARCHS")
+    return ["90a" if arch == "90" else arch for arch in (named.split(";") if named else here)]
 
 
 def why_no_cuda() -> str:

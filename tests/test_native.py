@@ -332,10 +332,10 @@ def test_cuda_part_is_set_up_where_torch_has_cuda(tmp_path):
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
 
     sources, nvcc, macros = json.loads(configured({"VITFAST_CUDA_ARCHS": "80;90"}).stdout)
-    assert {"csrc/cuda/patch_embed.cu", "csrc/cuda/patch_embed_op.cpp"} <= set(sources)
+    assert {f"csrc/cuda/{op}{part}" for op in ("patch_embed", "linear") for part in (".cu", "_op.cpp")} <= set(sources)
     assert {"csrc/cuda/attention.cu", "csrc/cuda/attention_op.cpp", "csrc/cpu/attention.cpp"} <= set(sources)
-    assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(nvcc)
-    assert ["VITFAST_CUDA_STATE", '"80;90"'] in macros
+    assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"} <= set(nvcc)
+    assert ["VITFAST_CUDA_STATE", '"80;90a"'] in macros
     if not torch.cuda.is_available():
         assert "no CUDA kernels: there is no GPU of compute capability 8.0" in configured({}).stderr
     (home / "include" / "cuda_runtime.h").unlink()
