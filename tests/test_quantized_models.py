@@ -186,8 +186,8 @@ def test_clips_embeddings_of_photos(precision, exact):
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 TRAIN, HELD_OUT, CHUNK, POINTS = 1000, 3000, 50, 0.5
-"""Two probes that disagree on 3 % of n images differ in accuracy by sqrt(0.03 / n) from chance alone: 0.55 points
-for 1000 images, which would make a bound of 0.5 a matter of luck, and 0.32 for 3000."""
+"""Two probes that disagree on 4 % of n images differ in accuracy by sqrt(0.04 / n) from chance alone: 0.63 points
+for 1000 images, which would make a bound of 0.5 a matter of luck, and 0.37 for 3000."""
 
 
 def fashion(part, count):

@@ -38,8 +38,8 @@ QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """8-bit products; everything around them is bf16."""
 
 TARGET = 0.998
-"""Mean cosine of a quantised model's embeddings to bf16's that a calibration asks for: what CLIP ViT-B/16 has in fp8
-and int8 with nothing kept."""
+"""Mean cosine of a quantised model's embeddings to bf16's that a calibration asks for: what CLIP ViT-B/16 has of
+photos in fp8 and int8 with nothing kept."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
