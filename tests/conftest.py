@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from vitfast import planner, testing
+from vitfast import attention, planner, testing
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -33,6 +33,19 @@ def _own_plans(tmp_path_factory):
     patch.setattr(planner, "plans_dir", lambda: folder)
     yield
     patch.undo()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of every call of vitfast's attention."""
+    made, original = [], attention.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        made.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    return made
 
 
 SIMD_LEVELS = ("default", "avx2", "avx512f")

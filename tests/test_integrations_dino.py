@@ -5,12 +5,12 @@ dinov2 0.0.1.dev2 of PyPI has the first version; the other two come from the rep
 
 import pytest
 import torch
-from peers import randomised
+from peers import close, randomised
 from torch import nn
 
 import vitfast
 from vitfast import attention
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 
 class Layer(nn.Module):
@@ -99,24 +99,6 @@ CASES = {
     "third": (Third, {}),
     "third turned": (Third, {"rope": ROPE}),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CASES)
