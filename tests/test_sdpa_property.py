@@ -269,12 +269,12 @@ def sizes(call: Call) -> list[Tensor]:
         k, v = (t.repeat_interleave(group, -3) for t in (k, v))
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     mask = causal_as_mask(call).get("attn_mask", call.attn_mask())
-    scores = q @ k.mT * scale
+    products = scores = q @ k.mT * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).nan_to_num(0.0)  # NaN: a row that sees nothing
-    if call.dtypes[0] == FP32:  # the backward makes the weights again: the scores, rounded twice, are exponents
-        weights = weights * (1 + scores.abs().nan_to_num(0.0, posinf=0.0))
+    if call.dtypes[0] == FP32:  # the backward makes the weights again: q kᵀ, rounded twice, is in the exponent
+        weights = weights * (1 + products.abs())
     dweights = (dout.square() @ v.square().mT).sqrt()
     dscores = weights * (dweights + (weights * dweights).sum(-1, keepdim=True))
     found = [dscores @ k.abs() * abs(scale), dscores.mT @ q.abs() * abs(scale), weights.mT @ dout.abs()]
