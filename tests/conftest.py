@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from vitfast import planner, testing
+from vitfast import attention, planner, testing
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -33,6 +33,25 @@ def _own_plans(tmp_path_factory):
     patch.setattr(planner, "plans_dir", lambda: folder)
     yield
     patch.undo()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of every call of vitfast's attention."""
+    made, original, fused = [], attention.scaled_dot_product_attention, attention.fused
+
+    def counted(*args, **kwargs):
+        made.append(kwargs)
+        return original(*args, **kwargs)
+
+    def counted_fused(*args, **kwargs):
+        out = fused(*args, **kwargs)
+        made.extend([kwargs] * (out is not None))
+        return out
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention, "fused", counted_fused)
+    return made
 
 
 SIMD_LEVELS = ("default", "avx2", "avx512f")

@@ -5,12 +5,12 @@ dinov2 0.0.1.dev2 of PyPI has the first version; the other two come from the rep
 
 import pytest
 import torch
-from peers import randomised
+from peers import close, randomised
 from torch import nn
 
 import vitfast
 from vitfast import attention
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 
 class Layer(nn.Module):
@@ -99,30 +99,6 @@ CASES = {
     "third": (Third, {}),
     "third turned": (Third, {"rope": ROPE}),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original, fused = [], attention.scaled_dot_product_attention, attention.fused
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    def counted_fused(*args, **kwargs):
-        out = fused(*args, **kwargs)
-        made.extend([kwargs] * (out is not None))
-        return out
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    monkeypatch.setattr(attention, "fused", counted_fused)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,31 +7,14 @@ import pickle
 import peers
 import pytest
 import torch
+from peers import close
 from torch import nn
 
 import vitfast
 import vitfast.testing
 from vitfast import attention
 from vitfast.integrations import modules as integration
-from vitfast.testing import PEER_TOLERANCE, device, make
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
+from vitfast.testing import device, make
 
 
 def layer(**settings):

@@ -6,13 +6,14 @@ import pickle
 import peers
 import pytest
 import torch
+from peers import close
 from torch import nn
 
 import vitfast
 from vitfast import attention
 from vitfast.integrations import known, torch_sdpa
 from vitfast.integrations import timm as integration
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}
 MODELS = {
@@ -27,24 +28,6 @@ MODELS = {
     "relpos": ("vit_relpos_small_patch16_224", SIZES),
 }
 """Name -> timm's name and settings."""
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 def build(key):

@@ -5,31 +5,14 @@ import functools
 import peers
 import pytest
 import torch
+from peers import close
 from torch import nn
 
 import vitfast
 from vitfast import attention
 from vitfast.integrations import timm as integration
 from vitfast.integrations import torch_sdpa
-from vitfast.testing import PEER_TOLERANCE, device, make
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
+from vitfast.testing import device, make
 
 
 def layers():

@@ -6,11 +6,12 @@ import pickle
 import peers
 import pytest
 import torch
+from peers import close
 
 import vitfast
 from vitfast import attention
 from vitfast.integrations import transformers as integration
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 CLIP_TEXT = peers.TEXT | {"max_position_embeddings": 9, "eos_token_id": 2}
 DINOV3 = peers.VIT | {"num_register_tokens": 2}
@@ -72,19 +73,6 @@ FAMILIES = {
 """Model class -> (settings, inputs, calls of attention in one forward)."""
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
 def build(name, settings):
     config = settings() if callable(settings) else settings
     return peers.transformers_model(name, config).to(device())
@@ -97,10 +85,6 @@ def run(model, inputs):
         output = model(**inputs)
     names = ("last_hidden_state", "pooler_output", "logits", "pred_boxes")
     return torch.cat([output[n].flatten() for n in names if output.get(n) is not None])
-
-
-def close(actual, expected):
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,13 +4,14 @@ import peers
 import pytest
 import test_integrations_transformers as plain
 import torch
+from peers import close
 from torch import nn
 
 import vitfast
 from vitfast import attention, flash_attention
 from vitfast.integrations import transformers as integration
 from vitfast.integrations.transformers_attention import FLASH_NAME, attention_forward, flash_attention_forward
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 IDS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 RIGHT, LEFT = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
@@ -75,11 +76,6 @@ def outputs(model, name, inputs):
     model.set_attn_implementation(name)
     with torch.no_grad():
         return model(**inputs)
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 integration_registered = pytest.fixture(autouse=True)(lambda: peers.import_transformers() and integration.register())

@@ -7,6 +7,7 @@ import peers
 import pytest
 import test_integrations_transformers as plain
 import torch
+from peers import close
 from torch import nn
 
 import vitfast
@@ -14,7 +15,7 @@ from vitfast import attention
 from vitfast.differences import flatten
 from vitfast.integrations import known, transformers_modules
 from vitfast.integrations import transformers as integration
-from vitfast.testing import PEER_TOLERANCE, device, make
+from vitfast.testing import device, make
 
 IMAGE_GPT = {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
 UPCAST = {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}
@@ -66,24 +67,6 @@ FAMILIES = {
     "Data2VecVisionModel": (DATA2VEC, plain.images, 2),
 }
 """Model class -> (settings, inputs, calls of attention in one forward)."""
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of vitfast's attention."""
-    made, original = [], attention.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    return made
-
-
-def close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= PEER_TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
