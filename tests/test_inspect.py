@@ -32,8 +32,8 @@ def run_code(code: str, **environment: str) -> str:
     return run_python("-c", textwrap.dedent(code), **environment)
 
 
-# A minute each with a cold cache. sm_90 is always compiled for, the rest of these in the full suite.
-SLOW = {("sm_100", file) for file in KERNEL_FILES} | {("sm_80", "attention_backward")}
+# A minute each with a cold cache: in the full suite.
+SLOW = {("sm_100", file) for file in KERNEL_FILES} | {("sm_80", "attention_backward"), ("sm_90", "attention_backward")}
 
 
 # One process per chip and file: the work spreads over the workers of pytest-xdist, and a new file
@@ -53,6 +53,24 @@ def test_kernels_compile_well(arch, kernel):
     assert wrong == []
     if kernel in PRODUCTS:
         assert any(has_half_operands(row) for row in rows)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_gradients_compile_well(arch):
+    """One case of each kernel at head dim 64, before the full suite comes to all of them."""
+    rows = json.loads(run_code(f"""
+        import json
+        from vitfast.inspect import inspect_case
+        from vitfast.kernels.attention_backward import compile_cases
+
+        cases = {{}}
+        for case in compile_cases():
+            if case.constexprs["HEAD_DIM"] == 64 and {arch[3:]} in case.archs and "bf16" in str(case.signature):
+                cases.setdefault(case.kernel, case)
+        print(json.dumps([inspect_case(case, "{arch}") for case in cases.values()]))
+    """))  # fmt: skip
+    assert len(rows) >= 2
+    assert [problem for row in rows for problem in problems(row | {"file": "attention_backward"})] == []
 
 
 # Kernels whose 16-bit products must be done by the best tensor-core instruction of the chip. fp32

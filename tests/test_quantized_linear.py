@@ -214,7 +214,7 @@ def test_bad_input(change, message, call):
         call(**given)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in ("sm_80", "sm_89"))])
 def test_products_run_on_tensor_cores(arch):
     """FP8 from sm_89 on, int8 everywhere; no spills. sm_80 and sm_89 share one instruction."""
     rows = json.loads(run_python("-m", "vitfast", "inspect", "--arch", arch, "--kernel", "quantized_linear", "--json"))
