@@ -22,7 +22,7 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1.4rem 0 .2rem; }
 p.soft, td.soft { color: var(--soft); }
 svg { max-width: 100%; height: auto; font: 13px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .tick { fill: var(--soft); } svg .label { text-anchor: end; }
-svg .wrong { fill: var(--wrong); } svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+svg .wrong { fill: var(--wrong); }
 svg .grid { stroke: var(--line); fill: none; } svg .roof { stroke: var(--ink); stroke-width: 2; fill: none; }
 svg .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 svg .mark { stroke: var(--paper); stroke-width: 1; }

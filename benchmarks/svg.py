@@ -79,7 +79,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles
     x = _Axis(min(intensities + ridge) / 4, max(intensities + ridge) * 4, 70, 720)
     rates = [row["tflops"] for row in points]
     y = _Axis(min(rates) / 2, max([*rates, *tops.values()]) * 1.6, 390, 20)
-    parts = ['<svg class="roofline" viewBox="0 0 760 440" width="760" role="img">']
+    parts = ['<svg class="roofline" viewBox="0 0 920 440" width="920" role="img">']
     parts += [
         f'<path class="grid" d="M{x.at(tick):.1f} 20V390"/>'
         f'<text class="tick" x="{x.at(tick):.1f}" y="408" text-anchor="middle">{tick:g}</text>'
@@ -90,25 +90,25 @@ def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles
         f'<text class="tick" x="62" y="{y.at(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
         for tick in y.ticks()
     ]
-    parts.append('<text class="tick" x="395" y="430" text-anchor="middle">FLOP per byte</text>')
+    measured = f"roofs as measured: {number(roofs['copy_gb_per_s'])} GB/s, and TFLOP/s by dtype"
+    parts.append(f'<text class="tick" x="395" y="430" text-anchor="middle">FLOP per byte ({measured})</text>')
     parts.append('<text class="tick" x="14" y="205" text-anchor="middle" transform="rotate(-90 14 205)">TFLOP/s</text>')
-    labels = []
-    for dtype, top in tops.items():
+    free = 0.0  # labels stand right of the plot, where no point is, none on another
+    for dtype, top in sorted(tops.items(), key=lambda item: -item[1]):
         start = max(x.low, y.low / bandwidth)
         corner = top / bandwidth
         parts.append(
             f'<path class="roof" d="M{x.at(start):.1f} {y.at(bandwidth * start):.1f}L{x.at(corner):.1f} '
             f'{y.at(top):.1f}H{x.at(x.high):.1f}"/>'
         )
-        labels.append(
-            f'<text class="tick halo" x="{x.at(x.high) - 4:.1f}" y="{y.at(top) - 6:.1f}" text-anchor="end">{dtype}: '
-            f"{number(top)} TFLOP/s, {number(roofs['copy_gb_per_s'])} GB/s, measured</text>"
-        )
+        label = max(free, y.at(top) + 4)
+        free = label + 15
+        parts.append(f'<text class="tick" x="728" y="{label:.1f}">{dtype}: {number(top)}</text>')
     for row in points:
         title = escape(f"{row['case']}\n{row['peer']}: {number(row['tflops'])} TFLOP/s, {row['gb_per_s']:,.0f} GB/s")
         colour, shape = styles[row["peer"]]
         parts.append(_mark(x.at(row["flops"] / row["bytes"]), y.at(row["tflops"]), colour, shape, title))
-    return "\n".join([*parts, *labels, "</svg>"])
+    return "\n".join([*parts, "</svg>"])
 
 
 def legend(peers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:

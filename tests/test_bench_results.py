@@ -1,6 +1,7 @@
 """Result files, what is compared and drawn from them, and whole models' rows."""
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -179,7 +180,16 @@ def test_page_is_whole_and_asks_for_nothing():
     assert "NVIDIA &lt;H100&gt;" in text
     assert text.count('class="mark"') == 4  # two in the roofline, two in its legend
     assert "incorrect<title>" in text
-    assert "700 TFLOP/s" in text
+    assert ">bfloat16: 700<" in text and "2900 GB/s" in text
+
+
+def test_names_of_roofs_do_not_cover_each_other():
+    content = full_result()
+    content["rows"] += [{**content["rows"][0], "dtype": dtype} for dtype in ("float16", "float8_e4m3fn")]
+    roofs = {"tflops": {"bfloat16": 700.0, "float16": 690.0, "float8_e4m3fn": 1400.0}, "copy_gb_per_s": 2900.0}
+    drawn = svg.roofline(content["rows"], roofs, svg.style_of(["vitfast triton", BASELINE]))
+    places = [float(y) for y in re.findall(r'<text class="tick" x="728" y="([\d.]+)">', drawn)]
+    assert len(places) == 3 and all(below - above >= 15 for above, below in itertools.pairwise(places))
 
 
 def test_bars_are_as_long_as_they_say():
