@@ -79,18 +79,14 @@ def quantized_linear(
         ops = torch.ops.vitfast
         run = ops.quantized_linear_requantize if requantize else ops.quantized_linear
         return run(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype)
-    return choose(checks.quantized_linear_spec(x, x_scale, weight, requantize), backend).call(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        dtype=dtype,
-        requantize=requantize,
-    )
+    epilogue = (bias, activation, layer_scale, residual, dtype)
+    return _call(backend, requantize, x, x_scale, weight, weight_scale, *epilogue)
+
+
+def _call(backend, requantize, x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype) -> Any:
+    options = {"activation": activation, "layer_scale": layer_scale, "residual": residual, "dtype": dtype}
+    run = choose(checks.quantized_linear_spec(x, x_scale, weight, requantize), backend).call
+    return run(x, x_scale, weight, weight_scale, bias, **options, **({"requantize": True} if requantize else {}))
 
 
 @custom_op("vitfast::quantize", mutates_args=())
@@ -117,17 +113,8 @@ def _quantized_linear(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return choose(checks.quantized_linear_spec(x, x_scale, weight)).call(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        dtype=dtype,
-    )
+    epilogue = (bias, activation, layer_scale, residual, dtype)
+    return _call("auto", False, x, x_scale, weight, weight_scale, *epilogue)
 
 
 @_quantized_linear.register_fake
@@ -147,18 +134,8 @@ def _quantized_linear_requantize(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return choose(checks.quantized_linear_spec(x, x_scale, weight, requantize=True)).call(
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        dtype=dtype,
-        requantize=True,
-    )
+    epilogue = (bias, activation, layer_scale, residual, dtype)
+    return _call("auto", True, x, x_scale, weight, weight_scale, *epilogue)
 
 
 @_quantized_linear_requantize.register_fake
