@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from photos import FakeEngine, make_photos, save, truncate
 from PIL import Image
-from test_embed import FakeEngine, make_photos, save, truncate
 from typer.testing import CliRunner
 
 import vitfast
@@ -174,7 +174,7 @@ SLOW_MODEL = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import vitfast
-from test_embed import FakeEngine
+from photos import FakeEngine
 from vitfast.cli import app
 
 class Slow(FakeEngine):

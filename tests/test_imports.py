@@ -44,7 +44,8 @@ RULES = {
     "stream":      Rule(rooms=("output",), later=("engine",), outside=("numpy", "torch")),
     "engine":      Rule(rooms=("config", "model", "planner", "checkpoints", "ops", "output", "images", "graphs",
                                "sites", "stream"), later=("calibrate",), outside=("torch",)),
-    "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy", "pyarrow")),
+    "embed":       Rule(rooms=("images",), later=("engine",), outside=("numpy",)),
+    "embedding_folder": Rule(rooms=("embed",), later=("engine",), outside=("numpy", "pyarrow")),
     "calibrate":   Rule(rooms=("checkpoints", "engine", "model", "sites"), outside=("torch",)),
     "doctor":      Rule(rooms=("vitfast", "ops"), later=("sites", "engine", "_C"), outside=("torch",)),
     "attention":   Rule(rooms=("ops",), outside=("torch",)),
@@ -62,7 +63,8 @@ RULES = {
     "bench_cli":   Rule(later=("benchmarks", "cli", "config", "engine"), outside=("typer",)),
     "cli":         Rule(
         rooms=("vitfast", "bench_cli"),
-        later=("benchmarks", "config", "embed", "doctor", "inspect", "predict", "engine", "ops", "verify"),
+        later=("benchmarks", "config", "embed", "embedding_folder", "doctor", "inspect", "predict", "engine", "ops",
+               "verify"),
         outside=("typer",),
     ),
 }

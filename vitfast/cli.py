@@ -99,7 +99,8 @@ def embed(
     images are noted in the status column and tried again.
     """
     with _command(context, as_json) as answer:
-        from vitfast.embed import EmbeddingFolder, Summary, collect, embed_images, write_parquet
+        from vitfast.embed import collect, embed_images
+        from vitfast.embedding_folder import EmbeddingFolder, Summary, write_parquet
 
         paths = collect(sources)
         folder = EmbeddingFolder(out, model)
