@@ -21,7 +21,10 @@ from vitfast.ops import fold_norm, reference
 from vitfast.ops.registry import Spec, device_capability
 
 Dims = Mapping[str, Any]
-FEATURES = {"causal": "causal", "groups": "scale groups", "requantize": "scale groups"}
+FEATURES = {
+    **{"causal": "causal", "groups": "scale groups", "requantize": "scale groups", "heads": "scale groups of 64"},
+    **{name: f"{str(dtype).removeprefix('torch.')} output" for name, dtype in QUANTIZED.items()},
+}
 """Of a case's variant or epilogue -> the name in backends' `features`, where it asks for one."""
 STATS_EPS = 1e-6
 
@@ -197,6 +200,8 @@ def _attention(d: Dims, make: Maker) -> Call:
         kwargs["mask"] = make.mask(1, 1, tokens, tokens)
     if d.get("variant") == "causal":
         kwargs["causal"] = True
+    if d.get("variant", "").startswith("to "):
+        kwargs["quantize"] = QUANTIZED[d["variant"].removeprefix("to ")]
     return Call(tuple(qkv.unbind(2)), kwargs, (0, 1, 2))
 
 
@@ -205,7 +210,7 @@ def backend_options(options: dict[str, Any]) -> dict[str, Any]:
     return {"right" if name == "causal" else name: 0 if name == "causal" else a for name, a in options.items()}
 
 
-def _reference_attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False, **options: Any) -> Tensor:
+def _reference_attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False, **options: Any) -> Any:
     return reference.attention(q, k, v, upcast=upcast, **backend_options(options))
 
 
@@ -253,8 +258,9 @@ def _quantized_linear(d: Dims, make: Maker) -> Call:
     rows, inner, epilogue, dtype = d["rows"], d["inner"], d["epilogue"].split(), QUANTIZED[d["precision"]]
     width = d["width"] * (2 if "swiglu" in epilogue else 1)
     x, x_scale = reference.quantize(make.normal(rows, inner), dtype=dtype)
-    if "groups" in epilogue:
-        x_scale = x_scale[:, None] * make.normal(rows, -(-inner // reference.SCALE_GROUP)).float().abs()
+    for word, group in {"groups": reference.SCALE_GROUP, "heads": 64}.items():
+        if word in epilogue:
+            x_scale = x_scale[:, None] * make.normal(rows, -(-inner // group)).float().abs()
     weight = reference.quantize(make.normal(width, inner, scale=inner**-0.5), dtype=dtype)
     kwargs = {**_epilogue(epilogue, make, rows, width), "dtype": make.dtype}
     if "requantize" in epilogue:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vitfast.benchmarks.cases import Dims
 from vitfast.config import ViTConfig
 from vitfast.engine import QUANTIZED
+from vitfast.ops import SCALE_GROUP, SCALE_GROUPS
 
 
 def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
@@ -44,7 +45,7 @@ def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[s
         dims = sites[site][1]
         return "quantize", {"rows": dims["rows"], "width": dims["inner"], "norm": norm, "precision": precision}
 
-    return {
+    found = {
         "hidden_fc1": product("fc1", f"{gate} requantize"),
         "hidden_fc2": product("fc2", "groups residual"),
         "quantized_qkv": product("qkv", "bias"),
@@ -53,6 +54,11 @@ def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[s
         "quantize_fc1": quantize("fc1", "norm"),
         "quantize_proj": quantize("proj", ""),
     }
+    if config.head_dim in SCALE_GROUPS:
+        groups = "groups" if config.head_dim == SCALE_GROUP else "heads"
+        found["mixed_attention"] = "attention", {**sites["attention"][1], "variant": f"to {precision}"}
+        found["mixed_proj"] = product("proj", f"{groups} residual")
+    return found
 
 
 def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:

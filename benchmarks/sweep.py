@@ -62,13 +62,13 @@ def _attention_key(call: Call) -> str:
 
 
 def _quantized_linear_key(call: Call) -> str:
-    from vitfast.kernels.quantized_linear import tuning_key
+    from vitfast.kernels.quantized_linear import scale_group, tuning_key
 
     x, x_scale, weight = call.args[:3]
     gated, requantize = call.kwargs.get("activation") == "swiglu", call.kwargs.get("requantize", False)
     width = weight.shape[0] // (2 if gated else 1)
-    grouped = x_scale.ndim == x.ndim
-    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, gated=gated, requantize=requantize, grouped=grouped)
+    group = scale_group(x, x_scale)
+    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, gated=gated, requantize=requantize, group=group)
 
 
 TUNED: dict[str, Callable[[Call], str]] = {

@@ -19,7 +19,7 @@ CAPABILITIES = {
     "limits": {"head_dim": (1, 256)},
     "features": (
         *("fewer key heads", "causal", "window", "softcap", "slopes", "packed sequences", "log-sum-exp"),
-        *("rope", "qk-norm"),
+        *("rope", "qk-norm", "float8_e4m3fn output", "int8 output"),
     ),
 }
 

@@ -16,6 +16,8 @@ ARCHS = (80, 90, 100)
 HEAD_DIMS = (64, 72, 80, 88, 96, 128)
 BIAS, MASK = {"bias": "*bf16"}, {"mask": "*i1"}
 STATS = {"max_out": "*fp32", "sum_out": "*fp32"}
+KINDS = {80: "i8", 89: "fp8e4nv", 90: "fp8e4nv", 100: "fp8e4nv"}
+"""Chip -> 8-bit type of the output; int8 on the newer ones is among `more_forward_cases`."""
 # What the flash-attn functions ask for; and all of it at once.
 WINDOW = {"left": "i32", "right": "i32"}
 PACKED = {"cu_queries": "*i32", "cu_keys": "*i32"}
@@ -41,17 +43,22 @@ def forward_cases() -> list[CompileCase]:
         cases += [_forward_case(head_dim, 577, arch, **extra, **STATS) for head_dim, extra in FEATURES]
         cases += [_forward_case(head_dim, 577, arch, group=4, **WINDOW, **PACKED) for head_dim in (64, 128)]
         cases += [_forward_case(head_dim, 197, arch, **BIAS, **ROPE, **NORM) for head_dim in (64, 128)]
-    return cases
+    return cases + [case for arch, kind in KINDS.items() for case in _cases_in_8_bits(arch, kind)]
 
 
 def more_forward_cases() -> list[CompileCase]:
-    """Other head dims and forms of RoPE and qk-norm: cases that take long, for the full tests only."""
+    """Other head dims, forms of RoPE and qk-norm, 8-bit types: cases that take long, for the full tests only."""
     cases = []
     for arch in ARCHS:
         cases += [_forward_case(head_dim, 197, arch, **ROPE, **NORM) for head_dim in HEAD_DIMS]
         cases += [_forward_case(64, 197, arch, interleaved=interleaved, **ROPE) for interleaved in (False, True)]
         cases += [_forward_case(72, 197, arch, interleaved=True, **ROPE, **NORM), _forward_case(64, 197, arch, **NORM)]
-    return cases
+    return cases + [case for arch in (90, 100) for case in _cases_in_8_bits(arch, "i8")]
+
+
+def _cases_in_8_bits(arch: int, kind: str) -> list[CompileCase]:
+    out = {"out": f"*{kind}", "out_scale": "*fp32"}
+    return [_forward_case(*shape, arch, **out) for shape in ((64, 197), (64, 577), (128, 197))]
 
 
 def backward_cases() -> list[CompileCase]:
@@ -73,7 +80,7 @@ def _forward_case(
     tokens = 0 if "cu_keys" in extra else tokens
     heads_change = bool(extra.keys() & {"cos", "q_weight"})
     config = pick_config(head_dim, tokens, torch.bfloat16, dense, divmod(arch, 10), heads_change)
-    absent = {"max_out", "sum_out", *_HEADS} - extra.keys()
+    absent = {"out_scale", "max_out", "sum_out", *_HEADS} - extra.keys()
     constexprs = {
         "SCALE_FIRST": bool(extra.keys() & {"bias", "max_out", "softcap", "slopes"}),
         "BIAS_PER_QUERY": "bias" in extra,
@@ -139,7 +146,7 @@ def _case(
     strides += [name for name in _HEADS if name in extra and not name.startswith(("prefix", "norm"))]
     return CompileCase(
         kernel=kernel,
-        config=config.name,
+        config=config.name + "_in_8_bits" * ("out_scale" in extra),
         fn=fn,
         signature={name: types.get(name, "i32") for name in fn.arg_names if name not in constexprs},
         constexprs=constexprs,

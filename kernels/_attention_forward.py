@@ -8,6 +8,7 @@ import triton.language as tl
 from vitfast.kernels._attention_heads import head_moments, load_head
 from vitfast.kernels._attention_scores import band_tiles, in_band, make_scores
 from vitfast.kernels._attention_tiles import load_rows, load_scores, sequence, store_tile
+from vitfast.kernels.quantize import in_8_bits
 
 
 @triton.jit
@@ -101,6 +102,7 @@ def _key_tile(
 @triton.jit(do_not_specialize=["heads", "query_rows", "key_rows", "longest", "offset", "left", "right", "prefix"])
 def attention_forward_kernel(
     out,  # [B, Nq, H, D] contiguous
+    out_scale,  # [B, Nq, H] fp32 if out is in 8 bits, else None
     max_out,  # [B, H, Nq] fp32: the largest score of each query, or None; with SCALE_FIRST only
     sum_out,  # [B, H, Nq] fp32: sum of exp(score - largest), or None
     q,  # [B, Nq, H, D]
@@ -254,8 +256,13 @@ def attention_forward_kernel(
 
     # Store. A query that saw no key has sum 0 and gives zeros.
     norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
-    store_tile(out, out_stride_n, queries, query_count, acc * norm[:, None], acc_rest * norm[:, None],
-               HEAD_DIM, D_MAIN, D_REST)  # fmt: skip
+    value, value_rest = acc * norm[:, None], acc_rest * norm[:, None]
+    if out_scale is not None:
+        tl.static_assert(D_MAIN == HEAD_DIM, "all of a head must lie in one chunk, whose largest value is its scale")
+        value, head_scale = in_8_bits(value, out.dtype.element_ty)
+        row = (entry * query_rows + first_query + queries) * heads + head
+        tl.store(out_scale + row, head_scale, mask=queries < query_count)
+    store_tile(out, out_stride_n, queries, query_count, value, value_rest, HEAD_DIM, D_MAIN, D_REST)
     if max_out is not None:
         row = (entry * heads + head) * query_rows + first_query + queries
         tl.store(max_out + row, row_shift, mask=queries < query_count)

@@ -20,6 +20,10 @@ import triton.language as tl
 STATS_TILE = 128
 """Columns that one (mean, M2) pair of partial row statistics covers; the last pair covers the rest."""
 
+SCALE_GROUPS = (128, 64)
+"""Columns of an 8-bit row that may share a scale, where a row has several; the last group covers what is left. 64 is a
+head's."""
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}

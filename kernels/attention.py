@@ -1,6 +1,7 @@
 """softmax(q kᵀ * scale + bias) v per head, without forming the [Nq, Nk] matrix in memory.
 
     q [B, Nq, H, D], k, v [B, Nk, Hk, D]  ->  out [B, Nq, H, D];  fp32, fp16 or bf16, fp32 accumulation
+    quantize: out in float8_e4m3fn or int8, with a scale [B, Nq, H] for each head of a row: D = 64 or 128
 
 Reads strided views, so the packed qkv [B, N, 3, H, D] of a linear layer goes in as it is. Additive
 bias and bool mask are broadcast by strides of 0, a key head serves H / Hk query heads, and a query
@@ -13,6 +14,10 @@ One program holds a tile of queries and walks over tiles of keys with the online
 and Gimelshein 2018; Dao et al. 2022). Key tiles that lie wholly inside need no mask; what is left
 (5 keys of 197, 1 of 257) is one narrow tile of its own. Any D up to 256: it is cut into up to two
 power-of-two chunks (72 = 64 + 16), because padding 72 to 128 would waste 44 % of the products.
+
+A program has one head's columns of its rows and no others, so an 8-bit output is scaled by the head: a scale for the
+whole row would need every head's program, and a pass over the output. It is quantised from fp32, rounded to nothing
+before; quantized_linear.py reads such scales.
 
 Bound by the tensor cores and the exponentials for long sequences, by bytes for N below about 200.
 """
@@ -38,7 +43,7 @@ from vitfast.kernels._attention_cases import forward_cases
 from vitfast.kernels._attention_configs import CONFIGS as GENERAL_CONFIGS
 from vitfast.kernels._attention_configs import pick_config
 from vitfast.kernels._attention_forward import attention_forward_kernel
-from vitfast.kernels._common import CompileCase, Config, capability, on_its_device
+from vitfast.kernels._common import SCALE_GROUPS, CompileCase, Config, capability, on_its_device
 
 __all__ = ["CAPABILITIES", "CONFIGS", "attention", "attention_forward", "compile_cases", "tuning_key"]
 
@@ -48,7 +53,8 @@ CONFIGS = [*GENERAL_CONFIGS, *attention_short.CONFIGS]
 
 def tuning_key(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> str:
     """What a tuned choice depends on: not on the batch, so that an image's bits do not either."""
-    return " ".join([str(q.shape[3]), f"{q.shape[1]}x{k.shape[1]}", str(q.dtype), *_given(q, k, options)])
+    given = _given(q, k, options) + (["in 8 bits"] if options.get("quantize") is not None else [])
+    return " ".join([str(q.shape[3]), f"{q.shape[1]}x{k.shape[1]}", str(q.dtype), *given])
 
 
 def _given(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> list[str]:
@@ -67,6 +73,7 @@ def attention(
     v: torch.Tensor,
     *,
     return_lse: bool = False,
+    quantize: torch.dtype | None = None,
     config: Config | None = None,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -93,11 +100,14 @@ def attention(
             k are rotated, x * cos + turn(x) * sin, where turn makes channels (a, b) into (-b, a): d and d + D / 2, or
             2d and 2d + 1 if interleaved. Norm and rotation are done in fp32 and rounded once.
         return_lse: also give the log-sum-exp of each query's scores.
+        quantize: torch.float8_e4m3fn or torch.int8: give the output in 8 bits, with the scale of each head of a row;
+            D is 64 or 128, without return_lse.
         config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; without return_lse only.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros.
         With return_lse, that and [B, H, Nq] fp32, natural logarithm; -inf for such a query.
+        With quantize [B, Nq, H, D] in that dtype and [B, Nq, H] fp32; NaN where a head of a row is not finite.
 
     Raises:
         ValueError: if a shape, dtype, stride, device or number does not fit.
@@ -105,9 +115,12 @@ def attention(
     if return_lse:
         if config is not None:
             raise ValueError(f"attention: config must be None with return_lse, got {config.name}")
+        if quantize is not None:
+            raise ValueError(f"attention: quantize must be None with return_lse, got {quantize}")
         out, stats = attention_forward(q, k, v, **options)
         return out, stats[0] + stats[1].log()
-    return _launch(q, k, v, None, options, config)
+    out, out_scale = _launch(q, k, v, None, options, config, quantize)
+    return out if out_scale is None else (out, out_scale)
 
 
 @on_its_device
@@ -122,7 +135,7 @@ def attention_forward(
     """
     batch, query_count, heads, _ = q.shape if q.ndim == 4 else (0, 0, 0, 0)  # _launch refuses other shapes
     stats = torch.empty((2, batch, heads, query_count), dtype=torch.float32, device=q.device)
-    return _launch(q, k, v, stats, options), stats
+    return _launch(q, k, v, stats, options)[0], stats
 
 
 def _launch(
@@ -132,25 +145,36 @@ def _launch(
     stats: torch.Tensor | None,
     options: dict[str, Any],
     config: Config | None = None,
-) -> torch.Tensor:
+    quantize: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out, and its scales if it is in 8 bits."""
     head_options = {name: options[name] for name in HEAD_OPTIONS if name in options}
     options = {name: value for name, value in options.items() if name not in HEAD_OPTIONS}
     arguments = kernel_arguments("attention", q, k, v, **options)
     packed = arguments["cu_queries"] is not None
     arguments |= head_arguments("attention", q, k, **head_options, packed=packed)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out_scale = None
+    if quantize is not None:
+        if quantize not in (torch.float8_e4m3fn, torch.int8):
+            raise ValueError(f"attention: quantize must be torch.float8_e4m3fn or torch.int8, got {quantize}")
+        if q.shape[3] not in SCALE_GROUPS:
+            allowed = " or ".join(map(str, sorted(SCALE_GROUPS)))
+            raise ValueError(f"attention: quantize needs a head dim of {allowed}, got {q.shape[3]}")
+        out_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=quantize or q.dtype, device=q.device)
     if not out.numel():
-        return out
+        return out, out_scale
 
     batch, query_count, heads, head_dim = q.shape
     if packed:
         batch, query_count = len(arguments["cu_queries"]) - 1, options["max_queries"]
     if config is None and stats is None and not packed:
-        config = _common.tuned("attention", q.device, CONFIGS, tuning_key(q, k, options | head_options))
+        key = tuning_key(q, k, options | head_options | {"quantize": quantize})
+        config = _common.tuned("attention", q.device, CONFIGS, key)
     if config in attention_short.CONFIGS:
-        _check_short(q, k, options | head_options, arguments["scale"], config)
-        attention_short.launch(out, q, k, v, arguments["scale"], config)
-        return out
+        _check_short(q, k, options | head_options, arguments["scale"], config, quantize is not None)
+        attention_short.launch(out, out_scale, q, k, v, arguments["scale"], config)
+        return out, out_scale
     bias_per_query, mask_per_query = arguments["bias_stride_q"] != 0, arguments["mask_stride_q"] != 0
     scores_change = arguments["softcap"] is not None or arguments["slopes"] is not None
     config = config or pick_config(
@@ -175,6 +199,7 @@ def _launch(
     )
     attention_forward_kernel[(triton.cdiv(query_count, block_m) * batch * heads,)](
         out=out,
+        out_scale=out_scale,
         max_out=None if stats is None else stats[0],
         sum_out=None if stats is None else stats[1],
         **arguments,
@@ -190,12 +215,14 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
+    return out, out_scale
 
 
-def _check_short(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any], scale: float, config: Config) -> None:
+def _check_short(
+    q: torch.Tensor, k: torch.Tensor, options: dict[str, Any], scale: float, config: Config, in_8_bits: bool
+) -> None:
     """Raise ValueError unless attention_short.py can run this call."""
-    reasons = attention_short.why_not(config, q.shape[3], k.shape[1], q.dtype, capability(q.device))
+    reasons = attention_short.why_not(config, q.shape[3], k.shape[1], q.dtype, capability(q.device), in_8_bits)
     if given := _given(q, k, options):
         reasons.append(f"it has no {', no '.join(given)}")
     if not scale > torch.finfo(torch.float32).tiny:

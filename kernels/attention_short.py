@@ -1,6 +1,7 @@
 """softmax(q kᵀ * scale) v over at most 320 keys: all of them at once, an exact softmax, nothing rescaled.
 
     q [B, Nq, H, D], k, v [B, Nk, H, D]  ->  out [B, Nq, H, D];  fp16 or bf16, fp32 accumulation, D = 32, 64 or 128
+    or in 8 bits with a scale [B, Nq, H], as in attention.py
 
 The general kernel (attention.py) walks over keys and corrects its sums whenever a larger score turns up.
 The sequences of a Vision Transformer are short enough to be held whole: the key axis is cut into up to three
@@ -23,7 +24,8 @@ import triton.language as tl
 
 from vitfast.kernels._attention_arguments import LOG2E, strides, vector
 from vitfast.kernels._attention_tiles import load_rows
-from vitfast.kernels._common import CompileCase, Config
+from vitfast.kernels._common import SCALE_GROUPS, CompileCase, Config
+from vitfast.kernels.quantize import in_8_bits
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -45,6 +47,8 @@ MOST_KEYS = {
 }
 """Config -> compute capability and up -> head dim -> keys up to which the compiler spills no registers, found by
 compiling for sm_80, sm_90 and sm_100 (tests/test_inspect.py). None of the configs has been timed."""
+MOST_KEYS_IN_8_BITS = {"short": 208, "short-walk": 208}
+"""Config -> the same at head dim 64 where the output is in 8 bits, if it is less: found likewise."""
 
 
 @triton.jit
@@ -59,6 +63,7 @@ def _scores(q, k, left, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
 def _attention_short_kernel(
     out,  # [B, Nq, H, D] contiguous
+    out_scale,  # [B, Nq, H] fp32 if out is in 8 bits, else None
     q,  # [B, Nq, H, D]
     k,  # [B, Nk, H, D]
     v,  # [B, Nk, H, D]
@@ -97,6 +102,8 @@ def _attention_short_kernel(
         v_offset, v_stride_n = tl.multiple_of(v_offset, VECTOR), tl.multiple_of(v_stride_n, VECTOR)
     q, k, v = q + q_offset, k + k_offset, v + v_offset
     out += (batch * query_count * heads + head) * HEAD_DIM
+    if out_scale is not None:
+        out_scale += batch * query_count * heads + head
 
     # Load: the head's keys and values.
     keys_0 = tl.arange(0, KEYS_0)
@@ -141,7 +148,11 @@ def _attention_short_kernel(
 
         rows = queries.to(tl.int64)[:, None] * (heads * HEAD_DIM)
         tile = out + rows + tl.arange(0, HEAD_DIM)[None, :]
-        tl.store(tile, (acc / total[:, None]).to(out.dtype.element_ty), mask=(queries < query_count)[:, None])
+        value = acc / total[:, None]
+        if out_scale is not None:
+            value, head_scale = in_8_bits(value, out.dtype.element_ty)
+            tl.store(out_scale + queries.to(tl.int64) * heads, head_scale, mask=queries < query_count)
+        tl.store(tile, value.to(out.dtype.element_ty), mask=(queries < query_count)[:, None])
 
 
 def key_tiles(key_count: int) -> tuple[int, int, int]:
@@ -152,7 +163,12 @@ def key_tiles(key_count: int) -> tuple[int, int, int]:
 
 
 def why_not(
-    config: Config, head_dim: int, key_count: int, dtype: torch.dtype, capability: tuple[int, int]
+    config: Config,
+    head_dim: int,
+    key_count: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    in_8_bits: bool = False,
 ) -> list[str]:
     """Every reason why a config here does not run a call without bias, mask and causality; empty if it does."""
     reasons = []
@@ -161,18 +177,32 @@ def why_not(
     by_chip = MOST_KEYS[config.name]
     chips = [chip for chip in by_chip if chip <= capability]
     most = by_chip[max(chips)].get(head_dim, 0) if chips else 0
+    if in_8_bits and head_dim == 64:
+        most = min(most, MOST_KEYS_IN_8_BITS.get(config.name, most))
     if not 1 <= key_count <= most:
-        reasons.append(f"{key_count} keys of head dim {head_dim} are outside 1..{most}")
+        reasons.append(f"{key_count} keys of head dim {head_dim} are outside 1..{most}" + ", in 8 bits" * in_8_bits)
     return reasons
 
 
-def launch(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: Config) -> None:
-    """Write attention into `out`, on checked arguments for which `why_not` has nothing against `config`."""
+def launch(
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    config: Config,
+) -> None:
+    """Write attention into `out`, on checked arguments for which `why_not` has nothing against `config`.
+
+    out_scale: [B, Nq, H] fp32, written too, if `out` is in 8 bits.
+    """
     batch, query_count, heads, head_dim = q.shape
     tiles = 1 if "WALK" in config.blocks else triton.cdiv(query_count, config.blocks["BLOCK_M"])
     keys = key_tiles(k.shape[1])
     _attention_short_kernel[(tiles * batch * heads,)](
         out,
+        out_scale,
         q,
         k,
         v,
@@ -206,7 +236,19 @@ def compile_cases() -> list[CompileCase]:
     return cases
 
 
-def _compile_case(config: Config, head_dim: int, tokens: int, arch: int) -> CompileCase:
+def compile_cases_in_8_bits() -> list[CompileCase]:
+    """The same with 8-bit output, for head dims that have it: for the full tests only."""
+    cases = []
+    for config in CONFIGS:
+        for chip, kinds in {(8, 0): ("i8",), (9, 0): ("fp8e4nv", "i8"), (10, 0): ("fp8e4nv", "i8")}.items():
+            for head_dim, most in MOST_KEYS[config.name].get(chip, {}).items():
+                if head_dim in SCALE_GROUPS:
+                    tokens = min(most, MOST_KEYS_IN_8_BITS.get(config.name, most)) if head_dim == 64 else most
+                    cases += [_compile_case(config, head_dim, tokens, 10 * chip[0] + chip[1], kind) for kind in kinds]
+    return cases
+
+
+def _compile_case(config: Config, head_dim: int, tokens: int, arch: int, kind: str = "bf16") -> CompileCase:
     keys = key_tiles(tokens)
     constexprs = {
         "VECTOR": 8,
@@ -216,11 +258,12 @@ def _compile_case(config: Config, head_dim: int, tokens: int, arch: int) -> Comp
         "KEYS_2": keys[2],
         "BLOCK_M": config.blocks["BLOCK_M"],
         "WALK": "WALK" in config.blocks,
+        **({"out_scale": None} if kind == "bf16" else {}),
     }
-    types = dict.fromkeys(("out", "q", "k", "v"), "*bf16") | {"unit": "fp32"}
+    types = dict.fromkeys(("q", "k", "v"), "*bf16") | {"out": f"*{kind}", "out_scale": "*fp32", "unit": "fp32"}
     return CompileCase(
         kernel="attention_short",
-        config=f"{config.name} D={head_dim} N={tokens}",
+        config=f"{config.name} D={head_dim} N={tokens}" + f" {kind}" * (kind != "bf16"),
         fn=_attention_short_kernel,
         signature={n: types.get(n, "i32") for n in _attention_short_kernel.arg_names if n not in constexprs},
         constexprs=constexprs,

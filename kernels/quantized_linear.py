@@ -2,15 +2,19 @@
 
     x [M, K] with x_scale [M], W [N, K] with weight_scale [N] -> y [M, N]
     "swiglu": W [2F, K], gate rows first, y [M, F] = silu(gate) * up
-    groups: x_scale [M, ceil(K / 128)], one for each 128 columns of a row of x
+    groups: x_scale [M, ceil(K / G)], one for each G = 128 or 64 columns of a row of x
     requantize: y in x's dtype with y_scale [M, ceil(N / 128)], the groups of the product that follows
 
 Fused: scales, bias, activation, LayerScale and residual, in fp32; y is rounded once. x and W are
 float8_e4m3fn or int8, the sums fp32 or int32; y, bias, layer_scale and residual are fp32, fp16 or bf16.
 Hopper's FP8 products keep about 14 bits of a running sum; it is therefore moved to fp32 registers every
-PROMOTE products, and it is there that scales of groups are applied, one multiplication more a sum. A group
-is a tile's columns, so that the program which computes them can scale them: a scale for the whole row would need
-all tiles of the row, and a pass over y. Bound by FLOPs at ViT widths, by the bytes of y and residual at small K.
+PROMOTE products, and it is there that scales of groups are applied, one multiplication more a sum. What `requantize`
+writes has groups of a tile's columns, so that the program which computes them can scale them: a scale for the whole
+row would need all tiles of the row, and a pass over y. Groups of 64 are heads of `attention`. A tile of K is a group:
+at 64 it is half as deep, two of the tensor cores' instructions, and twice as many are in flight. Two products in a
+tile of 128 would be the same instructions on operands that had to be cut first; groups of 32, one instruction each,
+would be scaled for as long as they are multiplied. Bound by FLOPs at ViT widths, by the bytes of y and residual at
+small K.
 
 Sources: LLM.int8() (Dettmers et al. 2022), scales of rows and columns applied to the sum; DeepSeek-V3's
 technical report (2024), sections 3.3.1 and 3.3.2, scales of 1 x 128 groups and promotion of FP8 sums.
@@ -26,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitfast.kernels import _common
-from vitfast.kernels._common import CompileCase, Config
+from vitfast.kernels._common import SCALE_GROUPS, CompileCase, Config
 from vitfast.kernels._linear_configs import GROUP_M
 from vitfast.kernels._linear_kernels import _activated, _tile_origin
 from vitfast.kernels.linear import ACTIVATIONS
@@ -36,12 +40,12 @@ CAPABILITIES: dict[str, Any] = {
     "dtypes": ("float8_e4m3fn", "int8"),
     "min_capability": (8, 0),
     "limits": {},
-    "features": ("scale groups",),
+    "features": ("scale groups", "scale groups of 64"),
 }
 
 PROMOTE = 128
 SCALE_GROUP = 128
-"""Columns that share a scale, where a row has several; the last group covers what is left."""
+"""Columns that share a scale where `requantize` made them; the last group covers what is left."""
 
 # Where these come from: compiling for sm_80, sm_89, sm_90 and sm_100; each spills no register with the
 # epilogues of `compile_cases` and fits the 99 KiB of shared memory of sm_89. None is measured yet. The
@@ -54,6 +58,13 @@ CONFIGS = [
 ]
 
 
+def scale_group(x: Tensor, x_scale: Tensor) -> int:
+    """Columns of x that share a scale; 0 where a whole row does, or where x_scale has no such shape."""
+    if x_scale.ndim != x.ndim:
+        return 0
+    return next((group for group in SCALE_GROUPS if triton.cdiv(x.shape[-1], group) == x_scale.shape[-1]), 0)
+
+
 def pick_config(rows: int, width: int, *, sms: int, gated: bool = False, requantize: bool = False) -> Config:
     """The large tile where it gives every multiprocessor one, else a small one."""
     large, small, one_group = CONFIGS
@@ -64,10 +75,13 @@ def pick_config(rows: int, width: int, *, sms: int, gated: bool = False, requant
 
 
 def tuning_key(
-    rows: int, inner: int, width: int, dtype: torch.dtype, *, gated: bool, requantize: bool, grouped: bool
+    rows: int, inner: int, width: int, dtype: torch.dtype, *, gated: bool, requantize: bool, group: int
 ) -> str:
-    """What a tuned choice depends on: the very shape, and what restricts the configs or changes their work."""
-    flags = {"gated": gated, "requantize": requantize, "grouped": grouped}
+    """What a tuned choice depends on: the very shape, and what restricts the configs or changes their work.
+
+    `group`: as `scale_group` gives it, 0 for a scale a row.
+    """
+    flags = {"gated": gated, "requantize": requantize, f"groups of {group}": group > 0}
     return " ".join([f"{rows}x{inner}x{width}", str(dtype), *(name for name, on in flags.items() if on)])
 
 
@@ -76,7 +90,7 @@ def _quantized_linear_kernel(
     y,  # [M, N]
     y_scale,  # [M, ceil(N / 128)] fp32 if y is in x's dtype, else None
     x,  # [M, K] float8_e4m3fn or int8
-    x_scale,  # [M] fp32, or [M, ceil(K / 128)]
+    x_scale,  # [M] fp32, or [M, ceil(K / BLOCK_K)] if GROUPED
     weight,  # [N, K], or [2N, K] for swiglu, in x's dtype
     weight_scale,  # [N] or [2N] fp32
     bias,  # [N] or [2N], or None
@@ -117,8 +131,7 @@ def _quantized_linear_kernel(
         inner_ok = inner < K - k
         a = tl.load(x_tile + k, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
         b = tl.load(weight_tile + k, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
-        if GROUPED:
-            tl.static_assert(BLOCK_K == 128)
+        if GROUPED:  # the tile is a group
             group = rows.to(tl.int64) * tl.cdiv(K, BLOCK_K) + k // BLOCK_K
             group_scale = tl.load(x_scale + group, mask=row_ok, other=0.0)[:, None]
             acc += tl.dot(a, b, out_dtype=SUM).to(tl.float32) * group_scale
@@ -170,8 +183,12 @@ def _check(x, x_scale, weight, weight_scale, bias, activation, layer_scale, resi
     if activation == "swiglu" and weight.shape[0] % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {weight.shape[0]}")
     width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
-    groups = (triton.cdiv(x.shape[-1], SCALE_GROUP),) if x_scale.ndim == x.ndim else ()
-    _common.check_shape(op, "x_scale", x_scale, (*x.shape[:-1], *groups))
+    shapes = [tuple(x.shape[:-1])]
+    if x_scale.ndim == x.ndim:
+        shapes = list(dict.fromkeys((*shapes[0], triton.cdiv(x.shape[-1], group)) for group in SCALE_GROUPS))
+    if tuple(x_scale.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{op}: x_scale has shape {tuple(x_scale.shape)}, expected {expected}")
     _common.check_shape(op, "weight_scale", weight_scale, (weight.shape[0],))
     _common.check_shape(op, "bias", bias, (weight.shape[0],))
     _common.check_shape(op, "layer_scale", layer_scale, (width,))
@@ -199,7 +216,7 @@ def quantized_linear(
     """`vitfast.ops.quantized_linear` on CUDA; see there for the arguments.
 
     Args:
-        x: [..., K], rows at one stride. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
+        x: [..., K], rows at one stride. x_scale: contiguous. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
         residual: of the output's shape, rows at one stride.
         config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; with `requantize` one of 128
             columns.
@@ -227,15 +244,16 @@ def quantized_linear(
         y_scale = x.new_empty((*x.shape[:-1], triton.cdiv(width, SCALE_GROUP)), dtype=torch.float32)
     if not rows or not width:
         return y if y_scale is None else (y, y_scale)
-    grouped = x_scale.ndim == x.ndim
+    group = scale_group(x, x_scale)
     if config is None:
-        key = tuning_key(rows, inner, width, x.dtype, gated=gated, requantize=requantize, grouped=grouped)
+        key = tuning_key(rows, inner, width, x.dtype, gated=gated, requantize=requantize, group=group)
         config = _common.tuned(op, device, CONFIGS, key) or pick_config(
             rows, width, sms=_common.num_sms(device), gated=gated, requantize=requantize
         )
     if requantize and config.blocks["BLOCK_N"] != SCALE_GROUP:
         raise ValueError(f"{op}: config {config.name} has tiles of other than {SCALE_GROUP} columns, a group of scales")
     tiles = triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_N"])
+    blocks, stages = _with_group(config, group)
     _quantized_linear_kernel[(tiles,)](
         y=y, y_scale=y_scale, x=x_rows, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
         bias=bias, layer_scale=layer_scale, residual=residual_rows,
@@ -243,21 +261,30 @@ def quantized_linear(
         weight_stride=weight.stride(0),
         residual_stride=0 if residual_rows is None else residual_rows.stride(0),
         M=rows, N=width, K=inner,
-        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=grouped, GROUP=GROUP_M,
-        **config.blocks,
+        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=group > 0, GROUP=GROUP_M,
+        **blocks,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=stages,
     )  # fmt: skip
     return y if y_scale is None else (y, y_scale)
 
 
-# Epilogue -> activation and the optional tensors present: the products of a ViT block.
+def _with_group(config: Config, group: int) -> tuple[dict[str, int], int]:
+    """Blocks and stages where so many columns of x share a scale: a tile of K is a group, with as much in flight."""
+    if not group:
+        return config.blocks, config.num_stages
+    return config.blocks | {"BLOCK_K": group}, config.num_stages * config.blocks["BLOCK_K"] // group
+
+
+# Epilogue -> activation and the optional tensors present: the products of a ViT block. groups: of 128, fc2's; heads:
+# groups of 64, proj's.
 _EPILOGUES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bias": ("", ("bias",)),
     "gelu": ("gelu", ("bias",)),
     "gelu_requantize": ("gelu", ("bias", "y_scale")),
     "residual": ("", ("bias", "layer_scale", "residual")),
     "residual_groups": ("", ("bias", "layer_scale", "residual")),
+    "residual_heads": ("", ("bias", "layer_scale", "residual")),
     "swiglu": ("swiglu", ("bias",)),
     "swiglu_requantize": ("swiglu", ("bias", "y_scale")),
 }
@@ -283,8 +310,10 @@ def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
     tensors = dict.fromkeys(("y", "bias", "layer_scale", "residual"), "*bf16")
     tensors |= dict.fromkeys(("x", "weight", *(("y",) if "y_scale" in present else ())), f"*{kind}")
     tensors |= dict.fromkeys(("x_scale", "weight_scale", "y_scale"), "*fp32")
-    constexprs: dict[str, Any] = {"ACTIVATION": activation, "PROMOTE": PROMOTE, "GROUPED": "groups" in epilogue}
-    constexprs |= {"GROUP": GROUP_M, **config.blocks}
+    group = {"residual_groups": 128, "residual_heads": 64}.get(epilogue, 0)
+    blocks, stages = _with_group(config, group)
+    constexprs: dict[str, Any] = {"ACTIVATION": activation, "PROMOTE": PROMOTE, "GROUPED": group > 0}
+    constexprs |= {"GROUP": GROUP_M, **blocks}
     constexprs |= {name: None for name in ("y_scale", "bias", "layer_scale", "residual") if name not in present}
     names = _quantized_linear_kernel.arg_names
     signature = {name: tensors.get(name, "i32") for name in names if name not in constexprs}
@@ -295,8 +324,8 @@ def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
         signature=signature,
         constexprs=constexprs,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=stages,
         aligned=tuple(name for name in signature if name != "M"),
         archs=(89, 90, 100) if kind == "fp8e4nv" else (80, 90, 100),
-        tile={axis: config.blocks[f"BLOCK_{axis}"] for axis in "MNK"},
+        tile={axis: blocks[f"BLOCK_{axis}"] for axis in "MNK"},
     )

@@ -27,7 +27,7 @@ LENGTHS = [
 
 def call(config, q, k, v, *, scale=None):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kernels.launch(out, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, config)
+    kernels.launch(out, None, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, config)
     return out
 
 

@@ -31,14 +31,15 @@ SMALL = {
     "row_stats": [{"rows": 7, "width": 130}],
     "linear": [{"rows": 9, "inner": 40, "width": 24, "epilogue": e} for e in cases.EPILOGUES],
     "attention": [
-        {"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "variant": v} for v in ("", "bias", "mask", "causal")
+        *({"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "variant": v} for v in ("", "bias", "mask", "causal")),
+        *({"batch": 2, "tokens": 17, "heads": 2, "head_dim": 64, "variant": f"to {p}"} for p in ("fp8", "int8")),
     ],
     "attention_backward": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16}],
     "mlp": [{"rows": 9, "width": 32, "hidden": 64, "activation": a} for a in ("gelu", "swiglu")],
     "quantize": [{"rows": 9, "width": 40, "norm": n, "precision": p} for n in ("norm", "") for p in ("fp8", "int8")],
     "quantized_linear": [
-        {"rows": 9, "inner": 40, "width": 24, "epilogue": e, "precision": p}
-        for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual")
+        {"rows": 9, "inner": 72, "width": 24, "epilogue": e, "precision": p}
+        for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual", "heads residual")
         for p in ("fp8", "int8")
     ],
     "block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "width": 32, "hidden": 64}],
@@ -351,8 +352,9 @@ def test_the_example_in_the_docs_is_right(tmp_path, monkeypatch):
         one, counted = case("attention", **dims), CountedDevice()
         contestants = {peers.BASELINE: peers.peers_of(one)[peers.BASELINE], peer.name: peer}
         row = kernels.run_case(one, counted, contestants, rounds=2)[1]
-        if dims["variant"] in ("bias", "mask"):
-            assert row["error"] == "NotImplementedError: no bias, no mask"
+        other = "quantize" if dims["variant"].startswith("to ") else dims["variant"]
+        if other in ("bias", "mask", "quantize"):
+            assert row["error"] == f"NotImplementedError: no {other}"
         else:
             assert row["correct"], row
 

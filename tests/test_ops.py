@@ -12,6 +12,7 @@ from vitfast.testing import make
 OPTIONS = (None, 0.0, None, 0, 0, 0.3, None, None, 0, 0)
 # cos, sin, interleaved; weights and biases of the norms, eps, rms
 HEADS = (make(4, 24), make(4, 24), True, make(24), make(24), None, make(24), 1e-6, False)
+HEADLESS = (None, None, False, None, None, None, None, 1e-6, False)
 
 
 def _arguments() -> dict[str, tuple]:
@@ -30,6 +31,9 @@ def _arguments() -> dict[str, tuple]:
         "linear": (x, weight, bias, "gelu", make(64), make(2, 5, 64), reference.row_stats(x), total, 1e-6),
         "linear_stats": (x, w, b, "silu", None, make(2, 5, 64)),
         "attention": (*qkv.unbind(2), make(1, 2, 5, 5), make(2, 1, 1, 5) > 0, *OPTIONS, *HEADS, "auto"),
+        "attention_quantize": (
+            *make(2, 5, 3, 2, 64).unbind(2), None, make(2, 1, 1, 5) > 0, *OPTIONS, *HEADLESS, torch.int8, "auto",
+        ),
         "mlp": (x, weight, bias, make(48, 64), None, "gelu_tanh", None, x, total, 1e-6),
         "mlp_stats": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),

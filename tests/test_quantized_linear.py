@@ -9,7 +9,7 @@ from test_inspect import BEST, run_python
 
 from vitfast import ops
 from vitfast.kernels import quantized_linear as kernels
-from vitfast.ops import reference
+from vitfast.ops import checks, reference
 from vitfast.testing import AWKWARD_ROWS, DTYPES, check_op, device, guarded, make, strided
 
 each_kind = pytest.mark.parametrize("kind", list(ops.QUANTIZED), ids=str)
@@ -58,20 +58,20 @@ def test_configs(config, kind):
     check_op(run, reference.quantized_linear, *args, activation="gelu", residual=residual)
 
 
-def in_groups(x, kind):
-    """x in 8 bits with a scale for each 128 columns of a row."""
-    parts = [reference.quantize(part, dtype=kind) for part in x.split(ops.SCALE_GROUP, dim=-1)]
+def in_groups(x, kind, group=ops.SCALE_GROUP):
+    """x in 8 bits with a scale for each 128 columns of a row, or each 64."""
+    parts = [reference.quantize(part, dtype=kind) for part in x.split(group, dim=-1)]
     values, scales = zip(*parts, strict=True)
     return guarded(torch.cat([v.view(torch.int8) for v in values], dim=-1).view(kind)), guarded(torch.stack(scales, -1))
 
 
 @each_kind
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
-@pytest.mark.parametrize("inner", [1, 264])
-def test_scales_of_groups(inner, config, kind):
+@pytest.mark.parametrize(("inner", "group"), [(1, 128), (264, 128), (200, 64)])
+def test_scales_of_groups(inner, group, config, kind):
     """Groups whose sizes are far apart, the last a short one, and residual and LayerScale after."""
-    x = make(70, inner) * 10.0 ** (torch.arange(inner, device=device()) // 128 - 1)
-    args = (*in_groups(x, kind), *operands(70, 136, inner, kind)[2:])
+    x = make(70, inner) * 10.0 ** (torch.arange(inner, device=device()) // group - 1)
+    args = (*in_groups(x, kind, group), *operands(70, 136, inner, kind)[2:])
     extra = {"residual": make(70, 136, dtype=torch.bfloat16, seed=4), "layer_scale": make(136, dtype=torch.bfloat16)}
     run = lambda *a, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
     check_op(run, reference.quantized_linear, *args, **extra)
@@ -98,6 +98,20 @@ def test_requantized_output_at_every_config(kind):
         else:
             with pytest.raises(ValueError, match=config.name):
                 run(*args, requantize=True)
+
+
+def test_groups_are_known_by_their_number():
+    x, weight = torch.zeros(2, 3, 130, dtype=torch.int8), torch.zeros(8, 130, dtype=torch.int8)
+    found = {(): (0, ()), (2,): (128, ("scale groups",)), (3,): (64, ("scale groups of 64",)), (4,): (0, ())}
+    for scales, (group, features) in found.items():
+        x_scale = torch.ones(2, 3, *scales)
+        assert kernels.scale_group(x, x_scale) == reference.scale_group(x, x_scale) == group
+        assert checks.quantized_linear_spec(x, x_scale, weight).features == features
+    keys = {
+        kernels.tuning_key(8, 768, 768, torch.int8, gated=False, requantize=False, group=group)
+        for group in (0, *ops.SCALE_GROUPS)
+    }
+    assert len(keys) == 3
 
 
 @each_kind
@@ -197,7 +211,7 @@ def test_pick_config():
         ({"weight": torch.zeros(24, 39, dtype=torch.int8)}, r"\(7, 40\) and \(24, 39\)"),
         ({"weight": torch.zeros(24, 40)}, "weight has dtype torch.float32"),
         ({"x_scale": torch.zeros(6)}, r"x_scale has shape \(6,\), expected \(7,\)"),
-        ({"x_scale": torch.zeros(7, 2)}, r"x_scale has shape \(7, 2\), expected \(7, 1\)"),
+        ({"x_scale": torch.zeros(7, 2)}, r"x_scale has shape \(7, 2\), expected \(7, 1\)$"),
         ({"weight_scale": torch.zeros(23)}, r"weight_scale has shape \(23,\)"),
         ({"bias": torch.zeros(24)}, "bias has dtype torch.float32"),
         ({"residual": torch.zeros(6, 24, dtype=torch.bfloat16)}, r"residual has shape \(6, 24\)"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.config import ViTConfig
-from vitfast.sites import site_spec
+from vitfast.sites import scales_heads, site_spec
 
 if TYPE_CHECKING:
     from vitfast.kernels._common import Config
@@ -105,12 +105,13 @@ def launches(
     if quantized is None:
         rows.append(_pass(config, "row_stats", 1, batch, card, dtype, passes=1))
     for site in ("qkv", "proj", "fc1", "fc2"):
-        if quantized is not None and site != "fc2":  # fc1 has written fc2's operand
+        handed_on = site == "fc2" or (site == "proj" and scales_heads(config))  # fc1 or attention has written 8 bits
+        if quantized is not None and not handed_on:
             rows.append(_quantize(config, site, depth, batch, card, dtype, norm=site in ("qkv", "fc1")))
         epilogue = {"residual": site in ("proj", "fc2"), "gated": site == "fc1" and config.gated}
         rows.append(_product(config, site, depth, batch, card, dtype, quantized, **epilogue))
         if site == "qkv":
-            rows.append(_attention(config, depth, batch, card, dtype))
+            rows.append(_attention(config, depth, batch, card, dtype, quantized))
     if config.final_norm:
         rows.append(_pass(config, "norm", 1, batch, card, dtype, passes=2))
     if config.projection_dim or config.num_classes:
@@ -208,17 +209,18 @@ def _product(
     out = n // 2 if gated else n
     around = dtype.itemsize * (n + (m * out if residual else 0))  # bias and residual
     if quantized is not None:
-        hidden = f"hidden_{site}" if site in ("fc1", "fc2") else ""
+        mixed = site == "proj" and scales_heads(config)
+        name = f"hidden_{site}" if site in ("fc1", "fc2") else f"mixed_{site}" if mixed else f"quantized_{site}"
         tile = quantized_linear.pick_config(
-            m, out, sms=card.multiprocessors, gated=gated, requantize=hidden == "hidden_fc1"
+            m, out, sms=card.multiprocessors, gated=gated, requantize=name == "hidden_fc1"
         )
-        x_scales = _covering(k, quantized_linear.SCALE_GROUP) if hidden == "hidden_fc2" else 1
+        group = {"hidden_fc2": quantized_linear.SCALE_GROUP, "mixed_proj": config.head_dim}.get(name, k)
+        x_scales = _covering(k, group)
         moved = around + m * k + n * k + 4 * (m * x_scales + n)  # operands and their scales
-        if hidden == "hidden_fc1":
+        if name == "hidden_fc1":
             moved += m * out + 4 * m * _covering(out, quantized_linear.SCALE_GROUP)
         else:
             moved += dtype.itemsize * m * out
-        name = hidden or f"quantized_{site}"
         return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized)
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
     tile = _linear_configs.pick_config(
@@ -254,7 +256,10 @@ def _patch_embed(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype) 
     return _tiled("patch_embed", 1, work, moved, batch * patches, config.width, tile, card, dtype)
 
 
-def _attention(config: ViTConfig, count: int, batch: int, card: Chip, dtype: torch.dtype) -> Launch:
+def _attention(
+    config: ViTConfig, count: int, batch: int, card: Chip, dtype: torch.dtype, quantized: torch.dtype | None = None
+) -> Launch:
+    """With quantised products and a head dim that allows it, in 8 bits and with a scale for each head of a row."""
     from vitfast.kernels._attention_configs import head_chunks, pick_config
 
     tokens, heads = config.tokens(), config.heads
@@ -266,11 +271,13 @@ def _attention(config: ViTConfig, count: int, batch: int, card: Chip, dtype: tor
     queries = _covering(tokens, block_m) * block_m
     tile_share = tokens * tokens * config.head_dim / (queries * keys * sum(head_chunks(config.head_dim)))
     wave_share = _wave_share(programs, card.multiprocessors * (8 // tile.num_warps))
-    moved = dtype.itemsize * 4 * batch * tokens * heads * config.head_dim
+    mixed = quantized is not None and scales_heads(config)
+    rows, width = batch * tokens, heads * config.head_dim
+    moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if mixed else dtype.itemsize * width))
     work = flops(config, "attention", batch)
     exponentials = batch * heads * queries * keys
     return Launch(
-        site="attention",
+        site="mixed_attention" if mixed else "attention",
         count=count,
         flops=work,
         bytes=moved,

@@ -27,7 +27,10 @@ PRODUCTS = ("qkv", "proj", "fc1", "fc2")
 """The products of a block: those that can be quantised."""
 HIDDEN_SITES = ("hidden_fc1", "hidden_fc2")
 """fc1 and fc2 of a quantised MLP that hands its hidden rows on in 8 bits, with scales of groups: no pass between."""
-QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES)
+MIXED_SITES = ("mixed_attention", "mixed_proj")
+"""attention and proj of a quantised model whose attention writes 8 bits, with a scale for each head: no pass between.
+Where the head dim is one of `ops.SCALE_GROUPS`."""
+QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES, *MIXED_SITES)
 """Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
 
 
@@ -268,13 +271,19 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
 def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches where the norms are folded, four if the mlp is one too, eight in 8 bits."""
+    """One pre-norm block; five launches where the norms are folded, four if the mlp is one too, seven in 8 bits."""
     calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
     qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
     q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
-    mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
     want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_mlp else {}
-    x = _product(config, plan, "proj", mixed, block.proj, layer_scale=block.layer_scale1, residual=x, **want_stats)
+    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x}
+    if "mixed_attention" in calls and block.proj.scale is not None:
+        mixed, scale = calls["mixed_attention"](q, k, v, quantize=plan.quantized)
+        mixed = mixed.view(batch, tokens, -1)
+        x = _quantized_product(calls["mixed_proj"], mixed, scale, block.proj, x.dtype, **epilogue)
+    else:
+        mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
+        x = _product(config, plan, "proj", mixed, block.proj, **epilogue, **want_stats)
     if want_stats:
         x, stats = x
     if plan.fuse_mlp:

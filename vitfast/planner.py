@@ -28,7 +28,7 @@ import torch
 import vitfast
 from vitfast import testing
 from vitfast.config import ViTConfig
-from vitfast.model import HIDDEN_SITES, Plan
+from vitfast.model import HIDDEN_SITES, MIXED_SITES, Plan
 from vitfast.ops import mkldnn, native, reference, registry, scaled_mm
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 from vitfast.sites import (
@@ -50,6 +50,13 @@ CPU_ROWS = 1600
 TIE = 0.15
 """A backend takes the place of one before it only if it is faster by this share; less is within the noise of
 a busy machine. On the CPU native comes first: its sums err less than torch's (docs/numerics.md)."""
+
+APART = {
+    HIDDEN_SITES: ("quantized_fc1", "quantized_fc2", "quantize"),
+    MIXED_SITES: ("attention", "quantized_proj", "quantize"),
+}
+"""Sites of a quantised model that pass 8 bits on, and what they take the place of; a plan keeps the faster. quantize is
+measured at the model's width, which hidden rows exceed."""
 
 
 class PlanError(RuntimeError):
@@ -158,7 +165,7 @@ def _site_backends(
     """The backend of every site, and what was measured to choose it."""
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
-    for site in plan_sites(quantized, keep):
+    for site in plan_sites(config, quantized, keep):
         if site == "mlp" and config.width > MLP_MAX_WIDTH:
             continue
         its_dtype = site_dtype(site, dtype, quantized)
@@ -178,14 +185,10 @@ def _site_backends(
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
         del chosen["mlp"]
-    apart = (
-        "quantized_fc1",
-        "quantized_fc2",
-        "quantize",
-    )  # the last at the model's width, which the hidden rows exceed
-    if "hidden_fc1" in record and sum(_best(record, s) for s in HIDDEN_SITES) > sum(_best(record, s) for s in apart):
-        for site in HIDDEN_SITES:
-            del chosen[site]
+    for pair, apart in APART.items():
+        if pair[0] in record and sum(_best(record, s) for s in pair) > sum(_best(record, s) for s in apart):
+            for site in pair:
+                del chosen[site]
     return chosen, record
 
 
@@ -222,7 +225,7 @@ def build(
         return assemble(config, chosen, device=device, dtype=dtype, packed=packed, quantized=quantized, keep=keep)
     key = plan_key(config, device, dtype, batch)
     if quantized:
-        key |= {"quantized": str(quantized), "sites": list(plan_sites(quantized, keep))}
+        key |= {"quantized": str(quantized), "sites": list(plan_sites(config, quantized, keep))}
     path = plans_dir() / f"{_digest(key)}.json"
     saved = load_plan(path, key)
     if saved is None:

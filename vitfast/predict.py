@@ -122,14 +122,18 @@ def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, 
         return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", name, {}
     if site == "patch_embed":
         return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
-    if site == "attention":
-        return site, site, name, {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
+    if site in ("attention", "mixed_attention"):
+        plain = {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
+        if site == "attention":
+            return site, site, name, plain | {"out_scale": None}
+        return "attention", "attention", f"{name}_in_8_bits", plain
     kind = {"fp8": "fp8e4nv", "int8": "i8"}.get(dtype, "")
     if site.startswith("quantize_"):
         return "quantize", "quantize", f"{name}_{kind}" + "_norm" * (site != "quantize_proj"), {}
-    if site.startswith(("quantized_", "hidden_")):
+    if site.startswith(("quantized_", "hidden_", "mixed_")):
         first = "swiglu_requantize" if config.gated else "gelu_requantize"
         epilogues = {"quantized_qkv": "bias", "quantized_proj": "residual", "hidden_fc2": "residual_groups"}
+        epilogues["mixed_proj"] = "residual_heads" if config.head_dim == 64 else "residual_groups"
         return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogues.get(site, first)}", {}
     product = site.removesuffix("_sum")
     epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(product, "norm_gelu")

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from vitfast.config import ViTConfig
-from vitfast.model import HIDDEN_SITES, PRODUCTS, QUANTIZED_SITES, SITES
-from vitfast.ops import reference
+from vitfast.model import HIDDEN_SITES, MIXED_SITES, PRODUCTS, QUANTIZED_SITES, SITES
+from vitfast.ops import SCALE_GROUP, SCALE_GROUPS, reference
 from vitfast.ops.registry import Spec, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
-QUANTIZED_PRODUCTS = QUANTIZED_SITES[1:]
-OPTIONAL_SITES = ("mlp", "row_stats", *HIDDEN_SITES)
+QUANTIZED_PRODUCTS = tuple(site for site in QUANTIZED_SITES if site not in ("quantize", "mixed_attention"))
+OPTIONAL_SITES = ("mlp", "row_stats", *HIDDEN_SITES, *MIXED_SITES)
 """Sites that a forward can do without: fc1 and fc2 take the place of mlp and of the hidden ones, layer_norm that of
-row_stats."""
+row_stats, attention, quantize and proj that of the mixed ones."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,18 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def plan_sites(quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str, ...]:
+def scales_heads(config: ViTConfig) -> bool:
+    """Whether attention of a quantised model can write 8 bits: proj must be able to read a scale for each head."""
+    return config.head_dim in SCALE_GROUPS
+
+
+def plan_sites(config: ViTConfig, quantized: torch.dtype | None, keep: frozenset[str]) -> tuple[str, ...]:
     """The sites that a plan has to choose a backend for."""
     if quantized is None:
         return SITES
     kept = {name.rpartition(".")[2] for name in keep}
     plain = [site for site in SITES if site not in OPTIONAL_SITES and (site not in PRODUCTS or site in kept)]
-    return (*plain, *QUANTIZED_SITES)
+    return (*plain, *(site for site in QUANTIZED_SITES if site not in MIXED_SITES or scales_heads(config)))
 
 
 def kept_products(depth: int, keep: tuple[str, ...], quantized: torch.dtype | None) -> frozenset[str]:
@@ -66,7 +71,8 @@ def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> 
 
 def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Spec:
     """The registry's description of one site at a batch size."""
-    op = "linear" if site in LINEAR_SITES else "quantized_linear" if site in QUANTIZED_PRODUCTS else site
+    place = site.removeprefix("quantized_").removeprefix("hidden_").removeprefix("mixed_")
+    op = "linear" if site in LINEAR_SITES else "quantized_linear" if site in QUANTIZED_PRODUCTS else place
     tokens, c, f = config.tokens(), config.width, config.mlp_dim
     hd, up = config.heads * config.head_dim, 2 * f if config.gated else f
     rows = batch * tokens
@@ -82,8 +88,14 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         "mlp": {"rows": rows, "width": c, "hidden": up},
         "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
         "quantize": {"rows": rows, "width": max(c, hd, f)},
-    }[site.removeprefix("quantized_").removeprefix("hidden_")]
-    features = ("scale groups",) if site in HIDDEN_SITES else ()
+    }[place]
+    features: tuple[str, ...] = ()
+    if site in HIDDEN_SITES or (site == "mixed_proj" and config.head_dim == SCALE_GROUP):
+        features = ("scale groups",)
+    elif site == "mixed_proj":
+        features = (f"scale groups of {config.head_dim}",)
+    elif site == "mixed_attention":
+        features, dtype = (f"{str(dtype).removeprefix('torch.')} output",), torch.bfloat16
     return Spec(op, device.type, dtype, device_capability(device), dims, features)
 
 
@@ -121,9 +133,9 @@ def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         return Call(site, spec, (random(batch, tokens, c), random(c), random(c), config.norm_eps), {})
     if site == "row_stats":
         return Call(site, spec, (random(batch, tokens, c),), {})
-    if site == "attention":
+    if spec.op == "attention":
         qkv = random(batch, tokens, 3, config.heads, config.head_dim)
-        return Call(site, spec, tuple(qkv.unbind(2)), {})
+        return Call(spec.op, spec, tuple(qkv.unbind(2)), {} if site == "attention" else {"quantize": dtype})
     if site == "mlp":
         up = spec.dims["hidden"]
         weights = (random(up, c, scale=c**-0.5), random(up), random(c, config.mlp_dim, scale=c**-0.5), random(c))
@@ -146,8 +158,8 @@ def _quantized_call(config: ViTConfig, site: str, spec: Spec, random: Callable[.
         return Call(site, spec, args, {"dtype": spec.dtype})
     inner, width = spec.dims["inner"], spec.dims["width"]
     x = reference.quantize(random(rows, inner), dtype=spec.dtype)
-    if site == "hidden_fc2":
-        groups = -(-inner // reference.SCALE_GROUP)
+    if site in ("hidden_fc2", "mixed_proj"):
+        groups = config.heads if site == "mixed_proj" else -(-inner // SCALE_GROUP)
         x = (x[0], x[1][:, None] * torch.rand(rows, groups, device=x[1].device))
     weight = reference.quantize(random(width, inner, scale=inner**-0.5), dtype=spec.dtype)
     kwargs: dict[str, Any] = {"activation": config.activation} if site.endswith("fc1") else {}

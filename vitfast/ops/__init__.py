@@ -18,7 +18,7 @@ from vitfast.ops import heads as _heads
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
 from vitfast.ops.heads import QKNorm, Rope
 from vitfast.ops.quantized import quantize, quantized_linear
-from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, STATS_TILE
+from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, SCALE_GROUPS, STATS_TILE
 from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PIXEL_CENTER",
     "QUANTIZED",
     "SCALE_GROUP",
+    "SCALE_GROUPS",
     "STATS_TILE",
     "Backend",
     "BackendError",
@@ -243,6 +244,7 @@ def attention(
     rope: Rope | None = None,
     qk_norm: QKNorm | None = None,
     return_lse: bool = False,
+    quantize: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Any:
     """softmax(q kᵀ * scale + bias) v per head, on strided inputs (a packed qkv is three views).
@@ -267,11 +269,15 @@ def attention(
         rope, qk_norm: what is done to q and k first: qk_norm over each head, then rope. The Triton kernel does both as
             it loads them; with a gradient or return_lse they are plain torch before it.
         return_lse: also give the log-sum-exp of the scores, without a gradient. Triton backend only.
+        quantize: torch.float8_e4m3fn or torch.int8: give the output in 8 bits, an operand of `quantized_linear`, with a
+            scale for each head of a row, as `quantize` gives one for a row; D is 64 or 128. Without a gradient and
+            without return_lse.
 
     Returns:
         [B, Nq, H, D], contiguous, in q's dtype. A query that may see no key gives zeros. Can be
         differentiated with respect to q, k, v, bias and the tensors of rope and qk_norm. With return_lse
-        that and [B, H, Nq] fp32, natural logarithm, -inf for a query that sees no key.
+        that and [B, H, Nq] fp32, natural logarithm, -inf for a query that sees no key. With quantize values
+        [B, Nq, H, D] in that dtype and scales [B, Nq, H] in fp32.
 
     Raises:
         ValueError: if a shape, dtype, stride or number does not fit.
@@ -284,11 +290,16 @@ def attention(
         right = 0 if right is None else min(right, 0)
     packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys}
     heads = {} if rope is None and qk_norm is None else _heads.options(rope, qk_norm)
-    checks.check_attention(q, k, v, bias=bias, mask=mask, slopes=slopes, softcap=softcap, **packed, **heads)
+    scores: Any = {"bias": bias, "mask": mask, "slopes": slopes, "softcap": softcap}
+    checks.check_attention(q, k, v, **scores, **packed, **heads, quantize=quantize)
     options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
     if not return_lse:
-        heads = heads or _heads.OPTIONS
-        return torch.ops.vitfast.attention(q, k, v, *options, *heads.values(), backend or "auto")
+        all_options = (*options, *(heads or _heads.OPTIONS).values())
+        if quantize is not None:
+            return torch.ops.vitfast.attention_quantize(q, k, v, *all_options, quantize, backend or "auto")
+        return torch.ops.vitfast.attention(q, k, v, *all_options, backend or "auto")
+    if quantize is not None:
+        raise ValueError(f"attention: quantize must be None with return_lse, got {quantize}")
     spec = checks.attention_spec(
         q, k, slopes=slopes, softcap=softcap, left=left, right=right, offset=offset, cu_queries=cu_queries, lse=True
     )

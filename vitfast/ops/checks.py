@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.ops.reference import QUANTIZED, SCALE_GROUP, STATS_TILE
+from vitfast.ops.reference import QUANTIZED, SCALE_GROUP, SCALE_GROUPS, STATS_TILE, scale_group
 from vitfast.ops.registry import Spec
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
@@ -143,6 +143,7 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    quantize: torch.dtype | None = None,
     **heads: Any,
 ) -> None:
     op = "attention"
@@ -162,6 +163,11 @@ def check_attention(
     _shape(op, "v", v, tuple(k.shape))
     if not 1 <= d <= 256:
         raise ValueError(f"{op}: head dim must be 1..256, got {d}")
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ValueError(f"{op}: quantize must be one of {', '.join(map(str, QUANTIZED))}, got {quantize}")
+    if quantize is not None and d not in SCALE_GROUPS:
+        allowed = " or ".join(map(str, sorted(SCALE_GROUPS)))
+        raise ValueError(f"{op}: quantize needs a head dim of {allowed}, got {d}")
     scores = (b, h, nq, k.shape[1])
     _dtype(op, "mask", mask, torch.bool)
     _dtype(op, "bias", bias, *FLOATS)
@@ -257,6 +263,7 @@ def attention_spec(
     cos: Tensor | None = None,
     q_weight: Tensor | None = None,
     lse: bool = False,
+    quantize: torch.dtype | None = None,
 ) -> Spec:
     causal = left is None and right == 0 and offset == 0 and cu_queries is None
     asked = {
@@ -269,6 +276,7 @@ def attention_spec(
         "log-sum-exp": lse,
         "rope": cos is not None,
         "qk-norm": q_weight is not None,
+        f"{str(quantize).removeprefix('torch.')} output": quantize is not None,
     }
     features = tuple(name for name, wanted in asked.items() if wanted)
     return Spec.of("attention", q, features=features, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
@@ -348,8 +356,12 @@ def check_quantized_linear(
     if activation == "swiglu" and rows % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
     out = rows // 2 if activation == "swiglu" else rows
-    groups = (-(-x.shape[-1] // SCALE_GROUP),) if x_scale.ndim == x.ndim else ()
-    _shape(op, "x_scale", x_scale, (*x.shape[:-1], *groups))
+    shapes = [tuple(x.shape[:-1])]
+    if x_scale.ndim == x.ndim:
+        shapes = list(dict.fromkeys((*shapes[0], -(-x.shape[-1] // group)) for group in SCALE_GROUPS))
+    if tuple(x_scale.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{op}: x_scale has shape {tuple(x_scale.shape)}, expected {expected}")
     _shape(op, "weight_scale", weight_scale, (rows,))
     _shape(op, "bias", bias, (rows,))
     _shape(op, "layer_scale", layer_scale, (out,))
@@ -364,6 +376,8 @@ def check_quantized_linear(
 
 
 def quantized_linear_spec(x: Tensor, x_scale: Tensor, weight: Tensor, requantize: bool = False) -> Spec:
-    features = ("scale groups",) if requantize or x_scale.ndim == x.ndim else ()
+    group = scale_group(x, x_scale)
+    asked = {"scale groups": requantize or group == SCALE_GROUP, "scale groups of 64": group == 64}
+    features = tuple(name for name, wanted in asked.items() if wanted)
     rows = x.numel() // x.shape[-1]
     return Spec.of("quantized_linear", x, features=features, rows=rows, inner=weight.shape[1], width=weight.shape[0])

@@ -154,18 +154,20 @@ _OPTIONS = {"bias": None, "mask": None, "slopes": None, "softcap": 0.0, "left": 
             "scale": None, "cu_queries": None, "cu_keys": None, "max_queries": 0, "max_keys": 0}  # fmt: skip
 _ALL_OPTIONS = _OPTIONS | heads.OPTIONS  # the gradient's ops have the first only
 _library = torch.library.Library("vitfast", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, "
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, "
     "SymInt? right, SymInt offset, float? scale, Tensor? cu_queries, Tensor? cu_keys, SymInt max_queries, "
     "SymInt max_keys, Tensor? cos, Tensor? sin, bool interleaved, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
-    "Tensor? k_bias, float norm_eps, bool rms, str backend) -> Tensor"
+    "Tensor? k_bias, float norm_eps, bool rms"
 )
+_library.define(f"attention({_ARGUMENTS}, str backend) -> Tensor")
+_library.define(f"attention_quantize({_ARGUMENTS}, ScalarType dtype, str backend) -> (Tensor, Tensor)")
 
 
-def _entry(q, k, options, backend) -> Backend:
+def _entry(q, k, options, backend, quantize=None) -> Backend:
     known = ("slopes", "softcap", "left", "right", "offset", "cu_queries", "cos", "q_weight")
     spec = {name: value for name, value in _keywords(options).items() if name in known}
-    return choose(checks.attention_spec(q, k, **spec), backend)
+    return choose(checks.attention_spec(q, k, **spec, quantize=quantize), backend)
 
 
 def _keywords(options) -> dict[str, Any]:
@@ -213,6 +215,29 @@ _library.impl("attention", _attention_autocast, "AutocastCUDA")
 @torch.library.register_fake("vitfast::attention")
 def _(q, k, v, *options):
     return q.new_empty(q.shape)
+
+
+def _attention_quantize(q, k, v, *options) -> tuple[Tensor, Tensor]:
+    *asked, dtype, backend = options
+    return _entry(q, k, asked, backend, dtype).call(q, k, v, **_keywords(asked), quantize=dtype)
+
+
+def _refuse_gradient(q, k, v, *options) -> tuple[Tensor, Tensor]:
+    """Rounding to 8 bits has none: a result that silently stopped it would be worse than none."""
+    tensors = (option for option in options if isinstance(option, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tensors)):
+        raise NotImplementedError("attention: there is no gradient with quantize")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.vitfast.attention_quantize(q, k, v, *options)
+
+
+_library.impl("attention_quantize", _attention_quantize, "CompositeExplicitAutograd")
+_library.impl("attention_quantize", _refuse_gradient, "Autograd")
+
+
+@torch.library.register_fake("vitfast::attention_quantize")
+def _(q, k, v, *options):
+    return q.new_empty(q.shape, dtype=options[-2]), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _kernel_file(name: str) -> Any:

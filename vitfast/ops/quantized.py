@@ -61,8 +61,8 @@ def quantized_linear(
 
     Args:
         x: [..., K], x_scale: [...], as `quantize` gives them; or [..., ceil(K / 128)], one for each 128 columns, as
-            `requantize` gives them. weight: [N, K] in x's dtype, weight_scale: [N], as `quantize(weight)` gives
-            them; [2F, K] and [2F] for "swiglu".
+            `requantize` gives them; or [..., ceil(K / 64)]. `attention` gives one for each head of 64 or 128 columns.
+        weight: [N, K] in x's dtype, weight_scale: [N], as `quantize(weight)` gives them; [2F, K] and [2F] for "swiglu".
         activation: as in `linear`. bias: [N]. layer_scale: [N]. residual: of the output's shape.
         dtype: of the output, bias, layer_scale and residual. Sums are int32 for int8 and fp32 for fp8.
         requantize: give the output as an operand of the next product, rounded to x's dtype and to nothing before.

@@ -20,8 +20,11 @@ STATS_TILE = 128
 """Columns per (mean, M2) pair of row statistics; the last pair covers what is left."""
 
 FEATURES = {
-    "attention": ("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
-    "quantized_linear": ("scale groups",),
+    "attention": (
+        *("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
+        *("float8_e4m3fn output", "int8 output"),
+    ),
+    "quantized_linear": ("scale groups", "scale groups of 64"),
 }
 """What the references have beyond the plain op; see `registry.Backend`."""
 
@@ -29,7 +32,10 @@ QUANTIZED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The dtypes that rows are quantised to, and the value that a row's largest magnitude becomes."""
 
 SCALE_GROUP = 128
-"""Columns of a quantised row that share a scale where it has several; the last group covers what is left."""
+"""Columns of a quantised row that share a scale where `requantize` made them; the last group covers what is left."""
+
+SCALE_GROUPS = (SCALE_GROUP, 64)
+"""Columns that may share a scale in what `quantized_linear` reads: 64 and 128 are heads' that `attention` scaled."""
 
 LEAST_AMAX = 2.0**-100
 """A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
@@ -180,9 +186,15 @@ def attention(
     softcap: float = 0.0,
     slopes: Tensor | None = None,
     scale: float | None = None,
+    quantize: torch.dtype | None = None,
     upcast: bool = False,
     **heads: Any,
-) -> Tensor:
+) -> Any:
+    if quantize is not None:
+        options: Any = {"bias": bias, "mask": mask, "left": left, "right": right, "offset": offset, "softcap": softcap}
+        out = attention(q, k, v, **options, slopes=slopes, scale=scale, upcast=upcast, **heads)
+        values, out_scale = _in_8_bits(out if upcast else out.float(), quantize)
+        return values, out_scale.squeeze(-1)
     if heads:
         q, k = prepare_heads(q, k, **heads, upcast=upcast)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -335,6 +347,13 @@ def _in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), (amax / largest).float()
 
 
+def scale_group(x: Tensor, x_scale: Tensor) -> int:
+    """Columns of x that share a scale; 0 where a whole row does, or where x_scale has no such shape."""
+    if x_scale.ndim != x.ndim:
+        return 0
+    return next((group for group in SCALE_GROUPS if -(-x.shape[-1] // group) == x_scale.shape[-1]), 0)
+
+
 def quantized_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -350,8 +369,8 @@ def quantized_linear(
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     exact = torch.float64 if upcast else torch.float32
-    if x_scale.ndim == x.ndim:
-        widened = x_scale.to(exact).repeat_interleave(SCALE_GROUP, dim=-1)[..., : x.shape[-1]]
+    if group := scale_group(x, x_scale):
+        widened = x_scale.to(exact).repeat_interleave(group, dim=-1)[..., : x.shape[-1]]
         y = F.linear(widened.mul_(x.to(exact)), weight.to(exact))
     else:
         y = _sums(x, weight, exact).mul_(x_scale.to(exact)[..., None])

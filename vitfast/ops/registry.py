@@ -99,7 +99,8 @@ class Backend:
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
-        least = max(self.min_capability or (0, 0), _DTYPE_CAPABILITY.get(dtype, (0, 0)))
+        outputs = (feature.removesuffix(" output") for feature in spec.features)
+        least = max(self.min_capability or (0, 0), *(_DTYPE_CAPABILITY.get(kind, (0, 0)) for kind in (dtype, *outputs)))
         have = ".".join(map(str, spec.capability or ()))
         if spec.capability and spec.capability < least:
             reasons.append(f"compute capability {have} is below {'.'.join(map(str, least))}")
