@@ -221,6 +221,21 @@ def _attention_products(d: Dims) -> int:
     return 2 * d["batch"] * d["heads"] * pairs * d["head_dim"]
 
 
+def _attention_block(d: Dims, make: Maker) -> Call:
+    width, heads = d["width"], d["heads"]
+    inner = heads * d["head_dim"]
+    x, qkv = make.normal(d["batch"], d["tokens"], width), make.normal(3 * inner, width, scale=width**-0.5)
+    proj = (make.normal(width, inner, scale=inner**-0.5), make.normal(width))
+    qkv, weight_sum, bias = fold_norm(qkv, make.normal(3 * inner), make.normal(width), make.normal(width))
+    epilogue = {"residual": make.normal(*x.shape), "layer_scale": make.normal(width)}
+    return Call((x, qkv, bias, *proj), {"heads": heads, "weight_sum": weight_sum, **epilogue}, (0, "residual"))
+
+
+def _attention_block_work(d: Dims) -> int:
+    products = 8 * d["batch"] * d["tokens"] * d["width"] * d["heads"] * d["head_dim"]
+    return products + 2 * _attention_products(d)
+
+
 def _attention_backward(d: Dims, make: Maker) -> Call:
     call = _attention(d, make)
     gradient = make.normal(d["batch"], d["tokens"], d["heads"], d["head_dim"])
@@ -336,6 +351,12 @@ OPS: dict[str, Op] = {
         lambda *args, upcast=False, **kwargs: gradients(_reference_attention)(*args, upcast=upcast, **kwargs),
         _attention_spec,
         backend_op="attention",
+    ),
+    "attention_block": Op(
+        _attention_block,
+        _attention_block_work,
+        reference.attention_block,
+        _keep("tokens", "width", "head_dim"),
     ),
     "mlp": Op(
         _mlp,

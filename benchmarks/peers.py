@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitfast import model, ops, planner
@@ -182,9 +183,10 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     named = {f"blocks.0.{name}": weight for name, weight in weights.items()}
     named["patch_embed.weight"] = x.new_zeros(width, 3, 1, 1)  # not part of a block
     arranged = model.arrange(config, named, plan, device=x.device, dtype=x.dtype)
-    stats = plan.calls["row_stats"](x) if plan.fold_norm else None  # in a model, the block before writes them
+    wanted = plan.fold_norm and not plan.fuse_attention
+    stats = plan.calls["row_stats"](x) if wanted else None  # in a model, the block before writes them
 
-    def run() -> torch.Tensor:
+    def run() -> Tensor:
         return model.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
 
     return run
@@ -198,10 +200,27 @@ def engine_block(call: Call) -> Thunk:
 
 @peer("block", "vitfast triton")
 def triton_block(call: Call) -> Thunk:
-    """In five launches of our Triton kernels, or four where mlp is one."""
+    """In five launches of our Triton kernels, or four where mlp is one; only a measured plan has attention_block."""
     if call.args[0].device.type == "cpu":
         raise Absent(INTERPRETED)
     return _planned_block("triton", call)
+
+
+def _apart(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *, heads, weight_sum, row_stats, **epilogue) -> Tensor:
+    """What attention_block does, in the three launches that it takes the place of."""
+    linear: Any = functools.partial(ops.linear, backend="triton")
+    qkv = linear(x, qkv_weight, qkv_bias, row_stats=row_stats, weight_sum=weight_sum)
+    mixed = ops.attention(*qkv.unflatten(2, (3, heads, -1)).unbind(2), backend="triton")
+    return linear(mixed.flatten(2), proj_weight, proj_bias, **epilogue)
+
+
+@peer("attention_block", "vitfast triton apart")
+def attention_apart(call: Call) -> Thunk:
+    """In three launches; in a model, the block before writes the statistics."""
+    if call.args[0].device.type == "cpu":
+        raise Absent(INTERPRETED)
+    stats = ops.row_stats(call.args[0], backend="triton")
+    return functools.partial(_apart, *call.args, row_stats=stats, **call.kwargs)
 
 
 @peer("layer_norm", "Liger")

@@ -8,6 +8,7 @@ from vitfast.benchmarks.cases import Dims
 from vitfast.config import ViTConfig
 from vitfast.engine import QUANTIZED
 from vitfast.ops import SCALE_GROUP, SCALE_GROUPS
+from vitfast.planner import FUSED_MAX_WIDTH
 
 
 def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
@@ -74,6 +75,8 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     rows = {"rows": batch * config.tokens(), "width": config.width}
     yield "add_layer_norm", rows
     yield "mlp", {**rows, "hidden": config.mlp_dim, "activation": "swiglu" if config.gated else "gelu"}
+    if config.width <= FUSED_MAX_WIDTH:
+        yield "attention_block", {**sites["attention"][1], "width": config.width}
     yield "attention_backward", sites["attention"][1]
     for precision in QUANTIZED:
         yield from quantized_site_dims(config, batch, precision).values()

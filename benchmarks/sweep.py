@@ -28,12 +28,12 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
 from vitfast.benchmarks.result_file import write
-from vitfast.planner import MLP_MAX_WIDTH
+from vitfast.planner import FUSED_MAX_WIDTH, FUSED_SITES
 
 OURS = "vitfast triton"
 OPS = (
-    "attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "mlp", "quantized_linear",
-    "quantize",
+    "attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention_block", "mlp",
+    "quantized_linear", "quantize",
 )  # fmt: skip
 
 
@@ -55,6 +55,13 @@ def _mlp_key(call: Call) -> str:
     return tuning_key(x.shape[1], x.dtype, gated=call.kwargs["activation"] == "swiglu")
 
 
+def _attention_block_key(call: Call) -> str:
+    from vitfast.kernels.attention_block import tuning_key
+
+    x, proj_weight = call.args[0], call.args[3]
+    return tuning_key(x.shape[2], proj_weight.shape[1] // call.kwargs["heads"], x.shape[1], x.dtype)
+
+
 def _attention_key(call: Call) -> str:
     from vitfast.kernels.attention import tuning_key
 
@@ -73,6 +80,7 @@ def _quantized_linear_key(call: Call) -> str:
 
 TUNED: dict[str, Callable[[Call], str]] = {
     "attention": _attention_key,
+    "attention_block": _attention_block_key,
     "linear": _linear_key,
     "mlp": _mlp_key,
     "quantized_linear": _quantized_linear_key,
@@ -98,7 +106,7 @@ def sweep(
     """
     found: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
-    cases = [case for case in cases if case.op != "mlp" or case.dims["width"] <= MLP_MAX_WIDTH]
+    cases = [case for case in cases if case.op not in FUSED_SITES or case.dims["width"] <= FUSED_MAX_WIDTH]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             choices = decide(found)  # what was cut short is proven for nothing

@@ -7,12 +7,11 @@
 One kernel where the hidden tile fits on chip, else two `linear`: for C <= 384 in a 16-bit dtype a
 program keeps its rows of x and an fp32 accumulator [BLOCK_M, C], and walks over chunks of the hidden
 axis: product with a chunk of W1, activation, product with the same chunk of W2. Wider C, and float32,
-go through `vitfast.kernels.linear` twice. Power-of-two tiles cover C > 128 as a large and a small one
-(192 = 128 + 64, 384 = 256 + 128), so that little is padded, and tiles of row statistics lie in one of them.
+go through `vitfast.kernels.linear` twice.
 
 Fused: the folded LayerNorm, both products, both biases, the activation, LayerScale, the residual and row statistics;
-so a small model's block is four launches, and the whole rows are read and written once. Dtypes: float32,
-float16, bfloat16; fp32 accumulation, the hidden chunk rounded to x's dtype between the products.
+so a small model's block is four launches, or two with `attention_block`, and the whole rows are read and written once.
+Dtypes: float32, float16, bfloat16; fp32 accumulation, the hidden chunk rounded to x's dtype between the products.
 Bound by FLOPs and by the bytes of W1 and W2, which every program reads from L2.
 
 Sources: Vaswani et al. 2017 (the feed-forward block); Shazeer 2020 (SwiGLU).
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from vitfast.kernels import _common
 from vitfast.kernels._common import DTYPES, STATS_TILE, CompileCase, Config, activate, silu
-from vitfast.kernels._linear_kernels import _norm_and_bias
+from vitfast.kernels._whole_rows import MAX_WIDTH, column_tiles, load_block, moments, product, store
 from vitfast.kernels.layer_norm import row_stats
 from vitfast.kernels.linear import linear
 
@@ -46,79 +45,9 @@ CONFIGS = [
     Config("width384_swiglu", {"BLOCK_M": 64, "BLOCK_F": 16}, 8, 2),
 ]
 
-MAX_WIDTH = 384
-"""Largest C of the one-kernel form."""
-
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
 
 CAPABILITIES: dict[str, Any] = {"dtypes": DTYPES, "min_capability": (8, 0), "limits": {}}
-
-
-@triton.jit
-def _load_rows(tensor, rows, row_ok, columns, C, stride):
-    """[rows, columns] of a matrix of C columns."""
-    mask = row_ok[:, None] & (columns < C)[None, :]
-    return tl.load(tensor + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _moments(x0, x1, columns0, columns1, C, eps, C1: tl.constexpr):
-    """Mean and 1/sqrt(var + eps) of each row, in two passes over both column tiles."""
-    total = tl.sum(x0.to(tl.float32), axis=1)  # columns beyond C are zeros
-    if C1 > 0:
-        total += tl.sum(x1.to(tl.float32), axis=1)
-    mean = total / C
-    shift = tl.where((columns0 < C)[None, :], x0.to(tl.float32) - mean[:, None], 0.0)
-    squares = tl.sum(shift * shift, axis=1)
-    if C1 > 0:
-        shift = tl.where((columns1 < C)[None, :], x1.to(tl.float32) - mean[:, None], 0.0)
-        squares += tl.sum(shift * shift, axis=1)
-    return mean, tl.rsqrt(squares / C + eps)
-
-
-@triton.jit
-def _hidden(
-    x0, x1, mean, rstd, weight, weight_sum, bias, units, unit_ok, columns0, columns1, C, stride, C1: tl.constexpr
-):
-    """One chunk of norm(x) W1ᵀ + b1: [BLOCK_M, BLOCK_F] fp32; `units` are rows of W1."""
-    acc = tl.dot(x0, _load_rows(weight, units, unit_ok, columns0, C, stride).T)
-    if C1 > 0:
-        acc = tl.dot(x1, _load_rows(weight, units, unit_ok, columns1, C, stride).T, acc)
-    return _norm_and_bias(acc, mean, rstd, weight_sum, bias, units, unit_ok)
-
-
-@triton.jit
-def _store_stats(y_stats, value, rows, row_ok, first_column, C):
-    """(mean, M2) of each row of each 128 columns of a tile, or of all its columns if they are fewer."""
-    WIDTH: tl.constexpr = min(128, value.shape[1])
-    TILES: tl.constexpr = value.shape[1] // WIDTH
-    first = first_column + tl.arange(0, TILES) * 128
-    count = tl.maximum(tl.minimum(C - first, 128), 1).to(tl.float32)
-    value = tl.reshape(value.to(tl.float32), (value.shape[0], TILES, WIDTH))
-    column_ok = (first[:, None] + tl.arange(0, WIDTH)[None, :] < C)[None, :, :]
-    mean = tl.sum(tl.where(column_ok, value, 0.0), axis=2) / count[None, :]
-    shift = tl.where(column_ok, value - mean[:, :, None], 0.0)
-    pairs = y_stats + (rows.to(tl.int64)[:, None] * tl.cdiv(C, 128) + (first // 128)[None, :]) * 2
-    mask = row_ok[:, None] & (first < C)[None, :]
-    tl.store(pairs, mean, mask=mask)
-    tl.store(pairs + 1, tl.sum(shift * shift, axis=2), mask=mask)
-
-
-@triton.jit
-def _store(y, y_stats, acc, bias, layer_scale, residual, residual_stride, rows, row_ok, first_column, columns, C):
-    """Bias, LayerScale and residual of one column tile, its store and its statistics."""
-    column_ok = columns < C
-    if bias is not None:
-        acc += tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    if layer_scale is not None:
-        acc *= tl.load(layer_scale + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        acc += _load_rows(residual, rows, row_ok, columns, C, residual_stride).to(tl.float32)
-    offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    value = acc.to(y.dtype.element_ty)
-    tl.store(y + offsets, value, mask=row_ok[:, None] & column_ok[None, :])
-    if y_stats is not None:
-        _store_stats(y_stats, value, rows, row_ok, first_column, C)
 
 
 @triton.jit
@@ -156,13 +85,13 @@ def _mlp_kernel(
         columns1 = C0 + tl.arange(0, C1)
 
     # Load the rows of x, once.
-    x0 = _load_rows(x, rows, row_ok, columns0, C, x_stride)
+    x0 = load_block(x, rows, row_ok, columns0, C, x_stride)
     x1 = x0
     if C1 > 0:
-        x1 = _load_rows(x, rows, row_ok, columns1, C, x_stride)
+        x1 = load_block(x, rows, row_ok, columns1, C, x_stride)
     mean, rstd = None, None
     if weight_sum is not None:
-        mean, rstd = _moments(x0, x1, columns0, columns1, C, eps, C1)
+        mean, rstd = moments(x0, x1, columns0, columns1, C, eps, C1)
 
     # Compute, one chunk of hidden units at a time.
     acc0 = tl.zeros((BLOCK_M, C0), dtype=tl.float32)
@@ -171,11 +100,11 @@ def _mlp_kernel(
     for first in tl.range(0, F, BLOCK_F):
         units = first + tl.arange(0, BLOCK_F)
         unit_ok = units < F
-        hidden = _hidden(
+        hidden = product(
             x0, x1, mean, rstd, fc1_weight, weight_sum, fc1_bias, units, unit_ok, columns0, columns1, C, fc1_stride, C1
         )
         if ACTIVATION == "swiglu":
-            up = _hidden(
+            up = product(
                 x0, x1, mean, rstd, fc1_weight, weight_sum, fc1_bias, units + F, unit_ok, columns0, columns1, C,
                 fc1_stride, C1,
             )  # fmt: skip
@@ -183,25 +112,14 @@ def _mlp_kernel(
         else:
             hidden = activate(hidden, ACTIVATION)
         hidden = hidden.to(x0.dtype)
-        acc0 = tl.dot(hidden, _load_rows(fc2_weight, columns0, columns0 < C, units, F, fc2_stride).T, acc0)
+        acc0 = tl.dot(hidden, load_block(fc2_weight, columns0, columns0 < C, units, F, fc2_stride).T, acc0)
         if C1 > 0:
-            acc1 = tl.dot(hidden, _load_rows(fc2_weight, columns1, columns1 < C, units, F, fc2_stride).T, acc1)
+            acc1 = tl.dot(hidden, load_block(fc2_weight, columns1, columns1 < C, units, F, fc2_stride).T, acc1)
 
     # Store.
-    _store(y, y_stats, acc0, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, 0, columns0, C)
+    store(y, y_stats, acc0, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, 0, columns0, C)
     if C1 > 0:
-        _store(y, y_stats, acc1, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, C0, columns1, C)
-
-
-def column_tiles(width: int) -> tuple[int, int]:
-    """One power of two that covers `width` <= 128; beyond, two whose sum does, the second of which may be 0."""
-    if width <= STATS_TILE:
-        return max(16, triton.next_power_of_2(width)), 0
-    large = 1 << (width.bit_length() - 1)
-    if large >= width:
-        return large, 0
-    small = max(16, triton.next_power_of_2(width - large))
-    return (2 * large, 0) if small == large else (large, small)
+        store(y, y_stats, acc1, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, C0, columns1, C)
 
 
 def is_one_kernel(width: int, dtype: torch.dtype, *, gated: bool, norm: bool) -> bool:

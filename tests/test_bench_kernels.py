@@ -21,7 +21,8 @@ DEVICE = testing.device()
 
 
 def case(op, **dims):
-    return cases.Case(op, dims, DEVICE, torch.float32)
+    dtype = torch.float16 if op == "attention_block" else torch.float32  # which it does not have
+    return cases.Case(op, dims, DEVICE, dtype)
 
 
 SMALL = {
@@ -35,6 +36,7 @@ SMALL = {
         *({"batch": 2, "tokens": 17, "heads": 2, "head_dim": 64, "variant": f"to {p}"} for p in ("fp8", "int8")),
     ],
     "attention_backward": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16}],
+    "attention_block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 32, "width": 48}],
     "mlp": [{"rows": 9, "width": 32, "hidden": 64, "activation": a} for a in ("gelu", "swiglu")],
     "quantize": [{"rows": 9, "width": 40, "norm": n, "precision": p} for n in ("norm", "") for p in ("fp8", "int8")],
     "quantized_linear": [
@@ -78,6 +80,14 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
             assert not row["error"].startswith("incorrect"), row
 
 
+def test_an_attention_block_apart_is_the_same_work():
+    one = case("attention_block", **SMALL["attention_block"][0])
+    call = one.inputs()
+    stats = ops.row_stats(call.args[0], backend="triton")
+    answers = (cases.OPS[one.op].reference(*call.args, **call.kwargs, upcast=upcast) for upcast in (True, False))
+    testing.assert_close(peers._apart(*call.args, row_stats=stats, **call.kwargs), *answers)
+
+
 def test_inputs_are_random_repeatable_and_never_zero():
     for op, found in SMALL.items():
         one = case(op, **found[0])
@@ -113,6 +123,8 @@ def test_flops_are_those_of_the_prediction(model):
     assert found["linear", "norm gelu", config.width] == predicted["fc1"]
     assert found["linear", "residual stats", config.mlp_dim] == predicted["fc2"]
     assert found["mlp", "", None] == predicted["fc1"] + predicted["fc2"]
+    if config.width <= 384:
+        assert found["attention_block", "", None] == sum(predicted[site] for site in ("qkv", "attention", "proj"))
     assert found["block", "", None] == sum(predicted[site] for site in ("qkv", "attention", "proj", "fc1", "fc2"))
 
 
@@ -271,7 +283,9 @@ def test_cases_without_time_are_named():
 def test_grids():
     quick = kernels.grid("quick", [], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
     assert quick[0].name == "attention batch 8 tokens 197 heads 12 head_dim 64"
-    assert {one.op for one in quick} == set(cases.OPS)
+    assert {one.op for one in quick} == set(cases.OPS) - {"attention_block"}  # which is for smaller models
+    small = kernels.grid("quick", [], ["vit_small_patch16_224"], [8], DEVICE, torch.float32)
+    assert {one.op for one in small} == set(cases.OPS)
     assert len({one.name for one in quick}) == len(quick)
     only = kernels.grid("quick", ["mlp"], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
     assert [one.op for one in only] == ["mlp"]

@@ -27,6 +27,7 @@ def kernel_file(op):
 def case(op="linear", dtype=torch.float16, **dims):
     base = {"linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu"},
             "mlp": {"rows": 9, "width": 32, "hidden": 64, "activation": "gelu"},
+            "attention_block": {"batch": 1, "tokens": 9, "heads": 1, "head_dim": 32, "width": 32},
             "quantized_linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu", "precision": "fp8"},
             "layer_norm": {"rows": 7, "width": 64}, "row_stats": {"rows": 7, "width": 64}}[op]  # fmt: skip
     return Case(op, base | dims, DEVICE, dtype)
@@ -92,7 +93,7 @@ def test_sweep_gates_every_config(monkeypatch):
     assert choices["configs"]["linear"][key] == "64x64x64"
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp", "quantized_linear"])
+@pytest.mark.parametrize("op", ["linear", "attention_block", "mlp", "quantized_linear"])
 def test_the_launcher_takes_what_the_sweep_wrote(op, tmp_path, monkeypatch):
     """Keys agree: every config of an op, written under the key of a case, is the one that a plain call then uses."""
     module, one = kernel_file(op), case(op)
@@ -125,9 +126,10 @@ def test_a_sweep_cut_short_proves_nothing_of_what_is_left(monkeypatch):
     assert set(cut["swept"]) == {"row_stats", "layer_norm"} and set(cut["proven"]) == {"row_stats"}
 
 
-def test_wide_mlps_are_not_swept():
-    """They are two products, tuned as such."""
-    choices = sweep.sweep([case("mlp", width=768)], CountedDevice(), on_rows=lambda rows: None)
+def test_wide_halves_of_a_block_are_not_swept():
+    """They are products and attention, tuned as such."""
+    wide = [case(op, width=768) for op in ("mlp", "attention_block")]
+    choices = sweep.sweep(wide, CountedDevice(), on_rows=lambda rows: None)
     assert choices == {"swept": {}, "proven": {}, "configs": {}}
 
 

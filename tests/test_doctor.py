@@ -93,6 +93,7 @@ def test_dims_are_those_of_real_calls():
     specs = [
         checks.linear_spec(x, weight),
         checks.mlp_spec(x, weight),
+        checks.attention_block_spec(x, testing.make(8, 8), 1),
         checks.attention_spec(heads, heads),
         checks.patch_embed_spec(images, testing.make(8, 48)),
     ]

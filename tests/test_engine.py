@@ -1,14 +1,13 @@
-"""The engine: whole forwards against float64, plans, refusals, sizes, empty batches, graphs' bookkeeping."""
+"""The engine: whole forwards against float64, refusals, sizes, empty batches, graphs' bookkeeping."""
 
 import dataclasses
-import json
 import threading
 
 import pytest
 import torch
 
 import vitfast
-from vitfast import model, planner, sites, testing
+from vitfast import model, planner, testing
 from vitfast.engine import Engine
 from vitfast.images import Preprocess, preprocess_batch
 
@@ -52,11 +51,16 @@ def oracle(config, images):
     return model.forward(config, weights, weights.position, images, plan)
 
 
+def all_calls(plan):
+    """A plan's calls, and attention_block's, which only a measurement puts among them."""
+    return {**plan.calls, "attention_block": vitfast.ops.registry.backend("attention_block", "triton").call}
+
+
 def check(config, images, dtype, backend, **plan_changes):
     """Every output of a backend against float64, measured against the torch backend's own error."""
     candidate, baseline = engine(config, dtype=dtype, backend=backend), engine(config, dtype=dtype, backend="torch")
     if plan_changes:
-        candidate.plan = dataclasses.replace(candidate.plan, **plan_changes)
+        candidate.plan = dataclasses.replace(candidate.plan, calls=all_calls(candidate.plan), **plan_changes)
         candidate._weights = model.arrange(
             config,
             testing.random_weights(config),
@@ -89,25 +93,38 @@ def test_triton_forward_of_vit_tiny(dtype):
     check(TINY, pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
 
 
+@pytest.mark.parametrize("side", [112, pytest.param(224, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_triton_forward_of_vit_tiny_in_two_launches_a_block(dtype, side):
+    """Two blocks of a ViT-Ti/16, held to the same as unfused."""
+    config = dataclasses.replace(TINY, image_size=(side, side), depth=2)
+    pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, device=testing.device())
+    check(config, pixels, dtype, "triton", fuse_attention=True, fuse_mlp=True, fold_norm=True)
+
+
 @pytest.mark.parametrize(
-    ("fuse_mlp", "dtype", "block"),
+    ("fused", "dtype", "block"),
     [
-        (False, "fp32", ["qkv", "attention", "proj", "fc1", "fc2"]),
-        (True, "bf16", ["qkv", "attention", "proj", "mlp"]),
+        ([], "fp32", ["qkv", "attention", "proj", "fc1", "fc2"]),
+        (["mlp"], "bf16", ["qkv", "attention", "proj", "mlp"]),
+        (["attention"], "bf16", ["attention_block", "fc1", "fc2"]),
+        (["attention", "mlp"], "bf16", ["attention_block", "mlp"]),
     ],
 )
-def test_a_folded_block_is_five_launches_or_four(fuse_mlp, dtype, block):
+def test_a_folded_block_is_five_launches_or_two(fused, dtype, block):
     small, launches = engine(backend="triton", dtype=dtype), []
 
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
 
-    calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
-    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, fuse_mlp=fuse_mlp)
+    calls = {site: counted(site, call) for site, call in all_calls(small.plan).items()}
+    options = {f"fuse_{half}": half in fused for half in ("attention", "mlp")}
+    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, **options)
     checkpoint = testing.random_weights(SMALL)
     small._weights = model.arrange(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
     small.run(testing.make(1, 3, 32, 48))
-    assert launches == ["patch_embed", "row_stats", *block * SMALL.depth, "layer_norm", "head"]
+    before = ["patch_embed", "row_stats"] if "attention" not in fused else ["patch_embed"]
+    assert launches == [*before, *block * SMALL.depth, "layer_norm", "head"]
 
 
 @pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
@@ -116,26 +133,11 @@ def test_plan_variants_agree(fold_norm, fuse_mlp):
         check(SMALL, testing.make(2, 3, 32, 48), dtype, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
 
 
-def test_a_small_models_plan_may_fuse_its_mlp(monkeypatch):
-    """Measured faster than fc1 and fc2 together, the one launch is chosen, and norms are folded all the same."""
-    monkeypatch.setattr(planner, "candidates", lambda spec: ([vitfast.ops.registry.backend(spec.op, "triton")] * 2, {}))
-    cost = {"mlp": 1.0, "linear": 0.6}
-    monkeypatch.setattr(
-        planner, "measure", lambda call, able, device: (able[0], {"ms": {"triton": cost.get(call.op, 0.1)}})
-    )
-
-    def planned(config=SMALL):
-        found = planner._site_backends(config, torch.device("cuda"), torch.bfloat16, "auto", 1)[0]
-        return planner.assemble(config, found, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
-
-    monkeypatch.setattr(planner, "site_call", lambda config, site, *rest: planner.Call(
-        "linear" if site in planner.LINEAR_SITES else site, None, (), {}))  # fmt: skip
-    monkeypatch.setattr(sites, "device_capability", lambda device: (9, 0))
-    assert planned().fuse_mlp and planned().fold_norm
-    cost["mlp"] = 1.3
-    assert not planned().fuse_mlp and planned().fold_norm
-    cost["mlp"] = 0.0
-    assert not planned(dataclasses.replace(SMALL, width=448, heads=7)).fuse_mlp  # wider than the one launch goes
+@pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
+def test_plan_variants_with_fused_attention_agree(fold_norm, fuse_mlp):
+    config = dataclasses.replace(SMALL, layer_scale=True)
+    changes = {"fuse_attention": True, "fold_norm": fold_norm, "fuse_mlp": fuse_mlp}
+    check(config, testing.make(2, 3, 32, 48), torch.bfloat16, "triton", **changes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
@@ -272,79 +274,6 @@ def test_forced_backend_that_is_missing_gives_its_reason(monkeypatch):
     monkeypatch.setattr("vitfast.ops.registry.backend", lambda op, name: entry)
     with pytest.raises(vitfast.BackendError, match="not built: no compiler"):
         engine(backend="native")
-
-
-def test_measure_refuses_a_wrong_backend_and_keeps_the_fastest(monkeypatch):
-    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
-    right = vitfast.ops.registry.backend("layer_norm", "torch")
-    slow = dataclasses.replace(right, name="native", call=lambda *a, **k: right.call(*a, **k))
-    wrong = dataclasses.replace(right, name="triton", call=lambda *a, **k: right.call(*a, **k) * 1.01)
-    monkeypatch.setattr(planner, "time_calls", lambda calls, device: [2.0, 1.0][: len(calls)])
-    best, record = planner.measure(call, [right, slow, wrong], testing.device())
-    assert best.name == "native"
-    assert record["ms"] == {"torch": 2.0, "native": 1.0}
-    assert "exceeds" in record["refused"]["triton"]
-    with pytest.raises(planner.PlanError, match="exceeds"):
-        planner.measure(call, [wrong], testing.device())
-
-
-def test_choices_survive_on_disk(tmp_path):
-    path, key = tmp_path / "plans" / "a.json", {"device": "a", "torch": "2"}
-    assert planner.load_plan(path, key) is None
-    saved = {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}, "refused": {}}}
-    planner.save_plan(path, key, *saved)
-    assert planner.load_plan(path, key) == saved
-
-
-def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
-    asked = {"config": SMALL, "device": testing.device(), "dtype": torch.float32}
-    first = planner.build(**asked)
-    (path,) = (tmp_path / "plans").iterdir()
-    measured = []
-    monkeypatch.setattr(planner, "_site_backends", lambda *args: measured.append(args) or planner_choices)
-    planner_choices = (
-        {
-            site: vitfast.ops.registry.backend(site if site not in planner.LINEAR_SITES else "linear", name)
-            for site, name in first.backends.items()
-        },
-        {},
-    )
-    assert planner.build(**asked).backends == first.backends
-    assert not measured  # read, not measured
-    plan = json.loads(path.read_text())
-    plan["key"]["device"] = "another chip"
-    path.write_text(json.dumps(plan))
-    with pytest.warns(UserWarning, match=r"measured again, it was made for device 'another chip', here '"):
-        assert planner.build(**asked).backends == first.backends
-    assert len(measured) == 1
-    assert json.loads(path.read_text())["key"]["device"] != "another chip"
-
-
-def test_a_head_that_is_not_there_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
-    headless = planner.build(dataclasses.replace(SMALL, num_classes=0), device=testing.device(), dtype=torch.float32)
-    assert "head" not in headless.measured
-    if testing.device().type == "cuda" or not vitfast.ops.registry.backend("linear", "native").missing:
-        assert "fc1" in headless.measured
-    planner.build(dataclasses.replace(SMALL, num_classes=1), device=testing.device(), dtype=torch.float32, batch=1)
-
-
-def test_a_tie_keeps_the_first(monkeypatch):
-    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
-    first = vitfast.ops.registry.backend("layer_norm", "torch")
-    second = dataclasses.replace(first, name="native")
-    for ratio, winner in ((0.9, "torch"), (0.8, "native")):
-        monkeypatch.setattr(planner, "time_calls", lambda calls, device, ratio=ratio: [1.0, ratio])
-        assert planner.measure(call, [first, second], testing.device())[0].name == winner
-
-
-def test_every_site_has_a_right_example_call():
-    for site in model.SITES:
-        call = planner.site_call(SMALL, site, 2, testing.device(), torch.float32)
-        result = getattr(vitfast.ops.reference, call.op)(*call.args, **call.kwargs)
-        assert result.isfinite().all()
-        assert call.spec.op == call.op
 
 
 def test_engine_is_thread_safe():

@@ -33,7 +33,8 @@ def run_code(code: str, **environment: str) -> str:
 
 
 # A minute each with a cold cache: in the full suite.
-SLOW = {("sm_100", file) for file in KERNEL_FILES} | {("sm_80", "attention_backward"), ("sm_90", "attention_backward")}
+SLOW = {("sm_100", file) for file in KERNEL_FILES}
+SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
 
 
 # One process per chip and file: the work spreads over the workers of pytest-xdist, and a new file
@@ -56,26 +57,26 @@ def test_kernels_compile_well(arch, kernel):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_gradients_compile_well(arch):
+def test_slow_kernels_compile_well(arch):
     """One case of each kernel at head dim 64, before the full suite comes to all of them."""
     rows = json.loads(run_code(f"""
         import json
         from vitfast.inspect import inspect_case
-        from vitfast.kernels.attention_backward import compile_cases
+        from vitfast.kernels import attention_backward, attention_block
 
         cases = {{}}
-        for case in compile_cases():
+        for case in (*attention_backward.compile_cases(), *attention_block.compile_cases()):
             if case.constexprs["HEAD_DIM"] == 64 and {arch[3:]} in case.archs and "bf16" in str(case.signature):
                 cases.setdefault(case.kernel, case)
         print(json.dumps([inspect_case(case, "{arch}") for case in cases.values()]))
     """))  # fmt: skip
-    assert len(rows) >= 2
+    assert len(rows) >= 3
     assert [problem for row in rows for problem in problems(row | {"file": "attention_backward"})] == []
 
 
 # Kernels whose 16-bit products must be done by the best tensor-core instruction of the chip. fp32
 # products are exact (no TF32), which no tensor core can do. `linear_sum` only adds up.
-PRODUCTS = ("linear", "attention", "attention_backward")
+PRODUCTS = ("linear", "attention", "attention_backward", "attention_block")
 BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 
 

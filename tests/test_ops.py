@@ -20,6 +20,7 @@ def _arguments() -> dict[str, tuple]:
     x, w, b = make(2, 5, 48), make(64, 48), make(64)
     norm = (make(48, seed=1), make(48, seed=2))
     weight, total, bias = ops.fold_norm(w, b, *norm)
+    qkv_weight, sums, qkv_bias = ops.fold_norm(make(144, 48), make(144), *norm)
     images = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8, device=testing.device())
     qkv = make(2, 5, 3, 2, 24)
     # fmt: off
@@ -34,6 +35,8 @@ def _arguments() -> dict[str, tuple]:
         "attention_quantize": (
             *make(2, 5, 3, 2, 64).unbind(2), None, make(2, 1, 1, 5) > 0, *OPTIONS, *HEADLESS, torch.int8, "auto",
         ),
+        "attention_block": (x, qkv_weight, qkv_bias, make(48, 48), make(48), 2, make(48), x, sums, 1e-6),
+        "attention_block_stats": (x, make(144, 48), None, make(48, 48), None, 2, None, x),
         "mlp": (x, weight, bias, make(48, 64), None, "gelu_tanh", None, x, total, 1e-6),
         "mlp_stats": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
@@ -160,6 +163,10 @@ BAD = {
     "patch position": (
         lambda: ops.patch_embed(IMAGES, make(8, 192), None, make(5, 8), patch_size=(8, 8)),
         r"position has shape \(5, 8\), expected \(4, 8\)",
+    ),
+    "attention_block heads": (
+        lambda: ops.attention_block(QKV[:, :, 0, 0], make(144, 24), None, make(24, 48), None, heads=5),
+        r"got \(2, 5, 24\) and \(144, 24\) for 5 heads",
     ),
     "mlp": (lambda: ops.mlp(X, W, None, make(48, 63), None), r"fc2_weight has shape \(48, 63\), expected \(48, 64\)"),
 }  # fmt: skip

@@ -54,6 +54,7 @@ DIMS: dict[str, dict[str, int]] = {
     "row_stats": {"width": 768},
     "linear": {"rows": ROWS, "inner": 768, "width": 2304},
     "attention": {"head_dim": 64, "queries": 197, "keys": 197},
+    "attention_block": {"tokens": 197, "width": 768, "head_dim": 64},
     "mlp": {"rows": ROWS, "width": 768, "hidden": 3072},
     "quantize": {"width": 3072},
     "quantized_linear": {"rows": ROWS, "inner": 768, "width": 2304},

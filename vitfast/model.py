@@ -20,7 +20,10 @@ from vitfast.config import ViTConfig
 from vitfast.ops import fold_norm, pack_patch_embed, quantize
 from vitfast.output import Output
 
-SITES = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "mlp", "head")
+SITES = (
+    "patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "attention_block", "fc1", "fc2", "mlp",
+    "head",
+)  # fmt: skip
 """Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
 
 PRODUCTS = ("qkv", "proj", "fc1", "fc2")
@@ -42,6 +45,7 @@ class Plan:
     sites into the form that the site's callable wants; patch_embed's is told the layout, too.
     `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
     the previous product wrote.
+    `fuse_attention`: qkv, attention and proj run as the one op `attention_block`, likewise with `fold_norm`.
     `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`, norm and statistics included if `fold_norm`.
     `quick_gelu_as_silu`: the 1.702 of x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends
     that fuse SiLU only.
@@ -53,6 +57,7 @@ class Plan:
     calls: Mapping[str, Callable[..., Tensor]]
     backends: Mapping[str, str]
     fold_norm: bool = False
+    fuse_attention: bool = False
     fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
     packs: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
@@ -259,7 +264,7 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
     )
     if weights.norm_pre:
         x = plan.calls["layer_norm"](x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
-    stats = plan.calls["row_stats"](x) if plan.fold_norm else None
+    stats = plan.calls["row_stats"](x) if plan.fold_norm and not plan.fuse_attention else None
     for i, block in enumerate(weights.blocks):
         last = i == config.depth - 1
         x, stats = run_block(config, weights.activation, block, x, stats, plan, last=last)
@@ -271,37 +276,41 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
 def run_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches where the norms are folded, four if the mlp is one too, seven in 8 bits."""
-    calls, batch, tokens = plan.calls, x.shape[0], x.shape[1]
-    qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
-    q, k, v = qkv.view(batch, tokens, 3, config.heads, config.head_dim).unbind(2)
+    """One pre-norm block; five launches with folded norms, two to four if a half is one launch, seven in 8 bits."""
+    x, stats = _attention_half(config, block, x, stats, plan)
+    return _mlp_half(config, activation, block, x, stats, plan, last=last)
+
+
+def _attention_half(
+    config: ViTConfig, block: Block, x: Tensor, stats: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with its products, and the statistics that fc1 wants."""
+    calls = plan.calls
     want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_mlp else {}
-    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x}
+    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1}
+    if plan.fuse_attention:
+        options = {"heads": config.heads, **epilogue, **want_stats}
+        return _fused(config, plan, "attention_block", x, block.norm1, block.qkv, block.proj, **options)
+    qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
+    q, k, v = qkv.view(*x.shape[:2], 3, config.heads, config.head_dim).unbind(2)
     if "mixed_attention" in calls and block.proj.scale is not None:
         mixed, scale = calls["mixed_attention"](q, k, v, quantize=plan.quantized)
-        mixed = mixed.view(batch, tokens, -1)
-        x = _quantized_product(calls["mixed_proj"], mixed, scale, block.proj, x.dtype, **epilogue)
-    else:
-        mixed = calls["attention"](q, k, v).view(batch, tokens, -1)
-        x = _product(config, plan, "proj", mixed, block.proj, **epilogue, **want_stats)
-    if want_stats:
-        x, stats = x
+        mixed = mixed.view(*x.shape[:2], -1)
+        return _quantized_product(calls["mixed_proj"], mixed, scale, block.proj, x.dtype, **epilogue, residual=x), None
+    mixed = calls["attention"](q, k, v).view(*x.shape[:2], -1)
+    made = _product(config, plan, "proj", mixed, block.proj, **epilogue, residual=x, **want_stats)
+    return made if want_stats else (made, None)
+
+
+def _mlp_half(
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The feed-forward network, and the statistics that the next block's qkv wants."""
+    calls = plan.calls
+    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_attention and not last else {}
     if plan.fuse_mlp:
-        normed, options = x, {"weight_sum": block.fc1.weight_sum, "eps": config.norm_eps, "stats": not last}
-        if not plan.fold_norm:
-            normed, options = calls["layer_norm"](x, block.norm2.weight, block.norm2.bias, config.norm_eps), {}
-        made: Any = calls["mlp"](
-            normed,
-            block.fc1.weight,
-            block.fc1.bias,
-            block.fc2.weight,
-            block.fc2.bias,
-            activation=activation,
-            layer_scale=block.layer_scale2,
-            residual=x,
-            **options,
-        )
-        return made if options.get("stats") else (made, None)
+        options = {"activation": activation, "layer_scale": block.layer_scale2, **want_stats}
+        return _fused(config, plan, "mlp", x, block.norm2, block.fc1, block.fc2, **options)
     if "hidden_fc1" in calls and block.fc1.scale is not None and block.fc2.scale is not None:
         values, scale = _quantized(config, plan, x, block.norm2)
         values, scale = _quantized_product(
@@ -310,10 +319,21 @@ def run_block(
         run, epilogue = calls["hidden_fc2"], {"layer_scale": block.layer_scale2, "residual": x}
         return _quantized_product(run, values, scale, block.fc2, x.dtype, **epilogue), None
     hidden = _product(config, plan, "fc1", x, block.fc1, block.norm2, stats, activation=activation)
-    want_stats = {"stats": True} if plan.fold_norm and not last else {}
-    x = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
-    x, stats = x if want_stats else (x, None)
-    return x, stats
+    made = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
+    return made if want_stats else (made, None)
+
+
+def _fused(
+    config: ViTConfig, plan: Plan, site: str, x: Tensor, norm: Norm, first: Dense, second: Dense, **options: Any
+) -> Any:
+    """Half a block as one op: a LayerNorm, folded or before it, two products and what is between, the residual."""
+    normed = x
+    if plan.fold_norm:
+        options |= {"weight_sum": first.weight_sum, "eps": config.norm_eps}
+    else:
+        normed = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
+    made = plan.calls[site](normed, first.weight, first.bias, second.weight, second.bias, residual=x, **options)
+    return made if "stats" in options else (made, None)
 
 
 def _quantized(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:

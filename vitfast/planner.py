@@ -32,6 +32,7 @@ from vitfast.model import HIDDEN_SITES, MIXED_SITES, Plan
 from vitfast.ops import mkldnn, native, reference, registry, scaled_mm
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 from vitfast.sites import (
+    FUSED_SITES,
     LINEAR_SITES,
     OPTIONAL_SITES,
     QUANTIZED_PRODUCTS,
@@ -42,8 +43,8 @@ from vitfast.sites import (
     site_spec,
 )
 
-MLP_MAX_WIDTH = 384
-"""Widest model for which the one-launch mlp is a candidate; wider, it would be two `linear` anyway."""
+FUSED_MAX_WIDTH = 384
+"""Widest model for which half a block in one launch is a candidate; wider, mlp would be two `linear` anyway."""
 GPU_BATCH = 64
 """Images whose shapes are measured on a GPU; on a CPU as many as have CPU_ROWS tokens."""
 CPU_ROWS = 1600
@@ -166,11 +167,13 @@ def _site_backends(
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
     for site in plan_sites(config, quantized, keep):
-        if site == "mlp" and config.width > MLP_MAX_WIDTH:
+        if site in FUSED_SITES and config.width > FUSED_MAX_WIDTH:
             continue
         its_dtype = site_dtype(site, dtype, quantized)
         spec = site_spec(config, site, batch, device, its_dtype)
         if backend != "auto":
+            if site == "attention_block":
+                continue  # no measurement says that it is worth having
             if site not in OPTIONAL_SITES or not registry.backend(spec.op, backend).why_not(spec):
                 chosen[site] = choose(spec, backend)
             continue
@@ -183,8 +186,10 @@ def _site_backends(
             chosen[site] = able[0]
         else:
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
-    if "mlp" in record and _best(record, "mlp") > _best(record, "fc1") + _best(record, "fc2"):
-        del chosen["mlp"]
+    for site, parts in FUSED_SITES.items():
+        slower = site in record and _best(record, site) > sum(_best(record, part) for part in parts)
+        if site in chosen and (slower or chosen[site].name == "torch"):  # whose fused op is its parts
+            del chosen[site]
     for pair, apart in APART.items():
         if pair[0] in record and sum(_best(record, s) for s in pair) > sum(_best(record, s) for s in apart):
             for site in pair:
@@ -264,14 +269,17 @@ def assemble(
         spec = site_spec(config, site, 1, device, site_dtype(site, dtype, quantized))
         if found := packed_op(chosen[site], spec):
             packs[site], calls[site] = found
-    fused = names.get("mlp") in ("triton", "native")
+    fuse_attention, fuse_mlp = (site in chosen for site in FUSED_SITES)
     on_triton = {site for site, name in names.items() if name == "triton"}
-    folding = {"row_stats", "qkv", "mlp"} if fused else {"row_stats", "qkv", "proj", "fc1", "fc2"}
+    # Those that read a folded norm, and those that write statistics for one that does not find them itself.
+    folding = {"attention_block"} if fuse_attention else {"row_stats", "qkv"}
+    folding |= {"mlp"} if fuse_mlp else {"fc1"} if fuse_attention else {"proj", "fc1", "fc2"}
     return Plan(
         calls=calls,
         backends=names,
         fold_norm=on_triton >= folding,
-        fuse_mlp=fused,
+        fuse_attention=fuse_attention,
+        fuse_mlp=fuse_mlp,
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
         quantized=quantized,

@@ -16,9 +16,11 @@ from vitfast.ops.registry import Spec, device_capability
 
 LINEAR_SITES = ("qkv", "proj", "fc1", "fc2", "head")
 QUANTIZED_PRODUCTS = tuple(site for site in QUANTIZED_SITES if site not in ("quantize", "mixed_attention"))
-OPTIONAL_SITES = ("mlp", "row_stats", *HIDDEN_SITES, *MIXED_SITES)
-"""Sites that a forward can do without: fc1 and fc2 take the place of mlp and of the hidden ones, layer_norm that of
-row_stats, attention, quantize and proj that of the mixed ones."""
+FUSED_SITES = {"attention_block": ("qkv", "attention", "proj"), "mlp": ("fc1", "fc2")}
+"""A site that is half a block in one op -> the sites that do the same."""
+OPTIONAL_SITES = (*FUSED_SITES, "row_stats", *HIDDEN_SITES, *MIXED_SITES)
+"""Sites that a forward can do without: others take the place of the fused ones, fc1 and fc2 that of the hidden ones,
+attention, quantize and proj that of the mixed ones, layer_norm that of row_stats."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         "qkv": {"rows": rows, "inner": c, "width": 3 * hd},
         "attention": {"head_dim": config.head_dim, "queries": tokens, "keys": tokens},
         "proj": {"rows": rows, "inner": hd, "width": c},
+        "attention_block": {"tokens": tokens, "width": c, "head_dim": config.head_dim},
         "fc1": {"rows": rows, "inner": c, "width": up},
         "fc2": {"rows": rows, "inner": f, "width": c},
         "mlp": {"rows": rows, "width": c, "hidden": up},
@@ -136,6 +139,11 @@ def site_call(config: ViTConfig, site: str, batch: int, device: torch.device, dt
     if spec.op == "attention":
         qkv = random(batch, tokens, 3, config.heads, config.head_dim)
         return Call(spec.op, spec, tuple(qkv.unbind(2)), {} if site == "attention" else {"quantize": dtype})
+    if site == "attention_block":
+        hd = config.heads * config.head_dim
+        weights = (random(3 * hd, c, scale=c**-0.5), random(3 * hd), random(c, hd, scale=hd**-0.5), random(c))
+        kwargs = {"heads": config.heads, "residual": random(batch, tokens, c)}
+        return Call(site, spec, (random(batch, tokens, c), *weights), kwargs)
     if site == "mlp":
         up = spec.dims["hidden"]
         weights = (random(up, c, scale=c**-0.5), random(up), random(c, config.mlp_dim, scale=c**-0.5), random(c))

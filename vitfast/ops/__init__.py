@@ -16,6 +16,7 @@ from torch import Tensor
 from vitfast.ops import checks, reference
 from vitfast.ops import heads as _heads
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
+from vitfast.ops.block import attention_block
 from vitfast.ops.heads import QKNorm, Rope
 from vitfast.ops.quantized import quantize, quantized_linear
 from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, SCALE_GROUPS, STATS_TILE
@@ -36,6 +37,7 @@ __all__ = [
     "Spec",
     "add_layer_norm",
     "attention",
+    "attention_block",
     "choose",
     "fold_norm",
     "layer_norm",

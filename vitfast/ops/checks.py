@@ -282,6 +282,41 @@ def attention_spec(
     return Spec.of("attention", q, features=features, head_dim=q.shape[-1], queries=q.shape[1], keys=k.shape[1])
 
 
+def check_attention_block(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    heads: int,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    weight_sum: Tensor | None,
+) -> None:
+    op = "attention_block"
+    check_linear(x, qkv_weight, qkv_bias, None, None, None, None, None, f"{op} (qkv)")
+    rows = qkv_weight.shape[0]
+    if x.ndim != 3 or heads < 1 or rows % (3 * heads):
+        raise ValueError(
+            f"{op}: x must be [B, N, C] and qkv_weight [3 * heads * D, C], got {tuple(x.shape)} and "
+            f"{tuple(qkv_weight.shape)} for {heads} heads"
+        )
+    _shape(op, "weight_sum", weight_sum, (rows,))
+    _dtype(op, "weight_sum", weight_sum, torch.float32)
+    _shape(op, "proj_weight", proj_weight, (x.shape[2], rows // 3))
+    _shape(op, "proj_bias", proj_bias, (x.shape[2],))
+    _shape(op, "layer_scale", layer_scale, (x.shape[2],))
+    _shape(op, "residual", residual, tuple(x.shape))
+    named = {"proj_weight": proj_weight, "proj_bias": proj_bias, "layer_scale": layer_scale, "residual": residual}
+    for name, tensor in named.items():
+        _dtype(op, name, tensor, x.dtype)
+    _device(op, x, **named, weight_sum=weight_sum)
+
+
+def attention_block_spec(x: Tensor, proj_weight: Tensor, heads: int) -> Spec:
+    return Spec.of("attention_block", x, tokens=x.shape[1], width=x.shape[2], head_dim=proj_weight.shape[1] // heads)
+
+
 def check_mlp(
     x: Tensor,
     fc1_weight: Tensor,

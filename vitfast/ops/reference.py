@@ -290,6 +290,30 @@ def _attention_formula(q, k, v, bias, mask, softcap, slopes, distance, scale, dt
     return (weights @ v).transpose(1, 2).contiguous()
 
 
+def attention_block(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    heads: int,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    eps: float = 1e-6,
+    stats: bool = False,
+    upcast: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    norm: Any = {}
+    if weight_sum is not None:
+        norm = {"row_stats": row_stats(x, upcast=upcast), "weight_sum": weight_sum, "eps": eps}
+    qkv: Any = linear(x, qkv_weight, qkv_bias, **norm, upcast=upcast)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)
+    mixed = attention(q, k, v, upcast=upcast).flatten(2)
+    return linear(mixed, proj_weight, proj_bias, layer_scale=layer_scale, residual=residual, stats=stats, upcast=upcast)
+
+
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,

@@ -22,7 +22,10 @@ import torch
 from vitfast.ops import native, reference
 
 QUANTIZED_OPS = ("quantize", "quantized_linear")
-OPS = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "mlp", *QUANTIZED_OPS)
+OPS = (
+    "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "attention_block", "mlp",
+    *QUANTIZED_OPS,
+)  # fmt: skip
 BACKENDS = ("torch", "triton", "native")
 
 _KERNEL_FILES = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm"}
@@ -160,6 +163,7 @@ def _triton(op: str) -> Backend:
         dtypes=entry["dtypes"],
         min_capability=entry["min_capability"],
         limits=entry["limits"],
+        choices=entry.get("choices", {}),
         features=entry.get("features", ()),
     )
 
