@@ -134,7 +134,7 @@ def _packed(op: str, name: str, call: Call) -> Thunk:
     pack, run = found
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
-    layout = call.kwargs if op == "patch_embed" else {}
+    layout = call.kwargs | {"uint8": x.dtype == torch.uint8} if op == "patch_embed" else {}
     return functools.partial(run, x, pack(weight, **layout), *rest, **call.kwargs)
 
 

@@ -20,8 +20,10 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
-  // The same with what pack_patch_embed made of an fp32 weight.
-  m.def("pack_patch_embed(Tensor weight, *, int[] patch_size, bool channels_last=False) -> Tensor");
+  // The same with what pack_patch_embed made of an fp32 weight; uint8: of images that are.
+  m.def("pack_patch_embed(Tensor weight, *, int[] patch_size, bool channels_last=False, bool uint8=False) -> Tensor");
+  // Why pack_patch_embed makes no integers of a weight for uint8 images, or "".
+  m.def("why_no_integers(Tensor weight, *, int[] patch_size, bool channels_last=False) -> str");
   m.def(
       "patch_embed_packed(Tensor images, Tensor packed, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, "
       "*, int[] patch_size, bool channels_last=False) -> Tensor");
@@ -40,6 +42,7 @@ TORCH_LIBRARY(vitfast_native, m) {
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cpu);
   m.impl("pack_patch_embed", &vitfast::pack_patch_embed_cpu);
+  m.impl("why_no_integers", &vitfast::why_no_integers_cpu);
   m.impl("patch_embed_packed", &vitfast::patch_embed_packed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
@@ -92,16 +95,16 @@ py::dict ops() {
   return all;
 }
 
-constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f"};
+constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f", "avx512_vnni"};
 
 void limit_simd(const std::string& name) {
-  for (int level = 0; level < 3; ++level) {
+  for (size_t level = 0; level < std::size(kSimdNames); ++level) {
     if (name == kSimdNames[level]) {
       vitfast::simd_limit() = static_cast<vitfast::Simd>(level);
       return;
     }
   }
-  throw py::value_error("limit_simd: level must be default, avx2 or avx512f, got " + name);
+  throw py::value_error("limit_simd: level must be default, avx2, avx512f or avx512_vnni, got " + name);
 }
 
 py::dict build_info() {
@@ -127,5 +130,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "Compiler, flags, torch version, SIMD level in use here, threading, and CUDA or why not.");
   m.def("limit_simd", &limit_simd,
-        "The highest SIMD level attention may use: for tests of the levels below this CPU's.");
+        "The highest SIMD level the CPU's ops may use: for tests of the levels below this CPU's.");
 }

@@ -14,7 +14,9 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
                            const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                            at::IntArrayRef patch_size, bool channels_last);
 
-at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last);
+at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last, bool uint8);
+
+std::string why_no_integers_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last);
 
 at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& packed,
                                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& position,

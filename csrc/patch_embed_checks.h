@@ -9,7 +9,10 @@ inline void check_patch_size(const char* op, at::IntArrayRef patch_size) {
   TORCH_CHECK_VALUE(patch_size.size() == 2, op, ": patch_size must be (height, width), got ", shape_text(patch_size));
 }
 
-// `packed`: the weight is one of pack_patch_embed, whose K is followed by a column per channel.
+// Columns of a weight [C, K] packed for uint8 images, in bytes: three a number; 4 a channel and 16 more.
+inline int64_t pixel_columns(int64_t k, int64_t channels) { return 3 * k + 4 * channels + 16; }
+
+// `packed`: the weight is one of pack_patch_embed: of bytes, or its K is followed by a column per channel.
 inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
                               at::IntArrayRef patch_size, bool channels_last,
@@ -24,7 +27,9 @@ inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight
   check_patch_size(op, patch_size);
   const int64_t ph = patch_size[0], pw = patch_size[1];
   const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
-  const int64_t channels = images.size(channels_last ? 3 : 1), inner = weight.size(1) - (packed ? channels : 0);
+  const int64_t channels = images.size(channels_last ? 3 : 1), columns = weight.size(1);
+  const bool bytes = packed && weight.scalar_type() == at::kChar;
+  const int64_t inner = bytes ? (columns - pixel_columns(0, channels)) / 3 : columns - (packed ? channels : 0);
   TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
                     ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
   TORCH_CHECK_VALUE(inner == channels * ph * pw, op, ": images ", layout, " of shape ", shape_text(images.sizes()),
@@ -35,9 +40,10 @@ inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight
   check_shape(op, "position", position, {patches, c});
   TORCH_CHECK_VALUE(!prefix || (prefix->dim() == 2 && prefix->size(1) == c), op, ": prefix has shape ",
                     shape_text(prefix->sizes()), ", expected (P, ", c, ")");
-  if (bias) check_dtype(op, "bias", *bias, {weight.scalar_type()});
-  if (position) check_dtype(op, "position", *position, {weight.scalar_type()});
-  if (prefix) check_dtype(op, "prefix", *prefix, {weight.scalar_type()});
+  const at::ScalarType dtype = bytes ? at::kFloat : weight.scalar_type();
+  if (bias) check_dtype(op, "bias", *bias, {dtype});
+  if (position) check_dtype(op, "position", *position, {dtype});
+  if (prefix) check_dtype(op, "prefix", *prefix, {dtype});
 }
 
 }  // namespace vitfast

@@ -54,7 +54,8 @@ def native(*args, **kwargs):
 
 
 def packed(images, weight, *rest, **kwargs):
-    return ops.native.patch_embed_packed(images, ops.native.pack_patch_embed(weight, **kwargs), *rest, **kwargs)
+    ready = ops.native.pack_patch_embed(weight, **kwargs, uint8=images.dtype == torch.uint8)
+    return ops.native.patch_embed_packed(images, ready, *rest, **kwargs)
 
 
 @needs_extension
@@ -67,10 +68,15 @@ def test_patch_embed(case, dtype, pixels, channels_last):
     testing.check_op(native, reference.patch_embed, *args, patch_size=case[4], channels_last=channels_last)
 
 
+# Pixels multiplied as floats, and as integers; without a limit the level is this machine's highest.
+LEVELS = pytest.mark.parametrize("level", ["avx2", "avx512_vnni"], indirect=True)
+
+
 @needs_extension
+@LEVELS
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
-def test_packed_weight(case, channels_last):
+def test_packed_weight(case, channels_last, level):
     images, weight, *rest = inputs(case, torch.float32, torch.uint8, channels_last)
     kwargs = {"patch_size": case[4], "channels_last": channels_last}
     testing.check_op(packed, reference.patch_embed, images, testing.strided(weight), *rest, **kwargs)
@@ -101,8 +107,9 @@ def test_optional_arguments(given):
 
 
 @needs_extension
+@LEVELS
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
-def test_strided_inputs(channels_last):
+def test_strided_inputs(channels_last, level):
     images, *tensors = inputs(GRID[0], torch.float32, torch.uint8, channels_last)
     tensors = [testing.strided(t) for t in tensors]
     for view in (testing.strided(images), images.transpose(1, 3).contiguous().transpose(1, 3), images.flip(0)[::2]):
@@ -131,7 +138,8 @@ def test_empty_batch_and_prefix():
 @needs_extension
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
-def test_flat_patches_are_nearly_exact(pixels, channels_last):
+@LEVELS
+def test_flat_patches_are_nearly_exact(pixels, channels_last, level):
     """Their products cancel; the plain sum leaves the rounding of large terms in a small result."""
     images, weight, *_ = inputs(GRID[0], torch.float32, pixels, channels_last)
     level = torch.tensor([17.0, 120.0, 249.0]) if pixels == torch.uint8 else torch.tensor([-1.8, 0.7, 2.2])
@@ -247,7 +255,7 @@ def test_build_info():
 
     info = _C.build_info()
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert info["simd"] in ("avx512f", "avx2", "default")
+    assert info["simd"] in ("avx512_vnni", "avx512f", "avx2", "default")
     assert set(info) == {"compiler", "flags", "torch", "simd", "threads", "cuda"}
     assert info["cuda"].startswith("not built: ") or torch.version.cuda is not None
     assert set(_C.ops()) <= set(registry.OPS)

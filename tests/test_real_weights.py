@@ -1,5 +1,6 @@
 """The engine against transformers' own models on pretrained weights and real photos, in fp32."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +173,8 @@ def test_photos_of_any_size_give_the_models_own_outputs(case, engine, photos):
     assert len({photo.shape for photo in photos}) == len(photos)
     for i, photo in enumerate(photos):
         check(engine(torch.from_numpy(photo)[None]), case, slice(i, i + 1), every_token=strict(engine))
+    if strict(engine) and importlib.import_module("vitfast._C").build_info()["simd"] == "avx512_vnni":
+        assert engine._weights.embed_uint8.weight.dtype == torch.int8  # trained weights are not refused
 
 
 def test_a_wrong_activation_is_noticed(case):

@@ -42,7 +42,7 @@ class Plan:
     """The implementation of each site, and how the forward is put together.
 
     Every callable has the signature of the op's reference. `packs` turn the [N, K] weights of some
-    sites into the form that the site's callable wants; patch_embed's is told the layout, too.
+    sites into the form that the site's callable wants; patch_embed's is told of the images, too.
     `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
     the previous product wrote.
     `fuse_attention`: qkv, attention and proj run as the one op `attention_block`, likewise with `fold_norm`.
@@ -176,7 +176,7 @@ def arrange(
             uint8=uint8,
             channels_last=channels_last,
         )
-        layout = {"patch_size": config.patch_size, "channels_last": channels_last}
+        layout = {"patch_size": config.patch_size, "channels_last": channels_last, "uint8": uint8}
         return Dense(pack("patch_embed", weight, **layout), shift)
 
     activation = config.activation

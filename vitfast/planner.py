@@ -117,7 +117,7 @@ def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
     run, args = cast(Any, entry.call), call.args
     if packed := packed_op(entry, call.spec):
         pack, run = packed
-        layout = call.kwargs if call.op == "patch_embed" else {}
+        layout = call.kwargs | {"uint8": args[0].dtype == torch.uint8} if call.op == "patch_embed" else {}
         at = 2 if call.op == "quantized_linear" else 1  # the weight's place: after x, or x and its scales
         args = (*args[:at], pack(args[at], **layout), *args[at + 1 :])
     return functools.partial(run, *args, **call.kwargs)

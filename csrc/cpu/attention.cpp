@@ -271,8 +271,8 @@ void attend_avx512(const Call& c, int64_t begin, int64_t end, float* memory) {
 template <typename scalar_t>
 Variant variant(const Call& c) {
 #ifdef VITFAST_SIMD_LEVELS
-  if (simd_level() == Simd::avx512) return {Avx512::block, Layout::of<Avx512>(c).size, &attend_avx512<scalar_t>};
-  if (simd_level() == Simd::avx2) return {Avx2::block, Layout::of<Avx2>(c).size, &attend_avx2<scalar_t>};
+  if (simd_level() >= Simd::avx512) return {Avx512::block, Layout::of<Avx512>(c).size, &attend_avx512<scalar_t>};
+  if (simd_level() >= Simd::avx2) return {Avx2::block, Layout::of<Avx2>(c).size, &attend_avx2<scalar_t>};
 #endif
   return {Standard::block, Layout::of<Standard>(c).size, &attend_standard<scalar_t>};
 }

@@ -205,8 +205,8 @@ void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
 
 Compute compute_here() {
 #ifdef VITFAST_SIMD_LEVELS
-  if (simd_level() == Simd::avx512) return &compute_avx512;
-  if (simd_level() == Simd::avx2) return &compute_avx2;
+  if (simd_level() >= Simd::avx512) return &compute_avx512;
+  if (simd_level() >= Simd::avx2) return &compute_avx2;
 #endif
   return &compute_standard;
 }

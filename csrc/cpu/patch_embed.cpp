@@ -10,6 +10,9 @@
 // A patch is multiplied as its difference from its level, the mean of each channel, and the level by the
 // weight's sums over a channel. The product of a flat patch, such as plain background, would be a small sum of
 // large terms, whose rounding a model may amplify a thousandfold; its differences are nearly zero.
+//
+// With AVX-512 VNNI and an fp32 weight, uint8 pixels are copied as they are, and multiplied in integers: see
+// pixel_product.cpp. Their level is the last pixel of each channel, and the sums what rounding left of the weight.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,12 +24,14 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "../ops.h"
 #include "../patch_embed_checks.h"
 #include "linear.h"
+#include "pixel_product.h"
 #include "simd.h"
 
 namespace vitfast {
@@ -41,18 +46,6 @@ constexpr int64_t kMinRows = 32;
 
 using Optional = std::optional<at::Tensor>;
 
-// The order of the K axis, which is made of runs of `width` numbers: of one channel each, or of all, interleaved.
-struct Order {
-  int64_t channels, width;
-  bool interleaved;
-
-  Order(int64_t channels, int64_t patch_width, bool channels_last)
-      : channels(channels), width(channels_last ? patch_width * channels : patch_width), interleaved(channels_last) {}
-
-  // The channel of the next number of a run.
-  int64_t after(int64_t channel) const { return !interleaved ? channel : channel + 1 < channels ? channel + 1 : 0; }
-};
-
 // Where patches lie in the images; strides in elements. `size` and `stride` are the three nested runs of
 // pixels of one patch, outermost first, in the order of the weight's K axis.
 struct Geometry {
@@ -62,6 +55,7 @@ struct Geometry {
   std::array<int64_t, 3> size, stride;
 
   int64_t tokens() const { return prefix + grid_h * grid_w; }
+  int64_t inner() const { return size[0] * size[1] * size[2]; }
 };
 
 Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool channels_last, const Optional& prefix) {
@@ -91,9 +85,11 @@ Geometry geometry(const at::Tensor& images, at::IntArrayRef patch_size, bool cha
   return g;
 }
 
-template <typename pixel_t>
-VITFAST_INLINE float to_float(pixel_t pixel) {
-  if constexpr (std::is_same_v<pixel_t, uint8_t>) {
+template <typename row_t, typename pixel_t>
+VITFAST_INLINE auto row_value(pixel_t pixel) {
+  if constexpr (std::is_same_v<row_t, uint8_t>) {
+    return pixel;
+  } else if constexpr (std::is_same_v<pixel_t, uint8_t>) {
     return static_cast<float>(static_cast<int32_t>(pixel)) - kPixelCenter;
   } else {
     return static_cast<float>(pixel);
@@ -105,10 +101,12 @@ VITFAST_INLINE void gather_loop(const pixel_t* patch, const Geometry& g, row_t* 
   for (int64_t i = 0; i < g.size[0]; ++i) {
     for (int64_t j = 0; j < g.size[1]; ++j, row += g.size[2]) {
       const pixel_t* run = patch + i * g.stride[0] + j * g.stride[1];
-      if (g.stride[2] == 1) {
-        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = to_float(run[k]);
+      if (g.stride[2] == 1 && std::is_same_v<pixel_t, row_t>) {
+        std::memcpy(row, run, g.size[2] * sizeof(row_t));  // a run of bytes is shorter than a loop's vectors
+      } else if (g.stride[2] == 1) {
+        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = row_value<row_t>(run[k]);
       } else {
-        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = to_float(run[k * g.stride[2]]);
+        for (int64_t k = 0; k < g.size[2]; ++k) row[k] = row_value<row_t>(run[k * g.stride[2]]);
       }
     }
   }
@@ -117,6 +115,7 @@ VITFAST_INLINE void gather_loop(const pixel_t* patch, const Geometry& g, row_t* 
 // One patch as a row of K numbers. The pixel types that matter get a clone per vector width.
 VITFAST_SIMD void gather(const uint8_t* patch, const Geometry& g, float* row) { gather_loop(patch, g, row); }
 VITFAST_SIMD void gather(const float* patch, const Geometry& g, float* row) { gather_loop(patch, g, row); }
+VITFAST_SIMD void gather(const uint8_t* patch, const Geometry& g, uint8_t* row) { gather_loop(patch, g, row); }
 VITFAST_SIMD void gather(const uint8_t* patch, const Geometry& g, at::BFloat16* row) { gather_loop(patch, g, row); }
 VITFAST_SIMD void gather(const float* patch, const Geometry& g, at::BFloat16* row) { gather_loop(patch, g, row); }
 template <typename pixel_t, typename row_t>
@@ -161,7 +160,16 @@ VITFAST_SIMD void center(const Order& order, bool whole, at::BFloat16* row, floa
   center_loop(order, whole, row, level, run, k);
 }
 
-// Rows [begin, end) of the whole, centred, as rows of `buffer` [end - begin, K]; levels [end - begin, channels].
+// level [channels] = the last pixel of each channel.
+void last_pixels(const Order& order, const uint8_t* row, int64_t k, float* level) {
+  for (int64_t c = 0; c < order.channels; ++c) {
+    const int64_t last = order.interleaved ? k - order.channels + c : (c + 1) * (k / order.channels) - 1;
+    level[c] = row_value<float>(row[last]);
+  }
+}
+
+// Rows [begin, end) of the whole, centred unless they are bytes, as rows of `buffer` [end - begin, K]; levels
+// [end - begin, channels].
 template <typename pixel_t, typename row_t>
 void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int64_t end, const at::Tensor& buffer,
                  float* levels) {
@@ -172,11 +180,15 @@ void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int
   for (int64_t r = begin; r < end; ++r, row += k, levels += g.order.channels) {
     const int64_t patch = r % g.tokens() - g.prefix;
     if (patch < 0) {
-      std::fill(row, row + k, row_t(0.0f));
+      std::fill(row, row + k, row_t(0));
     } else {
       const pixel_t* image = data + r / g.tokens() * g.image_stride;
       gather(image + patch / g.grid_w * g.down + patch % g.grid_w * g.right, g, row);
-      center(g.order, std::is_same_v<pixel_t, uint8_t>, row, levels, run.data(), k);
+      if constexpr (std::is_same_v<row_t, uint8_t>) {
+        last_pixels(g.order, row, k, levels);
+      } else {
+        center(g.order, std::is_same_v<pixel_t, uint8_t>, row, levels, run.data(), k);
+      }
     }
   }
 }
@@ -260,38 +272,61 @@ auto gather_rows_of(at::ScalarType pixel) {
 
 Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
 
-// The tokens of images; weight [C, K], packed by pack_linear_cpu if it is fp32, has sums [channels, C].
+// The tokens of images; weight [C, K], packed by pack_linear_cpu if it is fp32, by pack_pixel_weight if it is bytes,
+// has sums [channels, C].
 at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& weight, const float* sums,
                  const Optional& bias, const Optional& position, const Optional& prefix) {
-  const int64_t n = weight.size(0), k = weight.size(1), rows = g.batch * g.tokens();
-  const bool fp32 = weight.scalar_type() == at::kFloat;
-  auto* gather_chunk =
-      fp32 ? gather_rows_of<float>(images.scalar_type()) : gather_rows_of<at::BFloat16>(images.scalar_type());
-  auto* finish_chunk = fp32 ? &finish_rows<float> : &finish_rows<at::BFloat16>;
+  const int64_t n = weight.size(0), k = g.inner(), rows = g.batch * g.tokens();
+  const at::ScalarType kind = weight.scalar_type();
+  const bool bytes = kind == at::kChar, bf16 = kind == at::kBFloat16;
+  auto* gather_chunk = bytes  ? &gather_rows<uint8_t, uint8_t>
+                       : bf16 ? gather_rows_of<at::BFloat16>(images.scalar_type())
+                              : gather_rows_of<float>(images.scalar_type());
+  auto* finish_chunk = bf16 ? &finish_rows<at::BFloat16> : &finish_rows<float>;
   // Copied if need be, unlike the images: they are small, and contiguous already in a planned model.
   const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
-  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, weight.options()), flat = out.view({rows, n});
+  const at::TensorOptions made = weight.options().dtype(bf16 ? kind : at::kFloat);
+  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, made), flat = out.view({rows, n});
 
   // One parallel region for everything: each thread works through its own rows, product included
   // (BLAS does not thread inside a parallel region), and waits for the others only once.
   const int64_t threads = at::get_num_threads(), share = std::max(kMinRows, (rows + threads - 1) / threads);
   at::parallel_for(0, rows, share, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, weight.options());
+    const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, bytes ? made.dtype(at::kByte) : made);
     std::vector<float> levels(kChunk * g.order.channels);
     for (int64_t start = begin; start < end; start += kChunk) {
       const int64_t stop = std::min(start + kChunk, end);
       gather_chunk(images, g, start, stop, buffer, levels.data());
       at::Tensor product = flat.narrow(0, start, stop - start);
-      if (fp32) {
-        multiply_packed(buffer.const_data_ptr<float>(), stop - start, weight, product.mutable_data_ptr<float>());
-      } else {
+      if (bytes) {
+        multiply_pixels(buffer.const_data_ptr<uint8_t>(), stop - start, n, k, weight.const_data_ptr<int8_t>(),
+                        product.mutable_data_ptr<float>());
+      } else if (bf16) {
         at::mm_out(product, buffer.narrow(0, 0, stop - start), weight.t());
+      } else {
+        multiply_packed(buffer.const_data_ptr<float>(), stop - start, weight, product.mutable_data_ptr<float>());
       }
       finish_chunk(g, start, stop, levels.data(), sums, b, pos, pre, flat);
     }
   });
   return out;
+}
+
+// The order of a weight's K axis, once the arguments are checked.
+Order order_of(const char* op, const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
+  check_dtype(op, "weight", weight, {at::kFloat});
+  check_patch_size(op, patch_size);
+  const int64_t ph = patch_size[0], pw = patch_size[1];
+  TORCH_CHECK_VALUE(weight.dim() == 2 && ph >= 1 && pw >= 1 && weight.size(1) % (ph * pw) == 0, op,
+                    ": weight must be [C, K] with K a multiple of the patch ", ph, "x", pw, ", got shape ",
+                    shape_text(weight.sizes()));
+  return Order(weight.size(1) / (ph * pw), pw, channels_last);
+}
+
+// Memory for what pack_pixel_weight makes of a weight.
+at::Tensor pixel_weight(const Order& order, const at::Tensor& weight) {
+  return at::empty({weight.size(0), pixel_columns(weight.size(1), order.channels)}, weight.options().dtype(at::kChar));
 }
 
 }  // namespace
@@ -301,7 +336,8 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
                            bool channels_last) {
   check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last, {at::kFloat, at::kBFloat16});
   if (weight.scalar_type() == at::kFloat) {
-    const at::Tensor packed = pack_patch_embed_cpu(weight, patch_size, channels_last);
+    const at::Tensor packed =
+        pack_patch_embed_cpu(weight, patch_size, channels_last, images.scalar_type() == at::kByte);
     return patch_embed_packed_cpu(images, packed, bias, position, prefix, patch_size, channels_last);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -312,32 +348,44 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   return embed(images, g, kernel, sums.data(), bias, position, prefix);
 }
 
-at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
-  const char* op = "pack_patch_embed";
-  check_dtype(op, "weight", weight, {at::kFloat});
-  check_patch_size(op, patch_size);
-  const int64_t ph = patch_size[0], pw = patch_size[1];
-  TORCH_CHECK_VALUE(weight.dim() == 2 && ph >= 1 && pw >= 1 && weight.size(1) % (ph * pw) == 0, op,
-                    ": weight must be [C, K] with K a multiple of the patch ", ph, "x", pw, ", got shape ",
-                    shape_text(weight.sizes()));
+at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last, bool uint8) {
+  const Order order = order_of("pack_patch_embed", weight, patch_size, channels_last);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = weight.size(0), k = weight.size(1), channels = k / (ph * pw);
-  const at::Tensor kernel = weight.contiguous(), packed = at::empty({n, k + channels}, kernel.options());
+  const at::Tensor kernel = weight.contiguous();
+  const int64_t n = weight.size(0), k = weight.size(1);
+  if (uint8) {
+    const at::Tensor bytes = pixel_weight(order, kernel);
+    if (pack_pixel_weight(order, kernel, bytes.mutable_data_ptr<int8_t>()).empty()) return bytes;
+  }
+  const at::Tensor packed = at::empty({n, k + order.channels}, kernel.options());
   float* panels = packed.mutable_data_ptr<float>();
   pack_panels(kernel, panels);
-  sum_weight<float>(Order(channels, pw, channels_last), kernel, panels + n * k);
+  sum_weight<float>(order, kernel, panels + n * k);
   return packed;
+}
+
+std::string why_no_integers_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
+  const Order order = order_of("why_no_integers", weight, patch_size, channels_last);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return pack_pixel_weight(order, weight.contiguous(), pixel_weight(order, weight).mutable_data_ptr<int8_t>());
 }
 
 at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& packed, const Optional& bias,
                                   const Optional& position, const Optional& prefix, at::IntArrayRef patch_size,
                                   bool channels_last) {
-  check_patch_embed(images, packed, bias, position, prefix, patch_size, channels_last, {at::kFloat}, /*packed=*/true);
+  check_patch_embed(images, packed, bias, position, prefix, patch_size, channels_last, {at::kFloat, at::kChar},
+                    /*packed=*/true);
   TORCH_CHECK_VALUE(packed.is_contiguous(), "patch_embed: weight is not as pack_patch_embed returned it: strides ",
                     shape_text(packed.strides()));
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Geometry g = geometry(images, patch_size, channels_last, prefix);
-  const int64_t n = packed.size(0), k = packed.size(1) - g.order.channels;
+  const int64_t n = packed.size(0), k = g.inner();
+  if (packed.scalar_type() == at::kChar) {
+    check_dtype("patch_embed", "images", images, {at::kByte});  // the weight was packed for
+    const std::string reason = why_no_pixel_product(k);
+    TORCH_CHECK_VALUE(reason.empty(), "patch_embed: weight is packed for integer products: ", reason);
+    return embed(images, g, packed, pixel_rest(n, k, packed.const_data_ptr<int8_t>()), bias, position, prefix);
+  }
   const at::Tensor panels = packed.view(-1).narrow(0, 0, n * k).view({n, k});
   return embed(images, g, panels, packed.const_data_ptr<float>() + n * k, bias, position, prefix);
 }

@@ -32,11 +32,11 @@
 
 namespace vitfast {
 
-enum class Simd { standard, avx2, avx512 };
+enum class Simd { standard, avx2, avx512, avx512_vnni };
 
 // The highest level that `simd_level` gives. Tests lower it, to run on one machine what others run.
 inline std::atomic<Simd>& simd_limit() {
-  static std::atomic<Simd> limit{Simd::avx512};
+  static std::atomic<Simd> limit{Simd::avx512_vnni};
   return limit;
 }
 
@@ -45,6 +45,7 @@ inline Simd simd_level() {
 #ifdef VITFAST_SIMD_LEVELS
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = Simd::avx2;
   if (__builtin_cpu_supports("avx512f")) level = Simd::avx512;
+  if (level == Simd::avx512 && __builtin_cpu_supports("avx512vnni")) level = Simd::avx512_vnni;
 #endif
   return std::min(level, simd_limit().load());
 }

@@ -30,13 +30,26 @@ def attention(
     return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
 
-def pack_patch_embed(weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
-    """Rearrange an fp32 CPU weight [C, K] and add its sums over each channel; only `patch_embed_packed` reads it.
+def pack_patch_embed(
+    weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False, uint8: bool = False
+) -> Tensor:
+    """Take an fp32 CPU weight [C, K] apart for `patch_embed_packed`, which alone reads the result.
+
+    Args:
+        uint8: the images will be uint8. Where `why_no_integers` has no reason against it, the weight becomes
+            integers of 24 bits, int8 [C, 3 K + 4 Cin + 16], for uint8 images only.
 
     Returns:
-        [C, K + Cin].
+        That, or [C, K + Cin]: the weight rearranged and its sums over each channel.
     """
-    return torch.ops.vitfast_native.pack_patch_embed(weight, patch_size=patch_size, channels_last=channels_last)
+    layout = {"patch_size": patch_size, "channels_last": channels_last}
+    return torch.ops.vitfast_native.pack_patch_embed(weight, **layout, uint8=uint8)
+
+
+def why_no_integers(weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False) -> str:
+    """Why uint8 images meet this fp32 CPU weight [C, K] in fp32: for want of AVX-512 VNNI, for a K that does not suit,
+    or for an output channel whose weights lose too much to the largest of them. "" if they meet in integers."""
+    return torch.ops.vitfast_native.why_no_integers(weight, patch_size=patch_size, channels_last=channels_last)
 
 
 def patch_embed_packed(images: Tensor, packed: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
