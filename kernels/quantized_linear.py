@@ -36,7 +36,7 @@ CAPABILITIES: dict[str, Any] = {
     "dtypes": ("float8_e4m3fn", "int8"),
     "min_capability": (8, 0),
     "limits": {},
-    "features": ("scale groups",),
+    "features": ("scale groups", "swiglu"),
 }
 
 PROMOTE = 128

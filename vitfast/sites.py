@@ -83,7 +83,8 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         "head": {"rows": batch, "inner": c, "width": max(config.num_classes, config.projection_dim, 1)},
         "quantize": {"rows": rows, "width": max(c, hd, f)},
     }[site.removeprefix("quantized_").removeprefix("hidden_")]
-    features = ("scale groups",) if site in HIDDEN_SITES else ()
+    features: tuple[str, ...] = ("scale groups",) if site in HIDDEN_SITES else ()
+    features += ("swiglu",) if config.gated and site in ("quantized_fc1", "hidden_fc1") else ()
     return Spec(op, device.type, dtype, device_capability(device), dims, features)
 
 

@@ -363,7 +363,10 @@ def check_quantized_linear(
     _device(op, x, weight=weight, **scales, **floats)
 
 
-def quantized_linear_spec(x: Tensor, x_scale: Tensor, weight: Tensor, requantize: bool = False) -> Spec:
-    features = ("scale groups",) if requantize or x_scale.ndim == x.ndim else ()
+def quantized_linear_spec(
+    x: Tensor, x_scale: Tensor, weight: Tensor, activation: str | None, requantize: bool = False
+) -> Spec:
+    features: tuple[str, ...] = ("scale groups",) if requantize or x_scale.ndim == x.ndim else ()
+    features += ("swiglu",) if activation == "swiglu" else ()
     rows = x.numel() // x.shape[-1]
     return Spec.of("quantized_linear", x, features=features, rows=rows, inner=weight.shape[1], width=weight.shape[0])

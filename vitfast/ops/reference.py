@@ -21,7 +21,7 @@ STATS_TILE = 128
 
 FEATURES = {
     "attention": ("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
-    "quantized_linear": ("scale groups",),
+    "quantized_linear": ("scale groups", "swiglu"),
 }
 """What the references have beyond the plain op; see `registry.Backend`."""
 
