@@ -24,6 +24,7 @@ Dims = Mapping[str, Any]
 FEATURES = {
     **{"causal": "causal", "groups": "scale groups", "requantize": "scale groups", "heads": "scale groups of 64"},
     **{name: f"{str(dtype).removeprefix('torch.')} output" for name, dtype in QUANTIZED.items()},
+    "swiglu": "swiglu",
 }
 """Of a case's variant or epilogue -> the name in backends' `features`, where it asks for one."""
 STATS_EPS = 1e-6
@@ -102,7 +103,8 @@ class Case:
         """What the registry needs to know."""
         op = OPS[self.op].backend_op or self.op
         parts = (*self.dims.get("variant", "").split(), *self.dims.get("epilogue", "").split())
-        features = tuple(dict.fromkeys(FEATURES[part] for part in parts if part in FEATURES))
+        known = reference.FEATURES.get(op, ())  # every linear has SwiGLU: there it is no feature
+        features = tuple(dict.fromkeys(FEATURES[part] for part in parts if FEATURES.get(part) in known))
         sizes = OPS[self.op].spec(self.dims)
         return Spec(op, self.device.type, self.operand_dtype, device_capability(self.device), sizes, features)
 

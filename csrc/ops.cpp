@@ -32,6 +32,10 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "linear_packed(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? layer_scale, Tensor? residual, "
       "Tensor? row_stats, Tensor? weight_sum, float eps, bool stats) -> Tensor[]");
+  // Like the reference in vitfast/ops/native.py, too. y, and with requantize its scales.
+  m.def(
+      "quantized_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
+      "Tensor? layer_scale, Tensor? residual, ScalarType dtype, bool requantize) -> Tensor[]");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
@@ -55,6 +59,7 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
 TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
   m.impl("patch_embed", &vitfast::patch_embed_cuda);
   m.impl("linear_packed", &vitfast::linear_packed_cuda);
+  m.impl("quantized_linear", &vitfast::quantized_linear_cuda);
   m.impl("attention", &vitfast::attention_cuda);
 }
 #endif
@@ -90,6 +95,12 @@ py::dict ops() {
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
                             "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
+    const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
+    all["quantized_linear"] =
+        py::dict("devices"_a = py::make_tuple("cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
+                 "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
+                 "multiples"_a = py::dict("inner"_a = in_8_bits, "width"_a = in_8_bits),
+                 "features"_a = py::make_tuple("scale groups"));
   }
 #endif
   return all;

@@ -60,7 +60,14 @@ std::vector<at::Tensor> linear_packed_cuda(const at::Tensor& x, const at::Tensor
                                            const std::optional<at::Tensor>& row_stats,
                                            const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
 
-// Whether this build has that kernel: it exists for sm_90a only.
+std::vector<at::Tensor> quantized_linear_cuda(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& weight,
+                                              const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+                                              const std::optional<std::string>& activation,
+                                              const std::optional<at::Tensor>& layer_scale,
+                                              const std::optional<at::Tensor>& residual, at::ScalarType dtype,
+                                              bool requantize);
+
+// Whether this build has the kernel of both: it exists for sm_90a only.
 bool linear_cuda_built();
 #endif
 

@@ -40,7 +40,7 @@ CAPABILITIES: dict[str, Any] = {
     "dtypes": ("float8_e4m3fn", "int8"),
     "min_capability": (8, 0),
     "limits": {},
-    "features": ("scale groups", "scale groups of 64"),
+    "features": ("scale groups", "scale groups of 64", "swiglu"),
 }
 
 PROMOTE = 128

@@ -1,6 +1,5 @@
 """The linear kernel for sm_90a without a GPU: its body under emulation, and nvcc's report of its registers."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -9,40 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import COMPILER, ROOT, library, needs_compiler
+from emulated import COMPILER, ROOT, needs_compiler
+from emulated_linear import BF16, FP16, compiled, compiled_with_fault, launch
 from torch.utils.cpp_extension import include_paths
 
 from vitfast import inspect, testing
 from vitfast.ops import reference
 from vitfast.testing import assert_close, guarded, strided
 
-FP16, BF16 = torch.float16, torch.bfloat16
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu")
-
 pytestmark = needs_compiler
 
 
-class Call(ctypes.Structure):
-    """LinearCall of csrc/cuda/linear.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("x", "weight", "y", "residual", "bias", "layer_scale")]
-        + [(name, ctypes.c_void_p) for name in ("row_stats", "weight_sum", "y_stats")]
-        + [(f"{name}_stride", ctypes.c_int64) for name in ("x", "weight", "residual")]
-        + [(name, ctypes.c_int) for name in ("m", "n", "k", "activation")]
-        + [("eps", ctypes.c_float)]
-    )
-
-
-TYPES = {FP16: "fp16", BF16: "bf16"}
-CASES = [("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp16", 256)]
-
-
-def compiled(folder, cases, include=ROOT / "csrc"):
-    listed = " ".join(f"CASE({t},{columns})" for t, columns in cases)
-    found = library("linear", folder, [f"CASES={listed}"], include)
-    found.linear.restype = ctypes.c_char_p
-    return found
+CASES = [(kind, kind, columns) for kind in ("bf16", "fp16") for columns in (128, 256)]
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +27,9 @@ def kernels(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("linear"), CASES)
 
 
-def run(kernels, x, weight, bias=None, *, activation=None, layer_scale=None, residual=None, row_stats=None,
-        weight_sum=None, eps=1e-6, stats=False, columns=256, blocks=1, seed=0):  # fmt: skip
-    """As reference.linear: the kernel's outputs, complete and within bounds. x is [M, K]."""
-    (m, k), n = x.shape, weight.shape[0]
-    y = guarded(torch.full((m, n), float("nan"), dtype=x.dtype))
-    y_stats = guarded(torch.full((m, -(-n // 128), 2), float("nan"))) if stats else None
-    tensors = [x, weight, y, residual, bias, layer_scale, row_stats, weight_sum, y_stats]
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    strides = [0 if t is None else t.stride(0) for t in (x, weight, residual)]
-    call = Call(*pointers, *strides, m, n, k, ACTIVATIONS.index(activation), eps)
-    inputs = [t for t in (x, weight, residual, bias, layer_scale, row_stats, weight_sum) if t is not None]
-    outputs = [t for t in (y, y_stats) if t is not None]
-    memory = inputs + outputs
-    sizes = [
-        t.element_size() * (1 + sum((a - 1) * b for a, b in zip(t.shape, t.stride(), strict=True))) for t in memory
-    ]
-    conflicts = ctypes.c_int64()
-    error = kernels.linear(
-        TYPES[x.dtype].encode(), columns, ctypes.byref(call), blocks,
-        (ctypes.c_void_p * len(memory))(*(t.data_ptr() for t in memory)), (ctypes.c_int64 * len(memory))(*sizes),
-        len(memory), len(outputs), ctypes.c_uint64(seed), ctypes.byref(conflicts),
-    ).decode()  # fmt: skip
-    if error:
-        raise RuntimeError(error)
-    assert conflicts.value == 0
-    return (y, y_stats) if stats else y
+def run(kernels, x, weight, bias=None, *, columns=256, blocks=1, seed=0, **epilogue):
+    """As reference.linear."""
+    return launch(kernels, x, weight, x.dtype, bias=bias, columns=columns, blocks=blocks, seed=seed, **epilogue)
 
 
 def check(kernels, x, weight, bias=None, *, stats=False, columns=256, blocks=1, seed=0, **epilogue):
@@ -188,7 +142,7 @@ def test_any_order_of_threads_gives_the_same_bits(kernels):
 
 
 # File, what is changed in it, and how it must show: the trap's words, or "" for a wrong result.
-BODY, ATOMS = "cuda/linear.cuh", "device/hopper.cuh"
+BODY, EPILOGUE, ATOMS = "cuda/linear.cuh", "cuda/linear_epilogue.cuh", "device/hopper.cuh"
 EMPTY_WAIT = "mbarrier_wait(shared + Shared::empty + 8 * ring.stage, ring.parity ^ 1);"
 FULL_WAIT = "mbarrier_wait(shared + Shared::full + 8 * ring.stage, ring.parity);"
 FAULTS = {
@@ -218,9 +172,19 @@ FAULTS = {
     "a consumer warp forgotten": (BODY, "kConsumerWarps = 8", "kConsumerWarps = 7", "still reads|more arrivals|race"),
     "a consumer warp too many": (BODY, "kConsumerWarps = 8", "kConsumerWarps = 9", "deadlock"),
     "too few bytes expected": (BODY, "(full, Shared::stage)", "(full, Shared::stage - 128)", "deadlock"),
-    "producer a step short": (BODY, "k < p.call.k;", "k + kLinearDepth < p.call.k;", "deadlock"),
-    "consumer a step short": (BODY, "k < c.k;", "k + kLinearDepth < c.k;", ""),
-    "sums of the last tile kept": (BODY, "k + i > 0", "true", ""),
+    "producer a step short": (
+        BODY,
+        "step < p.steps; ++step, ring.next()) {\n      const",
+        "step + 1 < p.steps; ++step, ring.next()) {\n      const",
+        "deadlock",
+    ),
+    "consumer a step short": (
+        BODY,
+        "step < p.steps; ++step, ring.next()) {\n    const",
+        "step + 1 < p.steps; ++step, ring.next()) {\n    const",
+        "",
+    ),
+    "sums of the last tile kept": (BODY, "step + i > 0", "true", ""),
     "rounds of the ring miscounted": (BODY, "parity ^= stage == 0", "parity ^= stage == 1", "deadlock|nobody"),
     "y written while it leaves": (
         BODY,
@@ -255,17 +219,17 @@ FAULTS = {
     ),
     "residual of the wrong phase": (BODY, ", residual_parity ^= 1", "", "waited for|race|nobody|deadlock"),
     "rows of y exchanged": (BODY, "(row_in_part + 8 * half)", "(row_in_part + 7 * half)", "race"),
-    "columns beyond y": (BODY, "column < n ? column", "column <= n ? column", "out of bounds"),
-    "statistics of rows beyond y": (BODY, "row0 < p.m) store_floats", "row0 <= p.m) store_floats", "out of bounds"),
+    "columns beyond y": (EPILOGUE, "column < n ? column", "column <= n ? column", "out of bounds"),
+    "statistics of rows beyond y": (EPILOGUE, "row0 < p.m) store_floats", "row0 <= p.m) store_floats", "out of bounds"),
     "statistics of columns beyond y": (
-        BODY,
+        EPILOGUE,
         "left < kLinearStats ? left / 8 : kLinearStats / 8",
         "kLinearStats / 8",
         "",
     ),
-    "statistics of half a row": (BODY, "return x + shuffle_xor(x, 2);", "return x;", ""),
-    "no eps": (BODY, " + p.eps", "", ""),
-    "last tile of statistics taken as whole": (BODY, "kLinearStats ? left : kL", "kLinearStats ? 128 : kL", ""),
+    "statistics of half a row": (EPILOGUE, "return x + shuffle_xor(x, 2);", "return x;", ""),
+    "no eps": (EPILOGUE, " + p.eps", "", ""),
+    "last tile of statistics taken as whole": (EPILOGUE, "kLinearStats ? left : kL", "kLinearStats ? 128 : kL", ""),
     "ends before y is read": (BODY, "if (thread == 0) store_wait_read<0>();  // shared", "//", "nobody has waited for"),
     "more registers than there are": (
         BODY,
@@ -281,12 +245,8 @@ FIRST = {"not all know that y has left"}
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
 def test_seeded_faults_show(fault, tmp_path):
-    file, old, new, trap = FAULTS[fault]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = (tmp_path / "csrc" / file).read_text()
-    assert source.count(old) >= 1, f"{file} no longer contains {old!r}"
-    (tmp_path / "csrc" / file).write_text(source.replace(old, new))
-    kernels = compiled(tmp_path, [("bf16", 128)], tmp_path / "csrc")
+    *change, trap = FAULTS[fault]
+    kernels = compiled_with_fault(tmp_path, [("bf16", "bf16", 128)], change)
     x, weight = operands(261, 200, 136)  # three tile rows, one row of y in the last; two tile columns; three steps
     runs = [epilogue_of(EPILOGUES[-1], x, weight) | {"eps": 0.1}, epilogue_of(("stats",), x, weight)]
 
@@ -311,9 +271,10 @@ def test_compiles_for_sm_90a(tmp_path):
     result = subprocess.run([*command, "-c", source, "-o", compiled], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert spills == [("0", "0", "0")] * len(CASES)
+    instances = 2 * len(CASES)  # of e4m3 as many, with either type around
+    assert spills == [("0", "0", "0")] * instances
     # 384 threads of 168 registers are all that a multiprocessor has; what setmaxnreg moves is counted under emulation.
-    assert re.findall(r"Used (\d+) registers", result.stderr) == ["168"] * len(CASES)
+    assert re.findall(r"Used (\d+) registers", result.stderr) == ["168"] * instances
     # ptxas tells where it makes wgmma wait, for registers that it cannot leave alone, or ignores setmaxnreg.
     assert "warpgroup" not in result.stderr and "setmaxnreg" not in result.stderr and "wgmma" not in result.stderr
     code = inspect._run_tool("cuobjdump", "-sass", str(compiled))
@@ -324,6 +285,8 @@ def test_compiles_for_sm_90a(tmp_path):
         r"HGMMA.64x256x16.F32 ",
     ):
         assert len(re.findall(products, code)) == 4, products  # of a step: 64 columns, 16 at a time
+    # In e4m3 a step is 128 columns, 32 at a time; products of 256 columns of y are two, and there are two types of y.
+    assert len(re.findall(r"QGMMA.64x128x32.F32.E4M3.E4M3 ", code)) == 2 * (4 + 2 * 4)
     for instruction in ("UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "SYNCS.PHASECHK"):
         assert instruction in code
 
@@ -338,18 +301,19 @@ def test_compiles_to_a_trap_elsewhere(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     code = inspect._run_tool("cuobjdump", "-sass", str(compiled))
-    assert code.count("BPT.TRAP") == len(targets) * len(CASES) and "MMA" not in code
+    assert code.count("BPT.TRAP") == len(targets) * 2 * len(CASES) and "MMA" not in code
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not (CUDA_HEADERS / "cuda_runtime_api.h").is_file(), reason=f"no CUDA headers in {CUDA_HEADERS}")
-def test_torch_side_compiles(tmp_path):
+@pytest.mark.parametrize("op", ["linear", "quantized_linear"])
+def test_torch_side_compiles(op, tmp_path):
     """Against the headers alone, like that of attention."""
     made = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     made.parent.mkdir(parents=True)
     made.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
     command = [*COMPILER, "-std=c++20", "-fsyntax-only", "-DVITFAST_CUDA", '-DVITFAST_CUDA_STATE="90a"']
     command += [f"-I{path}" for path in (*include_paths(), CUDA_HEADERS, tmp_path)]
-    command += [str(ROOT / "csrc" / "cuda" / "linear_op.cpp")]
+    command += [str(ROOT / "csrc" / "cuda" / f"{op}_op.cpp")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
 """The emulated GPU instructions against the tables of the PTX ISA, and the mistakes that emulation must notice."""
 
 import ctypes
+import math
 import re
 
 import pytest
@@ -35,7 +36,8 @@ def atoms(tmp_path_factory):
     found = library("atoms", tmp_path_factory.mktemp("atoms"))
     for name in ("mistake_name", "mistake", "multiply_add", "load_matrices", "shuffle_xor"):
         getattr(found, name).restype = ctypes.c_char_p
-    for name in ("pack_bf16", "pack_fp16"):
+    found.max_of.restype, found.max_of.argtypes = ctypes.c_float, [ctypes.c_float, ctypes.c_float]
+    for name in ("pack_bf16", "pack_fp16", "pack_e4m3"):
         getattr(found, name).restype = ctypes.c_uint32
         getattr(found, name).argtypes = [ctypes.c_float, ctypes.c_float]
     return found
@@ -150,3 +152,28 @@ def test_pack_rounds_to_nearest_even(atoms, dtype, name):
             assert pair.tolist() == want.tolist(), (low, high)
     nan = torch.tensor([getattr(atoms, name)(float("nan"), 1.0)], dtype=torch.int64).to(torch.int32).view(dtype)
     assert nan[0].isnan()
+
+
+def test_pack_e4m3(atoms):
+    """By hand, from the PTX ISA (cvt with .satfinite) and the OCP's specification; then every number there is."""
+    by_hand = {
+        0.0: 0x00, 1.0: 0x38, -240.0: 0xF7, 448.0: 0x7E, 464.0: 0x7E, -1e30: 0xFE, math.inf: 0x7E,
+        math.nan: 0x7F,
+        1.0625: 0x38, 1.1875: 0x3A, 1.07: 0x39,  # between 1, 1.125 and 1.25: the even one, or the nearer
+        2.0**-9: 0x01, 2.0**-10: 0x00, 3 * 2.0**-10: 0x02, 2.0**-6 - 2.0**-12: 0x08, 1.96875: 0x40,
+    }  # fmt: skip
+    for value, bits in by_hand.items():
+        assert atoms.pack_e4m3(value, 1.0) == 0x3800 | bits and atoms.pack_e4m3(1.0, value) == bits << 8 | 0x38, value
+    assert atoms.pack_e4m3(-0.0, -0.0) == 0x8080
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    for code, value in zip(codes.tolist(), values.tolist(), strict=True):
+        assert atoms.pack_e4m3(value, 0.0) == (code if value == value else 0x7F)
+    between = torch.linspace(-440, 440, 999)
+    rounded = between.to(torch.float8_e4m3fn).view(torch.uint8)
+    assert [atoms.pack_e4m3(value, 0.0) for value in between.tolist()] == rounded.tolist()
+
+
+def test_max_or_nan(atoms):
+    assert [atoms.max_of(1.0, 2.0), atoms.max_of(-1.0, -2.0), atoms.max_of(3.0, math.inf)] == [2.0, -1.0, math.inf]
+    assert all(math.isnan(atoms.max_of(*pair)) for pair in ((math.nan, 1.0), (1.0, math.nan)))

@@ -4,6 +4,7 @@ What "by hand" says below is written from the PTX ISA's words and figures, not f
 """
 
 import ctypes
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from emulated import library, needs_compiler
 
 pytestmark = needs_compiler
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 # Mistake -> how it must show: the trap's words, or WRONG for a wrong result.
 WRONG = "wrong result"
@@ -101,12 +102,12 @@ def test_pipelines_of_any_length(hopper, steps):
 def swizzled_image(matrix):
     """By hand, "128-byte swizzle mode": rows of 128 bytes, chunk c of 16 bytes of row r at place c xor (r mod 8)."""
     rows, columns = matrix.shape
-    assert 2 * columns == 128
-    image = torch.empty(rows, 8, 8, dtype=matrix.dtype)
+    assert matrix.element_size() * columns == 128
+    image = torch.empty(rows, 8, columns // 8, dtype=matrix.dtype)
     for r in range(rows):
         for c in range(8):
-            image[r, c ^ (r % 8)] = matrix[r, 8 * c : 8 * c + 8]
-    return image.view(rows, 64)
+            image[r, c ^ (r % 8)] = matrix[r, columns // 8 * c : columns // 8 * (c + 1)]
+    return image.view(rows, columns)
 
 
 def test_descriptor(hopper):
@@ -140,10 +141,53 @@ def test_product(hopper, dtype, n):
         before = random(128, n // 2, dtype=torch.float32, seed=2)
         product = a[:, column : column + 16].double() @ b[:, column : column + 16].double().T  # [64, n]
         sums = before.clone()
-        args = pointer(image), image.numel() * 2, column, add, pointer(sums)
-        assert not hopper.product(dtype == BF16, n, *args).decode()
+        args = pointer(image), image.numel() * 2, 2 * column, add, pointer(sums)
+        assert not hopper.product(b"bf16" if dtype == BF16 else b"fp16", n, *args).decode()
         want = product[fragment(n)] + (before if add else 0)
         assert torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def e4m3_product(hopper, a, b, column=0, sums=None):
+    """[128, 64] sums of 32 columns from `column` on of a [64, 128] and b [128, 128]."""
+    image = torch.cat([swizzled_image(a.to(E4M3)), swizzled_image(b.to(E4M3))])
+    found = torch.empty(128, 64) if sums is None else sums.clone()
+    args = pointer(image), image.numel(), column, sums is not None, pointer(found)
+    assert not hopper.product(b"e4m3", 128, *args).decode()
+    return found
+
+
+def test_product_of_e4m3(hopper):
+    """As of two-byte elements, but K is 32: again 32 bytes of a row. Whole numbers, which no sum has to round."""
+    a, b = (random(rows, 128, dtype=torch.float32, seed=rows).mul(2).round().clamp(-8, 8) for rows in (64, 128))
+    before = random(128, 64, dtype=torch.float32).round()
+    for column in (0, 32, 96):
+        product = (a[:, column : column + 32] @ b[:, column : column + 32].T)[fragment(128)]
+        assert torch.equal(e4m3_product(hopper, a, b, column), product)
+        assert torch.equal(e4m3_product(hopper, a, b, column, before), product + before)
+
+
+def test_sums_of_e4m3_have_14_bits(hopper):
+    """By hand, from the model that wgmma.h cites: the place of the last bit is 13 below the largest exponent."""
+    a, b = torch.zeros(64, 128), torch.ones(128, 128)
+    a[:, 0] = 128.0  # 2^7: the last place is 2^-6
+
+    def first(*others, sums=None):
+        a[:, 1:] = 0.0
+        a[:, 1 : 1 + len(others)] = torch.tensor(others)
+        return e4m3_product(hopper, a, b, sums=sums)[0, 0].item()
+
+    assert first(2**-6) == 128 + 2**-6
+    assert first(2**-7, 2**-7) == 128  # cut one by one, though together they are a place
+    assert first(-(2**-7)) == 128  # toward zero
+    assert first(1.75 * 2**-6) == 128 + 2**-6  # not rounded
+    a[:, 0] = 448.0  # an exponent of 8: the last place is 2^-5
+    assert first(2**-5, 2**-6) == 448 + 2**-5
+    assert first(448.0, 2**-5) == 896  # whose own last place is 2^-4
+    a[:, 0] = 0.0
+    before = torch.full((128, 64), 2.0**13)  # the sum so far has a say too
+    assert first(1.0, 0.5, sums=before) == 2**13 + 1
+    assert first(*[0.5] * 30, sums=before) == 2**13
+    assert math.isnan(first(math.nan)) and first() == 0
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 64), (16, 0), (8, 128), (-5, -8)], ids=str)

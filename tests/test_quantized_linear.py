@@ -9,7 +9,7 @@ from test_inspect import BEST, run_python
 
 from vitfast import ops
 from vitfast.kernels import quantized_linear as kernels
-from vitfast.ops import checks, reference
+from vitfast.ops import checks, reference, registry
 from vitfast.testing import AWKWARD_ROWS, DTYPES, check_op, device, guarded, make, strided
 
 each_kind = pytest.mark.parametrize("kind", list(ops.QUANTIZED), ids=str)
@@ -106,7 +106,7 @@ def test_groups_are_known_by_their_number():
     for scales, (group, features) in found.items():
         x_scale = torch.ones(2, 3, *scales)
         assert kernels.scale_group(x, x_scale) == reference.scale_group(x, x_scale) == group
-        assert checks.quantized_linear_spec(x, x_scale, weight).features == features
+        assert checks.quantized_linear_spec(x, x_scale, weight, None).features == features
     keys = {
         kernels.tuning_key(8, 768, 768, torch.int8, gated=False, requantize=False, group=group)
         for group in (0, *ops.SCALE_GROUPS)
@@ -192,6 +192,16 @@ def test_wrong_groups_are_noticed(right, wrong, kind, tmp_path):
     check(*args, requantize=True)
     with pytest.raises(AssertionError):
         check_op(copy.quantized_linear, reference.quantized_linear, *args, requantize=True)
+
+
+def test_swiglu_is_a_feature():
+    """For backends without it: of the calls that have it, and of those alone."""
+    x, x_scale, weight, *_ = operands(3, 24, 40, torch.int8)
+    plain, gated = (checks.quantized_linear_spec(x, x_scale, weight, name) for name in ("gelu", "swiglu"))
+    without = registry.Backend("native", "quantized_linear", print, dtypes=("int8",), features=("scale groups",))
+    assert not without.why_not(plain) and without.why_not(gated) == ["it has no swiglu"]
+    assert not registry.backend("quantized_linear", "torch").why_not(gated)
+    assert "it has no swiglu" not in registry.backend("quantized_linear", "triton").why_not(gated)
 
 
 def test_pick_config():

@@ -168,6 +168,14 @@ def test_every_site_is_measured_on_arguments_of_its_own(precision):
         assert set(record["ms"]) == {"torch", "triton"}, record
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_gated_fc1_asks_for_swiglu(activation):
+    config = dataclasses.replace(SMALL, activation=activation)
+    for site in model.QUANTIZED_SITES:
+        spec = sites.site_spec(config, site, 1, testing.device(), torch.int8)
+        assert ("swiglu" in spec.features) == (activation == "swiglu" and site.endswith("fc1")), site
+
+
 def test_a_nan_stays_in_its_image():
     for precision in PRECISIONS:
         batch = images(SMALL)

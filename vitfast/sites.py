@@ -99,6 +99,7 @@ def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dt
         features = (f"scale groups of {config.head_dim}",)
     elif site == "mixed_attention":
         features, dtype = (f"{str(dtype).removeprefix('torch.')} output",), torch.bfloat16
+    features += ("swiglu",) if config.gated and site in ("quantized_fc1", "hidden_fc1") else ()
     return Spec(op, device.type, dtype, device_capability(device), dims, features)
 
 

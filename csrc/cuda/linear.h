@@ -10,12 +10,14 @@ namespace vitfast {
 enum class LinearType { bf16, fp16 };
 enum class LinearActivation { none, gelu, gelu_tanh, quick_gelu, silu };
 
-constexpr int kLinearRows = 128;     // of a tile of y: 64 for each of two warpgroups
-constexpr int kLinearDepth = 64;     // of x and the weight per stage: 128 bytes, the swizzle's width
-constexpr int kLinearStats = 128;    // columns per pair of row statistics
-constexpr int kLinearGroup = 8;      // tile rows that are gone down before the next tile column
-constexpr int kLinearThreads = 384;  // a producer's and two consumers' warpgroups
-constexpr int kLinearMultiple = 8;   // of N and K: rows of a multiple of 16 bytes
+constexpr int kLinearRows = 128;        // of a tile of y: 64 for each of two warpgroups
+constexpr int kLinearDepth = 64;        // of x and the weight per stage, in two bytes: 128, the swizzle's width
+constexpr int kLinearStats = 128;       // columns per pair of row statistics
+constexpr int kLinearScales = 128;      // columns per scale of a row, where it has several
+constexpr int kLinearGroup = 8;         // tile rows that are gone down before the next tile column
+constexpr int kLinearThreads = 384;     // a producer's and two consumers' warpgroups
+constexpr int kLinearMultiple = 8;      // of N and K: rows of a multiple of 16 bytes
+constexpr int kQuantizedMultiple = 16;  // the same in e4m3
 
 constexpr int64_t linear_tiles(int64_t m, int64_t n, int columns) {
   return (m + kLinearRows - 1) / kLinearRows * ((n + columns - 1) / columns);
@@ -39,8 +41,11 @@ struct LinearCall {
   const void *bias, *layer_scale;       // [N]
   const float *row_stats, *weight_sum;  // [M, ceil(K / 128), 2] and [N]: LayerNorm of x, folded
   float* y_stats;                       // [M, ceil(N / 128), 2]
+  const float *x_scale, *weight_scale;  // x and weight are e4m3: [M, x_groups] and [N]
+  float* y_scale;                       // [M, ceil(N / 128)]: y is e4m3
   int64_t x_stride, weight_stride, residual_stride;
   int m, n, k;
+  int x_groups;  // 1, or ceil(K / 128)
   LinearActivation activation;
   float eps;
 };
@@ -48,22 +53,27 @@ struct LinearCall {
 struct LinearParams {
   TensorMap x, weight, y, residual;
   LinearCall call;
+  int steps;  // of kLinearDepth
 };
 
-// The same with the matrices as TMA wants them, for tiles of `columns` columns; `encode` makes a map of a Matrix.
+// The same with the matrices as TMA wants them, for tiles of `columns` columns; `encode` makes a map of a Matrix. Two
+// columns of e4m3 are one of a map.
 template <typename Encode>
 LinearParams linear_params(const LinearCall& call, int columns, Encode encode) {
   LinearParams p{};
-  p.x = encode(Matrix{call.x, call.m, call.k, call.x_stride, kLinearRows, kLinearDepth});
-  p.weight = encode(Matrix{call.weight, call.n, call.k, call.weight_stride, columns, kLinearDepth});
-  p.y = encode(Matrix{call.y, call.m, call.n, call.n, 64, 64});
+  const int share = call.x_scale ? 2 : 1, y_columns = call.n / (call.y_scale ? 2 : 1);
+  p.x = encode(Matrix{call.x, call.m, call.k / share, call.x_stride / share, kLinearRows, kLinearDepth});
+  p.weight = encode(Matrix{call.weight, call.n, call.k / share, call.weight_stride / share, columns, kLinearDepth});
+  p.y = encode(Matrix{call.y, call.m, y_columns, y_columns, 64, 64});
   if (call.residual) p.residual = encode(Matrix{call.residual, call.m, call.n, call.residual_stride, 64, 64});
   p.call = call;
+  p.steps = (call.k / share + kLinearDepth - 1) / kLinearDepth;
   return p;
 }
 
 // Starts the kernel on a stream (a cudaStream_t) of a GPU with `processors` multiprocessors; a cudaError_t, 0 if all is
-// well. M, N and K are at least 1, N and K multiples of 8, and all rows aligned to 16 bytes.
+// well. `type` is that of what is not e4m3. M, N and K are at least 1, N and K multiples of 8 (16 where anything is
+// e4m3), and all rows aligned to 16 bytes.
 int linear_launch(LinearType type, const LinearCall& call, int processors, void* stream);
 
 }  // namespace vitfast

@@ -19,6 +19,10 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+// Of one byte: a sign, four bits of exponent, three of mantissa, up to 448, NaN and no infinity.
+struct e4m3 {
+  uint8_t bits;
+};
 
 #ifdef __CUDACC__
 
@@ -36,6 +40,8 @@ VITFAST_DEVICE void block_barrier() { __syncthreads(); }
 // Two neighbouring elements, aligned to 4 bytes.
 VITFAST_DEVICE uint32_t load_pair(const void* global) { return __ldg(static_cast<const unsigned int*>(global)); }
 VITFAST_DEVICE void store_pair(void* global, uint32_t pair) { *static_cast<unsigned int*>(global) = pair; }
+VITFAST_DEVICE float load_float(const float* global) { return __ldg(global); }
+VITFAST_DEVICE void store_float(float* global, float x) { *global = x; }
 // Two neighbouring floats, aligned to 8 bytes.
 VITFAST_DEVICE void load_floats(float (&to)[2], const float* global) {
   const float2 both = __ldg(reinterpret_cast<const float2*>(global));
@@ -93,6 +99,13 @@ VITFAST_DEVICE void multiply_add(fp16, float (&c)[4], const uint32_t (&a)[4], ui
 
 // x of the lane whose number differs in the bits of `mask`.
 VITFAST_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+VITFAST_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// The larger one, or NaN if one is.
+VITFAST_DEVICE float max_or_nan(float x, float y) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(y));
+  return x;
+}
 
 // 2^x, to about 2 ulp; 0 for -inf.
 VITFAST_DEVICE float exp2_fast(float x) {
@@ -110,6 +123,12 @@ VITFAST_DEVICE uint32_t pack(bf16, float low, float high) {
 VITFAST_DEVICE uint32_t pack(fp16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// In the lower half; beyond 448 it is 448. From sm_89 on.
+VITFAST_DEVICE uint32_t pack(e4m3, float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
 }
 // By mov, not __uint_as_float: an array that gets floats made of integers becomes one of integers to the compiler, and
@@ -137,6 +156,8 @@ inline uint32_t shared_begin() { return emulation::thread().block.begin; }
 inline void block_barrier() { emulation::thread().barrier(); }
 inline uint32_t load_pair(const void* global) { return emulation::thread().load_pair(global); }
 inline void store_pair(void* global, uint32_t pair) { emulation::thread().store_pair(global, pair); }
+inline float load_float(const float* global) { return emulation::thread().load_float(global); }
+inline void store_float(float* global, float x) { emulation::thread().store_float(global, x); }
 inline void load_floats(float (&to)[2], const float* global) { emulation::thread().load_floats(to, global); }
 inline void store_floats(float* global, float first, float second) {
   emulation::thread().store_floats(global, first, second);
@@ -160,12 +181,17 @@ inline void multiply_add(fp16, float (&c)[4], const uint32_t (&a)[4], uint32_t b
   emulation::thread().multiply_add(&emulation::from_fp16, c, a, b0, b1);
 }
 inline float shuffle_xor(float x, int mask) { return emulation::thread().shuffle_xor(x, mask); }
+inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::thread().shuffle_xor(x, mask); }
+inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline uint32_t pack(bf16, float low, float high) {
   return emulation::to_bf16(low) | static_cast<uint32_t>(emulation::to_bf16(high)) << 16;
 }
 inline uint32_t pack(fp16, float low, float high) {
   return emulation::to_fp16(low) | static_cast<uint32_t>(emulation::to_fp16(high)) << 16;
+}
+inline uint32_t pack(e4m3, float low, float high) {
+  return emulation::to_e4m3(low) | static_cast<uint32_t>(emulation::to_e4m3(high)) << 8;
 }
 inline void unpack(bf16, uint32_t pair, float& low, float& high) {
   low = emulation::from_bf16(static_cast<uint16_t>(pair));

@@ -158,3 +158,5 @@ extern "C" const char* shuffle_xor(float* x, int mask) {
 
 extern "C" uint32_t pack_bf16(float low, float high) { return pack(bf16{}, low, high); }
 extern "C" uint32_t pack_fp16(float low, float high) { return pack(fp16{}, low, high); }
+extern "C" uint32_t pack_e4m3(float low, float high) { return pack(e4m3{}, low, high); }
+extern "C" float max_of(float x, float y) { return max_or_nan(x, y); }

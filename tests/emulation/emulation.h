@@ -77,6 +77,8 @@ class Thread {
   uint32_t load_pair(const void* from);
   void load_floats(float (&to)[2], const void* from);
   void store_pair(void* to, uint32_t pair);
+  float load_float(const void* from);
+  void store_float(void* to, float x);
   void store_floats(void* to, float first, float second);
   uint32_t load_shared_pair(uint32_t shared);
   void store_shared_pair(uint32_t shared, uint32_t pair);
@@ -85,7 +87,8 @@ class Thread {
   void copy_wait(int pending);
   void load_matrices(uint32_t (&to)[4], uint32_t shared, bool transposed);
   void multiply_add(float (*convert)(uint16_t), float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-  float shuffle_xor(float x, int mask);
+  template <typename T>
+  T shuffle_xor(T x, int mask);
 
   // For the instructions: goes on when somebody sets the state to ready.
   void wait(std::function<std::string()> what_for);
@@ -409,6 +412,18 @@ inline void Thread::load_floats(float (&to)[2], const void* from) {
 inline void Thread::store_pair(void* to, uint32_t pair) {
   block.check_global(*this, to, 4, 4, true);
   std::memcpy(to, &pair, sizeof(pair));
+}
+
+inline float Thread::load_float(const void* from) {
+  block.check_global(*this, from, 4, 4, false);
+  float x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline void Thread::store_float(void* to, float x) {
+  block.check_global(*this, to, 4, 4, true);
+  std::memcpy(to, &x, sizeof(x));
 }
 
 inline void Thread::store_floats(void* to, float first, float second) {

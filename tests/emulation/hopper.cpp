@@ -130,8 +130,10 @@ extern "C" const char* run_pipeline(const char* mistake, const void* x, const vo
   });
 }
 
-// `image`: shared memory, a at 0 and b behind it, both as `operand` describes them. sums: [128][n / 2].
-extern "C" const char* product(bool is_bf16, int n, const void* image, int bytes, int column, bool add, float* sums) {
+// `image`: shared memory, a at 0 and b behind it, both as `operand` describes them, of which the product begins
+// `offset` bytes along the rows. sums: [128][n / 2].
+extern "C" const char* product(const char* type, int n, const void* image, int bytes, int offset, bool add,
+                               float* sums) {
   return guarded([&] {
     emulation::Block block(128, bytes, {{image, static_cast<size_t>(bytes), false}}, 0);
     block.run({}, [=] {
@@ -142,7 +144,7 @@ extern "C" const char* product(bool is_bf16, int n, const void* image, int bytes
       copy_wait<0>();
       async_fence();
       block_barrier();
-      const uint64_t a = operand(2 * column), b = operand(8192 + 2 * column);
+      const uint64_t a = operand(offset), b = operand(8192 + offset);
       const auto run = [&](auto type, auto& mine) {
         std::memcpy(mine, sums + n / 2 * threadIdx.x, sizeof(mine));
         product_fence();
@@ -152,8 +154,10 @@ extern "C" const char* product(bool is_bf16, int n, const void* image, int bytes
         std::memcpy(sums + n / 2 * threadIdx.x, mine, sizeof(mine));
       };
       float narrow[64], wide[128];
-      if (is_bf16) n == 128 ? run(bf16{}, narrow) : run(bf16{}, wide);
-      if (!is_bf16) n == 128 ? run(fp16{}, narrow) : run(fp16{}, wide);
+      const std::string t = type;
+      if (t == "bf16") n == 128 ? run(bf16{}, narrow) : run(bf16{}, wide);
+      if (t == "fp16") n == 128 ? run(fp16{}, narrow) : run(fp16{}, wide);
+      if (t == "e4m3") run(e4m3{}, narrow);
     });
   });
 }

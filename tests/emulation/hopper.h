@@ -266,7 +266,7 @@ inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int row, i
       word.fenced = true;
       word.writer = {barrier.agent, UINT32_MAX};  // nobody knows of it yet
     }
-    std::memset(&block.shared[to], 0xff, 16);  // NaN in bf16 and fp16
+    std::memset(&block.shared[to], 0xff, 16);  // NaN in bf16, fp16 and e4m3
   });
   block.under_way.push_back([&block, &self, &barrier, m, row, column, shared] {
     for_box(m, row, column, shared, [&](uint32_t to, const char* from, size_t bytes) {

@@ -1,5 +1,5 @@
 // The linear kernel under emulation, as a library for ctypes. CASES lists the instances to compile, as
-// CASE(type, columns of a tile).
+// CASE(type of x and the weight, type of the rest, columns of a tile).
 
 #include "cuda/linear.cuh"
 
@@ -7,14 +7,14 @@ namespace {
 
 using namespace vitfast;
 
-template <typename T, int kColumns>
+template <typename X, typename T, int kColumns>
 int64_t run(const LinearCall& call, int blocks, const std::vector<emulation::Range>& ranges, uint64_t seed) {
   const LinearParams params = linear_params(call, kColumns, &emulation::encode);
   int64_t bank_conflicts = 0;
   for (int i = 0; i < blocks; ++i) {
     emulation::Block block(kLinearThreads, LinearShared<kColumns>::bytes, ranges, seed++, 16);
     emulation::hopper_of(block).registers = 65536 / kLinearThreads / 8 * 8;
-    block.run({static_cast<unsigned>(i), 0, 0}, [&params] { linear_kernel<T, kColumns>(params); }, blocks);
+    block.run({static_cast<unsigned>(i), 0, 0}, [&params] { linear_kernel<X, T, kColumns>(params); }, blocks);
     bank_conflicts += block.bank_conflicts;
   }
   return bank_conflicts;
@@ -23,18 +23,18 @@ int64_t run(const LinearCall& call, int blocks, const std::vector<emulation::Ran
 }  // namespace
 
 // "" or what went wrong. `memory`: what may be read, the last `outputs` of it written.
-extern "C" const char* linear(const char* type, int columns, const LinearCall* call, int blocks,
+extern "C" const char* linear(const char* types, int columns, const LinearCall* call, int blocks,
                               const void* const* memory, const int64_t* sizes, int count, int outputs, uint64_t seed,
                               int64_t* bank_conflicts) {
   static std::string message;
   std::vector<emulation::Range> ranges;
   for (int i = 0; i < count; ++i) ranges.push_back({memory[i], static_cast<size_t>(sizes[i]), i >= count - outputs});
-  const std::string asked = std::string(type) + " " + std::to_string(columns);
+  const std::string asked = std::string(types) + " " + std::to_string(columns);
   try {
-#define CASE(T, N)                                            \
-  if (asked == #T " " #N) {                                   \
-    *bank_conflicts = run<T, N>(*call, blocks, ranges, seed); \
-    return "";                                                \
+#define CASE(X, T, N)                                            \
+  if (asked == #X " " #T " " #N) {                               \
+    *bank_conflicts = run<X, T, N>(*call, blocks, ranges, seed); \
+    return "";                                                   \
   }
     CASES
     throw emulation::Trap("not compiled: " + asked);

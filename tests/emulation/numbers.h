@@ -1,4 +1,4 @@
-// Numbers of two bytes as floats, and back.
+// Numbers of one and two bytes as floats, and back.
 #pragma once
 
 #include <cmath>
@@ -29,6 +29,23 @@ inline uint16_t to_fp16(float x) {
   uint16_t bits;
   std::memcpy(&bits, &narrow, sizeof(bits));
   return bits;
+}
+
+// e4m3 as the OCP's 8-bit floating point specification has it: exponents from -6, where subnormals begin, to 8; the
+// last mantissa of the last exponent is NaN, and there is no infinity. Rounded to nearest even; beyond 448 it is 448.
+inline float from_e4m3(uint16_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+  return bits & 0x80 ? -size : size;
+}
+inline uint8_t to_e4m3(float x) {
+  if (std::isnan(x)) return 0x7f;
+  const float size = std::fmin(std::fabs(x), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  // In steps of this exponent, a whole number up to 16; one of 8 steps or more carries into the exponent's bits.
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+  return static_cast<uint8_t>((std::signbit(x) ? 0x80 : 0) | ((exponent + 6) * 8 + steps));
 }
 
 }  // namespace emulation

@@ -30,11 +30,12 @@ inline void Thread::copy_wait(int pending) {
   }
 }
 
-inline float Thread::shuffle_xor(float x, int mask) {
+template <typename T>
+T Thread::shuffle_xor(T x, int mask) {
   struct Operands {
-    float in, out;
+    T in, out;
     int mask;
-  } mine{x, 0.0f, mask};
+  } mine{x, T{}, mask};
   together("shuffle", &mine, [](Thread* const* lanes) {
     const auto of = [lanes](int i) { return static_cast<Operands*>(lanes[i]->operands); };
     for (int i = 0; i < 32; ++i) of(i)->out = of(i ^ of(i)->mask)->in;

@@ -31,20 +31,46 @@ void for_operands(const Product& p, int warp, F f) {
   }
 }
 
+// Adds up e4m3 products as Hopper's tensor cores are understood to: each, and the sum so far, loses what lies more than
+// 13 places below the largest exponent among them, that of a product being the sum of its factors', not normalised.
+// What they come to is then cut to 14 bits. After the model of Badash et al. 2026, "Hawkeye" (arXiv 2603.20421); see
+// also Khattak and Mikaitis 2025, "Accurate Models of NVIDIA Tensor Cores" (arXiv 2512.07004).
+inline float add_in_14_bits(float sum, const float* a, const float* b, int count) {
+  const auto exponent = [](float x, int least) { return x ? std::max(std::ilogb(x), least) : -1000; };
+  int most = exponent(sum, -126);
+  bool finite = std::isfinite(sum);
+  for (int k = 0; k < count; ++k) {
+    finite &= std::isfinite(a[k]) && std::isfinite(b[k]);
+    if (finite && a[k] && b[k]) most = std::max(most, exponent(a[k], -6) + exponent(b[k], -6));
+  }
+  if (!finite) return NAN;
+  const double place = std::ldexp(1.0, most - 13);
+  const auto cut = [](double x, double place) { return std::trunc(x / place) * place; };
+  double total = cut(sum, place);
+  for (int k = 0; k < count; ++k) total += cut(static_cast<double>(a[k]) * b[k], place);
+  return static_cast<float>(total ? cut(total, std::ldexp(1.0, std::ilogb(total) - 13)) : 0.0);
+}
+
 inline void compute(Block& block, Product& p, int warp, ProductQueue::Sums& sums) {
-  std::vector<float> operands(16 * (16 + p.columns));
+  const bool bytes = p.convert == &from_e4m3;
+  const int depth = bytes ? 32 : 16;  // elements of a row: 32 bytes
+  std::vector<float> operands(depth * (16 + p.columns));
   for_operands(p, warp, [&](int row, int chunk, uint32_t address) {
-    for (int i = 0; i < 8; ++i) {
-      uint16_t bits;
-      std::memcpy(&bits, &block.shared[address + 2 * i], 2);
-      operands[16 * row + 8 * chunk + i] = p.convert(bits);
+    for (int i = 0; i < depth / 2; ++i) {
+      uint16_t bits = 0;
+      std::memcpy(&bits, &block.shared[address + 32 / depth * i], 32 / depth);
+      operands[depth * row + depth / 2 * chunk + i] = p.convert(bits);
     }
   });
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < p.columns / 2; ++i) {
-      const float* a = &operands[16 * (lane / 4 + 8 * (i / 2 % 2))];
-      const float* b = &operands[16 * (16 + i / 4 * 8 + lane % 4 * 2 + i % 2)];
+      const float* a = &operands[depth * (lane / 4 + 8 * (i / 2 % 2))];
+      const float* b = &operands[depth * (16 + i / 4 * 8 + lane % 4 * 2 + i % 2)];
       float& to = sums.values[lane][i];
+      if (bytes) {
+        to = add_in_14_bits(p.add ? to : 0.0f, a, b, depth);
+        continue;
+      }
       double sum = p.add ? to : 0.0;
       for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[k]) * b[k];
       to = static_cast<float>(sum);

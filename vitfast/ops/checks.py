@@ -410,9 +410,12 @@ def check_quantized_linear(
     _device(op, x, weight=weight, **scales, **floats)
 
 
-def quantized_linear_spec(x: Tensor, x_scale: Tensor, weight: Tensor, requantize: bool = False) -> Spec:
+def quantized_linear_spec(
+    x: Tensor, x_scale: Tensor, weight: Tensor, activation: str | None, requantize: bool = False
+) -> Spec:
     group = scale_group(x, x_scale)
     asked = {"scale groups": requantize or group == SCALE_GROUP, "scale groups of 64": group == 64}
+    asked["swiglu"] = activation == "swiglu"
     features = tuple(name for name, wanted in asked.items() if wanted)
     rows = x.numel() // x.shape[-1]
     return Spec.of("quantized_linear", x, features=features, rows=rows, inner=weight.shape[1], width=weight.shape[0])

@@ -67,6 +67,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **epilogue: An
     return linear_packed(x, weight if weight.is_cuda else pack(weight), bias, **epilogue)
 
 
+def quantized_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    requantize: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.quantized_linear` on CUDA, in e4m3 and around it bf16 or fp16; without SwiGLU."""
+    run = torch.ops.vitfast_native.quantized_linear
+    epilogue = (bias, activation, layer_scale, residual, dtype, requantize)
+    outputs = run(x, x_scale, weight, weight_scale, *epilogue)
+    return tuple(outputs) if requantize else outputs[0]
+
+
 def linear_packed(
     x: Tensor,
     packed: Tensor,

@@ -85,7 +85,7 @@ def quantized_linear(
 
 def _call(backend, requantize, x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype) -> Any:
     options = {"activation": activation, "layer_scale": layer_scale, "residual": residual, "dtype": dtype}
-    run = choose(checks.quantized_linear_spec(x, x_scale, weight, requantize), backend).call
+    run = choose(checks.quantized_linear_spec(x, x_scale, weight, activation, requantize), backend).call
     return run(x, x_scale, weight, weight_scale, bias, **options, **({"requantize": True} if requantize else {}))
 
 

@@ -24,7 +24,7 @@ FEATURES = {
         *("fewer key heads", "causal", "window", "softcap", "slopes", "rope", "qk-norm"),
         *("float8_e4m3fn output", "int8 output"),
     ),
-    "quantized_linear": ("scale groups", "scale groups of 64"),
+    "quantized_linear": ("scale groups", "scale groups of 64", "swiglu"),
 }
 """What the references have beyond the plain op; see `registry.Backend`."""
 

@@ -59,7 +59,8 @@ def linear(
 
 
 CAPABILITIES = Backend(
-    "torch", "quantized_linear", linear, devices=("cuda",), dtypes=("float8_e4m3fn",), min_capability=(8, 9)
+    "torch", "quantized_linear", linear, devices=("cuda",), dtypes=("float8_e4m3fn",), min_capability=(8, 9),
+    features=("swiglu",),
 )  # fmt: skip
 
 
