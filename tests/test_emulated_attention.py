@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import COMPILER, ROOT, library, needs_compiler
+from emulated import COMPILER, ROOT, attention_call, library, needs_compiler
 from torch.utils.cpp_extension import include_paths
 
 from vitfast import testing
@@ -28,17 +28,6 @@ GRID += [(64, n, BF16) for n in (1, 15, 16, 17, 63, 64, 65, 197, 208, 257)] + [(
 CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
 
 pytestmark = needs_compiler
-
-
-class Params(ctypes.Structure):
-    """AttentionParams of csrc/cuda/attention.cuh."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out")]
-        + [(f"{t}_{axis}", ctypes.c_int64) for t in "qkv" for axis in ("batch", "token", "head")]
-        + [(name, ctypes.c_int) for name in ("queries", "keys", "heads")]
-        + [("scale", ctypes.c_float)]
-    )
 
 
 def steps_for(keys):
@@ -60,17 +49,11 @@ def kernels(tmp_path_factory):
 
 def run(kernels, q, k, v, scale=None, seed=0):
     """The kernel's output, complete and within bounds, and how many bank conflicts it met."""
-    batch, queries, heads, d = q.shape
-    memory = guarded(torch.full((batch, queries, heads, d), float("nan"), dtype=q.dtype))
-    strides = [s for t in (q, k, v) for s in t.stride()[:3]]
-    pointers = [t.data_ptr() for t in (q, k, v, memory)]
-    params = Params(*pointers, *strides, queries, k.shape[1], heads, d**-0.5 if scale is None else scale)
-    # What the kernel may touch: from a tensor's first element to its last.
-    sizes = [2 * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in (q, k, v, memory)]
+    memory, params, pointers, sizes = attention_call(q, k, v, scale)
     conflicts = ctypes.c_int64()
     error = kernels.attention(
-        TYPES[q.dtype].encode(), d, steps_for(k.shape[1]), ctypes.byref(params), batch,
-        (ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * 4)(*sizes), ctypes.c_uint64(seed), ctypes.byref(conflicts),
+        TYPES[q.dtype].encode(), q.shape[3], steps_for(k.shape[1]), ctypes.byref(params), q.shape[0],
+        pointers, sizes, ctypes.c_uint64(seed), ctypes.byref(conflicts),
     ).decode()  # fmt: skip
     if error:
         raise RuntimeError(error)

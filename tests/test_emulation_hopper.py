@@ -14,6 +14,7 @@ from emulated import library, needs_compiler
 pytestmark = needs_compiler
 
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+NAMES = {BF16: b"bf16", FP16: b"fp16"}
 
 # Mistake -> how it must show: the trap's words, or WRONG for a wrong result.
 WRONG = "wrong result"
@@ -57,10 +58,10 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory):
     found = library("hopper", tmp_path_factory.mktemp("hopper"))
-    for name in ("run_pipeline", "product", "load_box"):
+    for name in ("run_pipeline", "product", "product_transposed", "load_box", "load_head_box"):
         getattr(found, name).restype = ctypes.c_char_p
-    found.operand_descriptor.restype = ctypes.c_uint64
-    found.swizzled.restype = ctypes.c_uint32
+    found.operand_descriptor.restype = found.transposed_descriptor.restype = ctypes.c_uint64
+    found.swizzled.restype = found.transposed_address.restype = ctypes.c_uint32
     return found
 
 
@@ -116,6 +117,8 @@ def test_descriptor(hopper):
     assert hopper.operand_descriptor(0) == 0x4000004000010000
     assert hopper.operand_descriptor(0x400) == 0x4000004000010040
     assert hopper.operand_descriptor(0x24C20) == 0x40000040000124C2
+    # Transposed, the leading offset is that of the next 64 columns: 26624 / 16 = 0x680.
+    assert hopper.transposed_descriptor(0x400, 26624) == 0x4000004006800040
     # Swizzle<3, 4, 3>: bits 6-4 xor bits 9-7.
     assert [hopper.swizzled(a) for a in (0, 16, 128, 144, 1024, 0x3F4)] == [0, 16, 144, 128, 1024, 0x384]
 
@@ -132,7 +135,7 @@ def fragment(n):
     return row, i // 4 * 8 + thread % 4 * 2 + i % 2
 
 
-@pytest.mark.parametrize("n", [128, 256])
+@pytest.mark.parametrize("n", [64, 128, 136, 200, 256])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_product(hopper, dtype, n):
     a, b = random(64, 64, dtype=dtype), random(n, 64, dtype=dtype, seed=1)
@@ -142,7 +145,7 @@ def test_product(hopper, dtype, n):
         product = a[:, column : column + 16].double() @ b[:, column : column + 16].double().T  # [64, n]
         sums = before.clone()
         args = pointer(image), image.numel() * 2, 2 * column, add, pointer(sums)
-        assert not hopper.product(b"bf16" if dtype == BF16 else b"fp16", n, *args).decode()
+        assert not hopper.product(NAMES[dtype], n, *args).decode()
         want = product[fragment(n)] + (before if add else 0)
         assert torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
 
@@ -188,6 +191,80 @@ def test_sums_of_e4m3_have_14_bits(hopper):
     assert first(1.0, 0.5, sums=before) == 2**13 + 1
     assert first(*[0.5] * 30, sums=before) == 2**13
     assert math.isnan(first(math.nan)) and first() == 0
+
+
+def a_fragment(a):
+    """a [64, 16] as registers [thread, 4, 2].
+
+    By hand, "WGMMA .m64nNk16 register fragment layout for matrix A": warp w has rows 16 w .. 16 w + 15; a lane a0 and
+    a1 in row lane / 4, columns 2 (lane % 4) and the next, a2 and a3 eight rows below, a4 .. a7 eight columns on.
+    """
+    out = torch.empty(128, 4, 2, dtype=a.dtype)
+    for thread in range(128):
+        row, column = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
+        for i, (down, right) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+            out[thread, i] = a[row + down, column + right : column + right + 2]
+    return out
+
+
+@pytest.mark.parametrize("n", [32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_transposed_product(hopper, dtype, n):
+    """a in registers; of b [48, 128], in boxes of 64 columns, 16 rows and the first n columns."""
+    a, b = random(64, 16, dtype=dtype), random(48, 128, dtype=dtype, seed=1)
+    image, registers = torch.cat([swizzled_image(b[:, :64]), swizzled_image(b[:, 64:])]), a_fragment(a)
+    for row, add in ((0, False), (32, True)):
+        before = random(128, n // 2, dtype=torch.float32, seed=2)
+        sums = before.clone()
+        args = pointer(image), image.numel() * 2, 128 * row, 48 * 128, pointer(registers), add, pointer(sums)
+        assert not hopper.product_transposed(NAMES[dtype], n, *args, 0).decode()
+        want = (a.double() @ b[row : row + 16, :n].double())[fragment(n)] + (before if add else 0)
+        assert torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def test_mistakes_with_an_operand_in_registers(hopper):
+    """Some warps compute when they wait, and find a changed by then; and the fence is there for a, too."""
+    a, b = random(64, 16), random(16, 64, seed=1)
+    image, registers, sums = swizzled_image(b), a_fragment(a), torch.zeros(128, 32)
+    args = pointer(image), image.numel() * 2, 0, 2048, pointer(registers), False, pointer(sums)
+    assert not hopper.product_transposed(b"bf16", 64, *args, 1).decode()
+    want = (a.double() @ b.double())[fragment(64)]
+    assert not torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
+    assert "begins a product with no product_fence" in hopper.product_transposed(b"bf16", 64, *args, 2).decode()
+
+
+# Swizzle mode, leading and stride offsets, and the layout over ((8, w, 2), (8, 2)) of elements, in elements.
+MANUAL = [
+    (0, 256, 128, ((1, 8, 64), (8, 128)), 1),
+    (3, 256, 512, ((1, 8, 128), (16, 256)), 2),
+    (2, 512, 1024, ((1, 8, 256), (32, 512)), 4),
+]
+
+
+@pytest.mark.parametrize(("mode", "leading", "stride", "layout", "w"), MANUAL, ids=["none", "32 bytes", "64 bytes"])
+def test_transposed_layouts_of_the_manual(hopper, mode, leading, stride, layout, w):
+    """By hand, the bf16 examples of "Canonical layouts", MN-major: figures 168 to 170, their "exact layouts"."""
+    descriptor = mode << 62 | stride // 16 << 32 | leading // 16 << 16
+    (_, chunk, block), (k, further) = layout
+    bits = w.bit_length() - 1
+    for outer in range(2 * w):
+        for inner in range(16):
+            at = 2 * (outer % w * chunk + outer // w * block + inner % 8 * k + inner // 8 * further)
+            at ^= (at >> 7 & (1 << bits) - 1) << 4
+            assert hopper.transposed_address(ctypes.c_uint64(descriptor), outer, inner) == at
+
+
+def test_box_of_a_head(hopper):
+    """Rows of one head of one image, with zeros where the next image, head or token would be."""
+    data = random(2, 21, 3, 72)
+    for image, row, head, column in ((0, 0, 0, 0), (1, 8, 2, 0), (0, 16, 1, 64), (1, 24, 2, 64)):
+        box = torch.zeros(16, 64, dtype=BF16)
+        part = data[image, row : row + 16, head, column : column + 64]
+        box[: part.shape[0], : part.shape[1]] = part
+        got = torch.full((16, 64), float("nan"), dtype=BF16)
+        sizes, at = (ctypes.c_int * 4)(*data.shape), (ctypes.c_int * 4)(image, row, head, column)
+        assert not hopper.load_head_box(pointer(data), sizes, 16, at, pointer(got)).decode()
+        assert torch.equal(got, swizzled_image(box))
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 64), (16, 0), (8, 128), (-5, -8)], ids=str)

@@ -40,7 +40,7 @@ def test_head_dims(tokens, head_dim, dtype):
     check_op(native, reference.attention, *packed(2, tokens, 3, head_dim, dtype))
 
 
-@pytest.mark.parametrize("tokens", [16, 17, 64, 65, 208, 209, 257, 272, 273, 320])
+@pytest.mark.parametrize("tokens", [16, 17, 64, 65, 200, 201, 208, 209, 257, 264, 265, 272, 273, 320])
 def test_tokens(tokens):
     check_op(native, reference.attention, *packed(3, tokens, 5, 64, BF16))
 
@@ -52,6 +52,17 @@ def test_many_blocks_strides_and_scales():
     for scale in (None, -0.2, 0.0):
         check_op(native, reference.attention, q, k, v, scale=scale)
     assert not native(q, k[:, :0], v[:, :0]).any()
+
+
+def test_nan_of_one_image_stays_there():
+    qkv = make(3, 50, 3, 2, 64, dtype=BF16)
+    qkv[1] = float("nan")
+    check_op(native, reference.attention, *guarded(qkv).unbind(2))
+
+
+def test_what_the_kernel_for_hopper_leaves_to_the_other():
+    q, k, v = packed(2, 197, 3, 64, BF16)
+    check_op(native, reference.attention, q, k[:1].expand(2, -1, -1, -1), v[:, :, :1].expand(-1, -1, 3, -1))
 
 
 def test_in_a_graph():

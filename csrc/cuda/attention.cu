@@ -2,26 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include <iterator>
-#include <utility>
-
 #include "attention.cuh"
 
 namespace vitfast {
 namespace {
-
-// f with the head dim as a compile-time constant.
-template <typename F, size_t... i>
-int with_head_dim(int head_dim, F f, std::index_sequence<i...>) {
-  int result = cudaErrorInvalidValue;
-  ((head_dim == kAttentionHeadDims[i] && (result = f(std::integral_constant<int, kAttentionHeadDims[i]>()), true)) ||
-   ...);
-  return result;
-}
-template <typename F>
-int with_head_dim(int head_dim, F f) {
-  return with_head_dim(head_dim, f, std::make_index_sequence<std::size(kAttentionHeadDims)>());
-}
 
 template <typename T, int D, int steps>
 int launch(const AttentionParams& params, int batch, cudaStream_t stream) {

@@ -1,4 +1,5 @@
-// attention on sm_80 and later: softmax(q k^T scale) v for up to 320 keys, bf16 and fp16, fp32 inside.
+// attention on sm_80 and later: softmax(q k^T scale) v for up to 320 keys, bf16 and fp16, fp32 inside. On sm_90a it
+// runs what attention_hopper.cuh does not take.
 //
 // A block takes one head of one image; a grid has B H of them. The head's keys and values are copied to shared memory
 // once and stay there. A warp takes 16 queries at a time: their scores against all keys are in registers, so that the

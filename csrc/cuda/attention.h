@@ -1,7 +1,11 @@
 // What the CUDA attention kernel and its launcher share; free of torch and of CUDA headers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <type_traits>
+#include <utility>
 
 namespace vitfast {
 
@@ -17,6 +21,19 @@ struct AttentionParams {
   int queries, keys, heads;
   float scale;
 };
+
+// f with the head dim, one of kAttentionHeadDims, as a compile-time constant; for another cudaErrorInvalidValue, 1.
+template <typename F, size_t... i>
+int with_head_dim(int head_dim, F f, std::index_sequence<i...>) {
+  int result = 1;
+  ((head_dim == kAttentionHeadDims[i] && (result = f(std::integral_constant<int, kAttentionHeadDims[i]>()), true)) ||
+   ...);
+  return result;
+}
+template <typename F>
+int with_head_dim(int head_dim, F f) {
+  return with_head_dim(head_dim, f, std::make_index_sequence<std::size(kAttentionHeadDims)>());
+}
 
 // Bytes of shared memory that a block takes.
 int attention_shared_bytes(int head_dim, int keys);

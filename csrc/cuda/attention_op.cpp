@@ -1,4 +1,5 @@
-// attention on CUDA devices: what the kernel asks of its arguments, and its launch on torch's stream.
+// attention on CUDA devices: what its kernels ask of their arguments, which of the two runs, and its launch on torch's
+// stream.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -9,12 +10,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 
 #include "../attention_checks.h"
 #include "../ops.h"
-#include "attention.h"
+#include "attention_hopper.h"
 
 namespace vitfast {
 namespace {
@@ -55,6 +57,18 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   check_alignment("v", v);
 }
 
+int attribute(cudaDeviceAttr which, const at::Tensor& on) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, on.device().index()));
+  return value;
+}
+
+// Whether the kernel of attention_hopper.cuh is built, and this a GPU that has its instructions.
+bool has_wgmma(const at::Tensor& on) {
+  return std::strstr(VITFAST_CUDA_STATE, "90a") != nullptr && attribute(cudaDevAttrComputeCapabilityMajor, on) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor, on) == 0;
+}
+
 }  // namespace
 
 at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
@@ -67,12 +81,6 @@ at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Te
   if (out.numel() == 0 || k.size(1) == 0) return out;
 
   const int head_dim = static_cast<int>(q.size(3)), keys = static_cast<int>(k.size(1));
-  const int needed = attention_shared_bytes(head_dim, keys);
-  int there = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&there, cudaDevAttrMaxSharedMemoryPerBlockOptin, q.device().index()));
-  TORCH_CHECK_VALUE(needed <= there, "attention: ", keys, " keys of head dim ", head_dim, " need ", needed,
-                    " bytes of shared memory, this GPU has ", there);
-
   AttentionParams params{q.const_data_ptr(),
                          k.const_data_ptr(),
                          v.const_data_ptr(),
@@ -91,9 +99,19 @@ at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Te
                          static_cast<int>(q.size(2)),
                          static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))))};
   const AttentionType type = q.scalar_type() == at::kHalf ? AttentionType::fp16 : AttentionType::bf16;
-  const int error =
-      attention_launch(type, head_dim, params, static_cast<int>(q.size(0)), c10::cuda::getCurrentCUDAStream().stream());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+  const int batch = static_cast<int>(q.size(0));
+  void* const stream = c10::cuda::getCurrentCUDAStream().stream();
+  if (has_wgmma(q) && attention_hopper_takes(head_dim, params, batch)) {
+    const int processors = attribute(cudaDevAttrMultiProcessorCount, q);
+    C10_CUDA_CHECK(
+        static_cast<cudaError_t>(attention_hopper_launch(type, head_dim, params, batch, processors, stream)));
+    return out;
+  }
+  const int needed = attention_shared_bytes(head_dim, keys);
+  const int there = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, q);
+  TORCH_CHECK_VALUE(needed <= there, "attention: ", keys, " keys of head dim ", head_dim, " need ", needed,
+                    " bytes of shared memory, this GPU has ", there);
+  C10_CUDA_CHECK(static_cast<cudaError_t>(attention_launch(type, head_dim, params, batch, stream)));
   return out;
 }
 

@@ -1,33 +1,15 @@
 // The instances of the linear kernel, the tensor maps they read, and their launch.
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "encode.h"
 #include "linear.cuh"
 
 namespace vitfast {
 namespace {
-
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, or null; the extension is not linked with the driver.
-Encode find_encode() {
-  static void* const found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult state;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &state);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &state);
-#endif
-    return function;
-  }();
-  return reinterpret_cast<Encode>(found);
-}
 
 template <typename X, typename T, int kColumns>
 int launch(const LinearCall& call, int processors, cudaStream_t stream) {

@@ -38,16 +38,6 @@ struct LinearShared {
   static_assert(bytes <= 232448, "more shared memory than a block can have");
 };
 
-// The stages in turn; `parity` is that of the phases in which this round fills and empties them.
-template <int stages>
-struct Ring {
-  int stage = 0, parity = 0;
-  VITFAST_DEVICE void next() {
-    stage = stage + 1 == stages ? 0 : stage + 1;
-    parity ^= stage == 0;
-  }
-};
-
 // Tile number -> tile row and column: down a group of rows first, so that tiles that run together share operands in L2.
 VITFAST_DEVICE void tile_origin(int tile, int tile_rows, int tile_columns, int& row, int& column) {
   const int first = tile / (kLinearGroup * tile_columns) * kLinearGroup;

@@ -30,6 +30,16 @@ VITFAST_HOST_DEVICE constexpr uint64_t operand(uint32_t begin) {
   return (begin & 0x3ffff) >> 4 | uint64_t{1} << 16 | (eight_rows >> 4) << 32 | swizzle_128 << 62;
 }
 
+// Stages of shared memory in turn; `parity` is that of the phases in which this round fills and empties them.
+template <int stages>
+struct Ring {
+  int stage = 0, parity = 0;
+  VITFAST_DEVICE void next() {
+    stage = stage + 1 == stages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+};
+
 #ifdef __CUDACC__
 
 VITFAST_DEVICE int grid_size() { return gridDim.x; }
@@ -77,6 +87,20 @@ VITFAST_DEVICE void tile_load(uint32_t shared, const TensorMap& map, int row, in
 VITFAST_DEVICE void tile_store(const TensorMap& map, int row, int column, uint32_t shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
                "r"(column), "r"(row), "r"(shared)
+               : "memory");
+}
+// The same two for a map of Heads: rows of one head of an image.
+VITFAST_DEVICE void tile_load(uint32_t shared, const TensorMap& map, int image, int row, int head, int column,
+                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(head), "r"(row), "r"(image), "r"(barrier)
+      : "memory");
+}
+VITFAST_DEVICE void tile_store(const TensorMap& map, int image, int row, int head, int column, uint32_t shared) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+               "r"(column), "r"(head), "r"(row), "r"(image), "r"(shared)
                : "memory");
 }
 VITFAST_DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -188,6 +212,13 @@ inline void tile_load(uint32_t shared, const TensorMap& map, int row, int column
 inline void tile_store(const TensorMap& map, int row, int column, uint32_t shared) {
   emulation::tile_store(map, row, column, shared);
 }
+inline void tile_load(uint32_t shared, const TensorMap& map, int image, int row, int head, int column,
+                      uint32_t barrier) {
+  emulation::tile_load(shared, map, image, row, head, column, barrier);
+}
+inline void tile_store(const TensorMap& map, int image, int row, int head, int column, uint32_t shared) {
+  emulation::tile_store(map, image, row, head, column, shared);
+}
 inline void store_commit() { emulation::store_commit(); }
 template <int pending>
 void store_wait_read() {
@@ -211,12 +242,12 @@ void product_wait() {
 }
 template <int count>
 void multiply_add_async(bf16, float (&sums)[count], uint64_t a, uint64_t b, bool add) {
-  static_assert(count == 64 || count == 128);
+  static_assert(count % 4 == 0 && count <= 128);
   emulation::multiply_add_async(&emulation::from_bf16, 2 * count, sums, a, b, add);
 }
 template <int count>
 void multiply_add_async(fp16, float (&sums)[count], uint64_t a, uint64_t b, bool add) {
-  static_assert(count == 64 || count == 128);
+  static_assert(count % 4 == 0 && count <= 128);
   emulation::multiply_add_async(&emulation::from_fp16, 2 * count, sums, a, b, add);
 }
 inline void multiply_add_async(e4m3, float (&sums)[64], uint64_t a, uint64_t b, bool add) {

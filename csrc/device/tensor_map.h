@@ -1,11 +1,11 @@
-// A matrix as the tensor memory accelerator sees it; free of CUDA headers.
+// Matrices as the tensor memory accelerator sees them; free of CUDA headers.
 #pragma once
 
 #include <cstdint>
 
 namespace vitfast {
 
-// What the driver (or the emulation) makes of a Matrix; 128 bytes that only the hardware reads.
+// What the driver (or the emulation) makes of a Matrix or Heads; 128 bytes that only the hardware reads.
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
@@ -15,6 +15,15 @@ struct alignas(128) TensorMap {
 struct Matrix {
   const void* data;
   int64_t rows, columns, stride;
+  int box_rows, box_columns;
+};
+
+// Heads of images, [images, rows, heads, columns], of which a box has rows of one head of one image; else like a
+// Matrix.
+struct Heads {
+  const void* data;
+  int64_t images, rows, heads, columns;
+  int64_t image_stride, row_stride, head_stride;
   int box_rows, box_columns;
 };
 

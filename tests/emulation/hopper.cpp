@@ -1,9 +1,10 @@
 // The instructions of sm_90 under emulation, as a library for ctypes: single ones, and a small pipeline of all of them
 // that can be given one mistake.
 
-#include "device/hopper.cuh"
-
 #include <string>
+#include <utility>
+
+#include "device/products.cuh"
 
 namespace {
 
@@ -130,10 +131,9 @@ extern "C" const char* run_pipeline(const char* mistake, const void* x, const vo
   });
 }
 
-// `image`: shared memory, a at 0 and b behind it, both as `operand` describes them, of which the product begins
-// `offset` bytes along the rows. sums: [128][n / 2].
-extern "C" const char* product(const char* type, int n, const void* image, int bytes, int offset, bool add,
-                               float* sums) {
+// One warpgroup to whose shared memory `image` was copied.
+template <typename F>
+const char* with_image(const void* image, int bytes, F f) {
   return guarded([&] {
     emulation::Block block(128, bytes, {{image, static_cast<size_t>(bytes), false}}, 0);
     block.run({}, [=] {
@@ -144,21 +144,64 @@ extern "C" const char* product(const char* type, int n, const void* image, int b
       copy_wait<0>();
       async_fence();
       block_barrier();
-      const uint64_t a = operand(offset), b = operand(8192 + offset);
-      const auto run = [&](auto type, auto& mine) {
-        std::memcpy(mine, sums + n / 2 * threadIdx.x, sizeof(mine));
+      f();
+    });
+  });
+}
+
+// f(this thread's sums), sums [128][n / 2], for one of the widths that there are.
+template <typename F, int... n>
+void with_sums(int width, float* sums, F f, std::integer_sequence<int, n...>) {
+  const auto of_width = [=](auto count) {
+    if (2 * decltype(count)::value != width) return;
+    float mine[decltype(count)::value];
+    std::memcpy(mine, sums + decltype(count)::value * threadIdx.x, sizeof(mine));
+    f(mine);
+    std::memcpy(sums + decltype(count)::value * threadIdx.x, mine, sizeof(mine));
+  };
+  (of_width(std::integral_constant<int, n / 2>()), ...);
+}
+
+// a at 0 and b behind it, both as `operand` describes them, of which the product begins `offset` bytes along the rows.
+extern "C" const char* product(const char* type, int n, const void* image, int bytes, int offset, bool add,
+                               float* sums) {
+  return with_image(image, bytes, [=] {
+    const auto of = [=](auto type, auto widths) {
+      const auto run = [=](auto& mine) {
         product_fence();
-        multiply_add_async(type, mine, a, b, add);
+        multiply_add_async(type, mine, operand(offset), operand(8192 + offset), add);
         product_commit();
         product_wait<0>();
-        std::memcpy(sums + n / 2 * threadIdx.x, mine, sizeof(mine));
       };
-      float narrow[64], wide[128];
-      const std::string t = type;
-      if (t == "bf16") n == 128 ? run(bf16{}, narrow) : run(bf16{}, wide);
-      if (t == "fp16") n == 128 ? run(fp16{}, narrow) : run(fp16{}, wide);
-      if (t == "e4m3") run(e4m3{}, narrow);
-    });
+      with_sums(n, sums, run, widths);
+    };
+    const std::integer_sequence<int, 64, 128, 136, 200, 256> widths;
+    const std::string name = type;
+    if (name == "bf16") of(bf16{}, widths);
+    if (name == "fp16") of(fp16{}, widths);
+    if (name == "e4m3") of(e4m3{}, std::integer_sequence<int, 128>());
+  });
+}
+
+// b as `operand_transposed` describes it, from `begin` on, and a [128][4] in registers. `mistake`: 1 has them written
+// before the wait, 2 leaves out the fence.
+extern "C" const char* product_transposed(const char* type, int n, const void* image, int bytes, uint32_t begin,
+                                          uint32_t box, const uint32_t (*a)[4], bool add, float* sums, int mistake) {
+  return with_image(image, bytes, [=] {
+    const auto of = [=](auto type) {
+      const auto run = [=](auto& mine) {
+        uint32_t registers[4];
+        std::memcpy(registers, a[threadIdx.x], sizeof(registers));
+        if (mistake != 2) product_fence();
+        multiply_transposed_async(type, mine, registers, operand_transposed(begin, box), add);
+        product_commit();
+        if (mistake == 1) registers[3] = 0;
+        product_wait<0>();
+      };
+      with_sums(n, sums, run, std::integer_sequence<int, 32, 64, 72, 80, 96, 128>());
+    };
+    if (type == std::string("bf16")) of(bf16{});
+    if (type == std::string("fp16")) of(fp16{});
   });
 }
 
@@ -183,5 +226,31 @@ extern "C" const char* load_box(const void* matrix, int rows, int columns, int s
   });
 }
 
+// The same of [images, rows, heads, columns], contiguous.
+extern "C" const char* load_head_box(const void* data, const int* sizes, int box_rows, const int* at, uint32_t* box) {
+  return guarded([&] {
+    const int64_t images = sizes[0], rows = sizes[1], heads = sizes[2], columns = sizes[3];
+    const int64_t row = heads * columns, image = rows * row;
+    const TensorMap map =
+        emulation::encode_heads({data, images, rows, heads, columns, image, row, columns, box_rows, 64});
+    emulation::Block block(32, 128 * box_rows + 8, {{data, static_cast<size_t>(2 * images * image), false}}, 0);
+    block.run({}, [=, &map] {
+      const uint32_t barrier = 128 * box_rows;
+      if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        async_fence();
+        mbarrier_arrive_expect(barrier, 128 * box_rows);
+        tile_load(0, map, at[0], at[1], at[2], at[3], barrier);
+        mbarrier_wait(barrier, 0);
+        for (int i = 0; i < 32 * box_rows; ++i) box[i] = load_shared_pair(4 * i);
+      }
+    });
+  });
+}
+
 extern "C" uint64_t operand_descriptor(uint32_t address) { return operand(address); }
 extern "C" uint32_t swizzled(uint32_t address) { return swizzle(address); }
+extern "C" uint64_t transposed_descriptor(uint32_t address, uint32_t box) { return operand_transposed(address, box); }
+extern "C" uint32_t transposed_address(uint64_t descriptor, int chunk, int k) {
+  return emulation::operand_address(descriptor, chunk, k, true);
+}

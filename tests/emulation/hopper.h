@@ -34,7 +34,9 @@ struct Product {
   int columns;
   float (*convert)(uint16_t);
   bool add;
-  float* sums;  // lane 0's: the name of the accumulators
+  float* sums;                                    // lane 0's: the name of the accumulators
+  bool transposed = false, in_registers = false;  // b; a
+  const uint32_t* registers[32] = {};             // by lane, if a is in them; before it is issued, the lane's own
   bool computed = false;
 };
 
@@ -62,7 +64,7 @@ struct Hopper {
 };
 
 struct Store {
-  const vitfast::TensorMap* map;
+  vitfast::Matrix matrix;
   int row, column;
   uint32_t shared;
 };
@@ -203,7 +205,23 @@ inline void mbarrier_wait(uint32_t address, int parity) {
       [&barrier, address, parity] { return "for parity " + std::to_string(parity) + " of " + barrier.state(address); });
 }
 
-// TMA. What is in a TensorMap here: the Matrix itself.
+// TMA. What is in a TensorMap here: the Matrix or Heads, and at the end how many axes there are.
+template <typename What>
+vitfast::TensorMap as_map(const What& what, uint64_t axes) {
+  vitfast::TensorMap map{};
+  static_assert(sizeof(what) < sizeof(map));
+  std::memcpy(map.opaque, &what, sizeof(what));
+  map.opaque[15] = axes;
+  return map;
+}
+template <typename What>
+What of_map(const vitfast::TensorMap& map, uint64_t axes) {
+  if (map.opaque[15] != axes) throw Trap(thread().name() + ": the map is not of " + std::to_string(axes) + " axes");
+  What what;
+  std::memcpy(&what, map.opaque, sizeof(what));
+  return what;
+}
+
 inline vitfast::TensorMap encode(const vitfast::Matrix& m) {
   const auto check = [](bool good, const char* what) {
     if (!good) throw Trap(std::string("tensor map: ") + what);
@@ -213,15 +231,22 @@ inline vitfast::TensorMap encode(const vitfast::Matrix& m) {
   check(m.box_rows >= 1 && m.box_rows <= 256, "a box has 1 to 256 rows");
   check(m.box_columns % 8 == 0 && m.box_columns >= 8, "a box has whole chunks of 16 bytes");
   check(m.box_columns <= 64, "the rows of a swizzled box are at most 128 bytes");
-  vitfast::TensorMap map{};
-  static_assert(sizeof(m) <= sizeof(map));
-  std::memcpy(map.opaque, &m, sizeof(m));
-  return map;
+  return as_map(m, 2);
 }
-inline vitfast::Matrix decode(const vitfast::TensorMap& map) {
-  vitfast::Matrix m;
-  std::memcpy(&m, map.opaque, sizeof(m));
-  return m;
+
+// The matrix of one head of one image.
+inline vitfast::Matrix slice(const vitfast::Heads& h, int image, int head) {
+  if (image < 0 || image >= h.images || head < 0 || head >= h.heads) throw Trap("there is no such image or head");
+  const char* data = static_cast<const char*>(h.data) + 2 * (image * h.image_stride + head * h.head_stride);
+  return {data, h.rows, h.columns, h.row_stride, h.box_rows, h.box_columns};
+}
+inline vitfast::TensorMap encode_heads(const vitfast::Heads& h) {
+  if (h.images < 1 || h.heads < 1) throw Trap("tensor map: there are no images or heads");
+  for (int64_t stride : {h.image_stride, h.row_stride, h.head_stride}) {
+    if (stride % 8 || stride < h.columns || stride >= int64_t{1} << 39) throw Trap("tensor map: not a stride for TMA");
+  }
+  encode(slice(h, 0, 0));
+  return as_map(h, 4);
 }
 
 // Swizzle<bits, 4, 3> of CuTe: bits 4 .. of an address, xor bits 7 ... 128-byte swizzle: 3 bits, 64: 2, 32: 1.
@@ -250,11 +275,10 @@ inline void check_box(Thread& self, const vitfast::Matrix& m, int column, uint32
   self.block.words(self, shared, 2 * m.box_rows * m.box_columns);
 }
 
-inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int row, int column, uint32_t address) {
+inline void tile_load(uint32_t shared, const vitfast::Matrix& m, int row, int column, uint32_t address) {
   Thread& self = thread();
   Block& block = self.block;
   Mbarrier& barrier = mbarrier_at(address);
-  const vitfast::Matrix m = decode(map);
   check_box(self, m, column, shared);
   check_made(self, address);
   if (!barrier.fenced) throw Trap(self.name() + ": TMA has not seen the mbarrier made: there was no async_fence");
@@ -283,9 +307,16 @@ inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int row, i
   });
 }
 
-inline void tile_store(const vitfast::TensorMap& map, int row, int column, uint32_t shared) {
+inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int row, int column, uint32_t address) {
+  tile_load(shared, of_map<vitfast::Matrix>(map, 2), row, column, address);
+}
+inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int image, int row, int head, int column,
+                      uint32_t address) {
+  tile_load(shared, slice(of_map<vitfast::Heads>(map, 4), image, head), row, column, address);
+}
+
+inline void tile_store(const vitfast::Matrix& m, int row, int column, uint32_t shared) {
   Thread& self = thread();
-  const vitfast::Matrix m = decode(map);
   check_box(self, m, column, shared);
   Thread* const me = &self;
   for_box(m, row, column, shared, [&](uint32_t from, const char* to, size_t bytes) {
@@ -293,7 +324,13 @@ inline void tile_store(const vitfast::TensorMap& map, int row, int column, uint3
     if (to) self.block.check_global(self, to, bytes, 2, true);
   });
   if (!self.stores) self.stores.reset(new Stores);
-  self.stores->open.push_back({&map, row, column, shared});
+  self.stores->open.push_back({m, row, column, shared});
+}
+inline void tile_store(const vitfast::TensorMap& map, int row, int column, uint32_t shared) {
+  tile_store(of_map<vitfast::Matrix>(map, 2), row, column, shared);
+}
+inline void tile_store(const vitfast::TensorMap& map, int image, int row, int head, int column, uint32_t shared) {
+  tile_store(slice(of_map<vitfast::Heads>(map, 4), image, head), row, column, shared);
 }
 
 inline void store_commit() {
@@ -309,7 +346,7 @@ inline void store_wait_read(int pending) {
   auto& groups = self.stores->groups;
   for (; static_cast<int>(groups.size()) > pending; groups.pop_front()) {
     for (const Store& store : groups.front()) {
-      for_box(decode(*store.map), store.row, store.column, store.shared, [&](uint32_t from, const char* to, size_t n) {
+      for_box(store.matrix, store.row, store.column, store.shared, [&](uint32_t from, const char* to, size_t n) {
         if (to) std::memcpy(const_cast<char*>(to), &self.block.shared[from], n);
         end_async_read(self.block, self, from, 16);
       });
