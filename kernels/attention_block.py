@@ -8,7 +8,7 @@
 For C <= 384, D = 32 or 64, fp16 and bf16; any N and H. A program has an image to itself, and goes over it three times,
 with a barrier between: rows of x to q, k and v; one head of a tile of queries to its output, with the online softmax
 of attention.py; tiles of that to y. What it hands on from one to the next it keeps in a piece of global memory that
-no other program touches, so that it need not fit in shared memory and comes from L2. All else is read and written once.
+no other program touches: it need not fit in shared memory, so that N is free, and comes from L2.
 
 Where there are fewer images than the GPU has room for, several programs share an image's queries, and each of them
 computes all keys and values: with P programs 4NCHD(P - 1) FLOPs more, where the result needs 8NCHD + 4N²HD. For a
@@ -162,7 +162,7 @@ def _attention_block_kernel(
                 qkv_stride, C1,
             )  # fmt: skip
             _store_block(qkv, value, tokens, token_ok, units, 3 * inner)
-    tl.debug_barrier()
+    tl.debug_barrier()  # from here on the program's threads read what others of them have written
 
     # Attention, one head of a tile at a time.
     for item in tl.range(first_tile * heads, last_tile * heads, disable_licm=True):

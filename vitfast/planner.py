@@ -188,7 +188,7 @@ def _site_backends(
             chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
     for site, parts in FUSED_SITES.items():
         slower = site in record and _best(record, site) > sum(_best(record, part) for part in parts)
-        if site in chosen and (slower or chosen[site].name == "torch"):  # whose fused op is its parts
+        if site in chosen and (slower or chosen[site].name == "torch"):  # which runs the parts one by one
             del chosen[site]
     for pair, apart in APART.items():
         if pair[0] in record and sum(_best(record, s) for s in pair) > sum(_best(record, s) for s in apart):
@@ -269,7 +269,7 @@ def assemble(
         spec = site_spec(config, site, 1, device, site_dtype(site, dtype, quantized))
         if found := packed_op(chosen[site], spec):
             packs[site], calls[site] = found
-    fuse_attention, fuse_mlp = (site in chosen for site in FUSED_SITES)
+    fuse_attention, fuse_mlp = (names.get(site) in ("triton", "native") for site in FUSED_SITES)
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if fuse_attention else {"row_stats", "qkv"}
