@@ -13,6 +13,7 @@ from emulated import library, needs_compiler
 pytestmark = needs_compiler
 
 BF16, FP16 = torch.bfloat16, torch.float16
+TYPES = {BF16: b"bf16", FP16: b"fp16"}
 
 # Mistake -> how it must show: the trap's words, or WRONG for a wrong result.
 WRONG = "wrong result"
@@ -142,8 +143,8 @@ def test_product(hopper, dtype, n):
         before = random(128, n // 2, dtype=torch.float32, seed=2)
         product = a[:, column : column + 16].double() @ b[:, column : column + 16].double().T  # [64, n]
         sums = before.clone()
-        args = pointer(image), image.numel() * 2, column, add, pointer(sums)
-        assert not hopper.product(dtype == BF16, n, *args).decode()
+        args = pointer(image), image.numel() * 2, 2 * column, add, pointer(sums)
+        assert not hopper.product(TYPES[dtype], n, *args).decode()
         want = product[fragment(n)] + (before if add else 0)
         assert torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
 
@@ -172,7 +173,7 @@ def test_transposed_product(hopper, dtype, n):
         before = random(128, n // 2, dtype=torch.float32, seed=2)
         sums = before.clone()
         args = pointer(image), image.numel() * 2, 128 * row, 48 * 128, pointer(registers), add, pointer(sums)
-        assert not hopper.product_transposed(dtype == BF16, n, *args, 0).decode()
+        assert not hopper.product_transposed(TYPES[dtype], n, *args, 0).decode()
         want = (a.double() @ b[row : row + 16, :n].double())[fragment(n)] + (before if add else 0)
         assert torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
 
@@ -182,10 +183,10 @@ def test_mistakes_with_an_operand_in_registers(hopper):
     a, b = random(64, 16), random(16, 64, seed=1)
     image, registers, sums = swizzled_image(b), a_fragment(a), torch.zeros(128, 32)
     args = pointer(image), image.numel() * 2, 0, 2048, pointer(registers), False, pointer(sums)
-    assert not hopper.product_transposed(True, 64, *args, 1).decode()
+    assert not hopper.product_transposed(b"bf16", 64, *args, 1).decode()
     want = (a.double() @ b.double())[fragment(64)]
     assert not torch.allclose(sums.double(), want, rtol=1e-6, atol=1e-5)
-    assert "begins a product with no product_fence" in hopper.product_transposed(True, 64, *args, 2).decode()
+    assert "begins a product with no product_fence" in hopper.product_transposed(b"bf16", 64, *args, 2).decode()
 
 
 # Swizzle mode, leading and stride offsets, and the layout over ((8, w, 2), (8, 2)) of elements, in elements.

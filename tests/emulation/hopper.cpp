@@ -151,48 +151,49 @@ const char* with_image(const void* image, int bytes, F f) {
 
 // f(type, this thread's sums), sums [128][n / 2], for one of the widths that there are.
 template <typename F, int... n>
-void with_sums(bool is_bf16, int width, float* sums, F f, std::integer_sequence<int, n...>) {
-  const auto run = [=](auto type, auto count) {
+void with_sums(const char* type, int width, float* sums, F f, std::integer_sequence<int, n...>) {
+  const auto run = [=](auto t, auto count) {
     float mine[decltype(count)::value];
     std::memcpy(mine, sums + decltype(count)::value * threadIdx.x, sizeof(mine));
-    f(type, mine);
+    f(t, mine);
     std::memcpy(sums + decltype(count)::value * threadIdx.x, mine, sizeof(mine));
   };
   const auto of_width = [=](auto count) {
     if (2 * decltype(count)::value != width) return;
-    is_bf16 ? run(bf16{}, count) : run(fp16{}, count);
+    type == std::string("bf16") ? run(bf16{}, count) : run(fp16{}, count);
   };
   (of_width(std::integral_constant<int, n / 2>()), ...);
 }
 
-// a at 0 and b behind it, both as `operand` describes them.
-extern "C" const char* product(bool is_bf16, int n, const void* image, int bytes, int column, bool add, float* sums) {
+// a at 0 and b behind it, both as `operand` describes them; the product begins `offset` bytes along their rows.
+extern "C" const char* product(const char* type, int n, const void* image, int bytes, int offset, bool add,
+                               float* sums) {
   return with_image(image, bytes, [=] {
-    const auto run = [=](auto type, auto& mine) {
+    const auto run = [=](auto t, auto& mine) {
       product_fence();
-      multiply_add_async(type, mine, operand(2 * column), operand(8192 + 2 * column), add);
+      multiply_add_async(t, mine, operand(offset), operand(8192 + offset), add);
       product_commit();
       product_wait<0>();
     };
-    with_sums(is_bf16, n, sums, run, std::integer_sequence<int, 64, 128, 136, 200, 256>());
+    with_sums(type, n, sums, run, std::integer_sequence<int, 64, 128, 136, 200, 256>());
   });
 }
 
 // b as `operand_transposed` describes it, from `begin` on, and a [128][4] in registers. `mistake`: 1 has them written
 // before the wait, 2 leaves out the fence.
-extern "C" const char* product_transposed(bool is_bf16, int n, const void* image, int bytes, uint32_t begin,
+extern "C" const char* product_transposed(const char* type, int n, const void* image, int bytes, uint32_t begin,
                                           uint32_t box, const uint32_t (*a)[4], bool add, float* sums, int mistake) {
   return with_image(image, bytes, [=] {
-    const auto run = [=](auto type, auto& mine) {
+    const auto run = [=](auto t, auto& mine) {
       uint32_t registers[4];
       std::memcpy(registers, a[threadIdx.x], sizeof(registers));
       if (mistake != 2) product_fence();
-      multiply_transposed_async(type, mine, registers, operand_transposed(begin, box), add);
+      multiply_transposed_async(t, mine, registers, operand_transposed(begin, box), add);
       product_commit();
       if (mistake == 1) registers[3] = 0;
       product_wait<0>();
     };
-    with_sums(is_bf16, n, sums, run, std::integer_sequence<int, 32, 64, 72, 80, 96, 128>());
+    with_sums(type, n, sums, run, std::integer_sequence<int, 32, 64, 72, 80, 96, 128>());
   });
 }
 

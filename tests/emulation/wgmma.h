@@ -27,30 +27,29 @@ inline uint32_t operand_address(uint64_t descriptor, int row, int chunk, bool tr
   return permuted(groups + row % 8 * (16 << bits) + chunk * 16, bits);
 }
 
-// f(address, where, step) for every 16 bytes that a warp's part of a product reads, of a all rows if `all_of_a`:
-// nothing says which warp reads which. They are elements where, where + step ... of 16 rows of a, 16 elements each, and
-// b's.
+// f(row, chunk, address) for every 16 bytes that a warp's part of a product reads: 16 rows of a, or all if `all_of_a`
+// (nothing says which warp reads which), if it is not in registers; all of b. If b is transposed, 16 bytes are
+// columns 8 (row - 16) .. of place `chunk` of the inner axis.
 template <typename F>
 void for_operands(const Product& p, int warp, bool all_of_a, F f) {
   for (int i = 0; !p.in_registers && i < (all_of_a ? 64 : 16); ++i) {
-    const int row = all_of_a ? i : 16 * warp + i;
-    for (int chunk = 0; chunk < 2; ++chunk) f(operand_address(p.a, row, chunk), 16 * i + 8 * chunk, 1);
+    for (int chunk = 0; chunk < 2; ++chunk) f(i, chunk, operand_address(p.a, (all_of_a ? 0 : 16 * warp) + i, chunk));
   }
-  for (int i = 0; i < p.columns / 8; ++i) {
-    for (int j = 0; j < 16; ++j) {
-      if (p.transposed) f(operand_address(p.b, i, j, true), 16 * (16 + 8 * i) + j, 16);
-      if (!p.transposed) f(operand_address(p.b, 8 * i + j / 2, j % 2), 16 * (16 + 8 * i + j / 2) + j % 2 * 8, 1);
+  for (int i = 0; i < (p.transposed ? p.columns / 8 : p.columns); ++i) {
+    for (int chunk = 0; chunk < (p.transposed ? 16 : 2); ++chunk) {
+      f(16 + i, chunk, operand_address(p.b, i, chunk, p.transposed));
     }
   }
 }
 
 inline void compute(Block& block, Product& p, int warp, ProductQueue::Sums& sums) {
   std::vector<float> operands(16 * (16 + p.columns));
-  for_operands(p, warp, false, [&](uint32_t address, int where, int step) {
+  for_operands(p, warp, false, [&](int row, int chunk, uint32_t address) {
     for (int i = 0; i < 8; ++i) {
       uint16_t bits;
       std::memcpy(&bits, &block.shared[address + 2 * i], 2);
-      operands[where + step * i] = p.convert(bits);
+      const bool across = p.transposed && row >= 16;
+      operands[across ? 16 * (16 + 8 * (row - 16) + i) + chunk : 16 * row + 8 * chunk + i] = p.convert(bits);
     }
   });
   // As they are now: who writes them again before product_wait may change the product.
@@ -110,7 +109,7 @@ inline void issue(Product mine) {
     }
     for (int i = 0; i < 32; ++i) product.registers[i] = of(i).registers[0];
     for_operands(product, warp % 4, true,
-                 [&](uint32_t address, int, int) { note_async_read(block, lanes, 32, address, 16); });
+                 [&](int, int, uint32_t address) { note_async_read(block, lanes, 32, address, 16); });
     bool first = true;
     for (const std::vector<Product>& group : queue.groups) first &= group.empty() || group.back().computed;
     for (const Product& before : queue.open) first &= before.computed;
@@ -148,7 +147,7 @@ inline void product_wait(int pending) {
       for (Product& product : queue.groups.front()) {
         ProductQueue::Sums& sums = queue.sums[product.sums];
         if (!product.computed) compute(block, product, warp % 4, sums);
-        for_operands(product, warp % 4, true, [&](uint32_t at, int, int) { end_async_read(block, first, at, 16); });
+        for_operands(product, warp % 4, true, [&](int, int, uint32_t at) { end_async_read(block, first, at, 16); });
         if (--sums.products) continue;
         for (int i = 0; i < 32; ++i) {
           for (int j = 0; j < product.columns / 2; ++j) {
