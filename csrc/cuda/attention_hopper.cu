@@ -12,7 +12,7 @@ namespace vitfast {
 namespace {
 
 // A map of Heads by the driver; `refused` if it does not make one.
-TensorMap encode_heads(Encode encode, CUtensorMapDataType type, const Heads& h, bool& refused) {
+TensorMap encode_heads(Encode encode, const Heads& h, bool& refused) {
   const auto bytes = [](int64_t elements) { return 2 * static_cast<cuuint64_t>(elements); };
   const cuuint64_t size[] = {static_cast<cuuint64_t>(h.columns), static_cast<cuuint64_t>(h.heads),
                              static_cast<cuuint64_t>(h.rows), static_cast<cuuint64_t>(h.images)};
@@ -20,8 +20,9 @@ TensorMap encode_heads(Encode encode, CUtensorMapDataType type, const Heads& h, 
   const cuuint32_t box[] = {static_cast<cuuint32_t>(h.box_columns), 1, static_cast<cuuint32_t>(h.box_rows), 1};
   const cuuint32_t every[] = {1, 1, 1, 1};
   CUtensorMap made;
-  refused |= encode(&made, type, 4, const_cast<void*>(h.data), size, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+  // Whatever two bytes are, TMA only moves them.
+  refused |= encode(&made, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(h.data), size, strides, box, every,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS;
   TensorMap map;
   std::memcpy(&map, &made, sizeof(map));
@@ -29,12 +30,12 @@ TensorMap encode_heads(Encode encode, CUtensorMapDataType type, const Heads& h, 
 }
 
 template <typename T, int D, int kKeys>
-int launch(const AttentionParams& call, int batch, CUtensorMapDataType type, int processors, cudaStream_t stream) {
+int launch(const AttentionParams& call, int batch, int processors, cudaStream_t stream) {
   const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
   bool refused = false;
   const AttentionHopperParams params = attention_hopper_params(
-      call, D, batch, kKeys, [&](const Heads& heads) { return encode_heads(encode, type, heads, refused); });
+      call, D, batch, kKeys, [&](const Heads& heads) { return encode_heads(encode, heads, refused); });
   if (refused) return cudaErrorInvalidValue;
 
   auto* kernel = &attention_hopper_kernel<T, D, kKeys>;
@@ -47,12 +48,12 @@ int launch(const AttentionParams& call, int batch, CUtensorMapDataType type, int
 
 // By the tokens of common models: 50, 197, 201 (four registers), 257 and 261, and the most that fits the registers.
 template <typename T, int D>
-int launch(const AttentionParams& call, int batch, CUtensorMapDataType type, int processors, cudaStream_t stream) {
-  if (call.keys <= 64) return launch<T, D, 64>(call, batch, type, processors, stream);
-  if (call.keys <= 200) return launch<T, D, 200>(call, batch, type, processors, stream);
-  if (call.keys <= 208) return launch<T, D, 208>(call, batch, type, processors, stream);
-  if (call.keys <= 264) return launch<T, D, 264>(call, batch, type, processors, stream);
-  if (call.keys <= kAttentionMaxKeys) return launch<T, D, 320>(call, batch, type, processors, stream);
+int launch(const AttentionParams& call, int batch, int processors, cudaStream_t stream) {
+  if (call.keys <= 64) return launch<T, D, 64>(call, batch, processors, stream);
+  if (call.keys <= 200) return launch<T, D, 200>(call, batch, processors, stream);
+  if (call.keys <= 208) return launch<T, D, 208>(call, batch, processors, stream);
+  if (call.keys <= 264) return launch<T, D, 264>(call, batch, processors, stream);
+  if (call.keys <= kAttentionMaxKeys) return launch<T, D, 320>(call, batch, processors, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -63,8 +64,8 @@ int attention_hopper_launch(AttentionType type, int head_dim, const AttentionPar
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   return with_head_dim(head_dim, [&](auto d) {
     constexpr int D = decltype(d)::value;
-    return type == AttentionType::bf16 ? launch<bf16, D>(params, batch, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, processors, s)
-                                       : launch<fp16, D>(params, batch, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, processors, s);
+    return type == AttentionType::bf16 ? launch<bf16, D>(params, batch, processors, s)
+                                       : launch<fp16, D>(params, batch, processors, s);
   });
 }
 
