@@ -24,7 +24,7 @@ Dims = Mapping[str, Any]
 FEATURES = {
     **{"causal": "causal", "groups": "scale groups", "requantize": "scale groups", "heads": "scale groups of 64"},
     **{name: f"{str(dtype).removeprefix('torch.')} output" for name, dtype in QUANTIZED.items()},
-    "swiglu": "swiglu",
+    **{name: name for name in ("swiglu", "rope", "qk-norm")},
 }
 """Of a case's variant or epilogue -> the name in backends' `features`, where it asks for one."""
 STATS_EPS = 1e-6
@@ -196,14 +196,20 @@ def _attention(d: Dims, make: Maker) -> Call:
     batch, tokens, heads, head_dim = (d[name] for name in ("batch", "tokens", "heads", "head_dim"))
     qkv = make.normal(batch, tokens, 3, heads, head_dim)
     kwargs: dict[str, Any] = {}
-    if d.get("variant") == "bias":
+    variant = d.get("variant", "").split()
+    if "bias" in variant:
         kwargs["bias"] = make.normal(1, heads, tokens, tokens)
-    if d.get("variant") == "mask":
+    if "mask" in variant:
         kwargs["mask"] = make.mask(1, 1, tokens, tokens)
-    if d.get("variant") == "causal":
+    if "causal" in variant:
         kwargs["causal"] = True
-    if d.get("variant", "").startswith("to "):
-        kwargs["quantize"] = QUANTIZED[d["variant"].removeprefix("to ")]
+    if "qk-norm" in variant:
+        kwargs |= {"q_weight": make.normal(head_dim), "k_weight": make.normal(head_dim)}
+    if "rope" in variant:  # all tokens but the first, as after a class token
+        angle = make.normal(tokens - 1, head_dim // 2, scale=3.0).repeat(1, 2)
+        kwargs |= {"cos": angle.cos(), "sin": angle.sin()}
+    if "to" in variant:
+        kwargs["quantize"] = QUANTIZED[variant[1]]
     return Call(tuple(qkv.unbind(2)), kwargs, (0, 1, 2))
 
 

@@ -75,6 +75,8 @@ def run(
 @torch.no_grad()
 def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int) -> list[dict[str, Any]]:
     """One row per contestant. Only those whose output is right have times."""
+    from vitfast.kernels._common import launched_configs
+
     torch.compiler.reset()  # or a shape too many would silently run uncompiled
     call = case.inputs()
     gate = Gate(case, call)
@@ -90,8 +92,10 @@ def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int)
         }  # fmt: skip
         rows.append(row)
         try:
-            with quiet():
+            with quiet(), launched_configs() as configs:
                 row |= gate.judge(peer.build(call), peer)
+                if configs:
+                    row["configs"] = configs
                 if row["correct"]:
                     programs[peer.name] = timing.program(device, [peer.build(copy) for copy in copies])
         except Exception as error:  # whatever a library raises is the reason in its cell

@@ -239,11 +239,11 @@ def _sdpa(kind: SDPBackend, q, k, v, *, bias=None, mask=None, causal=False):
     return out.transpose(1, 2).contiguous()
 
 
-def _plain_attention(call: Call, *allowed: str) -> dict[str, Any]:
+def _plain_attention(call: Call, *allowed: str, gpu_only: bool = True) -> dict[str, Any]:
     """The options of a call, if a library that takes no others can run it."""
     if others := call.kwargs.keys() - set(allowed):
         raise Absent(f"takes no {', '.join(sorted(others))}")
-    if call.args[0].device.type != "cuda":
+    if gpu_only and call.args[0].device.type != "cuda":
         raise Absent("runs on a GPU only")
     return call.kwargs
 
@@ -313,8 +313,7 @@ def _register_attention(name: str, choose: Callable[[Call], Callable[..., Any]])
 
 
 def _sdpa_choice(kind: SDPBackend, gpu_only: bool, call: Call) -> Callable[..., Any]:
-    if gpu_only:
-        _plain_attention(call, "bias", "mask", "causal")
+    _plain_attention(call, "bias", "mask", "causal", gpu_only=gpu_only)
     return functools.partial(_sdpa, kind)
 
 

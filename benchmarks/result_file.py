@@ -8,7 +8,8 @@ Schema 2, one JSON object:
     method       how it was measured: rounds, baseline, the command's arguments
     roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)
     rows         one per case and contestant: case, peer, correct, and either error or
-                 median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...
+                 median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...;
+                 configs: those of the Triton kernels of ours that one call launches, in order
     not_run      cases that there was no time for
 """
 

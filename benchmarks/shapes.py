@@ -87,7 +87,7 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
 def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:
     """Shapes that no power of two divides, and the variants of attention and of the activations."""
     base = {"batch": batch, "tokens": 197, "heads": 12, "head_dim": 64}
-    for variant in ("bias", "mask", "causal"):
+    for variant in ("bias", "mask", "causal", "rope", "qk-norm rope"):
         yield "attention", {**base, "variant": variant}
     for head_dim in (72, 80, 88, 96, 104, 128):
         yield "attention", {**base, "head_dim": head_dim}

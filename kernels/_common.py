@@ -5,10 +5,11 @@ Nothing here knows about the rest of vitfast: `kernels/` imports torch, triton a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,6 +32,20 @@ SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 
 compute capabilities). Triton does not check it when compiling for another chip."""
 
 
+_listeners: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def launched_configs() -> Iterator[list[str]]:
+    """The names of the configs of all launches inside, in order; of all threads, for autograd has one of its own."""
+    names: list[str] = []
+    _listeners.append(names)
+    try:
+        yield names
+    finally:
+        _listeners[:] = [other for other in _listeners if other is not names]
+
+
 @dataclass(frozen=True)
 class Config:
     """One launch configuration of a kernel: block sizes and the compiler's options."""
@@ -40,6 +55,20 @@ class Config:
     num_warps: int
     num_stages: int
     min_capability: tuple[int, int] = (8, 0)
+
+    def options(self) -> dict[str, Any]:
+        """What a launch passes on, noted for `launched_configs`.
+
+        Products and sums are fused, which Triton 3.10 does only when told to.
+        """
+        for names in _listeners:
+            names.append(self.name)
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from vitfast.kernels._attention_dkdv import attention_dkdv_kernel
 from vitfast.kernels._attention_dq import attention_dq_kernel
 from vitfast.kernels._common import (
     CompileCase,
-    Config,
     capability,
     check_device,
     check_dtype,
@@ -129,7 +128,7 @@ def attention_backward(
             BIAS_PER_QUERY=bias_per_query,
             MASK_PER_QUERY=mask_per_query,
             BLOCK_TAIL=last_block(config.blocks["BLOCK_N"], key_count, arguments),
-            **_options(config),
+            **config.options(),
         )
     if dk.numel():
         config = pick_backward_config(
@@ -142,15 +141,11 @@ def attention_backward(
             heads=key_heads,
             longest=key_count,
             BLOCK_TAIL=last_block(config.blocks["BLOCK_M"], query_count, arguments),
-            **_options(config),
+            **config.options(),
         )
     if dscores is None or bias is None:
         return dq, dk, dv, None
     return dq, dk, dv, dscores.sum_to_size(bias.shape).to(bias.dtype)
-
-
-def _options(config: Config) -> dict[str, int]:
-    return config.blocks | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def compile_cases() -> list[CompileCase]:

@@ -190,9 +190,7 @@ def _launch(
         rows.shape[0],
         rows.shape[1],
         eps,
-        **config.blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
 
 
@@ -254,9 +252,7 @@ def row_stats(x: Tensor) -> Tensor:
             count,
             columns,
             tiles,
-            **STATS_CONFIG.blocks,
-            num_warps=STATS_CONFIG.num_warps,
-            num_stages=STATS_CONFIG.num_stages,
+            **STATS_CONFIG.options(),
         )
     return stats
 

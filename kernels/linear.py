@@ -144,7 +144,7 @@ def linear(
     _linear_sum_kernel[(triton.cdiv(rows, sum_m) * triton.cdiv(width, sum_n),)](
         y, y_stats, partial, residual=residual_rows,
         residual_stride=0 if residual_rows is None else residual_rows.stride(0),
-        M=rows, N=width, K=inner, SPLIT_K=split, **epilogue, **SUM_CONFIG.blocks, num_warps=SUM_CONFIG.num_warps,
+        M=rows, N=width, K=inner, SPLIT_K=split, **epilogue, **SUM_CONFIG.options(),
     )  # fmt: skip
     return (y, y_stats) if y_stats is not None else y
 
@@ -166,10 +166,8 @@ def _product(
     jobs = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n) * split
     # Tiles of 4 warps leave room for a second program, which works while the first is in its epilogue.
     programs = min(jobs, sms * (8 // config.num_warps))
-    options = {
-        **epilogue, "M": rows, "N": width, "K": inner, "GROUP": GROUP_M, **config.blocks, "SPLIT_K": split,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
+    sizes = {"M": rows, "N": width, "K": inner, "GROUP": GROUP_M}
+    options = {**epilogue, **sizes, **config.options(), "SPLIT_K": split}
     if config in TMA_CONFIGS:
         part = [block_m, min(block_n, 128)]
         _linear_tma_kernel[(programs,)](

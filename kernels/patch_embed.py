@@ -288,9 +288,7 @@ def patch_embed(
         MIDDLE=middle,
         INNER=inner,
         UNIT=unit,
-        **config.blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
     return out
 
