@@ -211,9 +211,7 @@ def _launch(
         MASK_PER_QUERY=mask_per_query,
         VECTOR=vector(head_dim, q, k, v, *(() if arguments["cos"] is None else (arguments["cos"], arguments["sin"]))),
         BLOCK_TAIL=last_block(block_n, k.shape[1], arguments),
-        **config.blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
     return out, out_scale
 

@@ -297,8 +297,8 @@ def attention_block(
         y, y_stats, qkv, x_rows, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, residual_rows, weight_sum,
         x_rows.stride(0), qkv_weight.stride(0), proj_weight.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
-        tokens, width, heads, head_dim**-0.5 * LOG2E, eps, HEAD_DIM=head_dim, C0=large, C1=small, **config.blocks,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        tokens, width, heads, head_dim**-0.5 * LOG2E, eps, HEAD_DIM=head_dim, C0=large, C1=small,
+        **config.options(),
     )  # fmt: skip
     return (y, y_stats) if y_stats is not None else y
 

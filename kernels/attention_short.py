@@ -30,8 +30,8 @@ from vitfast.kernels.quantize import in_8_bits
 HEAD_DIMS = (32, 64, 128)
 
 CONFIGS = [
-    Config("short", {"BLOCK_M": 64}, num_warps=4, num_stages=1),
-    Config("short-8-warps", {"BLOCK_M": 64}, num_warps=8, num_stages=1, min_capability=(10, 0)),
+    Config("short", {"BLOCK_M": 64, "WALK": 0}, num_warps=4, num_stages=1),
+    Config("short-8-warps", {"BLOCK_M": 64, "WALK": 0}, num_warps=8, num_stages=1, min_capability=(10, 0)),
     Config("short-walk", {"BLOCK_M": 64, "WALK": 1}, num_warps=4, num_stages=1),
     Config("short-walk-32", {"BLOCK_M": 32, "WALK": 1}, num_warps=4, num_stages=1),
 ]
@@ -198,7 +198,7 @@ def launch(
     out_scale: [B, Nq, H] fp32, written too, if `out` is in 8 bits.
     """
     batch, query_count, heads, head_dim = q.shape
-    tiles = 1 if "WALK" in config.blocks else triton.cdiv(query_count, config.blocks["BLOCK_M"])
+    tiles = 1 if config.blocks["WALK"] else triton.cdiv(query_count, config.blocks["BLOCK_M"])
     keys = key_tiles(k.shape[1])
     _attention_short_kernel[(tiles * batch * heads,)](
         out,
@@ -218,10 +218,7 @@ def launch(
         KEYS_0=keys[0],
         KEYS_1=keys[1],
         KEYS_2=keys[2],
-        BLOCK_M=config.blocks["BLOCK_M"],
-        WALK="WALK" in config.blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
 
 
@@ -256,8 +253,7 @@ def _compile_case(config: Config, head_dim: int, tokens: int, arch: int, kind: s
         "KEYS_0": keys[0],
         "KEYS_1": keys[1],
         "KEYS_2": keys[2],
-        "BLOCK_M": config.blocks["BLOCK_M"],
-        "WALK": "WALK" in config.blocks,
+        **config.blocks,
         **({"out_scale": None} if kind == "bf16" else {}),
     }
     types = dict.fromkeys(("q", "k", "v"), "*bf16") | {"out": f"*{kind}", "out_scale": "*fp32", "unit": "fp32"}

@@ -234,8 +234,8 @@ def mlp(
         y, y_stats, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows, weight_sum,
         x_rows.stride(0), fc1_weight.stride(0), fc2_weight.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
-        rows, width, units, eps, ACTIVATION=activation, C0=large, C1=small, **config.blocks,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        rows, width, units, eps, ACTIVATION=activation, C0=large, C1=small,
+        **config.options(),
     )  # fmt: skip
     return (y, y_stats) if y_stats is not None else y
 

@@ -126,9 +126,7 @@ def quantize(
             rows.shape[0],
             rows.shape[1],
             eps,
-            **config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options(),
         )
     return values, scale
 

@@ -22,6 +22,7 @@ technical report (2024), sections 3.3.1 and 3.3.2, scales of 1 x 128 groups and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -253,7 +254,6 @@ def quantized_linear(
     if requantize and config.blocks["BLOCK_N"] != SCALE_GROUP:
         raise ValueError(f"{op}: config {config.name} has tiles of other than {SCALE_GROUP} columns, a group of scales")
     tiles = triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_N"])
-    blocks, stages = _with_group(config, group)
     _quantized_linear_kernel[(tiles,)](
         y=y, y_scale=y_scale, x=x_rows, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
         bias=bias, layer_scale=layer_scale, residual=residual_rows,
@@ -262,18 +262,17 @@ def quantized_linear(
         residual_stride=0 if residual_rows is None else residual_rows.stride(0),
         M=rows, N=width, K=inner,
         ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=group > 0, GROUP=GROUP_M,
-        **blocks,
-        num_warps=config.num_warps,
-        num_stages=stages,
+        **_with_group(config, group).options(),
     )  # fmt: skip
     return y if y_scale is None else (y, y_scale)
 
 
-def _with_group(config: Config, group: int) -> tuple[dict[str, int], int]:
-    """Blocks and stages where so many columns of x share a scale: a tile of K is a group, with as much in flight."""
+def _with_group(config: Config, group: int) -> Config:
+    """The config where so many columns of x share a scale: a tile of K is a group, with as much in flight."""
     if not group:
-        return config.blocks, config.num_stages
-    return config.blocks | {"BLOCK_K": group}, config.num_stages * config.blocks["BLOCK_K"] // group
+        return config
+    stages = config.num_stages * config.blocks["BLOCK_K"] // group
+    return replace(config, blocks=config.blocks | {"BLOCK_K": group}, num_stages=stages)
 
 
 # Epilogue -> activation and the optional tensors present: the products of a ViT block. groups: of 128, fc2's; heads:
@@ -311,9 +310,9 @@ def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
     tensors |= dict.fromkeys(("x", "weight", *(("y",) if "y_scale" in present else ())), f"*{kind}")
     tensors |= dict.fromkeys(("x_scale", "weight_scale", "y_scale"), "*fp32")
     group = {"residual_groups": 128, "residual_heads": 64}.get(epilogue, 0)
-    blocks, stages = _with_group(config, group)
+    config = _with_group(config, group)
     constexprs: dict[str, Any] = {"ACTIVATION": activation, "PROMOTE": PROMOTE, "GROUPED": group > 0}
-    constexprs |= {"GROUP": GROUP_M, **blocks}
+    constexprs |= {"GROUP": GROUP_M, **config.blocks}
     constexprs |= {name: None for name in ("y_scale", "bias", "layer_scale", "residual") if name not in present}
     names = _quantized_linear_kernel.arg_names
     signature = {name: tensors.get(name, "i32") for name in names if name not in constexprs}
@@ -324,8 +323,8 @@ def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
         signature=signature,
         constexprs=constexprs,
         num_warps=config.num_warps,
-        num_stages=stages,
+        num_stages=config.num_stages,
         aligned=tuple(name for name in signature if name != "M"),
         archs=(89, 90, 100) if kind == "fp8e4nv" else (80, 90, 100),
-        tile={axis: blocks[f"BLOCK_{axis}"] for axis in "MNK"},
+        tile={axis: config.blocks[f"BLOCK_{axis}"] for axis in "MNK"},
     )
