@@ -198,13 +198,13 @@ def test_render_names_every_op_package_and_warning(report):
 def test_plan_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "plans_dir", lambda: tmp_path / "plans")
     transformers = peers.import_transformers()
-    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
+    config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96,
                                     image_size=32, patch_size=8, num_labels=5)  # fmt: skip
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
     found = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
     sites = {entry["site"]: entry for entry in found["sites"]}
     assert set(sites) >= {"patch_embed", "qkv", "attention", "proj", "fc1", "fc2", "head"}
-    assert sites["qkv"]["dims"] == {"rows": 17, "inner": 48, "width": 144}
+    assert sites["qkv"]["dims"] == {"rows": 17, "inner": 64, "width": 192}
     for entry in sites.values():
         assert entry["uses"] in entry["ms"] or not entry["ms"]
         assert entry["uses"] not in entry["refused"]
@@ -218,12 +218,16 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     text = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu"]).stdout
     assert "attention" in text
     assert "why not the others" in text
-    assert found["memory"]["weights"] > 4 * (48 * 3 * 48 + 2 * 48 * 96)
+    assert found["memory"]["weights"] > 4 * (64 * 3 * 64 + 2 * 64 * 96)
     assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
     quantized = {entry["site"]: entry for entry in doctor.plan(tmp_path / "model", device="cpu", dtype="fp8")["sites"]}
     assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
     assert "it has no scale groups" in quantized["hidden_fc2"]["refused"]["torch._scaled_mm"]
     assert "torch._scaled_mm" not in quantized["quantize"]["refused"]
+    assert (quantized["mixed_attention"]["op"], quantized["mixed_proj"]["op"]) == ("attention", "quantized_linear")
+    assert "it has no scale groups of 64" in quantized["mixed_proj"]["refused"]["torch._scaled_mm"]
+    native = quantized["mixed_attention"]["refused"]["native"]
+    assert native == "it has no float8_e4m3fn output" or "not built" in native
 
 
 def test_device_without_plan_is_refused():
