@@ -109,13 +109,12 @@ def test_epilogues(kernels, names):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("columns", [128, 256])
-def test_mlp_of_vit_base(kernels, columns):
-    """An image through fc1, which requantises, and fc2."""
-    fc1 = whole(197, 3072, 768)
-    check(kernels, *fc1, columns=columns, blocks=7, **epilogue_of(("bias", "gelu", "requantize"), 197, 3072, columns))
-    fc2 = operands(197, 768, 3072, grouped=True)
-    check(kernels, *fc2, columns=columns, blocks=3, **epilogue_of(("bias", "residual"), 197, 768, columns))
+def test_mlp_of_vit_small(kernels):
+    """An image through fc1, which requantises, and fc2, on as many blocks as take several tiles each."""
+    fc1 = epilogue_of(("bias", "gelu", "requantize"), 197, 1536, 256)
+    check(kernels, *whole(197, 1536, 384), columns=256, blocks=5, **fc1)
+    fc2 = epilogue_of(("bias", "residual"), 197, 384, 128)
+    check(kernels, *operands(197, 384, 1536, grouped=True), columns=128, blocks=2, **fc2)
 
 
 def test_strides(kernels):

@@ -62,11 +62,11 @@ inline float add_in_14_bits(float sum, const float* a, const float* b, int count
     if (finite && a[k] && b[k]) most = std::max(most, exponent(a[k], -6) + exponent(b[k], -6));
   }
   if (!finite) return NAN;
-  const double place = std::ldexp(1.0, most - 13);
-  const auto cut = [](double x, double place) { return std::trunc(x / place) * place; };
-  double total = cut(sum, place);
-  for (int k = 0; k < count; ++k) total += cut(static_cast<double>(a[k]) * b[k], place);
-  return static_cast<float>(total ? cut(total, std::ldexp(1.0, std::ilogb(total) - 13)) : 0.0);
+  const auto cut = [](double x, double places) { return std::trunc(x * places) / places; };
+  const double places = std::ldexp(1.0, 13 - most);
+  double total = cut(sum, places);
+  for (int k = 0; k < count; ++k) total += cut(static_cast<double>(a[k]) * b[k], places);
+  return static_cast<float>(total ? cut(total, std::ldexp(1.0, 13 - std::ilogb(total))) : 0.0);
 }
 
 inline void compute(Block& block, Product& p, int warp, ProductQueue::Sums& sums) {
