@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import warnings
@@ -132,12 +133,15 @@ class Gate:
             given = call.part(part)
             oracle = reference(*given.args, **given.kwargs, upcast=True)
             self._answers.append((_tuple(oracle), _tuple(reference(*given.args, **given.kwargs))))
-        self._parts, self._size = parts, size
+        self._parts, self._size, self._tolerances = parts, size, testing.tolerances_for(call.args)
         self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // checked
 
     def judge(self, run: Thunk, peer: Peer, when: str = "") -> dict[str, Any]:
         """correct, max_error (by the largest right value) and, if wrong, error."""
         actual, problems, worst = _tuple(run()), [], 0.0
+        judge: Callable[..., list[str]] = testing.why_not_close_in_8_bits
+        if not peer.eight_bit:
+            judge = functools.partial(testing.why_not_close, tolerances=self._tolerances)
         if len(actual) != len(self._answers[0][0]):
             problems.append(f"{len(actual)} outputs, not {len(self._answers[0][0])}")
         for i, got in enumerate(actual if not problems else ()):
@@ -148,7 +152,6 @@ class Gate:
                 problems.append("nan or inf in the output")
             else:
                 for part, (oracles, baselines) in zip(self._parts, self._answers, strict=True):
-                    judge = testing.why_not_close_in_8_bits if peer.eight_bit else testing.why_not_close
                     problems += judge(got[part], oracles[i], baselines[i])
                     right = oracles[i].double()
                     error = (got[part].double() - right).abs().max() / right.abs().max()

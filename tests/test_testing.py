@@ -14,6 +14,7 @@ import triton.language as tl
 
 import vitfast
 from vitfast import testing
+from vitfast.ops import reference
 from vitfast.testing import assert_close, make
 
 ROOT = Path(vitfast.__file__).parents[1]
@@ -87,6 +88,29 @@ def test_assert_close_fails_for_many_small_errors(x):
     actual[0, 0] = 64.0
     with pytest.raises(AssertionError, match="relative RMS error"):
         assert_close(actual, oracle, oracle.to(x.dtype))
+
+
+def test_bounds_for_e4m3_products_still_see_a_lost_column():
+    """One of 3072, the largest K of ViT-B/16."""
+    x, weight = (make(rows, 3072, seed=rows).to(torch.float8_e4m3fn) for rows in (64, 128))
+    ones = [torch.ones(rows, device=x.device) for rows in (64, 128)]
+
+    def product(columns, **options):
+        given = (x[:, :columns], ones[0], weight[:, :columns], ones[1])
+        return reference.quantized_linear(*given, dtype=torch.float32, **options)
+
+    oracle, baseline = product(3072, upcast=True), product(3072)
+    assert_close(baseline, oracle, baseline, tolerances=testing.E4M3_PRODUCTS)
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        assert_close(product(3071), oracle, baseline, tolerances=testing.E4M3_PRODUCTS)
+
+
+def test_bounds_for_e4m3_are_for_gpus():
+    """Triton's interpreter, and torch on a CPU, add such products in fp32."""
+    for dtype in testing.DTYPES:
+        assert testing.tolerances_for((make(2, dtype=dtype), None, 0)) is testing.TOLERANCES
+    found = testing.tolerances_for((make(2), make(2).to(torch.float8_e4m3fn)))
+    assert found is (testing.E4M3_PRODUCTS if testing.device().type == "cuda" else testing.TOLERANCES)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -134,11 +134,12 @@ def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tup
     """
     oracle = getattr(reference, call.op)(*call.args, **call.kwargs, upcast=True)
     baseline = getattr(reference, call.op)(*call.args, **call.kwargs)
+    tolerances = testing.tolerances_for(call.args)
     right, wrong = [], {}
     run = {entry.name: _runner(entry, call) for entry in entries}
     for entry in entries:
         try:
-            testing.assert_close(run[entry.name](), oracle, baseline, what=call.op)
+            testing.assert_close(run[entry.name](), oracle, baseline, what=call.op, tolerances=tolerances)
             right.append(entry)
         except (AssertionError, RuntimeError, ValueError) as error:
             wrong[entry.name] = f"{type(error).__name__}: {error}"
