@@ -94,7 +94,7 @@ def test_triton_forward_of_vit_tiny(dtype):
 
 
 @pytest.mark.parametrize("side", [112, pytest.param(224, marks=pytest.mark.full)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 def test_triton_forward_of_vit_tiny_in_two_launches_a_block(dtype, side):
     """Two blocks of a ViT-Ti/16, held to the same as unfused."""
     config = dataclasses.replace(TINY, image_size=(side, side), depth=2)
