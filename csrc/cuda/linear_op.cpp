@@ -20,9 +20,9 @@ constexpr const char* op = "linear";
 // In the words of kernels/linear.py.
 void check(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& layer_scale,
            const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
-  const std::pair<const char*, const Optional&> like_x[] = {
-      {"weight", weight}, {"bias", bias}, {"layer_scale", layer_scale}, {"residual", residual}};
-  const std::pair<const char*, const Optional&> in_fp32[] = {{"row_stats", row_stats}, {"weight_sum", weight_sum}};
+  using Named = std::pair<const char*, Optional>;  // not a reference: weight's is made here
+  const Named like_x[] = {{"weight", weight}, {"bias", bias}, {"layer_scale", layer_scale}, {"residual", residual}};
+  const Named in_fp32[] = {{"row_stats", row_stats}, {"weight_sum", weight_sum}};
   for (const auto& [name, tensor] : like_x) check_on_device(op, name, tensor, x);
   for (const auto& [name, tensor] : in_fp32) check_on_device(op, name, tensor, x);
   check_dtype(op, "x", x, {at::kHalf, at::kBFloat16});
