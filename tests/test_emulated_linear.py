@@ -182,7 +182,12 @@ FAULTS = {
         "",
     ),
     "sums of the last tile kept": (BODY, "step + i > 0", "true", ""),
-    "rounds of the ring miscounted": (BODY, "parity ^= stage == 0", "parity ^= stage == 1", "deadlock|nobody"),
+    "rounds of the ring miscounted": (
+        "device/hopper.cuh",
+        "parity ^= stage == 0",
+        "parity ^= stage == 1",
+        "deadlock|nobody",
+    ),
     "y written while it leaves": (
         BODY,
         "store_wait_read<0>();  // the last tile's y has left: its place is free",
