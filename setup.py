@@ -23,7 +23,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoints", "integrations", "kernels", "ops"))]
+ROOMS = (
+    "attention", "benchmarks", "cli", "diagnostics", "engine", "images", "integrations", "kernels", "models",
+    "models.checkpoints", "ops", "pipeline",
+)  # fmt: skip
+PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ROOMS)]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 

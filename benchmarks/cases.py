@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.engine import QUANTIZED
+from vitfast.engine.dtypes import QUANTIZED
 from vitfast.ops import fold_norm, reference
 from vitfast.ops.registry import Spec, device_capability
 
@@ -307,7 +307,7 @@ def _block(d: Dims, make: Maker) -> Call:
 
 
 def block(x: Tensor, weights: Mapping[str, Tensor], *, heads: int, upcast: bool = False) -> Tensor:
-    """A pre-norm transformer block in plain PyTorch, op by op; weights by the names of `vitfast.config`."""
+    """A pre-norm transformer block in plain PyTorch, op by op; weights by the names of `vitfast.models.config`."""
 
     def of(name: str) -> tuple[Tensor, Tensor]:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-import vitfast
 from vitfast.benchmarks.device import Device
+from vitfast.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout; in an installed package, the package."""
@@ -40,7 +40,7 @@ def environment(device: Device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "vitfast": vitfast.__version__,
+        "vitfast": __version__,
         "torch": torch.__version__,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "settings": {

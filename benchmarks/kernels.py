@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import testing
 from vitfast.benchmarks import timing
 from vitfast.benchmarks.cases import OPS, Call, Case, gate_size, nbytes
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.peers import BASELINE, Absent, Peer, Thunk, peers_of
 from vitfast.benchmarks.shapes import awkward_dims, model_dims
-from vitfast.config import NAMED
+from vitfast.models.config import NAMED
+from vitfast.ops import accuracy
 
 FULL_BATCHES = (1, 8, 64, 256, 512)
 
@@ -133,15 +133,15 @@ class Gate:
             given = call.part(part)
             oracle = reference(*given.args, **given.kwargs, upcast=True)
             self._answers.append((_tuple(oracle), _tuple(reference(*given.args, **given.kwargs))))
-        self._parts, self._size, self._tolerances = parts, size, testing.tolerances_for(call.args)
+        self._parts, self._size, self._tolerances = parts, size, accuracy.tolerances_for(call.args)
         self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // checked
 
     def judge(self, run: Thunk, peer: Peer, when: str = "") -> dict[str, Any]:
         """correct, max_error (by the largest right value) and, if wrong, error."""
         actual, problems, worst = _tuple(run()), [], 0.0
-        judge: Callable[..., list[str]] = testing.why_not_close_in_8_bits
+        judge: Callable[..., list[str]] = accuracy.why_not_close_in_8_bits
         if not peer.eight_bit:
-            judge = functools.partial(testing.why_not_close, tolerances=self._tolerances)
+            judge = functools.partial(accuracy.why_not_close, tolerances=self._tolerances)
         if len(actual) != len(self._answers[0][0]):
             problems.append(f"{len(actual)} outputs, not {len(self._answers[0][0])}")
         for i, got in enumerate(actual if not problems else ()):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import testing
 from vitfast.benchmarks import timing
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.kernels import add_ratios, quiet, reason
 from vitfast.benchmarks.model_peers import BASELINE, EIGHT_BIT, PEERS
-from vitfast.config import NAMED
-from vitfast.predict import predict
+from vitfast.diagnostics.predict import predict
+from vitfast.models import libraries
+from vitfast.models.config import NAMED
+from vitfast.ops.accuracy import PEER_TOLERANCE
 
 LATENCY_BATCH = 8
 """Up to this batch size a call is timed until its result is there (latency); above, calls follow each other."""
@@ -58,10 +59,11 @@ def compare(
     """
     torch.compiler.reset()
     start = time.perf_counter()
-    timm = testing.import_peer("timm")
+    timm = libraries.import_library("timm")
     torch.manual_seed(0)
     oracle = timm.create_model(name, pretrained=False).eval().to(device.torch_device)
-    images = testing.make(batch, 3, *oracle.patch_embed.img_size, seed=1).to(device.torch_device)
+    images = torch.randn(batch, 3, *oracle.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    images = images.to(device.torch_device)
     given, expected = images.to(dtype), oracle(images).double()
     rows: list[dict[str, Any]] = []
     programs, accuracy = {}, {}
@@ -82,7 +84,7 @@ def compare(
             rows[-1] |= made | accuracy[peer]
         except Exception as error:  # whatever a library raises is the reason in its cell
             rows[-1]["error"] = reason(error)
-    bound = max(2 * accuracy.get(BASELINE, {}).get("max_error", 0.0), testing.PEER_TOLERANCE)
+    bound = max(2 * accuracy.get(BASELINE, {}).get("max_error", 0.0), PEER_TOLERANCE)
     wrong = {peer: _why_wrong(found, bound, peer in EIGHT_BIT) for peer, found in accuracy.items()}
     right = {peer: program for peer, program in programs.items() if not wrong[peer]}
     times, telemetry = timing.time_interleaved(right, device, rounds, seconds=start + seconds - time.perf_counter())

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vitfast
 from vitfast.benchmarks.peers import Absent
+from vitfast.engine.load import load
 
 Run = Callable[[Tensor], Tensor]
 BASELINE = "timm eager"
@@ -28,7 +28,7 @@ BASELINE = "timm eager"
 
 def engine(model: Any, images: Tensor) -> Run:
     """vitfast's engine, on the images' device and dtype."""
-    built = vitfast.load(model, device=images.device, dtype=images.dtype)
+    built = load(model, device=images.device, dtype=images.dtype)
     return lambda x: built(x).logits
 
 
@@ -36,7 +36,7 @@ def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     """vitfast's engine with the products of the blocks in 8 bits."""
     if not images.is_cuda:
         raise Absent("on a CPU it is an emulation, there to see what it costs in accuracy")
-    built = vitfast.load(model, device=images.device, dtype=precision)
+    built = load(model, device=images.device, dtype=precision)
     return lambda x: built(x).logits
 
 

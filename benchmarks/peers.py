@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitfast import model, ops, planner
+from vitfast import ops
 from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
-from vitfast.config import ViTConfig
+from vitfast.engine import planner
+from vitfast.models import vit
+from vitfast.models.config import ViTConfig
+from vitfast.models.weights import prepare_weights
 from vitfast.ops import registry, scaled_mm
 from vitfast.ops.registry import BACKENDS, backend
 
@@ -182,12 +185,12 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     plan = planner.build(config, device=x.device, dtype=x.dtype, backend=choice, batch=batch)
     named = {f"blocks.0.{name}": weight for name, weight in weights.items()}
     named["patch_embed.weight"] = x.new_zeros(width, 3, 1, 1)  # not part of a block
-    arranged = model.arrange(config, named, plan, device=x.device, dtype=x.dtype)
+    arranged = prepare_weights(config, named, plan, device=x.device, dtype=x.dtype)
     wanted = plan.fold_norm and not plan.fuse_attention
     stats = plan.calls["row_stats"](x) if wanted else None  # in a model, the block before writes them
 
     def run() -> Tensor:
-        return model.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
+        return vit.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
 
     return run
 

@@ -1,4 +1,4 @@
-"""Predictions beside measurements: what result files of a GPU say about the launches of `vitfast.predict`."""
+"""Predictions beside measurements: what result files of a GPU say about predicted launches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from vitfast.benchmarks.result_file import read, results_folder
 from vitfast.benchmarks.shapes import quantized_site_dims, site_dims
-from vitfast.config import ViTConfig
-from vitfast.engine import QUANTIZED
+from vitfast.engine.dtypes import QUANTIZED
+from vitfast.models.config import ViTConfig
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn", "int8": "int8"}
 """A prediction's dtype -> that of result rows."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vitfast.benchmarks.cases import Dims
-from vitfast.config import ViTConfig
-from vitfast.engine import QUANTIZED
+from vitfast.engine.dtypes import QUANTIZED
+from vitfast.engine.planner import FUSED_MAX_WIDTH
+from vitfast.models.config import ViTConfig
 from vitfast.ops import SCALE_GROUP, SCALE_GROUPS
-from vitfast.planner import FUSED_MAX_WIDTH
 
 
 def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
@@ -36,7 +36,7 @@ def site_dims(config: ViTConfig, batch: int) -> dict[str, tuple[str, Dims]]:
 
 
 def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[str, tuple[str, Dims]]:
-    """Site of a block with products in 8 bits ("fp8" or "int8") -> (op, dims), by the names of `vitfast.launches`."""
+    """Site of a block with products in 8 bits ("fp8" or "int8") -> (op, dims), as predictions name them."""
     sites, gate = site_dims(config, batch), "swiglu" if config.gated else "gelu"
 
     def product(site: str, epilogue: str) -> tuple[str, Dims]:

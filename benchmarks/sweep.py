@@ -28,7 +28,7 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
 from vitfast.benchmarks.result_file import write
-from vitfast.planner import FUSED_MAX_WIDTH, FUSED_SITES
+from vitfast.engine.planner import FUSED_MAX_WIDTH, FUSED_SITES
 
 OURS = "vitfast triton"
 OPS = (

@@ -25,7 +25,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import vitfast
-from vitfast import attention, testing
+from vitfast import testing
+from vitfast.attention import sdpa
+from vitfast.models import libraries
+from vitfast.ops import accuracy
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 
@@ -175,7 +178,7 @@ def too_large(*args: Any, **kwargs: Any) -> torch.Tensor:
     return 1.01 * RIGHT(*args, **kwargs)
 
 
-RIGHT = attention.scaled_dot_product_attention
+RIGHT = sdpa.scaled_dot_product_attention
 
 
 def row(name: str, model: nn.Module, inputs: dict[str, Any]) -> tuple[str, bool]:
@@ -187,13 +190,13 @@ def row(name: str, model: nn.Module, inputs: dict[str, Any]) -> tuple[str, bool]
         return ((result(model, inputs) - before).abs().max() / before.abs().max()).item()
 
     swap = vitfast.replace_attention(model)
-    with attention.attention_backend("triton"):
+    with sdpa.attention_backend("triton"):
         error = difference()
-    with attention.attention_backend("torch"), mock.patch.object(attention, RIGHT.__name__, too_large):
+    with sdpa.attention_backend("torch"), mock.patch.object(sdpa, RIGHT.__name__, too_large):
         felt = difference()
     swap.restore()
-    good = error <= testing.PEER_TOLERANCE and torch.equal(result(model, inputs), before)
-    good &= felt > testing.PEER_TOLERANCE or not swap.replaced
+    good = error <= accuracy.PEER_TOLERANCE and torch.equal(result(model, inputs), before)
+    good &= felt > accuracy.PEER_TOLERANCE or not swap.replaced
     reasons = Counter(swap.left.values())
     left = "; ".join(f"{count} × {why}" for why, count in reasons.items()) or "none"
     shown = "" if not swap.replaced else "0" if error == 0 else f"{error:.0e}"
@@ -202,8 +205,8 @@ def row(name: str, model: nn.Module, inputs: dict[str, Any]) -> tuple[str, bool]
 
 def main() -> int:
     """Build every family, write the page; 1 if one is wrong."""
-    torchvision = testing.import_peer("torchvision")
-    transformers, timm = testing.import_peer("transformers"), testing.import_peer("timm")
+    torchvision = libraries.import_library("torchvision")
+    transformers, timm = libraries.import_library("transformers"), libraries.import_library("timm")
     cases: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = []
     for name, (settings, inputs) in TRANSFORMERS.items():
         extra = {}
@@ -230,7 +233,7 @@ def main() -> int:
         lines.append(line)
         wrong += [] if good else [name]
     versions = ", ".join(f"{peer.__name__} {peer.__version__}" for peer in (torch, transformers, timm, torchvision))
-    PAGE.write_text(HEAD.format(versions=versions, tolerance=testing.PEER_TOLERANCE) + "\n".join(lines) + "\n")
+    PAGE.write_text(HEAD.format(versions=versions, tolerance=accuracy.PEER_TOLERANCE) + "\n".join(lines) + "\n")
     print(f"wrote {PAGE.name}; wrong: {', '.join(wrong) or 'none'}")
     return int(bool(wrong))
 

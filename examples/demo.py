@@ -25,8 +25,8 @@ from PIL import Image
 from pretrained import clip_vit_b16
 
 import vitfast
-from vitfast.embed import embed_images
-from vitfast.embedding_folder import EmbeddingFolder, write_parquet
+from vitfast.pipeline.embed import embed_images
+from vitfast.pipeline.parquet import EmbeddingFolder, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"

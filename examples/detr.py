@@ -29,7 +29,8 @@ from rich import print as show
 
 import vitfast
 from vitfast import testing
-from vitfast.verify import render
+from vitfast.diagnostics.verify import render
+from vitfast.models import libraries
 
 SIZES = {"d_model": 32, "num_queries": 8, "num_labels": 5, "encoder_layers": 1, "decoder_layers": 1}
 SIZES |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -82,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.model) != bool(options.images):
         parser.error("--model and --images go together")
     with contextlib.suppress(ImportError):  # not installed, then transformers does without
-        testing.import_peer("torchvision")
-    transformers = testing.import_peer("transformers")
+        libraries.import_library("torchvision")
+    transformers = libraries.import_library("transformers")
     if options.model:
         model, inputs = real_model(transformers, options.model, options.images)
     else:

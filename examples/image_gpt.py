@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 
 import vitfast
 from vitfast import testing
+from vitfast.models import libraries
+from vitfast.ops import accuracy
 
 SIZES = {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
 DIGITS = "0123456789abcdef"
@@ -66,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="triton", help="triton (the kernels), torch, or auto (default: triton)")
     options = parser.parse_args(arguments)
     with contextlib.suppress(ImportError):  # not installed, then transformers does without
-        testing.import_peer("torchvision")
-    transformers = testing.import_peer("transformers")
+        libraries.import_library("torchvision")
+    transformers = libraries.import_library("transformers")
     if options.model:
         model = transformers.ImageGPTForCausalImageModeling.from_pretrained(options.model)
     else:
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_images(same_pixels, options.side)
     error = ((same_logits - logits).abs().max() / logits.abs().max()).item()
     differing = int((same_pixels != pixels).sum())
-    allowed = testing.MODEL_TOLERANCES[logits.dtype].error
+    allowed = accuracy.MODEL_TOLERANCES[logits.dtype].error
     print(f"{swap}: {differing} of {pixels.numel()} pixels differ; largest difference of logits {error:.1e} of the")
     print(f"largest logit, allowed {allowed:.1e}")
     return int(bool(differing) or not error <= allowed)

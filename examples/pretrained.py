@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitfast import planner
+from vitfast.engine import plan_cache
 
 if TYPE_CHECKING:
     import onnx
@@ -258,7 +258,7 @@ def _complete(weights: Weights, names: list[str], what: str) -> Weights:
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Where converted models are kept: the argument, or a folder in vitfast's own cache."""
-    return planner.cache_dir() / "pretrained" if cache_dir is None else Path(cache_dir).expanduser()
+    return plan_cache.cache_dir() / "pretrained" if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def check_sha256(path: Path, expected: str) -> Path:

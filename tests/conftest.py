@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from vitfast.engine import plan_cache
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The interpreter's numpy and torch's thread pools fight over cores; tests are small.
@@ -11,7 +13,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from vitfast import attention, planner, testing
+from vitfast import testing
+from vitfast.attention import sdpa
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -30,7 +33,7 @@ def _own_plans(tmp_path_factory):
     """Plans measured here stay here, and none that another version left behind is read."""
     folder = tmp_path_factory.mktemp("plans")
     patch = pytest.MonkeyPatch()
-    patch.setattr(planner, "plans_dir", lambda: folder)
+    patch.setattr(plan_cache, "plans_dir", lambda: folder)
     yield
     patch.undo()
 
@@ -38,7 +41,7 @@ def _own_plans(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """The keyword arguments of every call of vitfast's attention."""
-    made, original, fused = [], attention.scaled_dot_product_attention, attention.fused
+    made, original, fused = [], sdpa.scaled_dot_product_attention, sdpa.fused
 
     def counted(*args, **kwargs):
         made.append(kwargs)
@@ -49,8 +52,8 @@ def calls(monkeypatch):
         made.extend([kwargs] * (out is not None))
         return out
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    monkeypatch.setattr(attention, "fused", counted_fused)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(sdpa, "fused", counted_fused)
     return made
 
 

@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import sys
 import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from vitfast.version import __version__
+
 if TYPE_CHECKING:
-    from vitfast.attention import attention_backend, explain, scaled_dot_product_attention
-    from vitfast.checkpoints import Checkpoint, CheckpointError
-    from vitfast.config import ViTConfig
-    from vitfast.engine import Engine, load
-    from vitfast.flash_attention import (
+    from vitfast.attention.flash_attn import (
         flash_attn_func,
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
         flash_attn_varlen_func,
         flash_attn_varlen_qkvpacked_func,
     )
-    from vitfast.images import ImageError, Preprocess
+    from vitfast.attention.sdpa import attention_backend, explain, scaled_dot_product_attention
+    from vitfast.diagnostics.verify import verify, verify_swap
+    from vitfast.engine.engine import Engine
+    from vitfast.engine.load import load
+    from vitfast.images.decode import ImageError
+    from vitfast.images.preprocess import Preprocess
     from vitfast.integrations import Swap, replace_attention
+    from vitfast.models.checkpoints import Checkpoint, CheckpointError
+    from vitfast.models.config import ViTConfig
+    from vitfast.models.output import Output
     from vitfast.ops import BackendError
-    from vitfast.output import Output
-    from vitfast.verify import verify, verify_swap
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "BackendError": "vitfast.ops",
-    "Checkpoint": "vitfast.checkpoints",
-    "CheckpointError": "vitfast.checkpoints",
-    "Engine": "vitfast.engine",
-    "ImageError": "vitfast.images",
-    "Output": "vitfast.output",
-    "Preprocess": "vitfast.images",
+    "Checkpoint": "vitfast.models.checkpoints",
+    "CheckpointError": "vitfast.models.checkpoints",
+    "Engine": "vitfast.engine.engine",
+    "ImageError": "vitfast.images.decode",
+    "Output": "vitfast.models.output",
+    "Preprocess": "vitfast.images.preprocess",
     "Swap": "vitfast.integrations",
-    "ViTConfig": "vitfast.config",
-    "attention_backend": "vitfast.attention",
-    "explain": "vitfast.attention",
-    "flash_attn_func": "vitfast.flash_attention",
-    "flash_attn_kvpacked_func": "vitfast.flash_attention",
-    "flash_attn_qkvpacked_func": "vitfast.flash_attention",
-    "flash_attn_varlen_func": "vitfast.flash_attention",
-    "flash_attn_varlen_qkvpacked_func": "vitfast.flash_attention",
-    "load": "vitfast.engine",
+    "ViTConfig": "vitfast.models.config",
+    "attention_backend": "vitfast.attention.sdpa",
+    "explain": "vitfast.attention.sdpa",
+    "flash_attn_func": "vitfast.attention.flash_attn",
+    "flash_attn_kvpacked_func": "vitfast.attention.flash_attn",
+    "flash_attn_qkvpacked_func": "vitfast.attention.flash_attn",
+    "flash_attn_varlen_func": "vitfast.attention.flash_attn",
+    "flash_attn_varlen_qkvpacked_func": "vitfast.attention.flash_attn",
+    "load": "vitfast.engine.load",
     "replace_attention": "vitfast.integrations",
-    "scaled_dot_product_attention": "vitfast.attention",
-    "verify": "vitfast.verify",
-    "verify_swap": "vitfast.verify",
+    "scaled_dot_product_attention": "vitfast.attention.sdpa",
+    "verify": "vitfast.diagnostics.verify",
+    "verify_swap": "vitfast.diagnostics.verify",
 }
 
 __all__ = [
@@ -88,16 +93,32 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _Package(types.ModuleType):
-    """This package, in which `vitfast.verify` stays the function when the submodule of that name is imported.
-
-    Python sets a submodule as an attribute of its package once it has run; a public name goes first.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PUBLIC and isinstance(value, types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
+_MOVED = {
+    "vitfast.checkpoints": "vitfast.models.checkpoints",
+    "vitfast.embed": "vitfast.pipeline.embed",
+    "vitfast.embedding_folder": "vitfast.pipeline.parquet",
+    "vitfast.flash_attention": "vitfast.attention.flash_attn",
+}
+"""Modules of 0.1.0 that were documented, and where they are now. The old names go with the release after the next."""
 
 
-sys.modules[__name__].__class__ = _Package
+class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module of _MOVED from its new place, with a DeprecationWarning."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        new = _MOVED[spec.name]
+        warnings.warn(f"{spec.name} has moved to {new}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It has run where it is now: only give back the spec that the import system has replaced."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.append(_MovedFinder())

@@ -1,5 +1,5 @@
 """`python -m vitfast` is the `vitfast` command."""
 
-from vitfast.cli import app
+from vitfast.cli.app import app
 
 app(prog_name="vitfast")

@@ -19,7 +19,7 @@ __all__ = ["Swap", "replace_attention"]
 
 
 def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
-    """Route a model's attention through `vitfast.attention.scaled_dot_product_attention`, in place.
+    """Route a model's attention through `vitfast.attention.sdpa.scaled_dot_product_attention`, in place.
 
     Args:
         model: any torch module; those of transformers, timm, torchvision, open_clip, dinov2 and dinov3 are recognised.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.swap import Found, Method
 from vitfast.ops import Rope, reference
@@ -59,11 +59,11 @@ def _attend(module: Any, qkv: Tensor, rope: tuple[Tensor, Tensor] | None = None,
     out = None
     if rope is not None:
         sin, cos = rope
-        out = attention.fused(q, k, v, rope=Rope(cos, sin), qk_norm=None) if fuse else None
+        out = sdpa.fused(q, k, v, rope=Rope(cos, sin), qk_norm=None) if fuse else None
         if out is None:
             q, k = module.apply_rope(q, k, rope)
     if out is None:
-        out = attention.scaled_dot_product_attention(q, k, v)
+        out = sdpa.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 

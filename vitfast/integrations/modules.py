@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations import torch_sdpa
 from vitfast.integrations.swap import Found, Swap, source, swap_forwards
 
@@ -106,7 +106,7 @@ def multihead_attention(
     causal = is_causal and key_padding_mask is None
     q, k, v = (_heads(x, module) for x in _project(module, query, key, value))
     mask = _merge(q, key_padding_mask, None if causal else attn_mask)
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     order = (0, 2, 1, 3) if module.batch_first else (2, 0, 1, 3)
     out = out.permute(order).flatten(2)
     return F.linear(out, module.out_proj.weight, module.out_proj.bias), None

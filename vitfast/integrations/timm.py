@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations import timm_windows, torch_sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.norms import read_norms
@@ -74,7 +74,7 @@ def _fused(
     module: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor | None:
     """Attention with the module's norms and rope in the kernel; None where that is not to be, or not exact."""
-    if attention.torch_first(q):
+    if sdpa.torch_first(q):
         return None
     exact, norm = read_norms(module.q_norm, module.k_norm, q.shape[-1])
     if not exact:
@@ -85,7 +85,7 @@ def _fused(
             return None
         sin, cos = rope.chunk(2, dim=-1)
         rotation = Rope(cos, sin, interleaved=not getattr(module, "rotate_half", False))
-    return attention.fused(q, k, v, rope=rotation, qk_norm=norm, attn_mask=attn_mask, is_causal=is_causal)
+    return sdpa.fused(q, k, v, rope=rotation, qk_norm=norm, attn_mask=attn_mask, is_causal=is_causal)
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
     q, k, v = _packed(module, module.qkv(x))
     out = _fused(module, q, k, v, None, attn_mask, is_causal)
     if out is None:
-        out = attention.scaled_dot_product_attention(
+        out = sdpa.scaled_dot_product_attention(
             module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
         )
     return _projected(module, out, gate)
@@ -150,7 +150,7 @@ def _with_rope(
             q, k = (_rotated(module, part, rope, v.dtype) for part in (q, k))
         if (groups := q.shape[1] // k.shape[1]) > 1:  # copied, as timm does
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     return _projected(module, out, gate)
 
 
@@ -163,7 +163,7 @@ def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None =
         bias = module._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
             bias = bias + shared_rel_pos_bias
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return module.proj_drop(module.proj(_joined(out)))
 
 
@@ -172,7 +172,7 @@ def _rel_pos_attention(module: Any, x: Tensor, shared_rel_pos: Tensor | None = N
         return type(module).forward(module, x, shared_rel_pos)
     q, k, v = _packed(module, module.qkv(x))
     bias = module.rel_pos.get_bias() if module.rel_pos is not None else shared_rel_pos
-    out = attention.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=bias)
+    out = sdpa.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=bias)
     return module.proj_drop(module.proj(_joined(out)))
 
 
@@ -182,7 +182,7 @@ def _attention_pool_latent(module: Any, x: Tensor, attn_mask: Tensor | None = No
     latent = module.q(module.latent.expand(x.shape[0], -1, -1))
     q = latent.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
     k, v = module.kv(x).unflatten(-1, (2, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = attention.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask)
+    out = sdpa.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=attn_mask)
     x = module.proj_drop(module.proj(_joined(out)))
     if module.mlp is not None:
         x = x + module.mlp(module.norm(x))
@@ -199,7 +199,7 @@ def _parallel_scaling_block(module: Any, x: Tensor, attn_mask: Tensor | None = N
         hidden = hidden + module.mlp_bias
     q, k, v = (part.unflatten(-1, (module.num_heads, module.head_dim)) for part in qkv)
     q, k, v = (part.transpose(1, 2) for part in (module.q_norm(q), module.k_norm(k), v))
-    out = _joined(attention.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
+    out = _joined(sdpa.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
     hidden = module.mlp_drop(module.mlp_act(hidden))
     if module.out_proj is not None:
         y = module.out_proj(torch.cat((out, hidden), dim=-1))

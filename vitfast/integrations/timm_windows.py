@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping
 
 
@@ -31,7 +31,7 @@ def attend_padded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale
     query, key, value = (
         F.pad(x, (0, max(more, 0))) for x, more in ((query, missing), (key, missing), (value, -missing))
     )
-    out = attention.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    out = sdpa.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return out[..., : value.shape[-1] + min(missing, 0)]
 
 
@@ -55,7 +55,7 @@ def _swin(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return type(module).forward(module, x, mask)
     q, k, v = _packed(module, module.qkv(x))
     bias = with_windows(module._get_rel_pos_bias(), mask, x.shape[0])
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 
 def cosine_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def cosine_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias:
     factor = logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
     q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
     # Under autocast the factor makes q wider than v, and eager would narrow the scores' product with v.
-    return attention.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias, scale=1.0)
+    return sdpa.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias, scale=1.0)
 
 
 def _swin_v2(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def _gcvit(module: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
     else:
         q, k, v = _packed(module, module.qkv(x))
     bias = module.rel_pos.get_bias()
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=module.scale))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=module.scale))
 
 
 def _mvit_v2(module: Any, x: Tensor, feat_size: Any) -> tuple[Tensor, Any]:
@@ -123,7 +123,7 @@ def _mvit_v2(module: Any, x: Tensor, feat_size: Any) -> tuple[Tensor, Any]:
         bias = q.new_zeros(*q.shape[:3], k.shape[2])
         sizes = (module.has_cls_token, q_size, k_size)
         bias = cal_rel_pos_type(bias, q, *sizes, module.rel_pos_h, module.rel_pos_w)
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=module.scale)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=module.scale)
     if module.residual_pooling:
         out = out + q
     return module.proj(out.transpose(1, 2).flatten(2)), q_size
@@ -133,7 +133,7 @@ def _cross_vit(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
         return type(module).forward(module, x)
     q, k, v = _heads(module, module.wq(x[:, :1])), _heads(module, module.wk(x)), _heads(module, module.wv(x))
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, scale=module.scale))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _volo_class(module: Any, x: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ def _volo_class(module: Any, x: Tensor) -> Tensor:
         return type(module).forward(module, x)
     k, v = (_heads(module, part) for part in module.kv(x).chunk(2, dim=-1))
     q = _heads(module, module.q(x[:, :1]))
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, scale=module.scale))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _convit(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
         return type(module).forward(module, x)
     q, k, v = _packed(module, module.qkv(x))
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, scale=module.scale))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _tnt(module: Any, x: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _tnt(module: Any, x: Tensor) -> Tensor:
         return type(module).forward(module, x)
     q, k = (_heads(module, part) for part in module.qk(x).chunk(2, dim=-1))
     v = _heads(module, module.v(x))
-    return _projected(module, attention.scaled_dot_product_attention(q, k, v, scale=module.scale))
+    return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _visformer(module: Any, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _visformer(module: Any, x: Tensor) -> Tensor:
         return type(module).forward(module, x)
     qkv = module.qkv(x).flatten(2).unflatten(1, (3, module.num_heads, module.head_dim))
     q, k, v = qkv.permute(1, 0, 2, 4, 3).contiguous().unbind(0)  # channels last: the kernels read whole rows of D
-    out = attention.scaled_dot_product_attention(q, k, v, scale=module.scale)
+    out = sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale)
     out = out.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
     return module.proj_drop(module.proj(out))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations.swap import Found, source
 
 UNFUSED = "fused_attn is off, so it spells attention out"
@@ -33,9 +33,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     batch = query.shape[:-2]
     alike = batch == key.shape[:-2] == value.shape[:-2]
     if query.ndim != 5 or not alike or args or set(kwargs) - {"dropout_p", "scale"}:
-        return attention.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        return sdpa.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = attention.scaled_dot_product_attention(q, k, v, **kwargs)
+    out = sdpa.scaled_dot_product_attention(q, k, v, **kwargs)
     return out.unflatten(0, (batch[0], batch[2])).transpose(1, 2)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast import attention, flash_attention
+from vitfast.attention import flash_attn, sdpa
 
 NAME, FLASH_NAME = "vitfast", "vitfast_flash"
 
@@ -62,11 +62,11 @@ def attention_forward(
         mask, causal = _biased(position_bias, mask, causal, query, key), False
     groups, shared = query.shape[1] // key.shape[1], False
     if groups > 1:  # the kernels read the shared heads where they are
-        route = attention.explain(query, key, value, mask, dropout, causal, scaling, enable_gqa=True)
+        route = sdpa.explain(query, key, value, mask, dropout, causal, scaling, enable_gqa=True)
         shared = route.backend == "triton"
     if groups > 1 and not shared:  # copied, as "sdpa" does it: torch's fused ops do not all take fewer key heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = attention.scaled_dot_product_attention(
+    out = sdpa.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shared
     )
     return out.transpose(1, 2).contiguous(), None
@@ -140,7 +140,7 @@ def flash_attention_forward(
     if attention_mask is not None:
         return _without_padding(q, k, v, attention_mask.bool(), options), None
     if all(part is None for part in packed):
-        return flash_attention.flash_attn_func(q, k, v, **options), None
+        return flash_attn.flash_attn_func(q, k, v, **options), None
     if any(part is None for part in packed):
         raise ValueError(
             f"cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k go together; None are "
@@ -148,7 +148,7 @@ def flash_attention_forward(
         )
     lengths = (cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k))
     q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
-    out = flash_attention.flash_attn_varlen_func(q_rows, k_rows, v_rows, *lengths, **options)
+    out = flash_attn.flash_attn_varlen_func(q_rows, k_rows, v_rows, *lengths, **options)
     return out.unflatten(0, q.shape[:2]), None
 
 
@@ -170,7 +170,7 @@ def _without_padding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Map
     (rows_q, *lengths_q), (rows_k, *lengths_k) = _real_rows(real), _real_rows(mask)
     lengths: list[Any] = [part for pair in zip(lengths_q, lengths_k, strict=True) for part in pair]
     q_rows, k_rows, v_rows = (x.flatten(0, 1)[rows] for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
-    out = flash_attention.flash_attn_varlen_func(q_rows, k_rows, v_rows, *lengths, **options)
+    out = flash_attn.flash_attn_varlen_func(q_rows, k_rows, v_rows, *lengths, **options)
     padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:])
     return padded.index_copy(0, rows_q, out).unflatten(0, q.shape[:2])
 
@@ -221,7 +221,7 @@ def load_flash(theirs: Callable[..., Any], implementation: str | None, *args: An
     from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input
 
     no_paged_cache = None
-    functions = (flash_attention.flash_attn_func, flash_attention.flash_attn_varlen_func)
+    functions = (flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func)
     return (*functions, no_paged_cache, _pad_input, _unpad_input)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.swap import Found, source
 from vitfast.integrations.timm_windows import attend_padded, cosine_attention, with_windows
@@ -86,7 +86,7 @@ def _image_gpt(
             mask = seen
         else:
             mask = mask + torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return module.resid_dropout(module.c_proj(_joined(out))), None
 
 
@@ -95,7 +95,7 @@ def _blip(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, No
         return type(module).forward(module, hidden_states, **kwargs)
     qkv = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return module.projection(_joined(attention.scaled_dot_product_attention(q, k, v, scale=module.scale))), None
+    return module.projection(_joined(sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))), None
 
 
 def _group_vit(
@@ -110,7 +110,7 @@ def _group_vit(
     seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     projections = ((module.q_proj, hidden_states), (module.k_proj, seen), (module.v_proj, seen))
     q, k, v = (_heads(project(x), module.num_heads) for project, x in projections)
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=module.scale)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=module.scale)
     return module.out_proj(_joined(out)), None
 
 
@@ -123,7 +123,7 @@ def _swin(
     area = module.window_size[0] * module.window_size[1]
     bias = module.relative_position_bias_table[module.relative_position_index.view(-1)].view(area, area, -1)
     bias = with_windows(bias.permute(2, 0, 1)[None], attention_mask, hidden_states.shape[0])
-    return (_joined(attention.scaled_dot_product_attention(q, k, v, attn_mask=bias)),)
+    return (_joined(sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias)),)
 
 
 def _swin_v2(
@@ -156,7 +156,7 @@ def _hiera(module: Any, hidden_states: Tensor, output_attentions: bool = False) 
     q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).unbind(0)
     if module.query_stride > 1:
         q = q.unflatten(2, (module.query_stride, -1)).max(2).values
-    out = attention.scaled_dot_product_attention(q, k, v, scale=module.scale)
+    out = sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale)
     out = out.unflatten(0, (batch, windows)).permute(0, 3, 1, 2, 4).reshape(batch, -1, module.hidden_size_output)
     return module.proj(out), None
 
@@ -193,20 +193,20 @@ def _attend_reduced(module: Any, x: Tensor, height: int, width: int, reduce: Any
         linear = getattr(module, "linear_attention", False)
         seen = module.layer_norm(reduce(module.pool(image) if linear else image).flatten(2).transpose(1, 2))
         seen = module.act(seen) if linear else seen
-    return _joined(attention.scaled_dot_product_attention(*_projected(module, x, seen)))
+    return _joined(sdpa.scaled_dot_product_attention(*_projected(module, x, seen)))
 
 
 def _mobile_vit(module: Any, hidden_states: Tensor) -> Tensor:
     if dropping(module, module.dropout):
         return type(module).forward(module, hidden_states)
-    return _joined(attention.scaled_dot_product_attention(*_projected(module, hidden_states, hidden_states)))
+    return _joined(sdpa.scaled_dot_product_attention(*_projected(module, hidden_states, hidden_states)))
 
 
 def _timesformer(module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.attn_drop):
         return type(module).forward(module, hidden_states, output_attentions)
     q, k, v = (_heads(part, module.num_heads) for part in module.qkv(hidden_states).chunk(3, dim=-1))
-    return (_joined(attention.scaled_dot_product_attention(q, k, v, scale=module.scale)),)
+    return (_joined(sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale)),)
 
 
 def _levit(module: Any, hidden_state: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def _mask2former(
     projections = ((module.q_proj, placed), (module.k_proj, placed), (module.v_proj, x))
     q, k, v = (_heads(project(part), module.num_heads) for project, part in projections)
     mask = None if attention_mask is None else attention_mask.unflatten(0, (x.shape[0], module.num_heads))
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
     return module.out_proj(_joined(out)).transpose(0, 1), None
 
 
@@ -278,7 +278,7 @@ def _table_transformer(
     q, k, v = (_heads(project(x), module.num_heads) for project, x in parts)
     hidden = attention_mask is not None and attention_mask.dtype == torch.bool  # True is hidden here
     mask = ~attention_mask if hidden else attention_mask
-    out = attention.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
+    out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
     return module.out_proj(_joined(out)), None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitfast import attention
+from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known, path
 from vitfast.integrations.swap import Found
 from vitfast.integrations.transformers_attention import _HARMLESS, NAME, attention_forward, weights_collected
@@ -43,7 +43,7 @@ def _dinov3(
     )
     cos, sin = position_embeddings
     options: Any = {"attn_mask": attention_mask, "scale": module.scaling}
-    fused = attention.fused(q, k, v, rope=Rope(cos, sin), qk_norm=None, **options)
+    fused = sdpa.fused(q, k, v, rope=Rope(cos, sin), qk_norm=None, **options)
     if fused is not None:
         out = fused.transpose(1, 2)
     else:
@@ -55,7 +55,7 @@ def _dinov3(
 def _own(module: Any, hidden_states: Tensor, arguments: Mapping[str, Any]) -> bool:
     """Whether the layer's own forward is to run: on torch's route, and where more is asked than attention."""
     return bool(
-        attention.torch_first(hidden_states)
+        sdpa.torch_first(hidden_states)
         or module.config._attn_implementation != NAME
         or module.is_causal
         or dropping(module, module.dropout)

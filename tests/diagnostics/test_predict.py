@@ -1,0 +1,253 @@
+"""The analytic model against numbers derived by hand, and its command."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vitfast.benchmarks import predicted, shapes
+from vitfast.diagnostics import chips, launches, predict
+from vitfast.models.config import NAMED
+
+
+def prediction(model="vit_base_patch16_224", **changes):
+    return predict.predict(NAMED[model], **{"batch": 256, "chip": "h100", **changes})
+
+
+def row(result, site):
+    return next(row for row in result["launches"] if row["site"] == site)
+
+
+@pytest.mark.parametrize(
+    ("model", "gflop"),
+    [
+        ("vit_tiny_patch16_224", 2.51),
+        ("vit_small_patch16_224", 9.20),
+        ("vit_base_patch16_224", 35.13),
+        ("vit_large_patch16_224", 123.1),
+        ("vit_huge_patch14_224", 334.6),
+        ("vit_large_patch14_518", 1014),
+    ],
+)
+def test_flops_are_twice_the_multiply_adds_of_the_literature(model, gflop):
+    assert prediction(model)["gflop_per_image"] == pytest.approx(gflop, rel=2e-3)
+
+
+def test_flops_and_bytes_of_vit_base_by_hand():
+    result, m, c, f = prediction(), 256 * 197, 768, 3072
+    assert row(result, "qkv")["flops"] == 2 * m * c * 3 * c
+    assert row(result, "attention")["flops"] == 2 * 2 * 256 * 12 * 197 * 197 * 64
+    assert row(result, "patch_embed")["flops"] == 2 * 256 * 196 * 768 * c
+    assert row(result, "qkv")["bytes"] == 2 * (m * c + 3 * c * c + 3 * c + m * 3 * c)
+    assert row(result, "fc2")["bytes"] == 2 * (m * f + c * f + c + 2 * m * c)
+    assert row(result, "attention")["bytes"] == 2 * 4 * m * c
+    assert row(result, "patch_embed")["bytes"] == 256 * 224 * 224 * 3 + 2 * (c * 768 + c + 196 * c + m * c)
+    assert row(result, "row_stats")["bytes"] == 2 * m * c
+
+
+@pytest.mark.parametrize("dtype", chips.QUANTIZED)
+def test_flops_and_bytes_of_quantised_vit_base_by_hand(dtype):
+    result, m, c = prediction(dtype=dtype), 256 * 197, 768
+    assert result["gflop_per_image"] == prediction()["gflop_per_image"]
+    # Operands are one byte and scales four; bias, output and residual two.
+    assert row(result, "quantized_qkv")["bytes"] == m * c + 3 * c * c + 4 * (m + 3 * c) + 2 * (3 * c + m * 3 * c)
+    # 12 heads of a row have a scale each.
+    assert row(result, "mixed_attention")["bytes"] == 2 * 3 * m * c + m * c + 4 * m * 12
+    assert row(result, "mixed_proj")["bytes"] == m * c + c * c + 4 * (12 * m + c) + 2 * (c + 2 * m * c)
+    # 24 groups of the hidden rows have a scale each.
+    assert (
+        row(result, "hidden_fc1")["bytes"] == m * c + 4 * c * c + 4 * (m + 4 * c) + 2 * 4 * c + m * 4 * c + 4 * m * 24
+    )
+    assert row(result, "hidden_fc2")["bytes"] == m * 4 * c + 4 * c * c + 4 * (24 * m + c) + 2 * (c + 2 * m * c)
+    assert row(result, "quantize_qkv")["bytes"] == 2 * m * c + m * c + 4 * m + 2 * 2 * c
+    plain, mixed = row(prediction(), "attention"), row(result, "mixed_attention")
+    assert {name for name in plain if plain[name] != mixed[name]} == {"site", "bytes", "memory_us", "time_us", "share"}
+    peak = {"fp8": 1979, "int8": 1979}[dtype] * chips.SUSTAINED_EIGHT
+    qkv = row(result, "quantized_qkv")
+    assert qkv["math_us"] == pytest.approx(2 * m * c * 3 * c / peak / 1e6 / qkv["tile_share"] / qkv["wave_share"])
+
+
+def test_launches_are_those_of_the_forward():
+    sites = {row["site"]: row["count"] for row in prediction()["launches"]}
+    assert sites == {
+        "patch_embed": 1, "row_stats": 1, "qkv": 12, "attention": 12, "proj": 12, "fc1": 12, "fc2": 12,
+        "norm": 1, "head": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", chips.QUANTIZED)
+def test_launches_of_a_quantised_forward(dtype):
+    sites = {row["site"]: row["count"] for row in prediction(dtype=dtype)["launches"]}
+    block = ("quantize_qkv", "quantized_qkv", "mixed_attention", "mixed_proj", "quantize_fc1", "hidden_fc1",
+             "hidden_fc2")  # fmt: skip
+    assert sites == {"patch_embed": 1, **dict.fromkeys(block, 12), "norm": 1, "head": 1}
+
+
+@pytest.mark.parametrize("dtype", chips.QUANTIZED)
+def test_launches_of_a_quantised_forward_with_other_heads(dtype):
+    """Heads of 80: attention writes bf16, and a pass quantises it."""
+    result, m, c = prediction("vit_huge_patch14_224", dtype=dtype), 256 * 257, 1280
+    sites = [row["site"] for row in result["launches"]]
+    assert sites[3:6] == ["attention", "quantize_proj", "quantized_proj"] and len(sites) == 11
+    assert row(result, "attention")["bytes"] == 2 * 4 * m * c
+    assert row(result, "quantized_proj")["bytes"] == m * c + c * c + 4 * (m + c) + 2 * (c + 2 * m * c)
+    assert row(result, "quantize_proj")["bytes"] == 2 * m * c + m * c + 4 * m
+
+
+def test_split_products_of_vit_base_at_batch_1_by_hand():
+    """fc2 has 4 x 6 tiles of 64 x 128 and cuts K into 4 parts, whose fp32 sums are written, and read by a launch."""
+    result, m, c, f = prediction(batch=1), 197, 768, 3072
+    fc2, added = row(result, "fc2"), row(result, "fc2_sum")
+    assert fc2["config"] == "tma_64x128x64_split4"
+    assert fc2["wave_share"] == pytest.approx(4 * 4 * 6 / 264)
+    assert fc2["bytes"] == 2 * (m * f + c * f) + 4 * 4 * m * c
+    assert added["bytes"] == 4 * 4 * m * c + 2 * (c + 2 * m * c)
+    assert (added["count"], added["flops"], added["bound"]) == (12, 0, "memory")
+    assert row(result, "fc1")["config"] == "tma_64x128x64"
+
+
+def test_sum_share_and_rate_agree():
+    result = prediction()
+    total = sum(row["count"] * row["time_us"] for row in result["launches"])
+    assert result["time_us"] == pytest.approx(total)
+    assert sum(row["share"] for row in result["launches"]) == pytest.approx(1)
+    assert result["images_per_s"] == pytest.approx(256 / total * 1e6)
+    assert result["predicted"] is True
+
+
+def test_no_prediction_beats_the_data_sheet():
+    for model in NAMED:
+        for chip, card in chips.CHIPS.items():
+            for row in prediction(model, chip=chip)["launches"]:
+                assert row["flops"] / row["time_us"] / 1e6 <= card.half_tflops
+                assert row["bytes"] / row["time_us"] / 1e3 <= card.memory_gb_s
+            for dtype, kind in chips.QUANTIZED.items():
+                if peak := chips.peak_tflops(card, kind):
+                    for row in prediction(model, chip=chip, dtype=dtype)["launches"]:
+                        assert row["flops"] / row["time_us"] / 1e6 <= peak
+                assert row["bound"] in ("math", "memory", "exp")
+                assert 0 < row["tile_share"] <= 1
+                assert 0 < row["wave_share"] <= 1
+
+
+def test_tile_and_wave_shares_by_hand():
+    assert launches._wave_share(132, 132) == 1
+    assert launches._wave_share(133, 132) == pytest.approx(133 / 264)
+    attention = row(prediction(), "attention")  # 197 queries in 4 tiles of 64, 197 keys in 208
+    assert attention["tile_share"] == pytest.approx(197 * 197 / (256 * 208))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chip": "v100"}, "'v100'"),
+        ({"dtype": "fp4"}, "'fp4'"),
+        ({"batch": 0}, "got 0"),
+        ({"chip": "a100", "dtype": "fp8"}, "A100 SXM 80 GB has no"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        prediction(**changes)
+
+
+def command(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "vitfast", "inspect", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(256, "bf16"), pytest.param(1, "bf16", marks=pytest.mark.full), pytest.param(256, "fp8", marks=pytest.mark.full)],
+)
+def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(batch, dtype):
+    options = ("--batch", str(batch), "--chip", "h100", "--dtype", dtype, "--json")
+    done = command("--model", "vit_base_patch16_224", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("occupancy_note") == ""
+    for launch in found["launches"]:
+        assert launch.pop("occupancy")["blocks_per_sm"] >= 1, launch
+        launch.pop("measured_us", None)
+    for name in ("measured_images_per_s", "measured_in"):
+        found.pop(name, None)
+    assert found == json.loads(json.dumps(prediction(batch=batch, dtype=dtype)))
+
+
+def test_occupancy_that_is_not_known_is_said():
+    """Here kernels are interpreter stubs, or there is a GPU and they compile."""
+    result = prediction()
+    predict.add_occupancy(result, NAMED["vit_base_patch16_224"])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        assert "TRITON_INTERPRET" in result["occupancy_note"]
+        assert all(launch["occupancy"] is None for launch in result["launches"])
+    else:
+        assert result["occupancy_note"] == ""
+
+
+KERNELS = {"op": "linear", "peer": "vitfast triton", "correct": True, "dtype": "bfloat16", "median_ms": 0.25,
+           "dims": {"rows": 256 * 197, "inner": 768, "width": 3072, "epilogue": "norm gelu"}}  # fmt: skip
+WHOLE = {"model": "vit_base_patch16_224", "batch": 256, "peer": "vitfast", "correct": True, "dtype": "bfloat16",
+         "images_per_s": 15000.0}  # fmt: skip
+
+
+def test_measurements_stand_beside_the_prediction(tmp_path, monkeypatch):
+    monkeypatch.setattr(predicted, "results_folder", lambda: tmp_path)
+    others = [{**KERNELS, "dtype": "float16"}, {**KERNELS, "peer": "torch eager"}, {**KERNELS, "correct": False}]
+    files = {
+        "nvidia-h100-80gb-hbm3/b-old": ("kernels", "2026-01-01", [{**KERNELS, "median_ms": 0.5}]),
+        "nvidia-h100-80gb-hbm3/a-new": ("kernels", "2026-02-01", [KERNELS, *({**o, "median_ms": 9.0} for o in others)]),
+        "nvidia-h100-80gb-hbm3/c": ("model", "2026-01-01", [WHOLE, {**WHOLE, "batch": 1, "images_per_s": 1.0}]),
+        "nvidia-h200/d": ("kernels", "2026-03-01", [{**KERNELS, "median_ms": 9.0}]),
+    }
+    for name, (kind, date, rows) in files.items():
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        content = {"schema": 2, "kind": kind, "environment": {"date": date}, "method": {}, "rows": rows}
+        path.write_text(json.dumps(content))
+    result = prediction()
+    predicted.add_measured(result, NAMED["vit_base_patch16_224"], predicted.results_of("h100"))
+    assert {launch["site"]: launch.get("measured_us") for launch in result["launches"]} == {
+        **dict.fromkeys((launch["site"] for launch in result["launches"]), None), "fc1": 250.0,
+    }  # fmt: skip
+    assert (result["measured_images_per_s"], result["measured_in"]) == (15000.0, "c.json")
+    console = Console(width=160, record=True, file=io.StringIO())
+    for part in predict.render(result):
+        console.print(part)
+    text = console.export_text()
+    assert "predicted, not measured" in text and "measured: 15,000 img/s (c.json)" in text and "250.0" in text
+
+
+def test_measurements_of_a_quantised_forward():
+    """Products in 8 bits by rows in 8 bits, all else by those in bf16."""
+    config, fp8 = NAMED["vit_base_patch16_224"], "float8_e4m3fn"
+    found = {**shapes.site_dims(config, 256), **shapes.quantized_site_dims(config, 256, "fp8")}
+    kinds = [kind for i, kind in enumerate(found.values()) if kind not in list(found.values())[:i]]
+    rows = [
+        {**KERNELS, "op": op, "dims": dims, "dtype": fp8 if "precision" in dims else "bfloat16", "median_ms": i}
+        for i, (op, dims) in enumerate(kinds, 1)
+    ]
+    rows += [{**row, "dtype": "int8", "median_ms": 99} for row in rows]
+    rows += [{**WHOLE, "images_per_s": 1.0}, {**WHOLE, "peer": "vitfast fp8", "dtype": fp8, "images_per_s": 2.0}]
+    result = prediction(dtype="fp8")
+    predicted.add_measured(result, config, [(Path("x.json"), {"rows": rows})])
+    for launch in result["launches"]:
+        assert launch["measured_us"] == 1e3 * (1 + kinds.index(found[launch["site"]])), launch
+    assert result["measured_images_per_s"] == 2.0
+
+
+def test_command_says_that_it_predicts_and_refuses_mixtures():
+    assert "predicted, not measured" in command("--model", "vit_tiny_patch16_224").stdout
+    mixed = command("--model", "vit_tiny_patch16_224", "--arch", "sm_90")
+    assert mixed.returncode == 2
+    assert "one or the other" in mixed.stderr
+    unknown = command("--model", "resnet50")
+    assert unknown.returncode == 2
+    assert "resnet50" in unknown.stderr

@@ -1,0 +1,26 @@
+"""Operands of `quantized_linear` with scales of groups."""
+
+import torch
+from helpers.emulated_linear import E4M3
+
+from vitfast import testing
+from vitfast.ops import reference
+from vitfast.testing import guarded
+
+
+def make(*shape, **kwargs):
+    return testing.make(*shape, **kwargs).cpu()
+
+
+def in_groups(x):
+    """Rows in e4m3 with a scale for each 128 columns."""
+    values, scales = zip(*(reference.quantize(part, dtype=E4M3) for part in x.split(128, dim=-1)), strict=True)
+    return torch.cat([v.view(torch.uint8) for v in values], dim=-1).view(E4M3), torch.stack(scales, -1)
+
+
+def whole(m, n, k, *, grouped=False):
+    """The same of small whole numbers, whose sums 14 bits hold: what is rounded to nothing after is exact to fp32."""
+    x, weight = (make(rows, k, seed=seed, scale=1.5).round().clamp(-4, 4) for rows, seed in ((m, 0), (n, 1)))
+    x_scale, weight_scale = make(m, -(-k // 128), seed=2).exp(), make(n, seed=3, scale=0.3).exp() / 50
+    given = x.to(E4M3), x_scale if grouped else x_scale[:, 0].contiguous(), weight.to(E4M3), weight_scale
+    return tuple(guarded(tensor) for tensor in given)

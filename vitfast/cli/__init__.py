@@ -1,0 +1,1 @@
+"""The command line: arguments in, the work elsewhere, one answer out."""

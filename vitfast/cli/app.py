@@ -1,0 +1,314 @@
+"""The `vitfast` command: arguments in, one answer out. The work is done elsewhere, imported on use.
+
+Exit codes: 0 all went well; 1 some images failed, outputs differ, or the operation failed; 2 arguments or inputs that
+cannot be used; 130 interrupted. With --json, stdout holds exactly one JSON document, an error being
+{"error": ...}; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from vitfast.cli import bench
+from vitfast.cli.answer import command
+from vitfast.version import __version__
+
+FAILURES_SHOWN = 20
+
+app = typer.Typer(
+    help="Vision Transformer inference on fused kernels.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.add_typer(bench.app, name="bench")
+
+
+class Dtype(str, Enum):
+    """What --dtype takes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
+class BackendName(str, Enum):
+    """What --backend takes."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+    native = "native"
+
+
+Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="What to compute in. [default: bf16 on a GPU, else fp32]")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Vision Transformer inference on fused kernels."""
+    context.obj = debug
+
+
+@app.command(epilog="Example: `vitfast embed photos/ -m facebook/dinov2-small -o embeddings/`")
+def embed(
+    context: typer.Context,
+    sources: Sources,
+    model: Model,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the Parquet parts.")],
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Embed images into a folder of Parquet files.
+
+    One row per image: path, embedding, status. The same command again goes on where it stopped; bad
+    images are noted in the status column and tried again.
+    """
+    with command(context, as_json) as answer:
+        from vitfast.images.files import collect
+        from vitfast.pipeline.embed import embed_images
+        from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
+
+        paths = collect(sources)
+        folder = EmbeddingFolder(out, model)
+        todo = folder.remaining(paths)
+        summary = Summary(skipped=len(paths) - len(todo))
+        interrupted = False
+        if todo:
+            engine = _load(model, device, dtype)
+            with _progress("embedding", len(todo)) as advance:
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers)
+                try:
+                    write_parquet(results, folder, engine, on_result=lambda _: advance(), summary=summary)
+                except KeyboardInterrupt:
+                    interrupted = True
+        answer.code = 130 if interrupted else 1 if summary.failed else 0
+        answer.json = {
+            "model": folder.model,
+            "output": str(folder.path),
+            "done": summary.done,
+            "failed": [{"path": path, "reason": reason} for path, reason in summary.failed.items()],
+            "skipped": summary.skipped,
+            "seconds": round(summary.seconds, 3),
+            "images_per_second": round(summary.images_per_second, 2),
+            "parts": summary.parts,
+            "interrupted": interrupted,
+        }
+        answer.text = _embed_text(summary, out, interrupted)
+
+
+@app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
+def classify(
+    context: typer.Context,
+    sources: Sources,
+    model: Model,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to print for each image.")] = 5,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Print the likeliest classes of each image."""
+    with command(context, as_json) as answer:
+        from vitfast.images.files import collect, path_text
+        from vitfast.pipeline.embed import classify_images
+
+        paths = collect(sources)
+        engine = _load(model, device, dtype)
+        rows = []
+        with _progress("classifying", len(paths)) as advance:
+            for row in classify_images(engine, paths, k=topk, batch_size=batch_size, workers=workers):
+                rows.append(row)
+                advance()
+        answer.code = int(any(row.status != "ok" for row in rows))
+        answer.json = [{"path": path_text(r.path), "status": r.status, "classes": r.classes} for r in rows]
+        answer.text = [line for row in rows for line in _classify_text(row)]
+
+
+@app.command(epilog="Example: `vitfast doctor --json`")
+def doctor(
+    context: typer.Context,
+    plan: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Show which backend runs each part of this model, and why.")
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what would run here, and every reason why not."""
+    with command(context, as_json) as answer:
+        from vitfast.diagnostics import doctor as module
+
+        if plan is not None:
+            answer.json = module.plan(plan, device=device, dtype=dtype and dtype.value)
+            answer.text = module.render_plan(answer.json)
+            return
+        if device or dtype:
+            raise ValueError("--device and --dtype go with --plan MODEL")
+        answer.json = module.report()
+        answer.text = module.render(answer.json)
+
+
+@app.command(
+    epilog="Example: `vitfast inspect --arch sm_90 --kernel linear`, `vitfast inspect -m vit_base_patch16_224`"
+)
+def inspect(
+    context: typer.Context,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architecture to compile for, e.g. sm_90; may be repeated.")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel to compile, e.g. linear; may be repeated. [default: all]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Predict this model's forward instead of compiling.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="With --model: images.")] = 256,
+    chip: Annotated[str, typer.Option(help="With --model: a100, l40s, h100, h200 or b200.")] = "h100",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="With --model: what to compute in.")] = Dtype.bf16,
+    as_json: Json = False,
+) -> None:
+    """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU.
+
+    A prediction stands beside what result files of that GPU say, where there are any.
+    """
+    with command(context, as_json) as answer:
+        if model is None:
+            from vitfast.diagnostics import compiled as compiled
+
+            options: dict[str, Any] = {"archs": arch} if arch else {}
+            answer.json = compiled.inspect(**options, kernels=kernel or None)
+            answer.text = compiled.render(answer.json)
+            return
+        if arch or kernel:
+            raise ValueError("--arch and --kernel compile kernels, --model predicts: give one or the other")
+        from vitfast.diagnostics import predict
+        from vitfast.models.config import NAMED
+
+        if model not in NAMED:
+            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
+        from vitfast.benchmarks import predicted
+
+        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype.value)
+        predict.add_occupancy(answer.json, NAMED[model])
+        predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
+        answer.text = predict.render(answer.json)
+
+
+@app.command(epilog="Example: `vitfast verify facebook/dinov2-small --dtype bf16 --images photos/`")
+def verify(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model directory or .safetensors file.")],
+    against: Annotated[
+        str, typer.Option(help="`torch`: plain PyTorch ops in fp32; or another model that should give the same.")
+    ] = "torch",
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Image file, folder or quoted glob pattern; may be repeated. [default: random images]"),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
+    as_json: Json = False,
+) -> None:
+    """Check that a model's outputs are those of plain PyTorch.
+
+    In all but fp32 they may be at most twice as far from fp32 as PyTorch's own in that dtype. Exit code
+    0: the same; 1: different; 2: the model or the images cannot be used.
+    """
+    with command(context, as_json) as answer:
+        from vitfast.diagnostics.verify import render, verify_model
+
+        name = None if dtype is None else dtype.value
+        report = verify_model(
+            model, against=against, images=images or (), device=device, dtype=name, backend=backend.value
+        )
+        answer.code = 0 if report.ok else 1
+        answer.json = report.to_dict()
+        answer.text = render(report)
+
+
+def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
+    import warnings
+
+    from PIL import Image
+
+    # Pillow warns of a huge image just before it is refused in the same words.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    from vitfast.engine.load import load
+
+    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            from rich.text import Text
+
+            return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.1f} img/s")
+
+    console = Console(file=sys.__stderr__ or sys.stderr)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _embed_text(summary: Any, out: str, interrupted: bool) -> list[str]:
+    lines = [f"failed: {path}: {reason}" for path, reason in list(summary.failed.items())[:FAILURES_SHOWN]]
+    if len(summary.failed) > FAILURES_SHOWN:
+        lines.append(f"... and {len(summary.failed) - FAILURES_SHOWN} more; see the status column in {out}")
+    lines.append(
+        f"{summary.done} done, {len(summary.failed)} failed, {summary.skipped} skipped (done before), "
+        f"{summary.images_per_second:.1f} img/s -> {out}"
+    )
+    if interrupted:
+        lines.append("interrupted; the same command goes on from here")
+    return lines
+
+
+def _classify_text(row: Any) -> list[str]:
+    from vitfast.images.files import path_text
+
+    if row.status != "ok":
+        return [f"{path_text(row.path)}: failed: {row.status}"]
+    return [path_text(row.path), *(f"  {c['probability']:7.2%}  {c['label']}" for c in row.classes)]

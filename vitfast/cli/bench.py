@@ -1,0 +1,324 @@
+"""`vitfast bench`: measure kernels and models, compare and show results. Arguments in; the work is in benchmarks/."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from vitfast.benchmarks.device import Device as Measured
+
+app = typer.Typer(
+    help="Benchmarks: kernels, whole models, comparisons and reports.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+class Grid(str, Enum):
+    """What --grid takes."""
+
+    quick = "quick"
+    full = "full"
+
+
+def seconds(text: str) -> float:
+    """Seconds of "90", "90s", "8m" or "1h".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found:
+        raise ValueError(f"a time is a number and s, m or h, such as 8m; got {text!r}")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+Models = Annotated[list[str], typer.Option("--model", "-m", help="A timm name; may be repeated.")]
+Batches = Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help="Images; may be repeated.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. [default: bf16 on a GPU, else fp32]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads on the CPU, kept on as many cores.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Rounds in which all contestants take turns.")]
+Budget = Annotated[str | None, typer.Option(help="Time for measuring, e.g. 8m; telling cases come first.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Result file. [default: a new one in the results folder]")
+]
+CsvFile = Annotated[Path | None, typer.Option("--csv", help="Also write the rows as CSV.")]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="Also write a page with plots.")]
+Roofs = Annotated[bool, typer.Option("--roofs/--no-roofs", help="Measure the device's own roofs, before and after.")]
+
+
+@app.command(epilog="Example: `vitfast bench kernels --op attention --peer mymodule:my_attention`")
+def kernels(
+    context: typer.Context,
+    op: Annotated[list[str] | None, typer.Option(help="Op to run; may be repeated. [default: all]")] = None,
+    model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
+    batch: Batches = None,
+    grid: Annotated[Grid, typer.Option(help="full: all models, batches 1 to 512, awkward shapes.")] = Grid.quick,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="module:function to run beside the others; may be repeated.")
+    ] = None,
+    slow: Annotated[bool, typer.Option("--slow", help="Also torch.compile and max-autotune.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    rounds: Rounds = 20,
+    budget: Budget = None,
+    roofs: Roofs = True,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Time every op at the shapes of a model: our kernels, plain torch and other libraries.
+
+    Every output is checked against float64 first; a wrong one gets no time. Exit code 1: ours or a given peer is wrong.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        limit = seconds(budget) if budget else math.inf
+        from vitfast.benchmarks import kernels as module
+        from vitfast.benchmarks import peers
+        from vitfast.benchmarks.cases import OPS
+        from vitfast.benchmarks.result_file import Results
+        from vitfast.benchmarks.roofs import around
+        from vitfast.models.config import NAMED
+
+        _check("--op", op or (), OPS)
+        _check("--model", model, NAMED)
+        measured, what = _open(device, dtype, threads)
+        extra = {path: peers.from_outside(path) for path in peer or ()}
+        batches = batch or [8 if measured.slug == "cpu" else 64]
+        cases = module.grid(grid.value, op or (), model, batches, measured.torch_device, what)
+        method = {"baseline": peers.BASELINE, "grid": grid.value, "rounds": rounds, "budget": budget}
+        file = Results("kernels", measured, method, json_file)
+        with around(file, measured, what, wanted=roofs):
+            left = module.run(
+                cases, measured, rounds=rounds, seconds=limit, slow=slow,
+                extra=extra, on_rows=file.add,
+            )  # fmt: skip
+            file.add(not_run=left)
+        _finish(answer, file, csv_file, html_file, given=extra)
+
+
+@app.command(epilog="Example: `vitfast bench model -m vit_base_patch16_224 --device cpu --html page.html`")
+def model(
+    context: typer.Context,
+    model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
+    batch: Batches = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Contestant; may be repeated. [default: those that need no long compiling]")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    rounds: Rounds = 15,
+    budget: Budget = None,
+    roofs: Roofs = True,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Time whole models: the engine, timm, torch.compile and other engines, in one interleaved run.
+
+    Logits are checked against timm in fp32 first; a wrong contestant gets no time. Exit code 1: ours is wrong.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        import time
+
+        from vitfast.benchmarks import model as module
+        from vitfast.benchmarks import model_peers
+        from vitfast.benchmarks.result_file import Results
+        from vitfast.benchmarks.roofs import around
+
+        _check("--peer", peer or (), model_peers.PEERS)
+        measured, what = _open(device, dtype, threads)
+        contestants = peer or model_peers.DEFAULTS[measured.torch_device.type]
+        method = {"baseline": model_peers.BASELINE, "rounds": rounds, "budget": budget}
+        file = Results("model", measured, method, json_file)
+        todo = [(name, size) for name in model for size in batch or [8 if measured.slug == "cpu" else 256]]
+        end = time.perf_counter() + (seconds(budget) if budget else math.inf)
+        with around(file, measured, what, wanted=roofs):
+            for index, (name, size) in enumerate(todo):
+                left = end - time.perf_counter()
+                if left <= 0:
+                    file.add(not_run=[f"{name} batch {size}" for name, size in todo[index:]])
+                    break
+                file.add(module.compare(name, size, measured, what, peers=contestants, rounds=rounds, seconds=left))
+        _finish(answer, file, csv_file, html_file)
+
+
+@app.command(epilog="Example: `vitfast bench sweep -m vit_base_patch16_224 --batch 64 --batch 256`")
+def sweep(
+    context: typer.Context,
+    op: Annotated[list[str] | None, typer.Option(help="Op to sweep; may be repeated. [default: all]")] = None,
+    model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
+    batch: Batches = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 10,
+    budget: Budget = None,
+    json_file: JsonFile = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Table to write. [default: this GPU's, in kernels/configs]")
+    ] = None,
+) -> None:
+    """Time every config of our Triton kernels and write the table of the best, which the launchers then read.
+
+    Only a config that passed the correctness gate at every shape of its key gets into the table.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        limit = seconds(budget) if budget else math.inf
+        from vitfast.benchmarks import kernels as kernel_cases
+        from vitfast.benchmarks import sweep as module
+        from vitfast.benchmarks.peers import BASELINE
+        from vitfast.benchmarks.result_file import Results
+        from vitfast.models.config import NAMED
+
+        _check("--op", op or (), module.OPS)
+        _check("--model", model, NAMED)
+        measured, what = _open(device, dtype, None)
+        if measured.torch_device.type != "cuda":
+            raise ValueError("no CUDA device is seen here, and Triton kernels are tuned for one")
+        ops = op or module.OPS
+        cases = kernel_cases.grid("quick", ops, model, batch or [1, 64, 256], measured.torch_device, what)
+        file = Results("kernels", measured, {"baseline": BASELINE, "sweep": True, "rounds": rounds}, json_file)
+        choices = module.sweep(cases, measured, rounds=rounds, seconds=limit, on_rows=file.add)
+        path = out or module.table_path(measured)
+        module.write_table(path, choices, file.content["environment"])
+        _finish(answer, file, None, None)
+        answer.text.append(f"written {path}; proven: {', '.join(choices['proven']) or 'none'}")
+
+
+@app.command(name="all", epilog="Example: `vitfast bench all --budget 8m`")
+def everything(
+    context: typer.Context,
+    budget: Annotated[str, typer.Option(help="Time for everything.")] = "8m",
+    device: Device = None,
+) -> None:
+    """Measure what is worth knowing about a GPU, the most telling first, and stop when the time is up.
+
+    Exit code 1: a step failed or something was wrong. Running out of time is no failure; what was measured is kept.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        from vitfast.benchmarks import campaign
+        from vitfast.benchmarks.device import open_device
+        from vitfast.engine.dtypes import resolve_device
+
+        limit, found = seconds(budget), resolve_device(device)
+        if found.type != "cuda":
+            raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
+        shown, failed, unfinished = campaign.run(open_device(found), limit, say=lambda text: typer.echo(text, err=True))
+        answer.code = int(bool(failed))
+        answer.text = [*unfinished, *failed, f"written {shown}"]
+
+
+@app.command(epilog="Example: `vitfast bench compare before.json after.json`")
+def compare(
+    context: typer.Context,
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Result file.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Result file of the same machine.")],
+) -> None:
+    """Compare two results of one machine: same, faster, slower, each against their noise.
+
+    Exit code 1: something of ours became slower or wrong, or has no result any more.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        from vitfast.benchmarks import compare as module
+        from vitfast.benchmarks.result_file import read
+
+        found = module.compare(read(before), read(after))
+        answer.text = module.render(found)
+        answer.code = int(any(change.regression for change in found))
+
+
+@app.command(epilog="Example: `vitfast bench report benchmarks/results/cpu/*.json -o page.html --png plots/`")
+def report(
+    context: typer.Context,
+    results: Annotated[list[Path] | None, typer.Argument(metavar="RESULTS", help="Result files.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+    csv_file: CsvFile = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for plots as PNG; needs matplotlib.")] = None,
+    update: Annotated[
+        list[Path] | None, typer.Option(help="Markdown file whose marked tables are drawn anew; may be repeated.")
+    ] = None,
+) -> None:
+    """Show result files: a page without scripts, CSV, PNG, or Markdown on the terminal if nothing else is asked for."""
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        from vitfast.benchmarks import page
+        from vitfast.benchmarks import report as module
+        from vitfast.benchmarks.result_file import read, write, write_csv
+
+        found = [read(path) for path in results or ()]
+        if not found and not update:
+            raise ValueError("give result files, or --update")
+        lines = []
+        for path in update or ():
+            write(path, module.redraw(path.read_text()))
+            lines.append(f"updated {path}")
+        if out:
+            write(out, page.page(found))
+            lines.append(f"written {out}")
+        if csv_file:
+            write_csv(csv_file, found)
+            lines.append(f"written {csv_file}")
+        if png:
+            from vitfast.benchmarks.png import draw
+
+            lines += [f"written {path}" for path in draw(found, png)]
+        answer.text = lines or [module.markdown(result) for result in found]
+
+
+def _check(option: str, given: Any, allowed: Any) -> None:
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {name!r}")
+
+
+def _open(device: str | None, dtype: str | None, threads: int | None) -> tuple[Measured, torch.dtype]:
+    """The device to measure, threads pinned, and the dtype."""
+    from vitfast.benchmarks.device import open_device, pin_threads
+    from vitfast.engine.dtypes import resolve_device, resolve_dtype
+
+    found = resolve_device(device)
+    if found.type == "cpu":
+        pin_threads(threads)
+    return open_device(found), resolve_dtype(dtype, found)
+
+
+def _finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | None, given: Container[str] = ()) -> None:
+    """The table and the files of a run, and its exit code: 1 if ours or one of the peers `given` was wrong."""
+    from vitfast.benchmarks.page import page
+    from vitfast.benchmarks.result_file import table, write, write_csv
+
+    lines = [f"written {file.path}"]
+    if csv_file:
+        write_csv(csv_file, [file.content])
+        lines.append(f"written {csv_file}")
+    if html_file:
+        write(html_file, page([file.content]))
+        lines.append(f"written {html_file}")
+    wrong = sorted({row["peer"] for row in file.rows if str(row.get("error", "")).startswith("incorrect")})
+    if wrong:
+        lines.append(f"wrong: {', '.join(wrong)}")
+    answer.code = int(any(peer.startswith("vitfast") or peer in given for peer in wrong))
+    answer.text = [*table(file.content), *lines]

@@ -1,0 +1,343 @@
+"""What would run here, and every reason why not.
+
+`report` asks the machine, torch, Triton and the op registry; it computes nothing and allocates
+nothing on a device. Optional packages are imported in a child process, so that a broken one harms
+nobody; its reason is reported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitfast.ops import registry, scaled_mm
+from vitfast.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OPTIONAL = {
+    "triton": "the kernels",
+    "safetensors": "reading checkpoints",
+    "huggingface_hub": "models by hub id",
+    "PIL": "decoding images",
+    "pyarrow": "writing embeddings as Parquet",
+    "typer": "the command line",
+    "rich": "tables on the command line",
+    "transformers": "transformers models",
+    "timm": "timm models",
+    "torchvision": "torchvision models; timm needs it",
+    "onnx": "reading ONNX files",
+}
+"""Packages that some part of vitfast needs, by import name, and what for."""
+
+REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall` of vitfast's sources"
+MINIMUM = {"torch": (2, 11), "triton": (3, 6)}
+
+# ViT-B/16 on eight images of 224 pixels: the sizes for which backends are asked, by op.
+ROWS = 8 * 197
+DIMS: dict[str, dict[str, int]] = {
+    "patch_embed": {"width": 768, "patch": 768},
+    "layer_norm": {"width": 768},
+    "add_layer_norm": {"width": 768},
+    "row_stats": {"width": 768},
+    "linear": {"rows": ROWS, "inner": 768, "width": 2304},
+    "attention": {"head_dim": 64, "queries": 197, "keys": 197},
+    "attention_block": {"tokens": 197, "width": 768, "head_dim": 64},
+    "mlp": {"rows": ROWS, "width": 768, "hidden": 3072},
+    "quantize": {"width": 3072},
+    "quantized_linear": {"rows": ROWS, "inner": 768, "width": 2304},
+}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(DIMS, (torch.float32, torch.float16, torch.bfloat16))
+DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)))
+
+
+def report() -> dict[str, Any]:
+    """Everything `vitfast doctor` shows, as a dict that json.dumps accepts.
+
+    Returns:
+        versions: name -> version, or None where there is none;
+        platform: system, machine, cpu, cpu_threads (torch's), cores;
+        devices: name, device, capability, memory (bytes), multiprocessors, of each CUDA device;
+        backends: one entry per op, kind of device and dtype: op, device, dtype, uses (what a call that
+        names no backend takes; None if nothing can run), others: backend -> list of reasons;
+        packages: import name -> version or None, reason (why it cannot be imported), for (what);
+        warnings: list of sentences.
+    """
+    packages = _packages()
+    devices = _devices()
+    versions = {
+        "vitfast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": packages["triton"]["version"],
+        "numpy": _version("numpy")["version"],
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+    kinds = {entry["name"]: entry["device"] for entry in reversed(devices)}  # one device of each kind
+    backends = [
+        _backends(op, torch.device(device), dtype)
+        for device in [*reversed(kinds.values()), "cpu"]
+        for op in registry.OPS
+        for dtype in DTYPES[op]
+    ]
+    found: dict[str, Any] = {
+        "versions": versions,
+        "platform": {
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cpu_threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "devices": devices,
+        "backends": backends,
+        "packages": packages,
+    }
+    found["warnings"] = _warnings(found)
+    return found
+
+
+def plan(source: Any, *, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Which backend runs each part of a model here, and by what measurement; measures what is not in the cache.
+
+    Args:
+        source: as `vitfast.load` takes it. device, dtype: likewise.
+
+    Returns:
+        model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
+        uses, ms (median milliseconds of each backend that was timed), refused (backend -> reasons).
+
+    Raises:
+        As `vitfast.load`.
+    """
+    from vitfast.engine import load
+    from vitfast.engine.sites import site_dtype, site_spec
+
+    made = load.load(source, device=device, dtype=dtype)
+    sites = []
+    for site, uses in made.plan.backends.items():
+        dtype_there = site_dtype(site, made.dtype, made.plan.quantized)
+        spec = site_spec(made.config, site, 1, made.device, dtype_there)
+        measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
+        _, unable = registry.candidates(spec)
+        refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
+        if spec.op == "quantized_linear" and (reasons := scaled_mm.why_not(spec)):
+            refused["torch._scaled_mm"] = "; ".join(reasons)
+        sites.append(
+            {
+                "site": site,
+                "op": spec.op,
+                "dims": dict(spec.dims),
+                "uses": uses,
+                "ms": measured["ms"],
+                "refused": refused,
+            }
+        )
+    return {
+        "model": made.config.name,
+        "device": str(made.device),
+        "dtype": made.precision,
+        "memory": made.memory(),
+        "sites": sites,
+    }
+
+
+def _version(name: str) -> dict[str, str | None]:
+    """Version of a package, or the reason why it cannot be imported."""
+    try:
+        module = importlib.import_module(name)
+        version = str(getattr(module, "__version__", None) or importlib.metadata.version(name))
+    except Exception as error:  # a broken package may raise anything; it is reported, not hidden
+        return {"version": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"version": version, "reason": None}
+
+
+_CHILD = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[2])
+from vitfast.doctor import _version
+print("\\n" + json.dumps({name: _version(name) for name in json.loads(sys.argv[1])}))
+"""
+
+
+def _packages() -> dict[str, dict[str, str | None]]:
+    """Optional packages: those this process has, then the others, imported in a child process."""
+    found = {name: _version(name) for name in OPTIONAL if name == "triton" or name in sys.modules}
+    rest = [name for name in OPTIONAL if name not in found]
+    if rest:
+        found |= _versions_in_child(rest)
+    return {name: {**found[name], "for": OPTIONAL[name]} for name in OPTIONAL}
+
+
+def _versions_in_child(names: list[str]) -> dict[str, dict[str, str | None]]:
+    command = [sys.executable, "-c", _CHILD, json.dumps(names), json.dumps(sys.path)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        tail = str(getattr(error, "stderr", None) or "").strip().splitlines()[-1:]
+        reason = "; ".join(["the child process that imports it failed", type(error).__name__, *tail])
+        return {name: {"version": None, "reason": reason} for name in names}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, None if nvidia-smi is not there or knows of no driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True)
+    lines = result.stdout.split()
+    return lines[0] if result.returncode == 0 and lines else None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory": properties.total_memory,
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return devices
+
+
+def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What runs one op: the registry's answer, with a reason for each backend that is not taken."""
+    spec = registry.Spec(op, device.type, dtype, registry.device_capability(device), DIMS[op])
+    able, refused = registry.candidates(spec)
+    others = dict(refused)
+    for entry in able[1:]:
+        others[entry.name] = [f"able, but {able[0].name} comes first in default order"]
+    return {
+        "op": op,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "uses": able[0].name if able else None,
+        "others": {name: others[name] for name in registry.BACKENDS if name in others},
+    }
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    versions, packages, devices = found["versions"], found["packages"], found["devices"]
+    warnings = []
+    for name, minimum in MINIMUM.items():
+        if versions[name] and _numbers(versions[name]) < minimum:
+            needed = ".".join(map(str, minimum))
+            warnings.append(f"{name} {versions[name]} is older than {needed}, the oldest that is supported")
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if versions["triton"] is None:
+        warnings.append(f"there are no Triton kernels: triton cannot be imported ({packages['triton']['reason']})")
+    elif not devices:
+        state = "is set" if interpreting else "is not set"
+        warnings.append(
+            "triton without a CUDA device: kernels run only in its interpreter, which is for tests and "
+            f"very slow (TRITON_INTERPRET=1, which {state})"
+        )
+    elif interpreting:
+        warnings.append("TRITON_INTERPRET=1 is set: kernels run in Triton's interpreter, not on the GPU")
+    old = versions["triton"] and _numbers(versions["triton"]) < (3, 7)
+    if interpreting and old and _numbers(versions["numpy"]) >= (2, 4):
+        warnings.append("Triton's interpreter before 3.7 fails with numpy 2.4 or later")
+    if not devices and versions["driver"]:
+        reason = "is built without CUDA" if torch.version.cuda is None else "sees no device"
+        warnings.append(f"there is an NVIDIA driver ({versions['driver']}), but torch {versions['torch']} {reason}")
+    for device in devices:
+        if _numbers(device["capability"]) < (8, 0):
+            warnings.append(f"{device['device']}: compute capability {device['capability']} is below 8.0")
+    native = registry.backend(registry.OPS[0], "native")
+    if native.call is None:
+        warnings.append(f"{native.missing}; where torch and a C++ compiler are, {REBUILD} builds it")
+    elif devices and (state := _cuda_kernels()).startswith("not built: "):
+        reason = state.removeprefix("not built: ")
+        warnings.append(f"the C++ extension has no CUDA kernels ({reason}); once that is mended, {REBUILD} builds them")
+    for entry in found["backends"]:
+        if entry["uses"] is None:
+            warnings.append(f"nothing can run {entry['op']} in {entry['dtype']} on {entry['device']}")
+    for name, package in packages.items():
+        absent = f"ModuleNotFoundError: No module named {name!r}"
+        if package["version"] is None and name != "triton" and package["reason"] != absent:
+            warnings.append(f"{name} is installed but cannot be imported: {package['reason']}")
+    return warnings
+
+
+def _cuda_kernels() -> str:
+    """The architectures for which the C++ extension has CUDA kernels, or "not built: " and the reason."""
+    return importlib.import_module("vitfast._C").build_info()["cuda"]
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """Major and minor number of "2.13.0+cpu" and its like; (0, 0) if there are none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def render(found: Mapping[str, Any]) -> RenderableType:
+    """A `report` for the terminal; ops that agree in all dtypes share one line."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table(title="versions and platform", show_header=False, title_justify="left")
+    for name, value in {**found["versions"], **found["platform"]}.items():
+        facts.add_row(name, "none" if value is None else str(value))
+    for device in found["devices"]:
+        facts.add_row(
+            device["device"],
+            f"{device['name']}, compute capability {device['capability']}, {device['memory'] / 2**30:.0f} GiB, "
+            f"{device['multiprocessors']} multiprocessors",
+        )
+    if not found["devices"]:
+        facts.add_row("devices", "no CUDA device; the CPU only")
+
+    backends = Table("device", "op", "dtypes", "uses", "why not the others", title="backends, for ViT-B/16 at batch 8")
+    backends.title_justify = "left"
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for entry in found["backends"]:
+        reasons = "\n".join(f"{name}: {'; '.join(why)}" for name, why in entry["others"].items())
+        key = (entry["device"], entry["op"], entry["uses"] or "nothing", reasons)
+        lines.setdefault(key, []).append(entry["dtype"])
+    for (device, op, uses, reasons), dtypes in lines.items():
+        shown = "all" if len(dtypes) == len(DTYPES[op]) else ", ".join(dtypes)
+        backends.add_row(device, op, shown, uses, Text(reasons))
+
+    packages = Table("package", "version", "for", title="packages", title_justify="left")
+    for name, package in found["packages"].items():
+        packages.add_row(name, Text(package["version"] or f"none: {package['reason']}"), package["for"])
+
+    warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in found["warnings"]]
+    return Group(facts, backends, packages, *(warnings or [Text("no warnings", style="green")]))
+
+
+def render_plan(found: Mapping[str, Any]) -> RenderableType:
+    """A `plan` for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"plan of {found['model'] or 'the model'} on {found['device']} in {found['dtype']}"
+    table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
+    table.caption = f"{found['memory']['weights'] / 2**20:.1f} MiB of weights"
+    table.caption_justify = "left"
+    for entry in found["sites"]:
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))
+        reasons = "\n".join(f"{name}: {why}" for name, why in entry["refused"].items())
+        table.add_row(entry["site"], entry["op"], entry["uses"], times or "no other was able", Text(reasons))
+    return table

@@ -1,0 +1,205 @@
+"""How long each launch of a forward should take on a GPU that need not be here. A model, no measurement.
+
+A launch takes the longest of three times, plus a constant for starting it:
+
+    math     FLOPs / (peak * SUSTAINED_MATH) / tile share / wave share; SUSTAINED_EIGHT of 8-bit operands
+    memory   bytes / (bandwidth * SUSTAINED_MEMORY), each operand and result moved once
+    exp      exponentials / (multiprocessors * 16 per clock), in attention only
+
+Tile share is the useful part of the tiles that cover the output; wave share the part of the last
+round of tiles in which multiprocessors have work. The three are taken to overlap perfectly and L2
+to serve every reread, so a prediction is a bound from below for these tiles, not for the hardware.
+(The roofline of Williams, Waterman, Patterson 2009, with quantisation.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitfast.diagnostics.chips import (
+    CHIPS,
+    DTYPES,
+    EXP_PER_CLOCK,
+    LAUNCH_US,
+    QUANTIZED,
+    SUSTAINED_EIGHT,
+    SUSTAINED_MATH,
+    SUSTAINED_MEMORY,
+    peak_tflops,
+)
+from vitfast.diagnostics.launches import launches
+from vitfast.models.config import ViTConfig
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") -> dict[str, Any]:
+    """Predict every launch of the forward from uint8 pixels, and the sum; norms are folded where nothing is quantised.
+
+    Args:
+        batch: images. chip: a key of CHIPS. dtype: "bf16", "fp16", "fp32", "fp8" or "int8".
+
+    Returns:
+        What json.dumps accepts: model, batch, chip, dtype, `predicted` (always True), `assumptions`,
+        `launches` (rows as Launch, with bound, time_us and share of the whole), gflop_per_image,
+        time_us, images_per_s, and `math_share`: useful FLOP/s over the data sheet's peak in `dtype`.
+
+    Raises:
+        ValueError: for an unknown chip or dtype, or a batch below 1; the message lists what is allowed.
+    """
+    if chip not in CHIPS:
+        raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}")
+    if dtype not in DTYPES | QUANTIZED:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES | QUANTIZED)}, got {dtype!r}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    card, quantized = CHIPS[chip], QUANTIZED.get(dtype)
+    peak = peak_tflops(card, quantized or DTYPES[dtype])
+    if peak is None:
+        raise ValueError(f"dtype {dtype!r}: {card.name} has no such products")
+    rows = launches(config, batch, card, DTYPES.get(dtype, torch.bfloat16), quantized)
+    total = sum(launch.count * launch.time_us for launch in rows)
+    flops = sum(launch.count * launch.flops for launch in rows)
+    return {
+        "model": config.name,
+        "batch": batch,
+        "chip": asdict(card),
+        "dtype": dtype,
+        "predicted": True,
+        "assumptions": {
+            "sustained_math": SUSTAINED_MATH,
+            "sustained_eight": SUSTAINED_EIGHT,
+            "sustained_memory": SUSTAINED_MEMORY,
+            "launch_us": LAUNCH_US,
+            "exp_per_clock": EXP_PER_CLOCK,
+        },
+        "launches": [
+            {**asdict(launch), "bound": launch.bound, "time_us": launch.time_us,
+             "share": launch.count * launch.time_us / total}
+            for launch in rows
+        ],
+        "gflop_per_image": flops / batch / 1e9,
+        "time_us": total,
+        "images_per_s": batch / total * 1e6,
+        "math_share": flops / total / peak / 1e6,
+    }  # fmt: skip
+
+
+def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
+    """Compile each launch's kernel for the chip; add to its row `occupancy`, as `compiled.compute_occupancy`, or None.
+
+    The compile case with the launch's config is taken, and with the epilogue nearest to its own. `occupancy_note`
+    says why one is not known: Triton is missing or interpreting, or there is no such case.
+    """
+    from vitfast.diagnostics import compiled
+
+    major, minor = prediction["chip"]["capability"]
+    arch, prediction["occupancy_note"] = f"sm_{major}{minor}", ""
+    for row in prediction["launches"]:
+        row["occupancy"] = None
+    for row in prediction["launches"]:
+        try:
+            file, kernel, name, constexprs = _compiled(row, config, prediction["dtype"])
+            case = compiled.find_case(file, kernel, name, arch, **constexprs)
+        except RuntimeError as error:
+            prediction["occupancy_note"] = str(error)
+            return
+        if case is None:
+            prediction["occupancy_note"] = f"no compile case of {row['site']}, config {row['config']}, for {arch}"
+        else:
+            row["occupancy"] = compiled.inspect_case(case, arch)["occupancy"]
+
+
+def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, str, str, dict[str, Any]]:
+    """File, kernel and name of a launch's compile case, and constexprs that it must have."""
+    site, name = row["site"], row["config"]
+    if site in ("norm", "norm_pre", "row_stats"):
+        return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", name, {}
+    if site == "patch_embed":
+        return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
+    if site in ("attention", "mixed_attention"):
+        plain = {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
+        if site == "attention":
+            return site, site, name, plain | {"out_scale": None}
+        return "attention", "attention", f"{name}_in_8_bits", plain
+    kind = {"fp8": "fp8e4nv", "int8": "i8"}.get(dtype, "")
+    if site.startswith("quantize_"):
+        return "quantize", "quantize", f"{name}_{kind}" + "_norm" * (site != "quantize_proj"), {}
+    if site.startswith(("quantized_", "hidden_", "mixed_")):
+        first = "swiglu_requantize" if config.gated else "gelu_requantize"
+        epilogues = {"quantized_qkv": "bias", "quantized_proj": "residual", "hidden_fc2": "residual_groups"}
+        epilogues["mixed_proj"] = "residual_heads" if config.head_dim == 64 else "residual_groups"
+        return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogues.get(site, first)}", {}
+    product = site.removesuffix("_sum")
+    epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(product, "norm_gelu")
+    if site != product:
+        return "linear", "linear_sum", f"{name}_{epilogue}", {}
+    if "_split" in name:
+        epilogue = "part"
+    if site == "fc1" and config.gated:
+        epilogue = "norm_swiglu"
+    return "linear", "linear", f"{name}_{epilogue}", {}
+
+
+def render(prediction: dict[str, Any]) -> list[RenderableType]:
+    """The prediction as tables for a person, with what was measured beside it where there is something."""
+    from rich import box
+    from rich.table import Table
+
+    chip, rows = prediction["chip"], prediction["launches"]
+
+    def table(title: str, columns: dict[str, Callable[[dict[str, Any]], str]], texts: Container[str]) -> Table:
+        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for name in columns:
+            made.add_column(name, justify="left" if name in texts else "right", overflow="fold")
+        for row in rows:
+            made.add_row(*(cell(row) for cell in columns.values()))
+        return made
+
+    def blocks(row: dict[str, Any]) -> str:
+        return str(row["occupancy"]["blocks_per_sm"]) if row.get("occupancy") else "?"
+
+    launched: dict[str, Callable[[dict[str, Any]], str]] = {
+        "launch": lambda row: row["site"],
+        "times": lambda row: str(row["count"]),
+        "GFLOP": lambda row: f"{row['flops'] / 1e9:.1f}",
+        "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "bound": lambda row: row["bound"],
+        "µs": lambda row: f"{row['time_us']:.1f}",
+        "share": lambda row: f"{row['share']:.1%}",
+    }
+    if any("measured_us" in row for row in rows):
+        launched["measured µs"] = lambda row: f"{row['measured_us']:.1f}" if "measured_us" in row else ""
+    why: dict[str, Callable[[dict[str, Any]], str]] = {
+        "launch": lambda row: row["site"],
+        "config": lambda row: row["config"],
+        "tile": lambda row: f"{row['tile_share']:.0%}",
+        "wave": lambda row: f"{row['wave_share']:.0%}",
+        "blocks an SM": blocks,
+        "math µs": lambda row: f"{row['math_us']:.1f}",
+        "memory µs": lambda row: f"{row['memory_us']:.1f}",
+        "exp µs": lambda row: f"{row['exp_us']:.1f}",
+    }
+    whole = f"{prediction['model']} batch {prediction['batch']} {prediction['dtype']} on {chip['name']}"
+    lines: list[Any] = [
+        table(f"predicted, not measured: {whole}", launched, ("launch", "bound")),
+        "",
+        table("what each launch takes at least", why, ("launch", "config")),
+        "",
+        f"predicted: {prediction['time_us'] / 1e3:.2f} ms, {prediction['images_per_s']:,.0f} img/s; "
+        f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's peak "
+        f"({chip['source']})",
+    ]
+    if "measured_images_per_s" in prediction:
+        lines.append(
+            f"measured: {prediction['measured_images_per_s']:,.0f} img/s ({prediction['measured_in']}), "
+            f"{prediction['measured_images_per_s'] / prediction['images_per_s']:.0%} of what is predicted"
+        )
+    if note := prediction.get("occupancy_note"):
+        lines.append(f"blocks an SM are not all known: {note}")
+    return lines

@@ -1,0 +1,18 @@
+"""Images: which files are some, what their pixels are, and what a model's own processor makes of them."""
+
+from vitfast.images.decode import FORMATS, ImageError, open_image
+from vitfast.images.files import InputError, collect, path_text
+from vitfast.images.preprocess import Preprocess, normalize, preprocess_batch, resize_and_crop
+
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "InputError",
+    "Preprocess",
+    "collect",
+    "normalize",
+    "open_image",
+    "path_text",
+    "preprocess_batch",
+    "resize_and_crop",
+]

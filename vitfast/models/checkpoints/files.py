@@ -1,0 +1,174 @@
+"""Checkpoint files: where the weights and settings of a directory, a file or a hub id are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast.models.checkpoints.source import CheckpointError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PICKLES = (".bin", ".pth", ".pt")
+_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def find_weights(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """The weight files of a directory: model.safetensors, the shards of an index, or a lone file.
+
+    Raises:
+        CheckpointError: if there are none, shards are absent, or only pickles and they are not allowed.
+    """
+    kinds: list[tuple[str, tuple[str, ...]]] = [("model.safetensors", (".safetensors",))]
+    if allow_pickle:
+        kinds.append(("pytorch_model.bin", PICKLES))
+    for name, suffixes in kinds:
+        if (directory / name).is_file():
+            return [directory / name]
+        if (directory / f"{name}.index.json").is_file():
+            return _shards(directory / f"{name}.index.json")
+        lone = sorted(path for path in directory.iterdir() if path.suffix in suffixes)
+        if len(lone) == 1:
+            return lone
+        if lone:
+            raise CheckpointError(
+                f"{directory} has no {name} but several other weight files: {', '.join(p.name for p in lone)}; "
+                "give the path of one"
+            )
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has no .safetensors file, only pickles ({', '.join(pickles)}); "
+            "convert them, or pass allow_pickle=True to read them with torch.load(weights_only=True)"
+        )
+    hint = "" if allow_pickle else " (a hub model that has only pickled weights needs allow_pickle=True)"
+    raise CheckpointError(f"{directory} has no weights: expected {kinds[-1][0]} or {kinds[-1][0]}.index.json{hint}")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
+    return [index.parent / name for name in names]
+
+
+def read_weights(paths: Sequence[Path], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """All tensors of some weight files, on the CPU, as stored.
+
+    Raises:
+        CheckpointError: for a damaged file, a pickle that is not allowed or holds more than tensors,
+            or a tensor that two files hold.
+    """
+    state: dict[str, Tensor] = {}
+    for path in paths:
+        part = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
+        twice = sorted(state.keys() & part.keys())
+        if twice:
+            raise CheckpointError(f"{path} repeats tensors of another shard: {', '.join(twice)}")
+        state.update(part)
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f"reading {path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if path.suffix not in PICKLES:
+        raise CheckpointError(f"{path}: unknown weight file, expected .safetensors or one of {', '.join(PICKLES)}")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True to read it with "
+            "torch.load(weights_only=True)"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the unpickler and the archive reader raise
+        raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def download(hub_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The local directory of a Hugging Face hub model: settings and safetensors, nothing else.
+
+    Pickled weights are fetched only if allowed and the model has no others.
+
+    Raises:
+        CheckpointError: if the package is absent, or the hub cannot be reached or refuses.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(f"loading {hub_id!r} needs the package huggingface_hub") from error
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+        except Exception as error:  # the client's own, the HTTP library's and the file system's errors
+            at = f" at revision {revision!r}" if revision else ""
+            raise CheckpointError(
+                f"cannot get {hub_id!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}"
+            ) from error
+
+    directory = fetch(*_SETTINGS, *_SAFE)
+    if allow_pickle and not any(path.suffix == ".safetensors" for path in directory.iterdir()):
+        directory = fetch(*_SETTINGS, *_PICKLED)
+    return directory
+
+
+def cached(hub_id: str, name: str) -> Path | None:
+    """A file of a hub model if it is in the local cache, or in the directory that `hub_id` names."""
+    if os.path.isdir(hub_id):
+        path = Path(hub_id, name)
+        return path if path.is_file() else None
+    if not HUB_ID.fullmatch(hub_id):
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None  # without the package there is no cache to look in
+    found = try_to_load_from_cache(hub_id, name)
+    return Path(found) if isinstance(found, str) else None

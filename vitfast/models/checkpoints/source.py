@@ -1,0 +1,182 @@
+"""`Source`: a state dict on its way to canonical weights, with every key accounted for.
+
+A translation names each tensor it wants. What it names must be there; what it does not name, and
+is not on the family's short list of ignorable keys, is an error. So a checkpoint either is
+understood entirely or is refused with the whole list of what does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vitfast.models.config import ViTConfig
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be loaded: the message says which one and every reason."""
+
+
+def require(condition: bool, feature: str, where: str) -> None:
+    """Refuse a model that does something the forward cannot.
+
+    Raises:
+        CheckpointError: if not `condition`; it names the feature and the module that has it.
+    """
+    if not condition:
+        raise CheckpointError(f"{where}: {feature} is not supported")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+class Source:
+    """Collects canonical weights from a state dict.
+
+    Dense and norm parts are named by everything that stands before "weight" and "bias", separator
+    included: "attn.qkv." or "self_attention.in_proj_".
+
+    Args:
+        state: the source's own names and tensors. what: whose they are, for messages.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], what: str) -> None:
+        self.state = state
+        self.what = what
+        self.weights: dict[str, Tensor] = {}
+        self._origins: dict[str, tuple[str, ...]] = {}
+        self._missing: dict[str, str] = {}  # source name -> canonical name
+        self._misshapen: list[str] = []
+        self._used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.state
+
+    def copy(self, canonical: str, *names: str) -> None:
+        """Take one tensor, or several stacked along their first axis (q, k and v; gate and up)."""
+        parts = [self._fetch(canonical, name) for name in names]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(names):
+            return
+        if len(found) == 1:
+            self.weights[canonical] = found[0]
+        elif len({(part.shape[1:], part.dtype) for part in found}) == 1 and found[0].ndim:
+            self.weights[canonical] = torch.cat(found)
+        else:
+            listed = ", ".join(f"{n} {_shape(p)} {p.dtype}" for n, p in zip(names, found, strict=True))
+            self._misshapen.append(f"{listed}: parts of {canonical} that do not fit together")
+        self._origins[canonical] = names
+
+    def norm(self, canonical: str, name: str) -> None:
+        """Take weight and bias of a LayerNorm."""
+        self.copy(f"{canonical}.weight", f"{name}weight")
+        self.copy(f"{canonical}.bias", f"{name}bias")
+
+    def dense(self, canonical: str, *names: str, bias: bool = True) -> None:
+        """Take weight and, if `bias`, bias of a dense layer that the source may keep in several parts."""
+        self.copy(f"{canonical}.weight", *(f"{name}weight" for name in names))
+        if bias:
+            self.copy(f"{canonical}.bias", *(f"{name}bias" for name in names))
+
+    def swap_halves(self, canonical: str) -> None:
+        """Exchange the two halves of a dense layer's rows (a gate that the source keeps last)."""
+        for name in (f"{canonical}.weight", f"{canonical}.bias"):
+            if name in self.weights:
+                rows = self.weights[name]
+                self.weights[name] = rows.roll(len(rows) // 2, dims=0)
+
+    def tokens(self, config: ViTConfig, prefix: Sequence[str], position: str | None, covered: int) -> None:
+        """Take prefix tokens and position embedding; the first `covered` positions belong to prefix tokens.
+
+        Args:
+            prefix: names of [1, n, C] or [C] tensors, in token order. position: name of [1, covered + L, C]
+                or [covered + L, C].
+        """
+        rows = [self._rows("prefix", name, config.width) for name in prefix]
+        if prefix:
+            self._origins["prefix"] = (*prefix, *([position] if position and covered else []))
+        head = None
+        if position is not None:
+            table = self._rows("position", position, config.width)
+            if table is not None:
+                head, self.weights["position"] = table[:covered], table[covered:]
+                self._origins["position"] = (position,)
+        if not prefix or any(part is None for part in rows) or (covered and head is None):
+            return
+        tokens = torch.cat([part for part in rows if part is not None])
+        if covered and head is not None and len(head) <= len(tokens):
+            # Summed in fp32 and rounded once to the stored dtype, as the source's own addition is.
+            added = tokens[: len(head)].float() + head.float()
+            tokens = torch.cat([added.to(tokens.dtype), tokens[len(head) :]])
+        self.weights["prefix"] = tokens
+
+    def finish(self, config: ViTConfig, ignorable: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Compare with `config.weight_shapes()` and return the canonical weights.
+
+        Args:
+            ignorable: regular expressions; keys of the source that match one entirely may be left over.
+
+        Raises:
+            CheckpointError: with every missing, unexpected, wrongly shaped or non-finite tensor, by its
+                source name.
+        """
+        shapes = config.weight_shapes()
+        problems = []
+        for name, canonical in self._missing.items():
+            shape = f" {list(shapes[canonical][0])}" if canonical in shapes else ""
+            problems.append(f"missing: {name} (for {canonical}{shape})")
+        for canonical, (size, required) in shapes.items():
+            if required and canonical not in self._origins and canonical not in self._missing.values():
+                problems.append(f"missing: nothing gives {canonical} {list(size)}")
+        problems += [f"wrong shape: {line}" for line in self._misshapen]
+        for canonical, tensor in self.weights.items():
+            parts = ", ".join(f"{name} {_shape(self.state[name])}" for name in self._origins[canonical])
+            if canonical not in shapes:
+                problems.append(f"unexpected: {parts} (the architecture has no {canonical})")
+            elif tuple(tensor.shape) != shapes[canonical][0]:
+                wanted = list(shapes[canonical][0])
+                problems.append(f"wrong shape: {parts} gives {canonical} {_shape(tensor)}, expected {wanted}")
+        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in ignorable)) if ignorable else None
+        for name in self.state.keys() - self._used:
+            if ignored is None or not ignored.fullmatch(name):
+                problems.append(f"unexpected: {name} {_shape(self.state[name])}")
+        problems += [f"unusable: {name} {reason}" for name in sorted(self._used) if (reason := self._unusable(name))]
+        if problems:
+            listed = "\n  ".join(sorted(problems))
+            raise CheckpointError(f"{self.what} does not fit its architecture, {len(problems)} problem(s):\n  {listed}")
+        return {canonical: self.weights[canonical] for canonical in shapes if canonical in self.weights}
+
+    def _fetch(self, canonical: str, name: str) -> Tensor | None:
+        tensor = self.state.get(name)
+        if tensor is None:
+            self._missing[name] = canonical
+            return None
+        self._used.add(name)
+        return tensor.detach()
+
+    def _rows(self, canonical: str, name: str, width: int) -> Tensor | None:
+        tensor = self._fetch(canonical, name)
+        if tensor is None:
+            return None
+        if tensor.ndim == 3 and tensor.shape[0] == 1:
+            tensor = tensor[0]
+        elif tensor.ndim == 1:
+            tensor = tensor[None]
+        if tensor.ndim != 2 or tensor.shape[1] != width:
+            self._misshapen.append(f"{name} {_shape(self.state[name])}, expected rows of width {width}")
+            self._origins[canonical] = (name,)
+            return None
+        return tensor
+
+    def _unusable(self, name: str) -> str:
+        tensor = self.state[name]
+        if tensor.device.type == "meta":
+            return "is on the meta device, without data"
+        if not tensor.is_floating_point():
+            return f"has dtype {tensor.dtype}, a floating-point one is needed"
+        finite = torch.isfinite(tensor.detach()).sum().item()
+        return "" if finite == tensor.numel() else f"holds {tensor.numel() - finite} NaN or infinite value(s)"

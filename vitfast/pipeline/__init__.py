@@ -1,0 +1,1 @@
+"""Files in, vectors out."""

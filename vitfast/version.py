@@ -1,0 +1,3 @@
+"""The version, for anyone to import: it stands below everything."""
+
+__version__ = "0.1.0"
