@@ -11,6 +11,8 @@ import vitfast
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+LINKS = {page for page in PAGES if (DOCS / page).is_symlink()}
+"""Pages that are files of the repository's root."""
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
@@ -73,5 +75,23 @@ def test_reference_has_every_public_name():
 
 def test_readme_lists_every_guide():
     listed = set(re.findall(r"\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text()))
-    links = {page for page in PAGES if (DOCS / page).is_symlink()}
-    assert listed | {"index.md", "speed-log.md"} | links == {page for page in PAGES if not page.startswith("api/")}
+    assert listed | {"index.md", "speed-log.md"} == {page for page in PAGES - LINKS if not page.startswith("api/")}
+
+
+TOPS = ("benchmarks", "csrc", "docs", "examples", "kernels", "tests", "vitfast")
+LEFT_OUT = {"kernels/configs/", "kernels/configs/<gpu>.json"}  # tables appear once a GPU is tuned
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in sorted(PAGES))])
+def test_files_that_are_named_exist(page):
+    """Of `kernels/<op>.py` some file must."""
+    for path in re.findall(r"`([\w./<>-]+/[\w./<>-]*)`", (ROOT / page).read_text()):
+        if path.partition("/")[0] in TOPS and path not in LEFT_OUT:
+            assert list(ROOT.glob(re.sub(r"<\w+>", "*", path))), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in sorted(PAGES - LINKS))])
+def test_names_in_prose_exist(page):
+    for name in re.findall(r"`(vitfast(?:\.\w+)+)[`(]", (ROOT / page).read_text()):
+        if name != "vitfast._C":  # not everywhere
+            resolve(name)
