@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 import pytest
+from helpers import global_state
 
 from vitfast import testing
 from vitfast.attention import sdpa
@@ -20,6 +21,15 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 if not torch.cuda.is_available():
     testing.repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _global_state():
+    """A test that leaves a setting of the process changed fails, and the next one finds it as it was."""
+    before = global_state.snapshot()
+    yield
+    if changed := global_state.restore(before):
+        pytest.fail(f"the test left changed {'; '.join(changed)}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
