@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from helpers.compiling import run_code
 from helpers.mutants import mutant
+from helpers.scripts import compiling_code
 
 from vitfast import ops
 from vitfast.kernels import _attention_forward, _common, attention_short
@@ -187,7 +187,7 @@ print(json.dumps([inspect.inspect_case(case, f"sm_{arch}") for case, arch in cas
 @pytest.mark.full
 def test_short_configs_compile_without_spills():
     """At the most keys that they take in 8 bits; the general kernel is inspected with the others."""
-    rows = json.loads(run_code(COMPILE))
+    rows = json.loads(compiling_code(COMPILE))
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert [row["config"] for row in rows if row["spill_bytes"] or not row["fits"]] == []
 

@@ -1,10 +1,8 @@
 """quantized_linear: both dtypes, every epilogue and config, awkward shapes, exact sums, refusals, tensor cores."""
 
-import json
-
 import pytest
 import torch
-from helpers.compiling import BEST, run_python
+from helpers.inspected import TENSOR_CORES, inspected
 from helpers.mutants import mutant
 
 from vitfast import ops
@@ -241,9 +239,9 @@ def test_bad_input(change, message, call):
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in ("sm_80", "sm_89"))])
 def test_products_run_on_tensor_cores(arch):
     """FP8 from sm_89 on, int8 everywhere; no spills. sm_80 and sm_89 share one instruction."""
-    rows = json.loads(run_python("-m", "vitfast", "inspect", "--arch", arch, "--kernel", "quantized_linear", "--json"))
+    rows = inspected(arch, "quantized_linear")
     kinds = {kind for row in rows for kind in ("fp8e4nv", "i8") if f"_{kind}_" in row["config"]}
     assert kinds == ({"i8"} if arch == "sm_80" else {"fp8e4nv", "i8"})
     for row in rows:
-        assert row["tensor_core"] == BEST.get(arch, "mma"), row["config"]
+        assert row["tensor_core"] == TENSOR_CORES[arch], row["config"]
         assert row["fits"] and not row["spill_bytes"], row["config"]

@@ -85,7 +85,8 @@ LEFT_OUT = {"kernels/configs/", "kernels/configs/<gpu>.json"}  # tables appear o
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in sorted(PAGES))])
 def test_files_that_are_named_exist(page):
     """Of `kernels/<op>.py` some file must."""
-    for path in re.findall(r"`([\w./<>-]+/[\w./<>-]*)`", (ROOT / page).read_text()):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"`([\w./<>-]+/[\w./<>-]*)`", text) + re.findall(r"\btests/[\w/]+\.py\b", text):
         if path.partition("/")[0] in TOPS and path not in LEFT_OUT:
             assert list(ROOT.glob(re.sub(r"<\w+>", "*", path))), f"{page} names {path}"
 

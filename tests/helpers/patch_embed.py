@@ -1,10 +1,9 @@
-"""Calls of the C++ extension's patch_embed, and why its CUDA kernels cannot run here."""
+"""Cases of patch_embed for the C++ extension, and its two calls for packed weights as one."""
 
 import torch
 
 from vitfast import ops, testing
 
-# batch, channels, height, width, patch (h, w), C, prefix tokens; and why.
 GRID = [
     (2, 3, 32, 48, (16, 16), 64, 1, "/16, two rows of three patches, CLS"),
     (3, 3, 28, 28, (14, 14), 48, 5, "/14, CLS and registers"),
@@ -13,9 +12,15 @@ GRID = [
     (1, 4, 3, 3, (1, 1), 7, 1, "patches of one pixel"),
     (2, 3, 224, 224, (8, 8), 16, 1, "more rows than one chunk"),
 ]
+"""Batch, channels, height, width, patch (h, w), C, prefix tokens; and why."""
 
 
 def inputs(case, dtype, pixels, channels_last):
+    """Images, weight, bias, position and prefix (None where there is none) of a case, on the CPU.
+
+    Args:
+        case: of GRID. dtype: of the weights. pixels: dtype of the images.
+    """
     b, channels, height, width, (ph, pw), c, prefix, _ = case
     shape = (b, height, width, channels) if channels_last else (b, channels, height, width)
     if pixels == torch.uint8:
@@ -34,5 +39,6 @@ def inputs(case, dtype, pixels, channels_last):
 
 
 def packed(images, weight, *rest, **kwargs):
+    """patch_embed on a weight that is packed first."""
     ready = ops.native.pack_patch_embed(weight, **kwargs, uint8=images.dtype == torch.uint8)
     return ops.native.patch_embed_packed(images, ready, *rest, **kwargs)
