@@ -67,6 +67,13 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return _ACTIVATIONS[activation](x)
 
 
+def scale_and_add(y: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    """y * layer_scale + residual, of those that are given."""
+    if layer_scale is None:
+        return y if residual is None else y + residual
+    return y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
+
+
 def patches(images: Tensor, patch_size: tuple[int, int], channels_last: bool) -> Tensor:
     """Cut images into rows [B, L, K], K in the order (ph, pw, Cin) if channels_last else (Cin, ph, pw)."""
     ph, pw = patch_size
@@ -162,11 +169,7 @@ def linear(
         mean, rstd = (t.reshape(*x.shape[:-1], 1) for t in (mean, rstd))
         y = rstd * (F.linear(x, weight).to(mean.dtype) - mean * weight_sum.to(mean.dtype))
         y = (y if bias is None else y + bias).to(x.dtype)
-    y = activate(y, activation)
-    if layer_scale is not None:
-        y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
-    elif residual is not None:
-        y = y + residual
+    y = scale_and_add(activate(y, activation), layer_scale, residual)
     return (y, _row_stats(y, upcast=upcast)) if stats else y
 
 
@@ -401,11 +404,8 @@ def quantized_linear(
     y.mul_(weight_scale.to(exact))
     if bias is not None:
         y.add_(bias.to(exact))
-    y = activate(y, activation)
-    if layer_scale is not None:
-        y = y * layer_scale.to(exact)
-    if residual is not None:
-        y = y + residual.to(exact)
+    layer_scale, residual = (t if t is None else t.to(exact) for t in (layer_scale, residual))
+    y = scale_and_add(activate(y, activation), layer_scale, residual)
     if requantize:
         width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
         padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
