@@ -26,7 +26,7 @@ from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Call, Case, backend_options
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
-from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
+from vitfast.benchmarks.providers import BASELINE, Provider, Thunk, providers_of
 from vitfast.benchmarks.result_file import write
 from vitfast.engine.planner import FUSED_MAX_WIDTH, FUSED_SITES
 
@@ -104,27 +104,27 @@ def sweep(
     Returns:
         swept and proven: op -> dtypes; configs as they stand in the table.
     """
-    found: list[tuple[Case, str, list[dict[str, Any]]]] = []
+    swept: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
     cases = [case for case in cases if case.op not in FUSED_SITES or case.dims["width"] <= FUSED_MAX_WIDTH]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
-            choices = decide(found)  # what was cut short is proven for nothing
+            choices = decide(swept)  # what was cut short is proven for nothing
             left = {(case.op, _dtype(case)) for case in cases[index:]}
             proven = {op: [t for t in dtypes if (op, t) not in left] for op, dtypes in choices["proven"].items()}
             return choices | {"proven": {op: dtypes for op, dtypes in proven.items() if dtypes}}
         key = TUNED[case.op](case.inputs()) if case.op in TUNED else ""
-        rows = kernels.run_case(case, device, _contestants(case), rounds)
+        rows = kernels.run_case(case, device, _providers(case), rounds)
         on_rows(rows)
-        found.append((case, key, rows))
-    return decide(found)
+        swept.append((case, key, rows))
+    return decide(swept)
 
 
-def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+def decide(cases: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
     """The table's choices from measured rows: per op and key the least total time, of configs right in every case."""
     times: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
-    for case, key, rows in found:
-        times[case.op, _dtype(case), key].append({row["peer"]: row["median_ms"] for row in rows if row["correct"]})
+    for case, key, rows in cases:
+        times[case.op, _dtype(case), key].append({row["provider"]: row["median_ms"] for row in rows if row["correct"]})
     configs: dict[str, dict[str, str]] = defaultdict(dict)
     swept: dict[str, list[str]] = defaultdict(list)
     losing = set()
@@ -132,14 +132,14 @@ def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[
         if dtype not in swept[op]:
             swept[op].append(dtype)
         total = {
-            peer: sum(ms[peer] for ms in measured)
-            for peer in measured[0]
-            if peer.startswith(OURS) and all(peer in ms for ms in measured)
+            provider: sum(ms[provider] for ms in measured)
+            for provider in measured[0]
+            if provider.startswith(OURS) and all(provider in ms for ms in measured)
         }
         if not total:
             losing.add((op, dtype))
             continue
-        best = min(total, key=lambda peer: total[peer])
+        best = min(total, key=lambda provider: total[provider])
         if op in TUNED:
             configs[op][key] = best.removeprefix(f"{OURS} ")
         if any(ms[best] > ms.get(BASELINE, float("inf")) for ms in measured):
@@ -182,17 +182,17 @@ def write_table(path: Path, choices: dict[str, Any], environment: dict[str, Any]
     write(path, json.dumps(table, indent=1) + "\n")
 
 
-def _contestants(case: Case) -> dict[str, Peer]:
+def _providers(case: Case) -> dict[str, Provider]:
     """Plain torch, and our kernel in every config, or as it is."""
-    peers = peers_of(case)
-    found = {BASELINE: peers[BASELINE]}
+    everyone = providers_of(case)
+    swept = {BASELINE: everyone[BASELINE]}
     if case.op not in TUNED:
-        return found | {OURS: peers[OURS]}
+        return swept | {OURS: everyone[OURS]}
     module = importlib.import_module(f"vitfast.kernels.{case.op}")
     for config in module.CONFIGS:
         name = f"{OURS} {config.name}"
-        found[name] = Peer(name, functools.partial(_with_config, module, case, config))
-    return found
+        swept[name] = Provider(name, functools.partial(_with_config, module, case, config))
+    return swept
 
 
 def _with_config(module: Any, case: Case, config: Any, call: Call) -> Thunk:

@@ -4,8 +4,6 @@ import os
 
 import torch
 
-from vitfast.engine import plan_cache
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The interpreter's numpy and torch's thread pools fight over cores; tests are small.
@@ -15,6 +13,7 @@ import pytest
 
 from vitfast import testing
 from vitfast.attention import sdpa
+from vitfast.engine import plan_cache
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

@@ -12,7 +12,7 @@ import torch
 from vitfast.benchmarks import device, environment, kernels, roofs, timing
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.device import CpuDevice, CudaDevice
-from vitfast.benchmarks.peers import BASELINE, Peer
+from vitfast.benchmarks.providers import BASELINE, Provider
 from vitfast.ops import reference
 
 
@@ -177,9 +177,11 @@ def test_a_case_on_a_gpu_from_gate_to_row():
         fake.call()
         return reference.layer_norm(*args)
 
-    peers = {name: Peer(name, lambda call: functools.partial(layer_norm, *call.args)) for name in (BASELINE, "other")}
+    providers = {
+        name: Provider(name, lambda call: functools.partial(layer_norm, *call.args)) for name in (BASELINE, "other")
+    }
     case = Case("layer_norm", {"rows": 7, "width": 64}, torch.device("cpu"), torch.float32)
-    rows = kernels.run_case(case, gpu, peers, rounds=3)
+    rows = kernels.run_case(case, gpu, providers, rounds=3)
     for row in rows:
         assert row["correct"] and row["timed_by"] == "graph" and row["cold"], row
         assert row["median_ms"] == 2.0 and row["ratio"] == 1.0  # per call, though a graph holds several

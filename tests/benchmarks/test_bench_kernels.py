@@ -1,4 +1,4 @@
-"""Kernel benchmarks: the gate, the registry's inputs and FLOPs, peers from outside, interleaving."""
+"""Kernel benchmarks: the gate, the registry's inputs and FLOPs, providers from outside, interleaving."""
 
 import functools
 import itertools
@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from helpers.benching import CountedDevice, contestant, layer_norm_case, rows_of
+from helpers.benching import CountedDevice, layer_norm_case, rows_of, timed_provider
 from typer.testing import CliRunner
 
 from vitfast import ops, testing
-from vitfast.benchmarks import cases, device, kernels, peers, shapes, timing
+from vitfast.benchmarks import cases, device, kernels, providers, shapes, timing
 from vitfast.benchmarks.environment import ROOT
 from vitfast.cli.app import app
 from vitfast.diagnostics import predict
@@ -53,7 +53,7 @@ SMALL = {
 
 
 def test_every_op_has_cases():
-    assert set(SMALL) == set(cases.OPS) == set(peers.PEERS)
+    assert set(SMALL) == set(cases.OPS) == set(providers.PROVIDERS)
     assert set(registry.OPS) <= set(cases.OPS)
 
 
@@ -61,24 +61,24 @@ def test_every_op_has_cases():
 def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
     one = case(op, **dims)
     if op == "block":
-        interpreted = peers.Peer("interpreted", functools.partial(peers._planned_block, "triton"))
+        interpreted = providers.Provider("interpreted", functools.partial(providers._planned_block, "triton"))
     else:
         run = registry.backend(one.spec.op, "triton").call
         if op == "attention_backward":
             run = cases.gradients(functools.partial(ops.attention, backend="triton"))
-        interpreted = peers.Peer(
+        interpreted = providers.Provider(
             "interpreted", lambda call: functools.partial(run, *call.args, **cases.backend_options(call.kwargs))
         )
-    contestants = peers.peers_of(one)
+    able = providers.providers_of(one)
     ours = "vitfast engine" if op == "block" else "vitfast native"
-    wanted = (peers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed", "torch._scaled_mm")
-    chosen = {name: contestants[name] for name in wanted if name in contestants}
+    wanted = (providers.BASELINE, ours, "vitfast triton", "oneDNN packed", "vitfast native packed", "torch._scaled_mm")
+    chosen = {name: able[name] for name in wanted if name in able}
     rows = kernels.run_case(one, CountedDevice(), {**chosen, "interpreted": interpreted}, rounds=2)
-    rows = {row["peer"]: row for row in rows}
-    assert rows[peers.BASELINE]["correct"], rows
+    rows = {row["provider"]: row for row in rows}
+    assert rows[providers.BASELINE]["correct"], rows
     assert rows["interpreted"]["correct"], rows
     assert rows["interpreted"]["configs"]
-    assert "configs" not in rows[peers.BASELINE]
+    assert "configs" not in rows[providers.BASELINE]
     triton = rows["vitfast triton"]
     assert triton["correct"] if DEVICE.type == "cuda" else "interpreter" in triton["error"]
     for row in rows.values():
@@ -91,7 +91,7 @@ def test_an_attention_block_apart_is_the_same_work():
     call = one.inputs()
     stats = ops.row_stats(call.args[0], backend="triton")
     answers = (cases.OPS[one.op].reference(*call.args, **call.kwargs, upcast=upcast) for upcast in (True, False))
-    accuracy.assert_close(peers._apart(*call.args, row_stats=stats, **call.kwargs), *answers)
+    accuracy.assert_close(providers._apart(*call.args, row_stats=stats, **call.kwargs), *answers)
 
 
 def test_inputs_are_random_repeatable_and_never_zero():
@@ -144,10 +144,10 @@ def test_causal_attention_and_gated_products_count_what_is_needed():
 
 def test_wrong_kernel_gets_no_time_but_its_error():
     counted = CountedDevice()
-    wrong = contestant(counted, "vitfast triton", 1.0, lambda *a: reference.layer_norm(*a) * 1.01)
-    absent = peers.Peer("absent", lambda call: __import__("no_such_package"))
+    wrong = timed_provider(counted, "vitfast triton", 1.0, lambda *a: reference.layer_norm(*a) * 1.01)
+    absent = providers.Provider("absent", lambda call: __import__("no_such_package"))
     rows = rows_of(counted, wrong, absent)
-    assert rows[peers.BASELINE]["correct"] and rows[peers.BASELINE]["ratio"] == 1
+    assert rows[providers.BASELINE]["correct"] and rows[providers.BASELINE]["ratio"] == 1
     assert "median_ms" not in rows["vitfast triton"] and rows["vitfast triton"]["ratio"] is None
     assert rows["vitfast triton"]["error"].startswith("incorrect: max error")
     assert rows["vitfast triton"]["max_error"] == pytest.approx(0.01, rel=0.01)
@@ -173,7 +173,7 @@ def corner(*args):
 )
 def test_the_gate_sees(answer):
     counted = CountedDevice()
-    row = rows_of(counted, contestant(counted, "vitfast triton", 1.0, answer))["vitfast triton"]
+    row = rows_of(counted, timed_provider(counted, "vitfast triton", 1.0, answer))["vitfast triton"]
     assert row["error"].startswith("incorrect") and "median_ms" not in row
 
 
@@ -192,7 +192,7 @@ def test_a_gate_on_part_sees_both_ends_and_the_middle(monkeypatch):
         return out
 
     for answer in (corner, middle, skipped):
-        row = rows_of(counted, contestant(counted, "vitfast triton", 1.0, answer))["vitfast triton"]
+        row = rows_of(counted, timed_provider(counted, "vitfast triton", 1.0, answer))["vitfast triton"]
         assert row["error"].startswith("incorrect"), answer
         assert row["checked"] == "3 of 7, in 3 parts"
 
@@ -214,7 +214,7 @@ def test_what_turns_wrong_while_it_is_timed_gets_no_time():
         calls.append(1)
         return reference.layer_norm(*args) + (len(calls) > 4)
 
-    row = rows_of(counted, contestant(counted, "vitfast triton", 1.0, tiring))["vitfast triton"]
+    row = rows_of(counted, timed_provider(counted, "vitfast triton", 1.0, tiring))["vitfast triton"]
     assert row["error"].startswith("incorrect after the timing: max error") and "median_ms" not in row
 
 
@@ -226,15 +226,15 @@ def test_the_gate_of_a_large_case_is_affordable():
     assert kernels.gate_size(layer_norm_case()) == 7
 
 
-def test_eight_bit_peers_have_a_rule_of_their_own():
+def test_eight_bit_providers_have_a_rule_of_their_own():
     counted = CountedDevice()
-    rough = contestant(counted, "eight", 1.0, lambda *a: reference.layer_norm(*a) * 1.03)
-    as_declared = peers.Peer("eight", rough.build, eight_bit=True)
+    rough = timed_provider(counted, "eight", 1.0, lambda *a: reference.layer_norm(*a) * 1.03)
+    as_declared = providers.Provider("eight", rough.build, eight_bit=True)
     row = rows_of(counted, as_declared)["eight"]
     assert row["correct"] and row["eight_bit"]
     assert not rows_of(counted, rough)["eight"]["correct"]
-    off = contestant(counted, "eight", 1.0, lambda *a: reference.layer_norm(*a) * 1.06)
-    assert not rows_of(counted, peers.Peer("eight", off.build, eight_bit=True))["eight"]["correct"]
+    off = timed_provider(counted, "eight", 1.0, lambda *a: reference.layer_norm(*a) * 1.06)
+    assert not rows_of(counted, providers.Provider("eight", off.build, eight_bit=True))["eight"]["correct"]
 
 
 def test_rounds_interleave_in_changing_order():
@@ -250,7 +250,7 @@ def test_rounds_interleave_in_changing_order():
 def test_times_are_per_call_and_ratios_of_medians():
     counted = CountedDevice()
     counted.cache_bytes = 10**5  # many copies, each called once a round
-    rows = rows_of(counted, contestant(counted, "vitfast native", 1.0))
+    rows = rows_of(counted, timed_provider(counted, "vitfast native", 1.0))
     assert rows["vitfast native"]["median_ms"] == pytest.approx(1.005, rel=0.01)
     assert rows["vitfast native"]["ratio"] == pytest.approx(2, rel=0.02)
     assert rows["vitfast native"]["p20_ms"] <= rows["vitfast native"]["median_ms"] <= rows["vitfast native"]["p80_ms"]
@@ -264,7 +264,7 @@ def test_copies_cover_twice_the_cache_or_it_says_warm():
     assert timing.copies_needed(1, 10**9) == timing.MOST_COPIES
     counted = CountedDevice()
     counted.cache_bytes = 10**9
-    assert not rows_of(counted)[peers.BASELINE]["cold"]
+    assert not rows_of(counted)[providers.BASELINE]["cold"]
 
 
 def test_noise_is_flagged():
@@ -313,8 +313,8 @@ def _harmless(monkeypatch, tmp_path):
 def test_gpu_times_our_kernels_as_graphs(op):
     gpu = device.open_device(torch.device("cuda", 0))
     one = cases.Case(op, SMALL[op][0], torch.device("cuda", 0), torch.bfloat16)
-    rows = {row["peer"]: row for row in kernels.run_case(one, gpu, peers.peers_of(one), rounds=3)}
-    for name in (peers.BASELINE, "vitfast triton"):
+    rows = {row["provider"]: row for row in kernels.run_case(one, gpu, providers.providers_of(one), rounds=3)}
+    for name in (providers.BASELINE, "vitfast triton"):
         assert rows[name]["correct"], rows[name]
         assert rows[name]["timed_by"] == "graph", rows[name]
         assert 0 < rows[name]["median_ms"] < 1000
@@ -340,26 +340,34 @@ def test_your_own_kernel_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     common = ("kernels", "--op", "layer_norm", "-m", "vit_tiny_patch16_224", "--batch", 1, "--device", "cpu",
               "--rounds", 2, "--no-roofs", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")  # fmt: skip
-    done = bench(*common, "--peer", "mymodule:right", "--peer", "mymodule:wrong")
+    done = bench(*common, "--provider", "mymodule:right", "--provider", "mymodule:wrong")
     assert done.exit_code == 1, done.output
-    rows = {row["peer"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows["mymodule:right"]["correct"] and rows["mymodule:right"]["median_ms"] > 0
     assert rows["mymodule:wrong"]["error"].startswith("incorrect") and "median_ms" not in rows["mymodule:wrong"]
     assert "wrong: mymodule:wrong" in done.output
     assert "mymodule:right" in (tmp_path / "r.csv").read_text()
-    for needed in ("case", "peer", "median_ms", "p20_ms", "p80_ms", "ratio", "correct"):
+    for needed in ("case", "provider", "median_ms", "p20_ms", "p80_ms", "ratio", "correct"):
         assert needed in rows["mymodule:right"]
 
 
+def test_peer_is_the_old_name_of_provider():
+    for command in ("kernels", "model"):
+        done = bench(command, "--peer", "nothing")
+        assert done.exit_code != 0 and "'nothing'" in done.output
+        assert "--peer is now --provider" in done.output
+        assert "--peer" not in bench(command, "--help").output
+
+
 def test_a_library_that_is_wrong_is_named_but_no_failure(tmp_path, monkeypatch):
-    library = contestant(CountedDevice(), "a library", 1.0, lambda *a: reference.layer_norm(*a) * 1.01)
-    monkeypatch.setitem(peers.PEERS["layer_norm"], "a library", library)
+    library = timed_provider(CountedDevice(), "a library", 1.0, lambda *a: reference.layer_norm(*a) * 1.01)
+    monkeypatch.setitem(providers.PROVIDERS["layer_norm"], "a library", library)
     common = ("kernels", "--op", "layer_norm", "-m", "vit_tiny_patch16_224", "--batch", 1, "--device", "cpu",
               "--rounds", 2, "--no-roofs", "--json", tmp_path / "r.json")  # fmt: skip
     done = bench(*common)
     assert done.exit_code == 0 and "wrong: a library" in done.output, done.output
-    ours = peers.Peer("vitfast wrong", library.build)
-    monkeypatch.setitem(peers.PEERS["layer_norm"], "vitfast wrong", ours)
+    ours = providers.Provider("vitfast wrong", library.build)
+    monkeypatch.setitem(providers.PROVIDERS["layer_norm"], "vitfast wrong", ours)
     assert bench(*common).exit_code == 1
 
 
@@ -367,11 +375,11 @@ def test_the_example_in_the_docs_is_right(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "benchmarking.md").read_text()
     (tmp_path / "documented.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
-    peer = peers.from_outside("documented:my_attention")
+    provider = providers.from_outside("documented:my_attention")
     for dims in SMALL["attention"]:
         one, counted = case("attention", **dims), CountedDevice()
-        contestants = {peers.BASELINE: peers.peers_of(one)[peers.BASELINE], peer.name: peer}
-        row = kernels.run_case(one, counted, contestants, rounds=2)[1]
+        both = {providers.BASELINE: providers.providers_of(one)[providers.BASELINE], provider.name: provider}
+        row = kernels.run_case(one, counted, both, rounds=2)[1]
         if dims["variant"] not in ("", "causal"):
             assert row["error"].startswith("NotImplementedError: no "), row
         else:
@@ -383,11 +391,11 @@ def test_the_example_in_the_docs_is_right(tmp_path, monkeypatch):
     [
         (("kernels", "--op", "pooling"), "'pooling'"),
         (("kernels", "-m", "resnet50"), "'resnet50'"),
-        (("kernels", "--peer", "nothing"), "module:function"),
-        (("kernels", "--peer", "no_such_module:f"), "no_such_module"),
+        (("kernels", "--provider", "nothing"), "module:function"),
+        (("kernels", "--provider", "no_such_module:f"), "no_such_module"),
         (("kernels", "--budget", "soon"), "soon"),
         (("kernels", "--threads", "4096", "--device", "cpu"), "4096"),
-        (("model", "--peer", "Caffe"), "'Caffe'"),
+        (("model", "--provider", "Caffe"), "'Caffe'"),
         (("compare", "no.json", "no.json"), "no.json"),
         (("report",), "give result files"),
     ],

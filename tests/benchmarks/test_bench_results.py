@@ -9,25 +9,25 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from helpers.benching import CountedDevice, contestant, result, rows_of
+from helpers.benching import CountedDevice, result, rows_of, timed_provider
 from typer.testing import CliRunner
 
 from vitfast import testing
-from vitfast.benchmarks import campaign, compare, device, model, model_peers, page, report, result_file, svg
+from vitfast.benchmarks import campaign, compare, device, model, model_providers, page, report, result_file, svg
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
-from vitfast.benchmarks.peers import BASELINE
+from vitfast.benchmarks.providers import BASELINE
 from vitfast.cli.app import app
 from vitfast.models import libraries
 
 
-def row(peer="vitfast triton", ms=1.0, spread=0.02, case="attention", **more):
+def row(provider="vitfast triton", ms=1.0, spread=0.02, case="attention", **more):
     times = {"median_ms": ms, "p20_ms": ms * (1 - spread / 2), "p80_ms": ms * (1 + spread / 2), "spread": spread}
-    return {"case": case, "peer": peer, "correct": True, "noisy": spread > 0.05, "ratio": 1.0, **times, **more}
+    return {"case": case, "provider": provider, "correct": True, "noisy": spread > 0.05, "ratio": 1.0, **times, **more}
 
 
-def wrong(peer="vitfast triton", case="attention"):
-    return {"case": case, "peer": peer, "correct": False, "error": "incorrect: max error 1 exceeds 0"}
+def wrong(provider="vitfast triton", case="attention"):
+    return {"case": case, "provider": provider, "correct": False, "error": "incorrect: max error 1 exceeds 0"}
 
 
 def bench(*arguments):
@@ -52,9 +52,22 @@ def test_committed_results_name_their_commit_and_environment():
     paths = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
     assert paths
     for path in paths:
-        found = result_file.read(path)
-        assert re.fullmatch(r"[0-9a-f]{40}", found["environment"]["commit"]), path
-        assert found["environment"]["torch"] and found["rows"], path
+        content = result_file.read(path)
+        assert re.fullmatch(r"[0-9a-f]{40}", content["environment"]["commit"]), path
+        assert content["environment"]["torch"] and content["rows"], path
+
+
+def test_every_older_schema_is_read():
+    """By committed files: their rows have what rows of today have, and lose nothing."""
+    paths = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    written = {path: json.loads(path.read_text()) for path in paths}
+    assert {1, 2} <= {content["schema"] for content in written.values()}
+    for path, content in written.items():
+        rows = result_file.read(path)["rows"]
+        for before, after in zip(content["rows"], rows, strict=True):
+            assert after["provider"] == before.get("provider", before.get("peer")), path
+            assert "peer" not in after
+            assert {**after, **before} == {**after, "peer": before["peer"]} if "peer" in before else after == before
 
 
 # --- writing and reading ---
@@ -106,7 +119,7 @@ def test_csv_has_a_line_per_row(tmp_path):
     rows = [row(dims={"rows": 7}), wrong("other")]
     result_file.write_csv(tmp_path / "r.csv", [result(rows)])
     first, second = csv.DictReader((tmp_path / "r.csv").open())
-    assert (first["peer"], first["median_ms"], json.loads(first["dims"])) == ("vitfast triton", "1.0", {"rows": 7})
+    assert (first["provider"], first["median_ms"], json.loads(first["dims"])) == ("vitfast triton", "1.0", {"rows": 7})
     assert second["correct"] == "False" and second["median_ms"] == ""
 
 
@@ -115,15 +128,15 @@ def test_csv_has_a_line_per_row(tmp_path):
 
 def test_a_slowed_kernel_is_caught():
     before, after = CountedDevice(), CountedDevice()
-    quick = rows_of(before, contestant(before, "vitfast triton", 1.0)).values()
-    slow = rows_of(after, contestant(after, "vitfast triton", 1.1)).values()
-    again = {change.peer: change for change in compare.compare(result(quick), result(quick))}
+    quick = rows_of(before, timed_provider(before, "vitfast triton", 1.0)).values()
+    slow = rows_of(after, timed_provider(after, "vitfast triton", 1.1)).values()
+    again = {change.provider: change for change in compare.compare(result(quick), result(quick))}
     assert {change.verdict for change in again.values()} == {"same"}
-    found = {change.peer: change for change in compare.compare(result(quick), result(slow))}
+    found = {change.provider: change for change in compare.compare(result(quick), result(slow))}
     assert found["vitfast triton"].verdict == "slower" and found["vitfast triton"].regression
     assert found["vitfast triton"].change == pytest.approx(0.1, abs=0.01)
     assert found[BASELINE].verdict == "same"
-    back = {change.peer: change for change in compare.compare(result(slow), result(quick))}
+    back = {change.provider: change for change in compare.compare(result(slow), result(quick))}
     assert back["vitfast triton"].verdict == "faster" and not back["vitfast triton"].regression
 
 
@@ -168,7 +181,7 @@ def test_compare_command(tmp_path):
 def full_result():
     work = {"dtype": "bfloat16", "flops": 10**12, "bytes": 10**9, "tflops": 500.0, "gb_per_s": 500.0}
     rows = [row(ms=2.0, **work), row(BASELINE, ms=2.5, spread=0.3, **work), wrong("vitfast native")]
-    rows.append({"case": "attention", "peer": "flash-attn <3>", "correct": False, "error": "not installed"})
+    rows.append({"case": "attention", "provider": "flash-attn <3>", "correct": False, "error": "not installed"})
     content = result(rows, gpu="NVIDIA <H100>")
     content["roofs"] = {"tflops": {"bfloat16": 700.0}, "copy_gb_per_s": 2900.0}
     return content
@@ -208,7 +221,7 @@ def test_roofline_points_lie_where_they_should():
     assert svg.roofline(full_result()["rows"], {}, {}) == ""  # no roof, no plot
 
 
-def test_colours_of_contestants_differ():
+def test_colours_of_providers_differ():
     names = ["vitfast triton", "vitfast native", BASELINE, "SDPA flash", "SDPA cuDNN", "flash-attn 3", "xformers"]
     styles = svg.style_of(names)
     assert len(set(styles.values())) == len(names)
@@ -262,9 +275,9 @@ def timm(monkeypatch, tmp_path):
 
 
 def test_model_comparison_gives_complete_rows(timm):
-    peers = ("vitfast", "timm eager", "TensorRT", "timm CUDA graph")
-    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=peers, rounds=3)
-    assert [r["peer"] for r in rows] == list(peers)
+    providers = ("vitfast", "timm eager", "TensorRT", "timm CUDA graph")
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, providers=providers, rounds=3)
+    assert [r["provider"] for r in rows] == list(providers)
     for one in rows[:2]:
         assert one["correct"], one
         assert one["p20_ms"] <= one["median_ms"] <= one["p80_ms"]
@@ -275,9 +288,9 @@ def test_model_comparison_gives_complete_rows(timm):
 
 
 def test_wrong_model_gets_no_time(timm, monkeypatch):
-    monkeypatch.setitem(model_peers.PEERS, "vitfast", lambda oracle, images: lambda x: oracle(x) + 0.1)
-    monkeypatch.setitem(model_peers.PEERS, "nan", lambda oracle, images: lambda x: oracle(x) * float("nan"))
-    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("vitfast", "nan"), rounds=2)
+    monkeypatch.setitem(model_providers.PROVIDERS, "vitfast", lambda oracle, images: lambda x: oracle(x) + 0.1)
+    monkeypatch.setitem(model_providers.PROVIDERS, "nan", lambda oracle, images: lambda x: oracle(x) * float("nan"))
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, providers=("vitfast", "nan"), rounds=2)
     for one in rows[:2]:
         assert one["error"].startswith("incorrect: error") and "median_ms" not in one
     assert rows[2]["correct"]
@@ -292,9 +305,11 @@ def test_eight_bits_are_judged_by_the_cosine_and_marked(timm, monkeypatch):
         return build
 
     for name, share in (("rough", 0.1), ("broken", 0.5)):
-        monkeypatch.setitem(model_peers.PEERS, name, noisy(share))
-        monkeypatch.setitem(model_peers.EIGHT_BIT, name, "int8")
-    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("rough", "broken", "vitfast fp8"), rounds=2)
+        monkeypatch.setitem(model_providers.PROVIDERS, name, noisy(share))
+        monkeypatch.setitem(model_providers.EIGHT_BIT, name, "int8")
+    rows = model.compare(
+        "test_vit", 2, CpuDevice(), torch.float32, providers=("rough", "broken", "vitfast fp8"), rounds=2
+    )
     rough, broken, ours, _ = rows
     assert rough["correct"] and rough["cosine"] == pytest.approx(0.995, abs=1e-3) and rough["median_ms"] > 0
     assert broken["error"].startswith("incorrect: cosine 0.8") and "median_ms" not in broken
@@ -308,36 +323,36 @@ def test_a_model_that_turns_wrong_gets_no_time(timm, monkeypatch):
     def tiring(oracle, images):
         return lambda x: (calls.append(1), oracle(x) + (len(calls) > 4))[1]
 
-    monkeypatch.setitem(model_peers.PEERS, "vitfast", tiring)
-    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("vitfast",), rounds=5)
+    monkeypatch.setitem(model_providers.PROVIDERS, "vitfast", tiring)
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, providers=("vitfast",), rounds=5)
     assert rows[0]["error"].startswith("incorrect: error") and "median_ms" not in rows[0]
 
 
 def test_model_command(timm, tmp_path, monkeypatch):
     monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
     done = bench(
-        "model", "-m", "test_vit", "--batch", 2, "--peer", "vitfast", "--device", "cpu", "--rounds", 2, "--no-roofs",
-        "--json", tmp_path / "r.json", "--html", tmp_path / "r.html",
+        "model", "-m", "test_vit", "--batch", 2, "--provider", "vitfast", "--device", "cpu", "--rounds", 2,
+        "--no-roofs", "--json", tmp_path / "r.json", "--html", tmp_path / "r.html",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [one["peer"] for one in rows] == ["vitfast", "timm eager"] and all(one["correct"] for one in rows)
+    assert [one["provider"] for one in rows] == ["vitfast", "timm eager"] and all(one["correct"] for one in rows)
     assert "test_vit batch 2 float32" in (tmp_path / "r.html").read_text()
 
 
-def test_a_contestant_that_comes_too_late_says_so(timm):
-    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, peers=("vitfast",), rounds=9, seconds=0)
+def test_a_provider_that_comes_too_late_says_so(timm):
+    rows = model.compare("test_vit", 2, CpuDevice(), torch.float32, providers=("vitfast",), rounds=9, seconds=0)
     assert rows[0]["error"] == "no time left to prepare it"
     assert rows[1]["correct"] and rows[1]["rounds"] == 3
 
 
-def test_transformers_peer_has_timms_weights(timm):
+def test_transformers_provider_has_timms_weights(timm):
     pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     theirs = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=7).eval()
     images = testing.make(2, 3, 32, 32).cpu()
     with torch.no_grad():
-        torch.testing.assert_close(model_peers.transformers(theirs, images)(images), theirs(images))
+        torch.testing.assert_close(model_providers.transformers(theirs, images)(images), theirs(images))
 
 
 def test_flops_of_known_models_are_in_the_rows():

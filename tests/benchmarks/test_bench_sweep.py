@@ -11,7 +11,7 @@ from helpers.benching import CountedDevice
 from vitfast import testing
 from vitfast.benchmarks import sweep
 from vitfast.benchmarks.cases import Case
-from vitfast.benchmarks.peers import BASELINE
+from vitfast.benchmarks.providers import BASELINE
 from vitfast.kernels import _common, linear
 from vitfast.kernels._linear_configs import FLOAT32_CONFIGS, POINTER_CONFIGS, TMA_CONFIGS
 from vitfast.ops import registry
@@ -34,8 +34,8 @@ def case(op="linear", dtype=torch.float16, **dims):
 
 
 def measured(op, key, dims=None, **ms):
-    rows = [{"peer": p.replace("_", " "), "correct": t is not None, "median_ms": t} for p, t in ms.items()]
-    return case(op, **(dims or {})), key, [{"peer": BASELINE, "correct": True, "median_ms": 1.0}, *rows]
+    rows = [{"provider": p.replace("_", " "), "correct": t is not None, "median_ms": t} for p, t in ms.items()]
+    return case(op, **(dims or {})), key, [{"provider": BASELINE, "correct": True, "median_ms": 1.0}, *rows]
 
 
 def test_the_fastest_that_is_right_everywhere_is_chosen():
@@ -85,10 +85,10 @@ def test_sweep_gates_every_config(monkeypatch):
     monkeypatch.setattr(linear, "linear", doctored)
     rows = []
     choices = sweep.sweep([case()], device, rounds=2, on_rows=rows.extend)
-    by_peer = {row["peer"]: row for row in rows}
-    assert by_peer["vitfast triton tma_64x64x64"]["error"].startswith("incorrect")
-    assert "median_ms" not in by_peer["vitfast triton tma_64x64x64"]
-    assert "is not one for torch.float16" in by_peer["vitfast triton float32_32x64x32"]["error"]
+    by_provider = {row["provider"]: row for row in rows}
+    assert by_provider["vitfast triton tma_64x64x64"]["error"].startswith("incorrect")
+    assert "median_ms" not in by_provider["vitfast triton tma_64x64x64"]
+    assert "is not one for torch.float16" in by_provider["vitfast triton float32_32x64x32"]["error"]
     (key,) = choices["configs"]["linear"]
     assert choices["configs"]["linear"][key] == "64x64x64"
 

@@ -42,7 +42,7 @@ def test_slow_kernels_compile_well(arch):
     """One case of each kernel at head dim 64, before the full suite comes to all of them."""
     rows = json.loads(run_code(f"""
         import json
-        from vitfast.inspect import inspect_case
+        from vitfast.diagnostics.compiled import inspect_case
         from vitfast.kernels import attention_backward, attention_block
 
         cases = {{}}
@@ -85,7 +85,7 @@ SEEDED = """
 import json, sys
 from pathlib import Path
 import triton, triton.language as tl
-from vitfast.inspect import inspect_case
+from vitfast.diagnostics.compiled import inspect_case
 from vitfast.kernels._common import CompileCase
 
 @triton.jit
@@ -209,7 +209,7 @@ def test_tile_efficiency():
 
 
 def test_refuses_the_interpreter():
-    code = "from vitfast.inspect import inspect\ntry: inspect()\nexcept RuntimeError as e: print(e)"
+    code = "from vitfast.diagnostics.compiled import inspect\ntry: inspect()\nexcept RuntimeError as e: print(e)"
     assert "TRITON_INTERPRET=1" in run_code(code, TRITON_INTERPRET="1")
 
 
@@ -217,7 +217,7 @@ def test_errors_say_what_is_wrong():
     code = """
         import dataclasses, json
         from triton import knobs
-        from vitfast.inspect import inspect, inspect_case
+        from vitfast.diagnostics.compiled import inspect, inspect_case
         from vitfast.kernels import layer_norm
 
         def message(function, *arguments):

@@ -124,7 +124,7 @@ def test_tf32_is_off_meanwhile_and_back_afterwards(saved, monkeypatch):
         return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     before, seen = state(), []
-    source = importlib.import_module("vitfast.verify")
+    source = importlib.import_module("vitfast.diagnostics.verify")
     monkeypatch.setattr(source, "verify", lambda *_, **__: seen.append(state()) or Report((), 1))
     verify_model(saved / "one", device="cpu", dtype="fp32")
     assert seen == [("ieee", "ieee")]

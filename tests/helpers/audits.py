@@ -1,11 +1,9 @@
 """Small models to compare."""
 
-import pytest
 import torch
 from torch import nn
 
 from vitfast import testing
-from vitfast.testing import make
 
 
 class Block(nn.Module):
@@ -26,16 +24,6 @@ def small_model(dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(), nn.Dropout(0.5), nn.Linear(16, 10))
     return model.to(testing.device(), dtype).eval()
-
-
-@pytest.fixture
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def x():
-    return make(6, 16)
 
 
 def only(report):

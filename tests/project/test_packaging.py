@@ -114,7 +114,7 @@ def test_wheel_metadata(wheel):
     required = {re.split(r"[ ;<>=\[]", line)[0]: line for line in metadata.get_all("Requires-Dist")}
     assert required["torch"] == "torch>=2.11"
     assert re.fullmatch(r"triton>=3\.6; platform_system == .Linux.", required["triton"])
-    assert "vitfast = vitfast.cli:app" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "vitfast = vitfast.cli.app:app" in archive.read(f"{info}/entry_points.txt").decode()
     assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
@@ -149,7 +149,7 @@ def test_installed_wheel_imports(wheel, tmp_path):
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert where == [str(target / path) for path in WHERE]
     command = (sys.executable, "-m", "vitfast", "bench", "kernels", "--help")
-    assert "--peer" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
+    assert "--provider" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
 
 
 @needs_build

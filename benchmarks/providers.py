@@ -1,14 +1,14 @@
 """Other people's kernels beside ours, each optional and named.
 
-A peer is a small function of a `Call` that gives what is timed: a function of nothing. It raises `Absent` where it
+A provider is a small function of a `Call` that gives what is timed: a function of nothing. It raises `Absent` where it
 cannot run; a missing package or an error of the library's is caught and becomes the reason in its cell. To add one:
 
-    @peer("attention", "my attention")
+    @provider("attention", "my attention")
     def mine(call: Call) -> Callable[[], Any]:
         from mymodule import my_attention
         return functools.partial(my_attention, *call.args, **call.kwargs)
 
-From outside, `vitfast bench kernels --op attention --peer mymodule:my_attention` does the same; the function takes
+From outside, `vitfast bench kernels --op attention --provider mymodule:my_attention` does the same; the function takes
 the arguments of `vitfast.ops.attention`. Work done before the function is returned (packing weights) is not timed.
 """
 
@@ -39,11 +39,11 @@ INTERPRETED = "Triton's interpreter is there to check kernels, not to time them"
 
 
 class Absent(RuntimeError):
-    """A peer cannot run here; the message says why."""
+    """A provider cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
-class Peer:
+class Provider:
     """`build` makes what is timed. `slow`: takes long to compile, so it runs only when asked for.
 
     `eight_bit`: computes in 8 bits, so that it is judged by `testing.EIGHT_BIT_RMS` and marked so.
@@ -55,25 +55,27 @@ class Peer:
     eight_bit: bool = False
 
 
-PEERS: dict[str, dict[str, Peer]] = {op: {} for op in OPS}
+PROVIDERS: dict[str, dict[str, Provider]] = {op: {} for op in OPS}
 
 
-def peer(op: str, name: str, **flags: bool) -> Callable[[Callable[[Call], Thunk]], Callable[[Call], Thunk]]:
-    """Register a function as a peer of an op; `flags` as in Peer."""
+def provider(op: str, name: str, **flags: bool) -> Callable[[Callable[[Call], Thunk]], Callable[[Call], Thunk]]:
+    """Register a function as a provider of an op; `flags` as in Provider."""
 
     def register(build: Callable[[Call], Thunk]) -> Callable[[Call], Thunk]:
-        PEERS[op][name] = Peer(name, build, **flags)
+        PROVIDERS[op][name] = Provider(name, build, **flags)
         return build
 
     return register
 
 
-def peers_of(case: Case, *, slow: bool = False, extra: Mapping[str, Peer] | None = None) -> dict[str, Peer]:
-    """The contestants of a case: plain torch, our backends, registered peers and those given."""
-    found = {BASELINE: Peer(BASELINE, functools.partial(_plain, case))}
+def providers_of(case: Case, *, slow: bool = False, extra: Mapping[str, Provider] | None = None) -> dict[str, Provider]:
+    """The providers of a case: plain torch, our backends, registered providers and those given."""
+    providers = {BASELINE: Provider(BASELINE, functools.partial(_plain, case))}
     if case.spec.op in registry.OPS:
-        found = {name: Peer(name, functools.partial(_backend, case, key)) for key, name in BACKEND_NAMES.items()}
-    return found | {n: p for n, p in PEERS[case.op].items() if slow or not p.slow} | dict(extra or {})
+        providers = {
+            name: Provider(name, functools.partial(_backend, case, key)) for key, name in BACKEND_NAMES.items()
+        }
+    return providers | {n: p for n, p in PROVIDERS[case.op].items() if slow or not p.slow} | dict(extra or {})
 
 
 BACKEND_NAMES = {name: BASELINE if name == "torch" else f"vitfast {name}" for name in BACKENDS}
@@ -97,20 +99,20 @@ def _backend(case: Case, name: str, call: Call) -> Thunk:
     return functools.partial(run, *call.args, **backend_options(call.kwargs))
 
 
-def from_outside(path: str) -> Peer:
-    """The peer `module:function`, called as the op is.
+def from_outside(path: str) -> Provider:
+    """The provider `module:function`, called as the op is.
 
     Raises:
         ValueError: if it does not look like that, or there is no such function.
     """
     module, _, name = path.partition(":")
     if not module or not name:
-        raise ValueError(f"a peer from outside is named module:function, got {path!r}")
+        raise ValueError(f"a provider from outside is named module:function, got {path!r}")
     try:
         run = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"peer {path!r} cannot be imported: {error}") from None
-    return Peer(path, lambda call: functools.partial(run, *call.args, **call.kwargs))
+        raise ValueError(f"provider {path!r} cannot be imported: {error}") from None
+    return Provider(path, lambda call: functools.partial(run, *call.args, **call.kwargs))
 
 
 def _compiled(op: str, mode: str, call: Call) -> Thunk:
@@ -119,10 +121,10 @@ def _compiled(op: str, mode: str, call: Call) -> Thunk:
 
 
 for _op in OPS.keys() - {"attention_backward"}:
-    PEERS[_op]["torch.compile"] = Peer("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
-    # Without its own CUDA graphs: every contestant is captured in the same way here.
+    PROVIDERS[_op]["torch.compile"] = Provider("torch.compile", functools.partial(_compiled, _op, "default"), slow=True)
+    # Without its own CUDA graphs: every provider is captured in the same way here.
     _tuned = functools.partial(_compiled, _op, "max-autotune-no-cudagraphs")
-    PEERS[_op]["torch.compile max-autotune"] = Peer("torch.compile max-autotune", _tuned, slow=True)
+    PROVIDERS[_op]["torch.compile max-autotune"] = Provider("torch.compile max-autotune", _tuned, slow=True)
 
 
 def _packed(op: str, name: str, call: Call) -> Thunk:
@@ -131,23 +133,23 @@ def _packed(op: str, name: str, call: Call) -> Thunk:
     entry, spec = backend(op, name), registry.Spec.of(op, x, weight.dtype)
     if reasons := entry.why_not(spec):
         raise Absent("; ".join(reasons))
-    found = planner.packed_op(entry, spec)
-    if found is None:
+    packed = planner.packed_op(entry, spec)
+    if packed is None:
         raise Absent("packs weights in fp32 on a CPU only")
-    pack, run = found
+    pack, run = packed
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
     layout = call.kwargs | {"uint8": x.dtype == torch.uint8} if op == "patch_embed" else {}
     return functools.partial(run, x, pack(weight, **layout), *rest, **call.kwargs)
 
 
-PEERS["linear"]["oneDNN packed"] = Peer("oneDNN packed", functools.partial(_packed, "linear", "torch"))
+PROVIDERS["linear"]["oneDNN packed"] = Provider("oneDNN packed", functools.partial(_packed, "linear", "torch"))
 for _op in ("linear", "patch_embed"):
     _native = functools.partial(_packed, _op, "native")
-    PEERS[_op]["vitfast native packed"] = Peer("vitfast native packed", _native)
+    PROVIDERS[_op]["vitfast native packed"] = Provider("vitfast native packed", _native)
 
 
-@peer("linear", "torchao FP8", eight_bit=True)
+@provider("linear", "torchao FP8", eight_bit=True)
 def torchao_fp8(call: Call) -> Thunk:
     """Weights quantised once per channel, activations on the fly per row."""
     x, weight, *bias = call.args
@@ -164,7 +166,7 @@ def torchao_fp8(call: Call) -> Thunk:
     return functools.partial(layer, x)
 
 
-@peer("quantized_linear", "torch._scaled_mm")
+@provider("quantized_linear", "torch._scaled_mm")
 def scaled_mm_linear(call: Call) -> Thunk:
     """cuBLASLt's or CUTLASS's product, with the rest of the epilogue in torch."""
     x, _, weight = call.args[:3]
@@ -195,13 +197,13 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     return run
 
 
-@peer("block", "vitfast engine")
+@provider("block", "vitfast engine")
 def engine_block(call: Call) -> Thunk:
     """With the backends that the planner chooses."""
     return _planned_block("auto", call)
 
 
-@peer("block", "vitfast triton")
+@provider("block", "vitfast triton")
 def triton_block(call: Call) -> Thunk:
     """In five launches of our Triton kernels, or four where mlp is one; only a measured plan has attention_block."""
     if call.args[0].device.type == "cpu":
@@ -217,7 +219,7 @@ def _apart(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *, heads, weight_sum
     return linear(mixed.flatten(2), proj_weight, proj_bias, **epilogue)
 
 
-@peer("attention_block", "vitfast triton apart")
+@provider("attention_block", "vitfast triton apart")
 def attention_apart(call: Call) -> Thunk:
     """In three launches; in a model, the block before writes the statistics."""
     if call.args[0].device.type == "cpu":
@@ -226,7 +228,7 @@ def attention_apart(call: Call) -> Thunk:
     return functools.partial(_apart, *call.args, row_stats=stats, **call.kwargs)
 
 
-@peer("layer_norm", "Liger")
+@provider("layer_norm", "Liger")
 def liger_layer_norm(call: Call) -> Thunk:
     """Liger's Triton kernel."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -294,7 +296,7 @@ def xformers_attention(call: Call) -> Callable[..., Any]:
     return run
 
 
-@peer("attention", "SageAttention", eight_bit=True)
+@provider("attention", "SageAttention", eight_bit=True)
 def sage_attention(call: Call) -> Thunk:
     """Scores in INT8."""
     options = _plain_attention(call, "causal")
@@ -304,13 +306,13 @@ def sage_attention(call: Call) -> Thunk:
 
 
 def _register_attention(name: str, choose: Callable[[Call], Callable[..., Any]]) -> None:
-    """An attention function as a peer of the forward, and of forward and backward."""
+    """An attention function as a provider of the forward, and of forward and backward."""
 
-    @peer("attention", name)
+    @provider("attention", name)
     def forward(call: Call) -> Thunk:
         return functools.partial(choose(call), *call.args, **call.kwargs)
 
-    @peer("attention_backward", name)
+    @provider("attention_backward", name)
     def forward_and_backward(call: Call) -> Thunk:
         return functools.partial(gradients(choose(call)), *call.args, **call.kwargs)
 

@@ -1,8 +1,8 @@
 """The engines that whole models are compared with, each optional and named.
 
-A peer is a function of (timm model in eval mode, example images) that gives a function of images, or raises
+A provider is a function of (timm model in eval mode, example images) that gives a function of images, or raises
 `Absent` with the reason; a missing package or an error of the library's becomes the reason in its cell. To add one,
-write that function and name it in PEERS.
+write that function and name it in PROVIDERS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.benchmarks.peers import Absent
+from vitfast.benchmarks.providers import Absent
 from vitfast.engine.load import load
 
 Run = Callable[[Tensor], Tensor]
@@ -129,22 +129,22 @@ def _transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         "mlp.fc1": "intermediate.dense",
         "mlp.fc2": "output.dense",
     }
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         module, _, kind = name.rpartition(".")
         if name in names:
-            found[names[name]] = value
+            renamed[names[name]] = value
         elif module in names:
-            found[f"{names[module]}.{kind}"] = value
+            renamed[f"{names[module]}.{kind}"] = value
         else:
             _, index, part = module.split(".", 2)
             layer = f"vit.encoder.layer.{index}"
             if part == "attn.qkv":
                 for which, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    found[f"{layer}.attention.attention.{which}.{kind}"] = third
+                    renamed[f"{layer}.attention.attention.{which}.{kind}"] = third
             else:
-                found[f"{layer}.{parts[part]}.{kind}"] = value
-    return {name: value.cpu().contiguous().clone() for name, value in found.items()}
+                renamed[f"{layer}.{parts[part]}.{kind}"] = value
+    return {name: value.cpu().contiguous().clone() for name, value in renamed.items()}
 
 
 def tensorrt(model: Any, images: Tensor) -> Run:
@@ -204,7 +204,7 @@ def _export(model: Any, images: Tensor, path: Path) -> None:
     torch.onnx.export(copy.deepcopy(model), (images,), str(path), dynamo=True, verbose=False, external_data=False)
 
 
-PEERS: dict[str, Callable[[Any, Tensor], Any]] = {
+PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vitfast": engine,
     "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
     "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
