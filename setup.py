@@ -23,7 +23,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ("benchmarks", "checkpoints", "integrations", "kernels", "ops"))]
+ROOMS = ("benchmarks", "checkpoints", "integrations", "kernels", "kernels._compile", "kernels._parts", "ops")
+PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ROOMS)]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
 
 

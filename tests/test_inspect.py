@@ -13,7 +13,7 @@ import pytest
 
 import vitfast
 from vitfast import inspect
-from vitfast.kernels import _common
+from vitfast.kernels._compile.case import SHARED_MEMORY_LIMIT
 
 PACKAGE = Path(vitfast.__file__).parent
 KERNEL_FILES = sorted(path.stem for path in (PACKAGE / "kernels").glob("*.py") if path.stem[0] != "_")
@@ -62,7 +62,7 @@ def test_slow_kernels_compile_well(arch):
     rows = json.loads(run_code(f"""
         import json
         from vitfast.inspect import inspect_case
-        from vitfast.kernels import attention_backward, attention_block
+        from vitfast.kernels._compile import attention_backward, attention_block
 
         cases = {{}}
         for case in (*attention_backward.compile_cases(), *attention_block.compile_cases()):
@@ -93,7 +93,7 @@ def problems(row):
     multiplies = row["file"] in PRODUCTS and row["kernel"] != "linear_sum"
     if multiplies and has_half_operands(row) and row["tensor_core"] != BEST[row["arch"]]:
         yield f"products by {row['tensor_core']}"
-    if row["shared_limit"] != _common.SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
+    if row["shared_limit"] != SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
         yield f"shared memory limit is said to be {row['shared_limit']}"
     if not 0 < row["occupancy"]["fraction"] <= 1:
         yield f"occupancy is said to be {row['occupancy']}"
@@ -106,7 +106,7 @@ import json, sys
 from pathlib import Path
 import triton, triton.language as tl
 from vitfast.inspect import inspect_case
-from vitfast.kernels._common import CompileCase
+from vitfast.kernels._compile.case import CompileCase
 
 @triton.jit
 def product(y, x, w, residual, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -216,7 +216,7 @@ def test_occupancy_by_nvidias_calculator():
 
 
 def test_chips_agree_with_the_kernels_limits():
-    assert {int(name[3:]): chip.shared_limit for name, chip in inspect.CHIPS.items()} == _common.SHARED_MEMORY_LIMIT
+    assert {int(name[3:]): chip.shared_limit for name, chip in inspect.CHIPS.items()} == SHARED_MEMORY_LIMIT
 
 
 def test_tile_efficiency():
@@ -238,7 +238,7 @@ def test_errors_say_what_is_wrong():
         import dataclasses, json
         from triton import knobs
         from vitfast.inspect import inspect, inspect_case
-        from vitfast.kernels import layer_norm
+        from vitfast.kernels._compile import layer_norm
 
         def message(function, *arguments):
             try:

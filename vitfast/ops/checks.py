@@ -75,10 +75,14 @@ def patch_embed_spec(images: Tensor, weight: Tensor) -> Spec:
     return Spec.of("patch_embed", images, weight.dtype, width=weight.shape[0], patch=weight.shape[1])
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+def check_rows(op: str, x: Tensor) -> None:
     _dtype(op, "x", x, *FLOATS)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    check_rows(op, x)
     _shape(op, "weight", weight, (x.shape[-1],))
     _shape(op, "bias", bias, (x.shape[-1],))
     _shape(op, "residual", residual, tuple(x.shape))
@@ -100,8 +104,10 @@ def check_linear(
 ) -> None:
     _activation(op, activation)
     _dtype(op, "x", x, *FLOATS)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     rows = weight.shape[0]
     if activation == "swiglu" and rows % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
@@ -143,6 +149,8 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    max_queries: int = 0,
+    max_keys: int = 0,
     quantize: torch.dtype | None = None,
     **heads: Any,
 ) -> None:
@@ -180,6 +188,8 @@ def check_attention(
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     _check_packed(b, bias, mask, cu_queries, cu_keys)
+    if max_queries < 0 or max_keys < 0:
+        raise ValueError(f"{op}: max_queries and max_keys must not be negative, got {max_queries} and {max_keys}")
     _dtype(op, "slopes", slopes, torch.float32)
     sequences = b if cu_queries is None else len(cu_queries) - 1
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
