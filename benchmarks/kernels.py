@@ -76,7 +76,7 @@ def run(
 @torch.no_grad()
 def run_case(case: Case, device: Device, providers: Mapping[str, Provider], rounds: int) -> list[dict[str, Any]]:
     """One row per provider. Only those whose output is right have times."""
-    from vitfast.kernels._common import launched_configs
+    from vitfast.kernels._parts.launch import launched_configs
 
     torch.compiler.reset()  # or a shape too many would silently run uncompiled
     call = case.inputs()

@@ -1,6 +1,6 @@
 """`vitfast bench sweep`: every config of our Triton kernels at the shapes of models, and the table of the best.
 
-The table, kernels/configs/<gpu>.json, is what the launchers (`kernels/_common.py`, `tuned`) and the registry
+The table, kernels/configs/<gpu>.json, is what the launchers (`kernels/_parts/launch.py`, `tuned`) and the registry
 (`proven`) read:
 
     gpu, date, commit, torch, triton    where it comes from
@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Call, Case, backend_options
 from vitfast.benchmarks.device import Device
@@ -37,55 +35,17 @@ OPS = (
 )  # fmt: skip
 
 
-def _linear_key(call: Call) -> str:
-    from vitfast.kernels._linear_configs import tuning_key, uses_tma
-
-    x, weight = call.args[:2]
-    gated = call.kwargs.get("activation") == "swiglu"
-    width = weight.shape[0] // (2 if gated else 1)
-    tma = uses_tma(width, x, weight, call.kwargs.get("residual"))
-    stats = call.kwargs.get("stats", False)
-    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, tma=tma, gated=gated, stats=stats)
+TUNED = ("attention", "attention_block", "linear", "mlp", "quantized_linear")
+"""Ops whose launcher takes `config`; the others run as they are."""
 
 
-def _mlp_key(call: Call) -> str:
-    from vitfast.kernels.mlp import tuning_key
-
-    x = call.args[0]
-    return tuning_key(x.shape[1], x.dtype, gated=call.kwargs["activation"] == "swiglu")
+def problem_of(case: Case, call: Call) -> Any:
+    """What the choice of a config depends on for a call; its `key` is that under which the launcher looks one up."""
+    return _kernel_file(case).problem_of(*call.args, **backend_options(call.kwargs))
 
 
-def _attention_block_key(call: Call) -> str:
-    from vitfast.kernels.attention_block import tuning_key
-
-    x, proj_weight = call.args[0], call.args[3]
-    return tuning_key(x.shape[2], proj_weight.shape[1] // call.kwargs["heads"], x.shape[1], x.dtype)
-
-
-def _attention_key(call: Call) -> str:
-    from vitfast.kernels.attention import tuning_key
-
-    return tuning_key(*call.args[:2], backend_options(call.kwargs))
-
-
-def _quantized_linear_key(call: Call) -> str:
-    from vitfast.kernels.quantized_linear import scale_group, tuning_key
-
-    x, x_scale, weight = call.args[:3]
-    gated, requantize = call.kwargs.get("activation") == "swiglu", call.kwargs.get("requantize", False)
-    width = weight.shape[0] // (2 if gated else 1)
-    group = scale_group(x, x_scale)
-    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, gated=gated, requantize=requantize, group=group)
-
-
-TUNED: dict[str, Callable[[Call], str]] = {
-    "attention": _attention_key,
-    "attention_block": _attention_block_key,
-    "linear": _linear_key,
-    "mlp": _mlp_key,
-    "quantized_linear": _quantized_linear_key,
-}
-"""Ops whose launcher takes `config`, and the key under which it looks a choice up. The others run as they are."""
+def _kernel_file(case: Case) -> Any:
+    return importlib.import_module(f"vitfast.kernels.{case.op}")
 
 
 def sweep(
@@ -113,7 +73,7 @@ def sweep(
             left = {(case.op, _dtype(case)) for case in cases[index:]}
             proven = {op: [t for t in dtypes if (op, t) not in left] for op, dtypes in choices["proven"].items()}
             return choices | {"proven": {op: dtypes for op, dtypes in proven.items() if dtypes}}
-        key = TUNED[case.op](case.inputs()) if case.op in TUNED else ""
+        key = problem_of(case, case.inputs()).key if case.op in TUNED else ""
         rows = kernels.run_case(case, device, _providers(case), rounds)
         on_rows(rows)
         swept.append((case, key, rows))
@@ -188,7 +148,7 @@ def _providers(case: Case) -> dict[str, Provider]:
     swept = {BASELINE: everyone[BASELINE]}
     if case.op not in TUNED:
         return swept | {OURS: everyone[OURS]}
-    module = importlib.import_module(f"vitfast.kernels.{case.op}")
+    module = _kernel_file(case)
     for config in module.CONFIGS:
         name = f"{OURS} {config.name}"
         swept[name] = Provider(name, functools.partial(_with_config, module, case, config))
@@ -196,6 +156,6 @@ def _providers(case: Case) -> dict[str, Provider]:
 
 
 def _with_config(module: Any, case: Case, config: Any, call: Call) -> Thunk:
-    if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < config.min_capability:
-        raise ValueError(f"config {config.name} needs compute capability {config.min_capability}")
+    if reasons := module.why_not(config, problem_of(case, call)):
+        raise ValueError(f"config {config.name} cannot run this: {'; '.join(reasons)}")
     return functools.partial(getattr(module, case.op), *call.args, **backend_options(call.kwargs), config=config)

@@ -12,8 +12,9 @@ from vitfast import testing
 from vitfast.benchmarks import sweep
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.providers import BASELINE
-from vitfast.kernels import _common, linear
-from vitfast.kernels._linear_configs import FLOAT32_CONFIGS, POINTER_CONFIGS, TMA_CONFIGS
+from vitfast.kernels import linear
+from vitfast.kernels._parts import launch
+from vitfast.kernels.linear import POINTER_CONFIGS, TMA_CONFIGS
 from vitfast.ops import registry
 
 DEVICE = testing.device()
@@ -98,20 +99,21 @@ def test_the_launcher_takes_what_the_sweep_wrote(op, tmp_path, monkeypatch):
     """Keys agree: every config of an op, written under the key of a case, is the one that a plain call then uses."""
     module, one = kernel_file(op), case(op)
     call, used = one.inputs(), []
-    original = _common.tuned
-    monkeypatch.setattr(_common, "tuned", lambda *a: used.append(original(*a)) or used[-1])
+    problem = sweep.problem_of(one, call)
+    original = launch.tuned
+    monkeypatch.setattr(launch, "tuned", lambda *a: used.append(original(*a)) or used[-1])
     for config in module.CONFIGS:
-        choices = {"swept": {op: ["float16"]}, "proven": {}, "configs": {op: {sweep.TUNED[op](call): config.name}}}
+        choices = {"swept": {op: ["float16"]}, "proven": {}, "configs": {op: {problem.key: config.name}}}
         sweep.write_table(tmp_path / "gpu.json", choices, ENTRY)
         table = json.loads((tmp_path / "gpu.json").read_text())
-        monkeypatch.setattr(_common, "tuned_choices", lambda device, table=table: table["configs"])
-        if config in FLOAT32_CONFIGS or (config in TMA_CONFIGS and "tma" not in sweep.TUNED[op](call)):
+        monkeypatch.setattr(launch, "tuned_choices", lambda device, table=table: table["configs"])
+        if module.why_not(config, problem):
             with pytest.raises(ValueError, match=f"config {config.name}"):
                 getattr(module, op)(*call.args, **call.kwargs)
         else:
             getattr(module, op)(*call.args, **call.kwargs)
         assert used[-1] is config
-    monkeypatch.setattr(_common, "tuned_choices", lambda device: {op: {sweep.TUNED[op](call): "gone"}})
+    monkeypatch.setattr(launch, "tuned_choices", lambda device: {op: {problem.key: "gone"}})
     with pytest.raises(ValueError, match="'gone'"):
         getattr(module, op)(*call.args, **call.kwargs)
 
@@ -156,25 +158,25 @@ def test_registry_and_launchers_read_one_table(tmp_path, monkeypatch):
     choices = {"swept": right, "proven": right, "configs": {"linear": {"key": "64x64x64"}}}
     sweep.write_table(tmp_path / "kernels" / "configs" / "nvidia-h100.json", choices, ENTRY)
     monkeypatch.setattr(registry, "__file__", str(tmp_path / "ops" / "registry.py"))
-    monkeypatch.setattr(_common, "__file__", str(tmp_path / "kernels" / "_common.py"))
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "kernels" / "_parts" / "launch.py"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     registry.proven.cache_clear()
-    _common.tuned_choices.cache_clear()
+    launch.tuned_choices.cache_clear()
     try:
         assert registry.proven("linear", torch.bfloat16, "NVIDIA H100")
         assert not registry.proven("linear", torch.float32, "NVIDIA H100")
         assert not registry.proven("mlp", torch.bfloat16, "NVIDIA H100")
         assert not registry.proven("linear", torch.bfloat16, "NVIDIA A100")
         gpu = torch.device("cuda", 0)
-        assert _common.tuned("linear", gpu, linear.CONFIGS, "key").name == "64x64x64"
-        assert _common.tuned("linear", gpu, linear.CONFIGS, "another") is None
+        assert launch.tuned("linear", gpu, linear.CONFIGS, "key").name == "64x64x64"
+        assert launch.tuned("linear", gpu, linear.CONFIGS, "another") is None
     finally:
         registry.proven.cache_clear()
-        _common.tuned_choices.cache_clear()
+        launch.tuned_choices.cache_clear()
 
 
 def test_committed_tables_name_what_there_is():
-    for path in (Path(_common.__file__).parent / "configs").glob("*.json"):
+    for path in (Path(launch.__file__).parents[1] / "configs").glob("*.json"):
         table = json.loads(path.read_text())
         assert set(table["proven"]) <= set(registry.OPS), path
         for op, chosen in table["configs"].items():

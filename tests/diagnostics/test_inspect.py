@@ -9,7 +9,7 @@ from helpers.inspected import TENSOR_CORES, inspected
 from helpers.scripts import ROOT, compiling, compiling_code
 
 from vitfast.diagnostics import compiled
-from vitfast.kernels import _common
+from vitfast.kernels._compile.case import SHARED_MEMORY_LIMIT
 
 KERNEL_FILES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem[0] != "_")
 
@@ -44,7 +44,7 @@ def test_slow_kernels_compile_well(arch):
     rows = json.loads(compiling_code(f"""
         import json
         from vitfast.diagnostics.compiled import inspect_case
-        from vitfast.kernels import attention_backward, attention_block
+        from vitfast.kernels._compile import attention_backward, attention_block
 
         cases = {{}}
         for case in (*attention_backward.compile_cases(), *attention_block.compile_cases()):
@@ -74,7 +74,7 @@ def problems(row):
     multiplies = row["file"] in PRODUCTS and row["kernel"] != "linear_sum"
     if multiplies and has_half_operands(row) and row["tensor_core"] != TENSOR_CORES[row["arch"]]:
         yield f"products by {row['tensor_core']}"
-    if row["shared_limit"] != _common.SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
+    if row["shared_limit"] != SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
         yield f"shared memory limit is said to be {row['shared_limit']}"
     if not 0 < row["occupancy"]["fraction"] <= 1:
         yield f"occupancy is said to be {row['occupancy']}"
@@ -87,7 +87,7 @@ import json, sys
 from pathlib import Path
 import triton, triton.language as tl
 from vitfast.diagnostics.compiled import inspect_case
-from vitfast.kernels._common import CompileCase
+from vitfast.kernels._compile.case import CompileCase
 
 @triton.jit
 def product(y, x, w, residual, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -197,7 +197,7 @@ def test_occupancy_by_nvidias_calculator():
 
 
 def test_chips_agree_with_the_kernels_limits():
-    assert {int(name[3:]): chip.shared_limit for name, chip in compiled.CHIPS.items()} == _common.SHARED_MEMORY_LIMIT
+    assert {int(name[3:]): chip.shared_limit for name, chip in compiled.CHIPS.items()} == SHARED_MEMORY_LIMIT
 
 
 def test_tile_efficiency():
@@ -219,7 +219,7 @@ def test_errors_say_what_is_wrong():
         import dataclasses, json
         from triton import knobs
         from vitfast.diagnostics.compiled import inspect, inspect_case
-        from vitfast.kernels import layer_norm
+        from vitfast.kernels._compile import layer_norm
 
         def message(function, *arguments):
             try:

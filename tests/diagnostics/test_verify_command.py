@@ -82,11 +82,11 @@ def test_command_with_images(saved, tmp_path):
     ],
 )
 def test_command_with_bad_input(arguments, message, saved, monkeypatch):
-    from vitfast.kernels import _common
+    from vitfast.kernels._parts import launch
     from vitfast.ops import registry
 
     monkeypatch.chdir(saved)
-    monkeypatch.setattr(_common, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     registry.backend.cache_clear()
     result = run(*arguments, "--json")
     registry.backend.cache_clear()

@@ -146,6 +146,7 @@ def row_stats(x: Tensor, *, backend: str | None = None) -> Tensor:
     M2 is the sum of squared deviations from that pair's mean; the pairs are combined by Chan's
     formula (Chan, Golub, LeVeque 1979), so no E[x²] - mean² is ever formed. T = ceil(C / 128).
     """
+    checks.check_rows("row_stats", x)
     if backend is None:
         return torch.ops.vitfast.row_stats(x)
     return choose(Spec.of("row_stats", x, width=x.shape[-1]), backend).call(x)
@@ -270,7 +271,7 @@ def attention(
         mask = key_mask if mask is None else mask & key_mask
     if causal:
         right = 0 if right is None else min(right, 0)
-    packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys}
+    packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys, "max_queries": max_queries, "max_keys": max_keys}
     heads = {} if rope is None and qk_norm is None else _heads.options(rope, qk_norm)
     scores: Any = {"bias": bias, "mask": mask, "slopes": slopes, "softcap": softcap}
     checks.check_attention(q, k, v, **scores, **packed, **heads, quantize=quantize)

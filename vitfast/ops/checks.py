@@ -96,10 +96,14 @@ def patch_embed_spec(images: Tensor, weight: Tensor) -> Spec:
     return Spec.of("patch_embed", images, weight.dtype, width=weight.shape[0], patch=weight.shape[1])
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+def check_rows(op: str, x: Tensor) -> None:
     _dtype(op, "x", x, *FLOATS)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    check_rows(op, x)
     c = x.shape[-1]
     _operands(op, x, x.dtype, weight=(weight, c), bias=(bias, c), residual=(residual, *x.shape))
 
@@ -146,6 +150,8 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    max_queries: int = 0,
+    max_keys: int = 0,
     quantize: torch.dtype | None = None,
     **heads: Any,
 ) -> None:
@@ -183,6 +189,8 @@ def check_attention(
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     _check_packed(b, bias, mask, cu_queries, cu_keys)
+    if max_queries < 0 or max_keys < 0:
+        raise ValueError(f"{op}: max_queries and max_keys must not be negative, got {max_queries} and {max_keys}")
     _dtype(op, "slopes", slopes, torch.float32)
     sequences = b if cu_queries is None else len(cu_queries) - 1
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):

@@ -1,6 +1,7 @@
-"""What every kernel file shares: device checks, configs as data, and small @triton.jit math.
+"""What every launcher needs: configs as data and the choice among them, the device it runs on, checks of strides.
 
-Nothing here knows about the rest of vitfast: `kernels/` imports torch, triton and itself only.
+Nothing here knows about the rest of vitfast: `kernels/` imports torch, triton and itself only. Shapes and dtypes are
+checked by `vitfast.ops`, once; launchers check what only they know: strides, and that Triton can run on the device.
 """
 
 from __future__ import annotations
@@ -10,27 +11,14 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import triton
-import triton.language as tl
-
-STATS_TILE = 128
-"""Columns that one (mean, M2) pair of partial row statistics covers; the last pair covers the rest."""
-
-SCALE_GROUPS = (128, 64)
-"""Columns of an 8-bit row that may share a scale, where a row has several; the last group covers what is left. 64 is a
-head's."""
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes of shared memory one block may use, by architecture (CUDA C++ programming guide, table of
-compute capabilities). Triton does not check it when compiling for another chip."""
-
 
 _listeners: list[list[str]] = []
 
@@ -70,27 +58,46 @@ class Config:
             "enable_fp_fusion": True,
         }
 
+    def too_new(self, capability: tuple[int, int]) -> list[str]:
+        """The reason why a GPU of this compute capability cannot run it, if there is one."""
+        if capability >= self.min_capability:
+            return []
+        return [f"needs compute capability {'.'.join(map(str, self.min_capability))}"]
 
-@dataclass(frozen=True)
-class CompileCase:
-    """One specialisation to compile without a GPU, as `vitfast inspect` and the tests do.
 
-    `signature` maps run-time argument names to Triton types ("*bf16", "i32", "fp32",
-    "tensordesc<bf16[128,64]>", ...) in the kernel's argument order; `constexprs` holds the rest.
-    `aligned` names the arguments divisible by 16 (pointers and, where true of the models, sizes).
+class Problem(Protocol):
+    """What the choice of a config depends on; each op has its own."""
+
+    @property
+    def key(self) -> str:
+        """The name of this problem in a tuning table."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+AnyProblem = TypeVar("AnyProblem", bound=Problem)
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    configs: Sequence[AnyConfig],
+    problem: AnyProblem,
+    why_not: Callable[[AnyConfig, AnyProblem], list[str]],
+    pick: Callable[[AnyProblem], AnyConfig],
+    config: AnyConfig | None,
+) -> AnyConfig:
+    """The config that was asked for, else the tuning table's, else the picked one.
+
+    Args:
+        why_not: every reason why a config cannot run a problem. pick: the choice where no table has one.
+
+    Raises:
+        ValueError: if the config that was asked for, or the table's, cannot run this problem; with all reasons.
     """
-
-    kernel: str
-    config: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    aligned: tuple[str, ...] = ()
-    archs: tuple[int, ...] = (80, 90, 100)
-    tile: dict[str, int] = field(default_factory=dict)
-    """Axis letter (M, N, ...) -> tile side, for tile efficiency at real shapes."""
+    config = config or tuned(op, device, configs, problem.key) or pick(problem)
+    if reasons := why_not(config, problem):
+        raise ValueError(f"{op}: config {config.name} cannot run this call: {'; '.join(reasons)}")
+    return config
 
 
 def interpreting() -> bool:
@@ -123,11 +130,11 @@ def tuned_choices(device: torch.device) -> dict[str, dict[str, str]]:
     if device.type != "cuda":
         return {}
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    path = Path(__file__).parent / "configs" / f"{slug}.json"
+    path = Path(__file__).parents[1] / "configs" / f"{slug}.json"
     return json.loads(path.read_text()).get("configs", {}) if path.is_file() else {}
 
 
-def tuned(op: str, device: torch.device, configs: Sequence[Config], key: str) -> Config | None:
+def tuned(op: str, device: torch.device, configs: Sequence[AnyConfig], key: str) -> AnyConfig | None:
     """The config that this GPU's table has for a call, or None.
 
     Raises:
@@ -181,25 +188,18 @@ def check_device(op: str, **tensors: torch.Tensor | None) -> torch.device:
     return first[1]
 
 
-def check_dtype(op: str, *allowed: torch.dtype, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError if a given tensor has none of the allowed dtypes (default: fp32, fp16, bf16)."""
-    allowed = allowed or (torch.float32, torch.float16, torch.bfloat16)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in allowed:
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; allowed are {', '.join(map(str, allowed))}")
-
-
-def check_shape(op: str, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor (if given) has exactly this shape."""
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-
-
 def check_last_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError if a given tensor's last axis is not contiguous (stride 1)."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{op}: the last axis of {name} has stride {tensor.stride(-1)}, expected 1")
+
+
+def check_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError if a given tensor is not contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
 
 
 def rows_view(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -217,39 +217,6 @@ def rows_view(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
-@triton.jit
-def erf_gelu(x):
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016)."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def tanh_gelu(x):
-    """The tanh approximation of GELU; tanh(u) is written as 2*sigmoid(2u) - 1."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
-def quick_gelu(x):
-    """x * sigmoid(1.702 x), as CLIP uses it."""
-    return x * tl.sigmoid(1.702 * x)
-
-
-@triton.jit
-def silu(x):
-    """x * sigmoid(x)."""
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Element-wise activation by name; "" is the identity. x is fp32."""
-    if ACTIVATION == "gelu":
-        x = erf_gelu(x)
-    elif ACTIVATION == "gelu_tanh":
-        x = tanh_gelu(x)
-    elif ACTIVATION == "quick_gelu":
-        x = quick_gelu(x)
-    elif ACTIVATION == "silu":
-        x = silu(x)
-    return x
+def row_stride(rows: torch.Tensor | None) -> int:
+    """Stride between the rows of a matrix; 0 where there is none."""
+    return 0 if rows is None else rows.stride(0)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitfast.kernels._common import STATS_TILE
-from vitfast.kernels._linear_kernels import _norm_and_bias
+from vitfast.kernels._parts.epilogue import STATS_TILE, norm_and_bias
 
 MAX_WIDTH = 384
 """Largest C of these kernels."""
@@ -46,7 +45,7 @@ def product(
     acc = tl.dot(x0, load_block(weight, units, unit_ok, columns0, C, stride).T)
     if C1 > 0:
         acc = tl.dot(x1, load_block(weight, units, unit_ok, columns1, C, stride).T, acc)
-    return _norm_and_bias(acc, mean, rstd, weight_sum, bias, units, unit_ok)
+    return norm_and_bias(acc, mean, rstd, weight_sum, bias, units, unit_ok)
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def cap_slope(products, scale, softcap):
 
 
 @triton.jit
-def weights_again(products, scale, softcap, bias, slope, keys, positions, seen, row_max, norm):
+def recompute_weights(products, scale, softcap, bias, slope, keys, positions, seen, row_max, norm):
     """exp(score - row_max) * norm, 0 where not seen; `seen` is a tile or None."""
     if softcap is not None or bias is not None or slope is not None:
         distance = make_scores(products, scale, softcap, bias, slope, keys, positions) - row_max

@@ -1,7 +1,7 @@
 """What is done to the heads of q and k as they are loaded: a norm over the head's channels, then rotary embedding.
 
     norm(x)   = (x - mean) / sqrt(var + eps) * weight + bias, or with RMS x / sqrt(mean(x²) + eps) * weight + bias
-    rotate(x) = x * cos + turn(x) * sin, where turn makes each pair of channels (a, b) into (-b, a)
+    rotate(x) = x * cos + rotate_half(x) * sin, where rotate_half makes each pair of channels (a, b) into (-b, a)
 
 A pair is two neighbours if INTERLEAVED, else channels d and d + D / 2 (Su et al. 2021, RoFormer; the halves are
 GPT-NeoX's). All in fp32, rounded once to the dtype of q and k. No rotated copy is ever in memory: partners half a
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitfast.kernels._attention_tiles import load_columns, load_rows
+from vitfast.kernels._parts.attention_tiles import load_columns, load_rows
 
 
 @triton.jit
@@ -78,14 +78,14 @@ def load_head(pointer, stride, rows, row_count, tokens, moments, norm, rope, INT
         if cos is not None:
             if INTERLEAVED:
                 even, odd = tl.split(x.reshape(x.shape[0], SIZE // 2, 2))
-                turned = tl.join(-odd, even).reshape(x.shape[0], SIZE)
+                rotated = tl.join(-odd, even).reshape(x.shape[0], SIZE)
             else:
                 first = columns < HEAD_DIM // 2
                 partners = tl.where(first, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
-                turned = load_columns(pointer, stride, rows, row_count, partners, START + SIZE > HEAD_DIM, HEAD_DIM,
+                rotated = load_columns(pointer, stride, rows, row_count, partners, START + SIZE > HEAD_DIM, HEAD_DIM,
                                       BOUNDED)  # fmt: skip
-                turned = _norm(turned, partners, moments, norm, HEAD_DIM)
-                turned = tl.where(first[None, :], -turned, turned)
+                rotated = _norm(rotated, partners, moments, norm, HEAD_DIM)
+                rotated = tl.where(first[None, :], -rotated, rotated)
             places = tokens - prefix
             inside = (places >= 0)[:, None] & (columns < HEAD_DIM)[None, :]
             if BOUNDED:
@@ -93,5 +93,5 @@ def load_head(pointer, stride, rows, row_count, tokens, moments, norm, rope, INT
             table = places.to(tl.int64)[:, None] * table_stride + columns[None, :]
             cos_tile = tl.load(cos + table, mask=inside, other=1.0).to(tl.float32)
             sin_tile = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
-            x = x * cos_tile + turned * sin_tile
+            x = x * cos_tile + rotated * sin_tile
         return x.to(tile.dtype)
