@@ -163,11 +163,25 @@ def fused(
 
 def torch_first(query: Tensor) -> str:
     """Why torch's op comes before the kernels for this query, whatever they can do; "" if it does not."""
+    return _torch_first(query.device.type if isinstance(query, Tensor) else "")
+
+
+def _torch_first(device: str) -> str:
     if _backend == "torch":
         return "attention_backend('torch') is in force"
-    if _backend == "auto" and isinstance(query, Tensor) and not _kernels_first(query.device.type):
-        return f"no measurement says that the kernels are right and faster on this {query.device.type}"
+    if _backend == "auto" and device and not _kernels_first(device):
+        return f"no measurement says that the kernels are right and faster on this {device}"
     return ""
+
+
+def usual_route(device: torch.device, dtype: torch.dtype) -> Route:
+    """The route of calls on this device in this dtype, as far as these decide it; computes nothing, raises nothing.
+
+    Where "triton" is forced and cannot run there, the reasons say why such calls raise.
+    """
+    reason = _torch_first(device.type)
+    reasons = (reason,) if reason else _registry_reasons(str(device), dtype)[0]
+    return Route("torch" if reasons and _backend != "triton" else "triton", reasons)
 
 
 def explain(

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from vitfast.integrations import torch_sdpa, transformers_modules, transformers_rope
-from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
+from vitfast.integrations.recognise import attends, source
+from vitfast.integrations.swap import Found, Swap, swap_forwards
 from vitfast.integrations.transformers_attention import (
     FLASH_NAME,
     NAME,
@@ -59,7 +60,7 @@ def replace(model: nn.Module) -> Swap:
     another forward if they are known (`transformers_modules`: Swinv2, Hiera, ImageGPT, BLIP, ...) or call
     torch's attention (SAM's image encoder, Data2Vec); else they are named in `.left`.
     """
-    swap = Swap()
+    swap = Swap(model)
     switch(model, swap)
     swap_forwards(model, (find,), swap)
     return swap
@@ -89,7 +90,7 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
         if (found := transformers_modules.find(module)) is not None or not theirs:
             return found
         found = torch_sdpa.find(module)
-        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
+        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(module) else found
     setting = _setting(module)
     if setting in (NAME, FLASH_NAME):
         return transformers_rope.find(module)

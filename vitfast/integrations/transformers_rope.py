@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known, path
-from vitfast.integrations.swap import Found
+from vitfast.integrations.swap import Found, original
 from vitfast.integrations.transformers_attention import _HARMLESS, NAME, attention_forward, weights_collected
 from vitfast.ops import Rope
 
@@ -34,7 +34,7 @@ def _dinov3(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if position_embeddings is None or _own(module, hidden_states, kwargs):
-        return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
+        return original(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
     from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
     q, k, v = (
