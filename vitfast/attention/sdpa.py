@@ -217,13 +217,13 @@ def _route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     return Route("torch", tuple(reasons))
 
 
-def _constant_when_traced(function: Any) -> Any:
+def constant_when_traced(function: Any) -> Any:
     """What torch.compiler.assume_constant_result does, without its import of torch._dynamo and so of triton."""
     function._dynamo_marked_constant = True
     return function
 
 
-@_constant_when_traced
+@constant_when_traced
 def _kernels_first(device: str) -> bool:
     """Whether the registry's default order has the kernels before torch's op on this type of device."""
     capability = device_capability(torch.device(device))
@@ -231,7 +231,7 @@ def _kernels_first(device: str) -> bool:
     return bool(able) and able[0].name == "triton"
 
 
-@_constant_when_traced
+@constant_when_traced
 def _registry_reasons(device: str, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[int, int]]:
     """Why the kernels would not run on this device in this dtype, and the head dims (low, high) they take."""
     entry = backend("attention", "triton")

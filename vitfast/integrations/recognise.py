@@ -31,7 +31,7 @@ def attends(module: nn.Module) -> bool:
     Attention is a call of a fused function, or a softmax beside a matrix product: in one function that `forward` comes
     to or, if the class is named after attention, anywhere in those functions. Comments and docstrings do not count.
     """
-    kind = type(module)
+    kind: Any = type(module)
     if _in_torch(kind.__module__):
         return False
     softmax = any(isinstance(child, nn.Softmax) for child in module.children())
@@ -64,7 +64,7 @@ class _Found:
 
 
 @functools.cache
-def _found(kind: type) -> list[_Found]:
+def _found(kind: Any) -> list[_Found]:
     return [_look(function) for function in _reached(kind)]
 
 

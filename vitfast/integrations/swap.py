@@ -64,7 +64,7 @@ class Swap:
 
     def replace(self, name: str, module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
         """Make `module.method(...)` call `function(module, ...)`, on this instance only."""
-        kind = type(module)
+        kind: Any = type(module)
         module.__class__ = swapped = _swapped(kind, method, function)  # bound by self, so that copies are bound, too
         self.on_restore(functools.partial(_remove, name, module, kind, swapped, method))
         self.replaced.append(name)
