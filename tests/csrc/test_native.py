@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.native import GRID, inputs, packed
+from helpers.patch_embed import GRID, inputs, packed
 
 from vitfast import ops, testing
 from vitfast.ops import accuracy, checks, reference, registry

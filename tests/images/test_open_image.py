@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from helpers.peers import import_transformers
-from helpers.pictures import noise
+from helpers.photos import noise
 from PIL import Image
 
 from vitfast.images.decode import ImageError, open_image

@@ -90,7 +90,7 @@ def test_linked_folders_have_no_init():
     for name in LINKED:
         assert (ROOT / "vitfast" / name).is_symlink()
         assert os.readlink(ROOT / "vitfast" / name) == f"../{name}"
-        assert not (ROOT / name / "__init__.py").exists()
+        assert not list((ROOT / name).rglob("__init__.py"))
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
@@ -99,7 +99,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfast" / "kernels" / "configs").glob("*.json")}
     assert names == modules() | tables | {"vitfast/py.typed", "vitfast/kernels/configs/some-gpu.json"}
-    assert {"vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py"} <= names
+    assert {
+        "vitfast/kernels/_parts/launch.py",
+        "vitfast/kernels/_compile/linear.py",
+        "vitfast/benchmarks/cases.py",
+    } <= names
     assert wheel.name == f"vitfast-{vitfast.__version__}-py3-none-any.whl"
 
 
@@ -114,7 +118,7 @@ def test_wheel_metadata(wheel):
     required = {re.split(r"[ ;<>=\[]", line)[0]: line for line in metadata.get_all("Requires-Dist")}
     assert required["torch"] == "torch>=2.11"
     assert re.fullmatch(r"triton>=3\.6; platform_system == .Linux.", required["triton"])
-    assert "vitfast = vitfast.cli:app" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "vitfast = vitfast.cli.app:app" in archive.read(f"{info}/entry_points.txt").decode()
     assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
@@ -133,10 +137,10 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 
 IMPORT = (
-    "import vitfast, vitfast.kernels._common as c, vitfast.benchmarks.cases as b, vitfast.ops;"
+    "import vitfast, vitfast.kernels._parts.launch as c, vitfast.benchmarks.cases as b, vitfast.ops;"
     "print(vitfast.__file__); print(c.__file__); print(b.__file__)"
 )
-WHERE = ("vitfast/__init__.py", "vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py")
+WHERE = ("vitfast/__init__.py", "vitfast/kernels/_parts/launch.py", "vitfast/benchmarks/cases.py")
 
 
 @needs_build
@@ -149,7 +153,7 @@ def test_installed_wheel_imports(wheel, tmp_path):
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert where == [str(target / path) for path in WHERE]
     command = (sys.executable, "-m", "vitfast", "bench", "kernels", "--help")
-    assert "--peer" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
+    assert "--provider" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
 
 
 @needs_build
