@@ -147,6 +147,7 @@ def row_stats(x: Tensor, *, backend: str | None = None) -> Tensor:
     M2 is the sum of squared deviations from that pair's mean; the pairs are combined by Chan's
     formula (Chan, Golub, LeVeque 1979), so no E[x²] - mean² is ever formed. T = ceil(C / 128).
     """
+    checks.check_row_stats(x)
     if backend is None:
         return torch.ops.vitfast.row_stats(x)
     return choose(Spec.of("row_stats", x, width=x.shape[-1]), backend).call(x)
@@ -206,7 +207,7 @@ def linear(
     Raises:
         ValueError: if a shape or dtype does not fit, or the activation is unknown.
     """
-    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum)
+    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, stats=stats)
     if backend is None:
         op = torch.ops.vitfast.linear_stats if stats else torch.ops.vitfast.linear
         return op(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)

@@ -56,6 +56,8 @@ def check_patch_embed(
     height, width, channels = (images.shape[i] for i in ((1, 2, 3) if channels_last else (2, 3, 1)))
     if ph < 1 or pw < 1 or height < ph or width < pw or height % ph or width % pw:
         raise ValueError(f"{op}: image size {height}x{width} is not a positive multiple of the patch {ph}x{pw}")
+    if channels < 1:
+        raise ValueError(f"{op}: images {layout} of shape {tuple(images.shape)} have no channels")
     if weight.shape[1] != channels * ph * pw:
         raise ValueError(
             f"{op}: images {layout} of shape {tuple(images.shape)} have {channels} channels, "
@@ -69,6 +71,13 @@ def check_patch_embed(
     for name, tensor in (("bias", bias), ("position", position), ("prefix", prefix)):
         _dtype(op, name, tensor, weight.dtype)
     _device(op, images, weight=weight, bias=bias, position=position, prefix=prefix)
+
+
+def check_row_stats(x: Tensor) -> None:
+    op = "row_stats"
+    _dtype(op, "x", x, *FLOATS)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
 
 
 def patch_embed_spec(images: Tensor, weight: Tensor) -> Spec:
@@ -97,15 +106,20 @@ def check_linear(
     row_stats: Tensor | None,
     weight_sum: Tensor | None,
     op: str = "linear",
+    stats: bool = False,
 ) -> None:
     _activation(op, activation)
     _dtype(op, "x", x, *FLOATS)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     rows = weight.shape[0]
     if activation == "swiglu" and rows % 2:
         raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
     out = rows // 2 if activation == "swiglu" else rows
+    if stats and out < 1:
+        raise ValueError(f"{op}: stats needs weight rows, got weight of shape {tuple(weight.shape)}")
     _shape(op, "bias", bias, (rows,))
     _shape(op, "layer_scale", layer_scale, (out,))
     _shape(op, "residual", residual, (*x.shape[:-1], out))
@@ -296,7 +310,7 @@ def check_attention_block(
     op = "attention_block"
     check_linear(x, qkv_weight, qkv_bias, None, None, None, None, None, f"{op} (qkv)")
     rows = qkv_weight.shape[0]
-    if x.ndim != 3 or heads < 1 or rows % (3 * heads):
+    if x.ndim != 3 or heads < 1 or rows < 1 or rows % (3 * heads):
         raise ValueError(
             f"{op}: x must be [B, N, C] and qkv_weight [3 * heads * D, C], got {tuple(x.shape)} and "
             f"{tuple(qkv_weight.shape)} for {heads} heads"
@@ -332,6 +346,8 @@ def check_mlp(
     _shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
     _dtype("mlp", "weight_sum", weight_sum, torch.float32)
     hidden = fc1_weight.shape[0] // 2 if activation == "swiglu" else fc1_weight.shape[0]
+    if hidden < 1:
+        raise ValueError(f"mlp: fc1_weight must have rows, got shape {tuple(fc1_weight.shape)}")
     _shape("mlp", "fc2_weight", fc2_weight, (x.shape[-1], hidden))
     _shape("mlp", "fc2_bias", fc2_bias, (x.shape[-1],))
     _shape("mlp", "layer_scale", layer_scale, (x.shape[-1],))
