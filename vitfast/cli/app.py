@@ -52,7 +52,16 @@ class BackendName(str, Enum):
 
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
+]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
@@ -89,6 +98,8 @@ def embed(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +119,7 @@ def embed(
         summary = Summary(skipped=len(paths) - len(todo))
         interrupted = False
         if todo:
-            engine = _load(model, device, dtype)
+            engine = _load(model, device, dtype, allow_pickle, weights_key)
             with _progress("embedding", len(todo)) as advance:
                 results = embed_images(engine, todo, batch_size=batch_size, workers=workers)
                 try:
@@ -139,6 +150,8 @@ def classify(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +161,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
 
         paths = collect(sources)
-        engine = _load(model, device, dtype)
+        engine = _load(model, device, dtype, allow_pickle, weights_key)
         rows = []
         with _progress("classifying", len(paths)) as advance:
             for row in classify_images(engine, paths, k=topk, batch_size=batch_size, workers=workers):
@@ -262,7 +275,9 @@ def verify(
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
+def _load(
+    model: str, device: str | None, dtype: Dtype | None, allow_pickle: bool = False, weights_key: str | None = None
+) -> Any:
     import warnings
 
     from PIL import Image
@@ -271,7 +286,8 @@ def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     from vitfast.engine.load import load
 
-    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+    name = None if dtype is None else dtype.value
+    return load(model, device=device, dtype=name, allow_pickle=allow_pickle, weights_key=weights_key)
 
 
 @contextlib.contextmanager
@@ -311,4 +327,5 @@ def _classify_text(row: Any) -> list[str]:
 
     if row.status != "ok":
         return [f"{path_text(row.path)}: failed: {row.status}"]
-    return [path_text(row.path), *(f"  {c['probability']:7.2%}  {c['label']}" for c in row.classes)]
+    shown = [f"{c['probability']:7.2%}" if "probability" in c else f"{c['value']:10.4g}" for c in row.classes]
+    return [path_text(row.path), *(f"  {score}  {c['label']}" for score, c in zip(shown, row.classes, strict=True))]
