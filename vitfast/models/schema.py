@@ -13,7 +13,6 @@ whose size such a file has made up.
 from __future__ import annotations
 
 import functools
-import math
 import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -34,10 +33,7 @@ def whole(low: int, high: int) -> Domain:
 
 def number(low: float, high: float) -> Domain:
     """Finite numbers."""
-    return Domain(
-        f"a number from {low:g} to {high:g}",
-        lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and low <= v <= high,
-    )
+    return Domain(f"a number from {low:g} to {high:g}", lambda value: _is_number(value, low, high))
 
 
 def sides(low: int, high: int) -> Domain:
@@ -67,7 +63,12 @@ OBJECT = Domain("an object", lambda value: isinstance(value, Mapping))
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    return not isinstance(value, bool) and isinstance(value, Integral) and low <= int(value) <= high
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    # Compared before anything else is done with it: whole numbers may be too large for a float, and nan is in no range.
+    return not isinstance(value, bool) and isinstance(value, (int, float, Real)) and bool(low <= value <= high)
 
 
 def _is_pair(value: Any, low: int, high: int) -> bool:

@@ -65,9 +65,11 @@ def find_weights(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
     if pickles:
         raise CheckpointError(
             f"{directory} has no .safetensors file, only pickles ({', '.join(pickles)}); "
-            "convert them, or pass allow_pickle=True to read them with torch.load(weights_only=True)"
+            "convert them, or pass allow_pickle=True (--allow-pickle) to read them with torch.load(weights_only=True)"
         )
-    hint = "" if allow_pickle else " (a hub model that has only pickled weights needs allow_pickle=True)"
+    hint = (
+        "" if allow_pickle else " (a hub model that has only pickled weights needs allow_pickle=True, --allow-pickle)"
+    )
     raise CheckpointError(f"{directory} has no weights: expected {kinds[-1][0]} or {kinds[-1][0]}.index.json{hint}")
 
 
@@ -128,8 +130,8 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
         raise CheckpointError(f"{path}: unknown weight file, expected .safetensors or one of {', '.join(PICKLES)}")
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True to read it with "
-            "torch.load(weights_only=True)"
+            f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True (--allow-pickle) to read it "
+            "with torch.load(weights_only=True)"
         )
     try:
         # Trainers (timm, DeiT, MAE) put their arguments beside the weights: a bag of attributes, which runs nothing.

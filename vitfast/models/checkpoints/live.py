@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -41,6 +41,9 @@ _DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "AlphaDropout", "FeatureAlphaD
 
 _HARMLESS = ("vitfast.", "transformers.utils.output_capturing")
 """Modules whose hooks and patched methods do not change what a model computes: swaps of attention; recorders."""
+
+Anatomy: TypeAlias = Mapping[str, Mapping[str, Sequence[str]]]
+"""Class -> child -> classes that it may be of (see `composed`)."""
 
 _DYNAMO = "_compiled_call_impl"
 
@@ -140,7 +143,7 @@ def _listed(hooks: Mapping[Any, Any]) -> str:
 
 def composed(
     module: nn.Module,
-    anatomy: Mapping[str, Mapping[str, Sequence[str]]],
+    anatomy: Anatomy,
     packages: tuple[str, ...],
     name: str,
     skip: Sequence[str] = (),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from vitfast.images.preprocess import Preprocess
 from vitfast.models import schema
@@ -52,8 +52,11 @@ _INPUT = schema.Domain(
     "[channels, height, width]",
     lambda v: isinstance(v, (list, tuple)) and len(v) == 3 and all(map(_PIXELS.holds, v)),
 )
-_Size = Annotated[Any, schema.Domain(f"{_PIXELS.words}, two of them, or an object of {', '.join(_EDGES)}", _is_size)]
-_Mean, _Std = Annotated[Any, _channels(-1e6, 1e6)], Annotated[Any, _channels(1e-6, 1e6)]
+_Size: TypeAlias = Annotated[
+    Any, schema.Domain(f"{_PIXELS.words}, two of them, or an object of {', '.join(_EDGES)}", _is_size)
+]
+_Means: TypeAlias = Annotated[Any, _channels(-1e6, 1e6)]
+_Stds: TypeAlias = Annotated[Any, _channels(1e-6, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class _Processor:
     do_rescale: Flag = True
     rescale_factor: Annotated[float, schema.number(1e-9, 1e9)] = 1 / 255
     do_normalize: Flag = True
-    image_mean: _Mean = 0.0
-    image_std: _Std = 1.0
+    image_mean: _Means = 0.0
+    image_std: _Stds = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class TimmSettings:
     interpolation: Annotated[str, schema.TEXT] = ""
     crop_pct: Annotated[float, schema.number(0.01, 10)] = 0.875
     crop_mode: Annotated[str, schema.TEXT] = ""
-    mean: _Mean = 0.0
-    std: _Std = 1.0
+    mean: _Means = 0.0
+    std: _Stds = 1.0
     num_classes: Annotated[int, schema.whole(-1, 10_000_000)] = 0
     label_names: Annotated[Any, schema.TEXTS] = ()
     label_descriptions: Annotated[Any, schema.OBJECT] = None

@@ -50,7 +50,7 @@ _WHOLE = {
     "head_drop": _DROP,
 }
 _BLOCKS = {"*": ("Block",)}
-_ANATOMY = {
+_ANATOMY: live.Anatomy = {
     "VisionTransformer": _WHOLE,
     "VisionTransformerDistilled": _WHOLE,
     "PatchEmbed": {"proj": ("Conv2d",), "norm": ("Identity",)},

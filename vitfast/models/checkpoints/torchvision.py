@@ -28,7 +28,7 @@ _RESIZE = {
 """(patch, width, image) -> (shortest side, filter) of torchvision's weights that do not take 256 for 224, bilinear."""
 
 _DROP = ("Dropout", "Identity")
-_ANATOMY = {
+_ANATOMY: live.Anatomy = {
     "VisionTransformer": {"conv_proj": ("Conv2d",), "encoder": ("Encoder",)},
     "Encoder.layers": {"*": ("EncoderBlock",)},
     "Encoder": {"dropout": _DROP, "layers": ("Sequential",), "ln": ("LayerNorm",)},
