@@ -18,8 +18,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "floa
 def results_of(chip: str) -> list[tuple[Path, dict[str, Any]]]:
     """The result files of a chip ("h100": the folders whose name has that word), the oldest first."""
     folders = (folder for folder in results_folder().glob("*/") if chip in folder.name.split("-"))
-    found = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
-    return sorted(found, key=lambda pair: pair[1]["environment"]["date"])
+    results = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
+    return sorted(results, key=lambda pair: pair[1]["environment"]["date"])
 
 
 def add_measured(
@@ -38,10 +38,10 @@ def add_measured(
         for row in filter(_ours, result["rows"]):
             if "op" in row:
                 for launch in prediction["launches"]:
-                    found = sites.get(launch["site"])
-                    in_8_bits = found is not None and "precision" in found[1]
+                    case = sites.get(launch["site"])
+                    in_8_bits = case is not None and "precision" in case[1]
                     dtype = DTYPES[precision if in_8_bits or precision not in QUANTIZED else "bf16"]
-                    if (row["op"], row["dims"]) == found and row["dtype"] == dtype:
+                    if (row["op"], row["dims"]) == case and row["dtype"] == dtype:
                         launch["measured_us"] = row["median_ms"] * 1e3
             elif (row["model"], row["batch"], row["dtype"]) == (config.name, batch, DTYPES[precision]):
                 prediction["measured_images_per_s"], prediction["measured_in"] = row["images_per_s"], path.name
@@ -49,5 +49,5 @@ def add_measured(
 
 def _ours(row: Mapping[str, Any]) -> bool:
     """Whether a row is of our Triton kernels or our engine, and was right."""
-    ours = row["peer"] == "vitfast triton" if "op" in row else row["peer"].startswith("vitfast")
+    ours = row["provider"] == "vitfast triton" if "op" in row else row["provider"].startswith("vitfast")
     return ours and row["correct"]

@@ -46,7 +46,7 @@ def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[s
         dims = sites[site][1]
         return "quantize", {"rows": dims["rows"], "width": dims["inner"], "norm": norm, "precision": precision}
 
-    found = {
+    quantized = {
         "hidden_fc1": product("fc1", f"{gate} requantize"),
         "hidden_fc2": product("fc2", "groups residual"),
         "quantized_qkv": product("qkv", "bias"),
@@ -57,9 +57,9 @@ def quantized_site_dims(config: ViTConfig, batch: int, precision: str) -> dict[s
     }
     if config.head_dim in SCALE_GROUPS:
         groups = "groups" if config.head_dim == SCALE_GROUP else "heads"
-        found["mixed_attention"] = "attention", {**sites["attention"][1], "variant": f"to {precision}"}
-        found["mixed_proj"] = product("proj", f"{groups} residual")
-    return found
+        quantized["mixed_attention"] = "attention", {**sites["attention"][1], "variant": f"to {precision}"}
+        quantized["mixed_proj"] = product("proj", f"{groups} residual")
+    return quantized
 
 
 def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:

@@ -23,7 +23,7 @@ from vitfast.engine.sites import scales_heads, site_spec
 from vitfast.models.config import ViTConfig
 
 if TYPE_CHECKING:
-    from vitfast.kernels._common import Config
+    from vitfast.kernels._parts.launch import Config
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def launches(
 
 def _with_sum(config: ViTConfig, row: Launch, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """A launch; where it is a product with K in parts, also the one that adds these up and does the epilogue."""
-    from vitfast.kernels._linear_configs import CONFIGS, SUM_CONFIG, split_of
+    from vitfast.kernels.linear import CONFIGS, SUM_CONFIG, split_of
 
     split = next((split_of(tile) for tile in CONFIGS if tile.name == row.config), 1)
     if split == 1:
@@ -161,7 +161,7 @@ def _product(
     residual: bool = False,
     gated: bool = False,
 ) -> Launch:
-    from vitfast.kernels import _linear_configs, quantized_linear
+    from vitfast.kernels import linear, quantized_linear
 
     dims = site_spec(config, site, batch, torch.device("cpu"), dtype).dims
     m, k, n = dims["rows"], dims["inner"], dims["width"]
@@ -170,10 +170,11 @@ def _product(
     if quantized is not None:
         mixed = site == "proj" and scales_heads(config)
         name = f"hidden_{site}" if site in ("fc1", "fc2") else f"mixed_{site}" if mixed else f"quantized_{site}"
-        tile = quantized_linear.pick_config(
-            m, out, sms=card.multiprocessors, gated=gated, requantize=name == "hidden_fc1"
-        )
         group = {"hidden_fc2": quantized_linear.SCALE_GROUP, "mixed_proj": config.head_dim}.get(name, k)
+        problem = quantized_linear.Problem(
+            m, out, k, quantized, gated, requantize=name == "hidden_fc1", group=group if group < k else 0
+        )
+        tile = quantized_linear.pick_config(problem, card.multiprocessors)
         x_scales = _covering(k, group)
         moved = around + m * k + n * k + 4 * (m * x_scales + n)  # operands and their scales
         if name == "hidden_fc1":
@@ -182,9 +183,7 @@ def _product(
             moved += dtype.itemsize * m * out
         return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized)
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
-    tile = _linear_configs.pick_config(
-        m, out, dtype, inner=k, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual
-    )
+    tile = linear.pick_config(linear.Problem(m, out, k, dtype, tma, gated, residual), card.multiprocessors)
     moved = around + dtype.itemsize * (m * k + n * k + m * out)
     return _tiled(site, count, flops(config, site, batch), moved, m, out, tile, card, dtype)
 
@@ -219,10 +218,12 @@ def _attention(
     config: ViTConfig, count: int, batch: int, card: Chip, dtype: torch.dtype, quantized: torch.dtype | None = None
 ) -> Launch:
     """With quantised products and a head dim that allows it, in 8 bits and with a scale for each head of a row."""
-    from vitfast.kernels._attention_configs import head_chunks, pick_config
+    from vitfast.kernels._parts.attention_arguments import Problem, head_chunks
+    from vitfast.kernels.attention import pick_config
 
     tokens, heads = config.tokens(), config.heads
-    tile = pick_config(config.head_dim, tokens, dtype, False, card.capability)
+    kind = "fp32" if dtype == torch.float32 else "half"
+    tile = pick_config(Problem(config.head_dim, tokens, tokens, dtype, card.capability, kind))
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
     whole, left = divmod(tokens, block_n)
     keys = whole * block_n + (max(16, 1 << (left - 1).bit_length()) if left else 0)

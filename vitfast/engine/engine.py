@@ -16,6 +16,7 @@ from torch import Tensor
 from vitfast.engine import planner, streaming
 from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
+from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.sites import kept_products
 from vitfast.images.preprocess import normalize, preprocess_batch
@@ -40,6 +41,7 @@ class Engine:
         device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.engine.planner`).
+        fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
@@ -64,6 +66,7 @@ class Engine:
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
         self.problem_type = checkpoint.problem_type
+        self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
         self.device = resolve_device(device)
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
         self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)

@@ -68,7 +68,7 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     # Compared before anything else is done with it: whole numbers may be too large for a float, and nan is in no range.
-    return not isinstance(value, bool) and isinstance(value, (int, float, Real)) and bool(low <= value <= high)
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(low <= value <= high)  # type: ignore[operator]
 
 
 def _is_pair(value: Any, low: int, high: int) -> bool:
