@@ -20,6 +20,7 @@ class FakeEngine:
 
     preprocess: Preprocess | None = PREPROCESS
     labels: list[str] | None = None
+    problem_type: str | None = None
     classes: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: list[int] = field(default_factory=list)

@@ -62,7 +62,16 @@ class BackendName(str, Enum):
 
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
+]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
@@ -111,6 +120,8 @@ def embed(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -140,7 +151,7 @@ def embed(
         with EmbeddingFolder(out, model, overwrite=overwrite) as folder:
             todo = folder.remaining(found.images, refresh=refresh, content=checksum)
             summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
-            engine = _load(model, device, dtype)
+            engine = _load(model, device, dtype, allow_pickle, weights_key)
             with _progress("embedding", len(todo)) as advance:
 
                 def on_result(_: Any) -> None:
@@ -185,6 +196,8 @@ def classify(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -196,7 +209,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
 
         found = find_images(sources)
-        engine = _load(model, device, dtype)
+        engine = _load(model, device, dtype, allow_pickle, weights_key)
         options = _decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
         with _progress("classifying", len(found.images)) as advance:
@@ -321,10 +334,11 @@ def verify(
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
+def _load(model: str, device: str | None, dtype: Dtype | None, allow_pickle: bool, weights_key: str | None) -> Any:
     from vitfast.engine.load import load
 
-    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+    name = None if dtype is None else dtype.value
+    return load(model, device=device, dtype=name, allow_pickle=allow_pickle, weights_key=weights_key)
 
 
 def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:
