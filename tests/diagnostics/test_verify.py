@@ -14,6 +14,7 @@ from helpers.scripts import python
 from rich.console import Console
 from torch import nn
 
+import vitfast
 from vitfast import testing
 from vitfast.diagnostics.verify import DifferenceError, render, verify, verify_swap
 
