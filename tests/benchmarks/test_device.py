@@ -246,16 +246,12 @@ def test_threads_are_pinned_to_distinct_cores(monkeypatch):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda task: {0, 1, 2, 3})
     monkeypatch.setattr(device.os, "sched_setaffinity", moved.__setitem__)
     monkeypatch.setattr(device, "_sibling_rank", lambda cpu: cpu % 2)
-    before = torch.get_num_threads()
-    try:
-        assert device.pin_threads(2) == [0, 2]
-        assert torch.get_num_threads() == 2
-        assert device.pin_threads(3) == [0, 1, 2]
-        assert all(cores == [0, 1, 2] for cores in moved.values()) and moved
-        with pytest.raises(ValueError, match=r"at most 4.* got 5"):
-            device.pin_threads(5)
-    finally:
-        torch.set_num_threads(before)
+    assert device.pin_threads(2) == [0, 2]
+    assert torch.get_num_threads() == 2
+    assert device.pin_threads(3) == [0, 1, 2]
+    assert all(cores == [0, 1, 2] for cores in moved.values()) and moved
+    with pytest.raises(ValueError, match=r"at most 4.* got 5"):
+        device.pin_threads(5)
 
 
 def test_environment_is_complete():

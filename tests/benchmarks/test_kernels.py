@@ -7,13 +7,11 @@ import re
 
 import pytest
 import torch
-from helpers.benching import CountedDevice, layer_norm_case, rows_of, timed_provider
-from typer.testing import CliRunner
+from helpers.benching import CountedDevice, bench, layer_norm_case, rows_of, timed_provider
 
 from vitfast import ops, testing
 from vitfast.benchmarks import cases, device, kernels, providers, shapes, timing
 from vitfast.benchmarks.environment import ROOT
-from vitfast.cli.app import app
 from vitfast.diagnostics import predict
 from vitfast.models.config import NAMED
 from vitfast.ops import accuracy, reference, registry
@@ -300,13 +298,6 @@ def test_grids():
     assert {one.dims["batch"] for one in full if one.op == "attention"} >= {1, 8, 64, 256, 512}
 
 
-@pytest.fixture(autouse=True)
-def _harmless(monkeypatch, tmp_path):
-    """The tests' own process stays on all its cores, and the user's plans stay as they are."""
-    monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
 @pytest.mark.parametrize("op", list(SMALL))
@@ -318,10 +309,6 @@ def test_gpu_times_our_kernels_as_graphs(op):
         assert rows[name]["correct"], rows[name]
         assert rows[name]["timed_by"] == "graph", rows[name]
         assert 0 < rows[name]["median_ms"] < 1000
-
-
-def bench(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="vitfast")
 
 
 MINE = """

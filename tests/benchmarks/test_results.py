@@ -9,15 +9,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from helpers.benching import CountedDevice, result, rows_of, timed_provider
-from typer.testing import CliRunner
+from helpers.benching import CountedDevice, bench, result, rows_of, timed_provider
 
 from vitfast import testing
-from vitfast.benchmarks import campaign, compare, device, model, model_providers, page, report, result_file, svg
+from vitfast.benchmarks import campaign, compare, model, model_providers, page, report, result_file, svg
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE
-from vitfast.cli.app import app
 from vitfast.models import libraries
 
 
@@ -28,10 +26,6 @@ def row(provider="vitfast triton", ms=1.0, spread=0.02, case="attention", **more
 
 def wrong(provider="vitfast triton", case="attention"):
     return {"case": case, "provider": provider, "correct": False, "error": "incorrect: max error 1 exceeds 0"}
-
-
-def bench(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="vitfast")
 
 
 def saved(path, content):
@@ -266,8 +260,8 @@ def test_png(tmp_path):
 
 
 @pytest.fixture
-def timm(monkeypatch, tmp_path):
-    monkeypatch.setenv("VITFAST_CACHE", str(tmp_path / "cache"))
+def timm():
+    """timm, or why there is none."""
     try:
         return libraries.import_library("timm")
     except ImportError as error:
@@ -328,8 +322,7 @@ def test_a_model_that_turns_wrong_gets_no_time(timm, monkeypatch):
     assert rows[0]["error"].startswith("incorrect: error") and "median_ms" not in rows[0]
 
 
-def test_model_command(timm, tmp_path, monkeypatch):
-    monkeypatch.setattr(device.os, "sched_setaffinity", lambda task, cores: None)
+def test_model_command(timm, tmp_path):
     done = bench(
         "model", "-m", "test_vit", "--batch", 2, "--provider", "vitfast", "--device", "cpu", "--rounds", 2,
         "--no-roofs", "--json", tmp_path / "r.json", "--html", tmp_path / "r.html",
@@ -391,7 +384,7 @@ def test_campaign_keeps_what_it_has(tmp_path, monkeypatch):
     assert shown.read_text().count("<h2>") == 3
 
 
-def test_campaign_steps_are_commands(monkeypatch):
+def test_campaign_steps_are_commands():
     """Every step parses: its device is refused by the command itself, not by the parser."""
     for step in campaign.STEPS:
         own = ("--device", "cuda:99", "--budget", "30s", "--json", "unwritten.json")

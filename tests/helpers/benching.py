@@ -3,12 +3,14 @@
 import functools
 
 import torch
+from typer.testing import CliRunner, Result
 
 from vitfast import testing
 from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.providers import BASELINE, Provider
+from vitfast.cli.app import app
 from vitfast.ops import reference
 
 
@@ -30,6 +32,11 @@ class CountedDevice(CpuDevice):
         return self.now - before
 
 
+def bench(*arguments: object) -> Result:
+    """`vitfast bench` with arguments, in this process."""
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="vitfast")
+
+
 def timed_provider(device, name, ms, answer=reference.layer_norm):
     """A provider of layer_norm that takes `ms`, a little more every other time, and gives `answer`."""
     turns = []
@@ -44,6 +51,7 @@ def timed_provider(device, name, ms, answer=reference.layer_norm):
 
 
 def layer_norm_case():
+    """A small case of one op, to be timed by a counted clock."""
     return Case("layer_norm", {"rows": 7, "width": 64}, testing.device(), torch.float32)
 
 

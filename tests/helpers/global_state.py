@@ -1,7 +1,9 @@
-"""The settings of the process that every test finds as the one before it did."""
+"""The settings of the process that every test finds as the one before it did, and a way to change one for a while."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -43,6 +45,17 @@ SETTINGS = {
     "the working directory": (os.getcwd, os.chdir),
 }
 """What -> (read it, set it)."""
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads for torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def snapshot() -> dict[str, object]:

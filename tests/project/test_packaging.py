@@ -188,13 +188,40 @@ def test_a_real_kernels_package_is_not_shadowed(tmp_path):
     ]
 
 
-def test_transformers_does_not_take_the_folder_for_a_package():
-    pytest.importorskip("transformers", reason="transformers is not installed")
+def transformers_sees_kernels(*folders: Path) -> list[str]:
+    """Whether transformers takes `kernels` for installed in a process at the root of the checkout, and its file.
+
+    `folders` stand for the environment's site-packages, which may have the real package or not.
+    """
+    paths = [str(folder) for folder in folders]
+    standard = [path for path in sys.path if path and "site-packages" not in path and not path.startswith(str(ROOT))]
     code = (
-        "import importlib.util as u, transformers.utils.import_utils as t;"
-        "print(t.is_kernels_available() if getattr(u.find_spec('kernels'), 'origin', None) is None else False)"
+        f"import sys; assert sys.path[0] == ''; sys.path[1:] = {standard + paths}\n"
+        "import importlib.util as u, transformers.utils.import_utils as t\n"
+        "print(t.is_kernels_available(), u.find_spec('kernels').origin)"
     )
-    assert run(sys.executable, "-c", code, cwd=ROOT).split()[-1] == "False"
+    return run(sys.executable, "-S", "-c", code, cwd=ROOT, PYTHONPATH="").split()[-2:]
+
+
+def test_transformers_does_not_take_the_folder_for_a_package(tmp_path):
+    """Whether Hugging Face's package of that name is installed or not: links to all else stand for an environment."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.utils import import_utils
+
+    others = tmp_path / "site-packages"
+    others.mkdir()
+    for path in (path for folder in reversed(sys.path) if "site-packages" in folder for path in Path(folder).iterdir()):
+        if path.name != "kernels" and not path.name.startswith(("kernels-", "__editable__")):
+            (others / path.name).unlink(missing_ok=True)
+            (others / path.name).symlink_to(path)
+    assert transformers_sees_kernels(others) == ["False", "None"]  # a folder of no package
+    real, version = tmp_path / "real", import_utils.KERNELS_MIN_VERSION
+    (real / "kernels").mkdir(parents=True)
+    (real / "kernels" / "__init__.py").write_text(f"__version__ = {version!r}")
+    (real / f"kernels-{version}.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
+    (real / f"kernels-{version}.dist-info" / "METADATA").write_text(metadata)
+    assert transformers_sees_kernels(real, others) == ["True", str(real / "kernels" / "__init__.py")]
 
 
 def test_command_line_starts():

@@ -15,6 +15,7 @@ from torch import Tensor
 from vitfast.engine import planner, streaming
 from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
+from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.sites import kept_products
 from vitfast.images.preprocess import preprocess_batch
 from vitfast.models import vit
@@ -37,6 +38,7 @@ class Engine:
         labels: class names, or None. device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.engine.planner`).
+        fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
@@ -58,6 +60,7 @@ class Engine:
         self.config = checkpoint.config
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
+        self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
         self.device = resolve_device(device)
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
         self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
