@@ -58,7 +58,8 @@ def test_embed(photos, tmp_path, engine):
     out = tmp_path / "out"
     result = run("embed", photos, "-m", "hub/model", "-o", out, "--batch-size", 3, "--dtype", "bf16", "--device", "cpu")
     assert result.exit_code == 1  # three are bad
-    assert engine.loaded == [("hub/model", {"device": "cpu", "dtype": "bf16"})]
+    asked = {"device": "cpu", "dtype": "bf16", "allow_pickle": False, "weights_key": None}
+    assert engine.loaded == [("hub/model", asked)]
     assert max(engine.batches) == 3
     assert "10 done, 3 failed, 0 skipped" in result.stdout
     assert "img/s" in result.stdout

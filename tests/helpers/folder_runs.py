@@ -41,9 +41,10 @@ class Runs:
     def start(self, *arguments, log, **job):
         """Begin a run; its process id. stdout and stderr go to `log`.out and `log`.err, unless job says otherwise.
 
-        job: weights (which the fake model has), rows and seconds (of a part), pause (s after each result), encoding,
-        stdout; fault: [what, which, when, do], what being "replace", "fsync", "unlink" or "result", which its number
-        from 0, when "before" or "after", do a signal's name or "full"; limit: bytes that a file may have.
+        job: weights (which the fake model has), rows and seconds (of a part), pause (s after each result), slow (s of
+        a batch, each said on stderr), encoding, stdout; limit: bytes that a file may have; fault: [what, which, when,
+        do], what being "replace", "fsync", "unlink" or "result", which its number from 0, when "before" or "after",
+        do a signal's name or "full".
         """
         return self._ask(arguments=[str(a) for a in arguments], log=str(log), **job)
 
@@ -113,7 +114,7 @@ def _prepare(job):
     from vitfast.pipeline import parquet
 
     load_module = sys.modules[load.__module__] if callable(load) else load
-    load_module.load = lambda *_, **__: model(job.get("weights", 0))
+    load_module.load = lambda *_, **__: model(job.get("weights", 0), job.get("slow", 0))
     parquet.PART_ROWS, parquet.PART_SECONDS = job.get("rows", 4096), job.get("seconds", 5.0)
     if "limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
@@ -154,12 +155,17 @@ def _prepare(job):
     parquet.write_parquet = write
 
 
-def model(weights):
+def model(weights, slow):
     """A fake model: its embedding is that of FakeEngine and a thousand for each number of its weights."""
+    import time
+
     from helpers.photos import FakeEngine
 
     class Model(FakeEngine):
         def __call__(self, images, *, preprocessed):
+            if slow:
+                print("batch", file=sys.stderr, flush=True)
+                time.sleep(slow)
             output = super().__call__(images, preprocessed=preprocessed)
             output.embedding += 1000 * weights
             return output

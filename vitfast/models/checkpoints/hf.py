@@ -73,7 +73,7 @@ def from_module(module: Any) -> Checkpoint:
     kind = type(module).__name__
     hf_live.check(module)
     config = module.config.to_dict() | {"architectures": [kind]}
-    state = dict(module.state_dict())
+    state = {name: t for name, t in module.state_dict().items() if name.partition(".")[0] not in hf_live.NO_SAY}
     for head in hf_live.HEADS:
         if hasattr(module, head):  # which may have been replaced without a word to the config
             linear, inner = live.linear_head(getattr(module, head), f"{kind}.{head}")

@@ -18,7 +18,7 @@ from vitfast.models.checkpoints import live
 from vitfast.models.checkpoints.source import CheckpointError, require
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
-_NO_SAY = ("pooler", "text_model", "text_projection")
+NO_SAY = ("pooler", "text_model", "text_projection")
 """Parts that the outputs do not depend on."""
 
 _NO_MATTER = {"training", "p", "drop_prob", "attention_dropout", "dropout", "gradient_checkpointing", "inplace"}
@@ -31,26 +31,26 @@ def check(module: Any) -> None:
     Raises:
         CheckpointError: naming the part, what it is and what it should be.
     """
-    name = type(module).__name__
-    live.unchanged(module, name, _NO_SAY)
+    name = live.kind_of(module).__name__
+    live.unchanged(module, name, NO_SAY)
     _known_attention(module, name)
     try:
         with torch.device("meta"):
-            built = type(module)(copy.deepcopy(module.config))
+            built = live.kind_of(module)(copy.deepcopy(module.config))
     except Exception as error:  # whatever a config that has been changed by hand makes its class raise
         raise CheckpointError(
             f"{name}: its config no longer builds it, so that its parts cannot be checked: "
             f"{type(error).__name__}: {error}"
         ) from error
-    _compare(built, module, name, "", (*_NO_SAY, *HEADS))
+    _compare(built, module, name, "", (*NO_SAY, *HEADS))
 
 
 def _compare(built: nn.Module, have: nn.Module, name: str, path: str, skip: tuple[str, ...] = ()) -> None:
     where = f"{name}: {path}" if path else name
     if _idle(built) and _idle(have):
         return
-    made, kind = live.full_name(type(built)), live.full_name(type(have))
-    require(type(built) is type(have), f"{kind} in place of {made}", where)
+    made, kind = live.full_name(type(built)), live.full_name(live.kind_of(have))
+    require(type(built) is live.kind_of(have), f"{kind} in place of {made}", where)
     for key, value in vars(built).items():
         if key.startswith("_") or key in _NO_MATTER or not _simple(value):
             continue

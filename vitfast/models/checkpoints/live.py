@@ -53,6 +53,12 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def kind_of(module: nn.Module) -> type:
+    """A module's class, or the one it had before vitfast swapped its attention, which changes no result."""
+    kind = type(module)
+    return getattr(kind, "_vitfast_original", kind)
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The model inside torch.compile's, DataParallel's and like wrappers.
 
@@ -109,7 +115,7 @@ def _unhooked(part: nn.Module, where: str) -> None:
 
 
 def _unpatched(part: nn.Module, where: str) -> None:
-    kind = type(part)
+    kind = kind_of(part)
     for name, value in vars(part).items():
         own = inspect.getattr_static(kind, name, None)
         if name == _DYNAMO or not callable(value) or not (inspect.isfunction(own) or isinstance(own, staticmethod)):
@@ -161,12 +167,12 @@ def composed(
     """
 
     def visit(part: nn.Module, path: str, slot: str, skip: Sequence[str] = ()) -> None:
-        kind = type(part).__name__
+        kind = kind_of(part).__name__
         known = anatomy.get(slot) or anatomy.get(kind) or {}
         for child, inner in part._modules.items():
             if inner is None or child in skip:
                 continue
-            what, there = type(inner), f"{path}.{child}".lstrip(".")
+            what, there = kind_of(inner), f"{path}.{child}".lstrip(".")
             fits = what.__name__ in known.get(child, known.get("*", ())) and what.__module__.startswith(packages)
             require(fits, f"{full_name(what)} as {child} of {kind}", f"{name}: {there}")
             visit(inner, there, f"{kind}.{child}")

@@ -77,7 +77,7 @@ def from_module(module: Any) -> Checkpoint:
     for i, layer in enumerate(layers):
         attention, act = layer.self_attention, layer.mlp[1]
         where = f"{name}: encoder.layers.encoder_layer_{i}"
-        require(type(attention) is nn.MultiheadAttention, f"{type(attention).__name__}", where)
+        require(live.kind_of(attention) is nn.MultiheadAttention, f"{type(attention).__name__}", where)
         require(attention.in_proj_weight is not None, "separate q, k and v weights", where)
         require(attention.batch_first, "an attention with batch_first=False", where)
         require(attention.bias_k is None and not attention.add_zero_attn, "bias_k or add_zero_attn", where)
