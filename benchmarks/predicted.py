@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vitfast.benchmarks.result_file import read, results_folder
-from vitfast.benchmarks.shapes import quantized_site_dims, site_dims
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.models.config import ViTConfig
 
@@ -18,8 +17,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "floa
 def results_of(chip: str) -> list[tuple[Path, dict[str, Any]]]:
     """The result files of a chip ("h100": the folders whose name has that word), the oldest first."""
     folders = (folder for folder in results_folder().glob("*/") if chip in folder.name.split("-"))
-    found = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
-    return sorted(found, key=lambda pair: pair[1]["environment"]["date"])
+    files = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
+    return sorted(files, key=lambda pair: pair[1]["environment"]["date"])
 
 
 def add_measured(
@@ -31,17 +30,13 @@ def add_measured(
     measured_images_per_s (of the engine) with measured_in, the name of its file.
     """
     precision, batch = prediction["dtype"], prediction["batch"]
-    sites = site_dims(config, batch)
-    if precision in QUANTIZED:
-        sites |= quantized_site_dims(config, batch, precision)
     for path, result in results:
         for row in filter(_ours, result["rows"]):
             if "op" in row:
                 for launch in prediction["launches"]:
-                    found = sites.get(launch["site"])
-                    in_8_bits = found is not None and "precision" in found[1]
+                    in_8_bits = "precision" in launch["dims"]
                     dtype = DTYPES[precision if in_8_bits or precision not in QUANTIZED else "bf16"]
-                    if (row["op"], row["dims"]) == found and row["dtype"] == dtype:
+                    if (row["op"], row["dims"], row["dtype"]) == (launch["op"], launch["dims"], dtype):
                         launch["measured_us"] = row["median_ms"] * 1e3
             elif (row["model"], row["batch"], row["dtype"]) == (config.name, batch, DTYPES[precision]):
                 prediction["measured_images_per_s"], prediction["measured_in"] = row["images_per_s"], path.name

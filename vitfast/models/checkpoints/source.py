@@ -109,9 +109,9 @@ class Source:
             return
         tokens = torch.cat([part for part in rows if part is not None])
         if covered and head is not None and len(head) <= len(tokens):
-            # Summed in fp32 and rounded once to the stored dtype, as the source's own addition is.
-            added = tokens[: len(head)].float() + head.float()
-            tokens = torch.cat([added.to(tokens.dtype), tokens[len(head) :]])
+            # In fp32 at least: a sum rounded to the stored dtype would be rounded again to that of the model.
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            tokens = torch.cat([tokens[: len(head)] + head, tokens[len(head) :]])
         self.weights["prefix"] = tokens
 
     def finish(self, config: ViTConfig, ignorable: Sequence[str] = ()) -> dict[str, Tensor]:
