@@ -13,7 +13,7 @@ PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(W
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint sanitize gpu gpu-bench gpu-test demo clean
+.PHONY: help test test-full lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-bench gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja setuptools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-	  -e '.[test,lint,demo]'
+	  -e '.[test,lint,demo,docs]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm
 	@$(BIN)/python -c "import importlib.util as u; print('C++ extension:', \
 	  'built' if u.find_spec('vitfast._C') else 'not built; pip install -v says why')"
@@ -37,11 +37,21 @@ test: $(READY) ## run the tests, the long ones left out
 test-full: $(READY) ## run all tests
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
-lint: $(READY) ## check style and types
+# One target for each hook of .pre-commit-config.yaml.
+lint: lint-ruff lint-mypy lint-clang-format ## check style and types
+
+lint-ruff: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-mypy: $(READY)
 	$(BIN)/mypy
+
+lint-clang-format: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*)
+
+docs: $(READY) ## build the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A second build of the extension beside the first, in a folder that has all else of the package as links.
 # The sanitizers' runtime must be loaded before Python; leaks are not looked for, the interpreter has its own.
@@ -78,5 +88,5 @@ gpu-test: ## the testing part of `make gpu`
 	$(PYTHON) -m pytest $$workers --continue-on-collection-errors $(PYTEST_ARGS)
 
 clean: ## remove the environment and all that was built
-	rm -rf .venv build dist demo *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so
+	rm -rf .venv build dist demo site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so
 	find vitfast kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,8 +24,8 @@ from pathlib import Path
 from setuptools import setup
 
 ROOMS = (
-    "attention", "benchmarks", "cli", "diagnostics", "engine", "images", "integrations", "kernels", "models",
-    "models.checkpoints", "ops", "pipeline",
+    "attention", "benchmarks", "cli", "diagnostics", "engine", "images", "integrations", "kernels", "kernels._compile",
+    "kernels._parts", "models", "models.checkpoints", "ops", "pipeline",
 )  # fmt: skip
 PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ROOMS)]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}

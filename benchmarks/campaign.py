@@ -31,8 +31,8 @@ class Step:
     share: float
 
 
-def _model(batches: Sequence[int], models: Sequence[str], peers: Sequence[str]) -> tuple[str, ...]:
-    options = [("-m", models), ("--batch", map(str, batches)), ("--peer", ("vitfast", "timm eager", *peers))]
+def _model(batches: Sequence[int], models: Sequence[str], providers: Sequence[str]) -> tuple[str, ...]:
+    options = [("-m", models), ("--batch", map(str, batches)), ("--provider", ("vitfast", "timm eager", *providers))]
     return ("model", *(part for option, values in options for value in values for part in (option, value)))
 
 

@@ -15,10 +15,10 @@ SAME_MACHINE = ("gpu", "cpu", "threads")
 
 @dataclass(frozen=True)
 class Change:
-    """One case and contestant. `change`: of the median, -0.1 for a tenth less time; `noise`: what it must exceed."""
+    """One case and provider. `change`: of the median, -0.1 for a tenth less time; `noise`: what it must exceed."""
 
     case: str
-    peer: str
+    provider: str
     verdict: str
     """same, faster, slower, incorrect (now), fixed, missing (has no time now) or new."""
     before_ms: float | None = None
@@ -29,11 +29,11 @@ class Change:
     @property
     def regression(self) -> bool:
         """Whether something of ours became worse. Other people's kernels only show how steady the machine is."""
-        return self.peer.startswith("vitfast") and self.verdict in ("slower", "incorrect", "missing")
+        return self.provider.startswith("vitfast") and self.verdict in ("slower", "incorrect", "missing")
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """One Change per case and contestant that has a time in either result.
+    """One Change per case and provider that has a time in either result.
 
     The noise of a change is half the p20-to-p80 distance of both rows together: the least change at which the two
     intervals, laid around their medians, no longer meet; but at least LEAST_CHANGE.
@@ -45,13 +45,13 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         first, second = (result["environment"].get(name) for result in (before, after))
         if first != second:
             raise ValueError(f"results of different machines cannot be compared: {name} {first!r} and {second!r}")
-    old, new = ({(row["case"], row["peer"]): row for row in result["rows"]} for result in (before, after))
-    found = []
+    old, new = ({(row["case"], row["provider"]): row for row in result["rows"]} for result in (before, after))
+    changes = []
     for key in dict.fromkeys((*old, *new)):
         change = _change(key, old.get(key, {}), new.get(key, {}))
         if change:
-            found.append(change)
-    return found
+            changes.append(change)
+    return changes
 
 
 def _change(key: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
@@ -71,11 +71,11 @@ def _change(key: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]
 
 
 def render(changes: Sequence[Change]) -> Any:
-    """The changes as a table, and how steady the machine was by the contestants that are not ours."""
+    """The changes as a table, and how steady the machine was by the providers that are not ours."""
     from rich.table import Table
 
     table = Table(title="change of the median; noise: what a change must exceed")
-    for column in ("case", "peer", "verdict"):
+    for column in ("case", "provider", "verdict"):
         table.add_column(column, overflow="fold")
     for column in ("before ms", "after ms", "change", "noise"):
         table.add_column(column, justify="right")
@@ -83,12 +83,12 @@ def render(changes: Sequence[Change]) -> Any:
     for c in changes:
         times = ("" if ms is None else f"{ms:.4g}" for ms in (c.before_ms, c.after_ms))
         shares = ("" if share is None else f"{share:+.1%}" for share in (c.change, c.noise))
-        table.add_row(c.case, c.peer, c.verdict, *times, *shares, style=styles.get(c.verdict))
-    others = [c.change for c in changes if c.change is not None and not c.peer.startswith("vitfast")]
+        table.add_row(c.case, c.provider, c.verdict, *times, *shares, style=styles.get(c.verdict))
+    others = [c.change for c in changes if c.change is not None and not c.provider.startswith("vitfast")]
     lines: list[Any] = [table]
     if others:
         lines.append(
-            f"contestants that are not ours moved by {statistics.median(others):+.1%} (median): the machine's own drift"
+            f"providers that are not ours moved by {statistics.median(others):+.1%} (median): the machine's own drift"
         )
     regressions = [c for c in changes if c.regression]
     lines.append(f"{len(regressions)} regression(s) of {len(changes)} rows")

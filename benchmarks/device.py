@@ -232,7 +232,7 @@ class CudaDevice(Device):
 
     def facts(self) -> dict[str, Any]:
         """Name, size, driver, and the clocks and power it may use at most."""
-        found = {
+        facts = {
             "gpu": self._properties.name,
             "capability": f"{self._properties.major}.{self._properties.minor}",
             "multiprocessors": self._properties.multi_processor_count,
@@ -241,9 +241,9 @@ class CudaDevice(Device):
             "cuda": torch.version.cuda,
         }
         if self._handle is None:
-            return found | {"nvml": self._no_nvml}
+            return facts | {"nvml": self._no_nvml}
         nvml, handle = self._nvml, self._handle
-        return found | {
+        return facts | {
             "driver": str(nvml.nvmlSystemGetDriverVersion()),
             "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
             "max_sm_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -300,8 +300,8 @@ def _sibling_rank(cpu: int) -> int:
 def _process_bytes(name: str) -> int | None:
     """A size of this process in /proc/self/status, which has kB."""
     status = Path("/proc/self/status")
-    found = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(match[1]) * 1024 if match else None
 
 
 @functools.cache

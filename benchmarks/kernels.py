@@ -1,4 +1,4 @@
-"""Kernels one by one: every contestant of a case is checked, then all right ones are timed in turn."""
+"""Kernels one by one: every provider of a case is checked, then all right ones are timed in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vitfast.benchmarks import timing
 from vitfast.benchmarks.cases import OPS, Call, Case, gate_size, nbytes
 from vitfast.benchmarks.device import Device
-from vitfast.benchmarks.peers import BASELINE, Absent, Peer, Thunk, peers_of
+from vitfast.benchmarks.providers import BASELINE, Absent, Provider, Thunk, providers_of
 from vitfast.benchmarks.shapes import awkward_dims, model_dims
 from vitfast.models.config import NAMED
 from vitfast.ops import accuracy
@@ -35,15 +35,15 @@ def grid(
     """
     if name == "full":
         models, batches = [*models, *NAMED], [*batches, *FULL_BATCHES]
-    found: dict[tuple[str, str], Case] = {}
+    cases: dict[tuple[str, str], Case] = {}
     pairs = [pair for batch in batches for model in models for pair in model_dims(NAMED[model], batch)]
     if name == "full":
         pairs += awkward_dims(batches[0])
     for op, dims in pairs:
         case = Case(op, dims, device, dtype)
         if not ops or op in ops:
-            found.setdefault((op, case.name), case)
-    return list(found.values())
+            cases.setdefault((op, case.name), case)
+    return list(cases.values())
 
 
 def run(
@@ -53,14 +53,14 @@ def run(
     rounds: int = 20,
     seconds: float = math.inf,
     slow: bool = False,
-    extra: Mapping[str, Peer] | None = None,
+    extra: Mapping[str, Provider] | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[str]:
     """Benchmark cases in order; `on_rows` gets the rows of each as soon as they are there.
 
     Args:
-        rounds: of all contestants in turn. seconds: for everything; cases that are left then are not run.
-        slow: also peers that take long to compile. extra: further peers by name.
+        rounds: of all providers in turn. seconds: for everything; cases that are left then are not run.
+        slow: also providers that take long to compile. extra: further providers by name.
 
     Returns:
         Names of the cases that there was no time for.
@@ -69,14 +69,14 @@ def run(
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             return [left.name for left in cases[index:]]
-        on_rows(run_case(case, device, peers_of(case, slow=slow, extra=extra), rounds))
+        on_rows(run_case(case, device, providers_of(case, slow=slow, extra=extra), rounds))
     return []
 
 
 @torch.no_grad()
-def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int) -> list[dict[str, Any]]:
-    """One row per contestant. Only those whose output is right have times."""
-    from vitfast.kernels._common import launched_configs
+def run_case(case: Case, device: Device, providers: Mapping[str, Provider], rounds: int) -> list[dict[str, Any]]:
+    """One row per provider. Only those whose output is right have times."""
+    from vitfast.kernels._parts.launch import launched_configs
 
     torch.compiler.reset()  # or a shape too many would silently run uncompiled
     call = case.inputs()
@@ -85,30 +85,30 @@ def run_case(case: Case, device: Device, peers: Mapping[str, Peer], rounds: int)
     # The call that the gate knows the answer to comes last: its output is looked at again after the timing.
     copies = [*(case.inputs(seed) for seed in range(1, timing.copies_needed(moved, device.cache_bytes))), call]
     rows, programs = [], {}
-    for peer in peers.values():
+    for provider in providers.values():
         row: dict[str, Any] = {
-            "case": case.name, "op": case.op, "peer": peer.name,
+            "case": case.name, "op": case.op, "provider": provider.name,
             "dtype": str(case.operand_dtype).removeprefix("torch."),
             "dims": dict(case.dims), "flops": case.flops, "bytes": moved, "correct": False, "checked": gate.checked,
         }  # fmt: skip
         rows.append(row)
         try:
             with quiet(), launched_configs() as configs:
-                row |= gate.judge(peer.build(call), peer)
+                row |= gate.judge(provider.build(call), provider)
                 if configs:
                     row["configs"] = configs
                 if row["correct"]:
-                    programs[peer.name] = timing.program(device, [peer.build(copy) for copy in copies])
+                    programs[provider.name] = timing.program(device, [provider.build(copy) for copy in copies])
         except Exception as error:  # whatever a library raises is the reason in its cell
             row |= {"correct": False, "error": reason(error)}
     times, telemetry = timing.time_interleaved(programs, device, rounds)
     cold = moved * len(copies) >= 2 * device.cache_bytes
     for row in rows:
-        if row["peer"] in programs:
-            program = programs[row["peer"]]
-            row |= gate.judge(program.output, peers[row["peer"]], when="after the timing")
+        if row["provider"] in programs:
+            program = programs[row["provider"]]
+            row |= gate.judge(program.output, providers[row["provider"]], when="after the timing")
         if row["correct"]:
-            row |= timing.summary(times[row["peer"]]) | timing.clocks(telemetry)
+            row |= timing.summary(times[row["provider"]]) | timing.clocks(telemetry)
             row |= {"timed_by": program.how, "cold": cold} | ({"note": program.note} if program.note else {})
             row["tflops"] = case.flops / row["median_ms"] / 1e9
             row["gb_per_s"] = moved / row["median_ms"] / 1e6
@@ -136,11 +136,11 @@ class Gate:
         self._parts, self._size, self._tolerances = parts, size, accuracy.tolerances_for(call.args)
         self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // checked
 
-    def judge(self, run: Thunk, peer: Peer, when: str = "") -> dict[str, Any]:
+    def judge(self, run: Thunk, provider: Provider, when: str = "") -> dict[str, Any]:
         """correct, max_error (by the largest right value) and, if wrong, error."""
         actual, problems, worst = _tuple(run()), [], 0.0
         judge: Callable[..., list[str]] = accuracy.why_not_close_in_8_bits
-        if not peer.eight_bit:
+        if not provider.eight_bit:
             judge = functools.partial(accuracy.why_not_close, tolerances=self._tolerances)
         if len(actual) != len(self._answers[0][0]):
             problems.append(f"{len(actual)} outputs, not {len(self._answers[0][0])}")
@@ -157,7 +157,7 @@ class Gate:
                     error = (got[part].double() - right).abs().max() / right.abs().max()
                     worst = max(worst, error.item())
         row: dict[str, Any] = {"correct": not problems, "max_error": worst}
-        if peer.eight_bit:
+        if provider.eight_bit:
             row["eight_bit"] = True
         if problems:
             row["error"] = f"incorrect{when and f' {when}'}: {problems[0]}"
@@ -180,9 +180,9 @@ def _tuple(output: Any) -> tuple[Any, ...]:
 
 def add_ratios(rows: Sequence[dict[str, Any]], baseline: str) -> None:
     """`ratio`: times as fast as the baseline, by medians; None without either."""
-    by_peer = {row["peer"]: row.get("median_ms") for row in rows}
+    by_provider = {row["provider"]: row.get("median_ms") for row in rows}
     for row in rows:
-        mine, its = row.get("median_ms"), by_peer.get(baseline)
+        mine, its = row.get("median_ms"), by_provider.get(baseline)
         row["ratio"] = its / mine if mine and its else None
 
 

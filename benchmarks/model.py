@@ -1,7 +1,7 @@
 """Whole models: the engine against other people's, in one interleaved run.
 
 Weights are random (speed does not depend on them), images are random normal numbers of the model's size, already
-on the device. Every contestant's logits are compared with timm's fp32 forward first; one that is wrong gets no time.
+on the device. Every provider's logits are compared with timm's fp32 forward first; one that is wrong gets no time.
 Those that multiply in 8 bits are judged by the cosine alone, and marked.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from vitfast.benchmarks import timing
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.kernels import add_ratios, quiet, reason
-from vitfast.benchmarks.model_peers import BASELINE, EIGHT_BIT, PEERS
+from vitfast.benchmarks.model_providers import BASELINE, EIGHT_BIT, PROVIDERS
 from vitfast.diagnostics.predict import predict
 from vitfast.models import libraries
 from vitfast.models.config import NAMED
@@ -29,7 +29,7 @@ LATENCY_BATCH = 8
 """Up to this batch size a call is timed until its result is there (latency); above, calls follow each other."""
 
 EIGHT_BIT_COSINE = 0.98
-"""Least mean cosine of an 8-bit contestant's logits to fp32, which allows about twice the error of our own fp8: on the
+"""Least mean cosine of an 8-bit provider's logits to fp32, which allows about twice the error of our own fp8: on the
 same random models, emulated on a CPU, .9950 to .9964 (Ti), .9949 to .9959 (S), .9926 to .9949 (B); int8 above .999.
 Those were taken when what attention gives had a scale for each row, not yet one for each head."""
 
@@ -41,19 +41,19 @@ def compare(
     device: Device,
     dtype: torch.dtype,
     *,
-    peers: Sequence[str],
+    providers: Sequence[str],
     rounds: int = 15,
     seconds: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """One row per contestant.
+    """One row per provider.
 
     Args:
-        name: of a timm model. peers: names in PEERS; timm eager runs in any case.
-        seconds: for everything. Contestants that are not ready when most of it is spent are left out and say so.
+        name: of a timm model. providers: names in PROVIDERS; timm eager runs in any case.
+        seconds: for everything. Providers that are not ready when most of it is spent are left out and say so.
 
     Returns:
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
-        logit), cosine (of an image's logits to those, the mean), build_s (making the contestant), first_call_ms
+        logit), cosine (of an image's logits to those, the mean), build_s (making the provider), first_call_ms
         (compiling on demand included) and peak_memory_bytes (what it added: weights, activations, graph pools; on a
         CPU the process's resident memory).
     """
@@ -68,38 +68,38 @@ def compare(
     rows: list[dict[str, Any]] = []
     programs, accuracy = {}, {}
     short = str(dtype).removeprefix("torch.")
-    for peer in dict.fromkeys((*peers, BASELINE)):
-        row: dict[str, Any] = {"case": f"{name} batch {batch} {short}", "peer": peer, "correct": False}
-        eight_bits = {"dtype": EIGHT_BIT[peer], "eight_bit": True} if peer in EIGHT_BIT else {}
+    for provider in dict.fromkeys((*providers, BASELINE)):
+        row: dict[str, Any] = {"case": f"{name} batch {batch} {short}", "provider": provider, "correct": False}
+        eight_bits = {"dtype": EIGHT_BIT[provider], "eight_bit": True} if provider in EIGHT_BIT else {}
         rows.append(row | {"model": name, "batch": batch, "dtype": short, **_work(name, batch), **eight_bits})
-        if peer != BASELINE and time.perf_counter() > start + 0.7 * seconds:
+        if provider != BASELINE and time.perf_counter() > start + 0.7 * seconds:
             rows[-1]["error"] = "no time left to prepare it"
             continue
         try:
             with quiet():
-                run, made = _prepare(peer, oracle, given, device)
-                accuracy[peer] = _accuracy(run(given), expected)
+                run, made = _prepare(provider, oracle, given, device)
+                accuracy[provider] = _accuracy(run(given), expected)
                 call = functools.partial(_until_done, device, run, given) if batch <= LATENCY_BATCH else None
-                programs[peer] = device.prepare([call or functools.partial(run, given)], capture=False)
-            rows[-1] |= made | accuracy[peer]
+                programs[provider] = device.prepare([call or functools.partial(run, given)], capture=False)
+            rows[-1] |= made | accuracy[provider]
         except Exception as error:  # whatever a library raises is the reason in its cell
             rows[-1]["error"] = reason(error)
     bound = max(2 * accuracy.get(BASELINE, {}).get("max_error", 0.0), PEER_TOLERANCE)
-    wrong = {peer: _why_wrong(found, bound, peer in EIGHT_BIT) for peer, found in accuracy.items()}
-    right = {peer: program for peer, program in programs.items() if not wrong[peer]}
+    wrong = {provider: _why_wrong(measured, bound, provider in EIGHT_BIT) for provider, measured in accuracy.items()}
+    right = {provider: program for provider, program in programs.items() if not wrong[provider]}
     times, telemetry = timing.time_interleaved(right, device, rounds, seconds=start + seconds - time.perf_counter())
-    for peer, program in right.items():  # what was timed was right as well
-        wrong[peer] = _why_wrong(_accuracy(program.output(), expected), bound, peer in EIGHT_BIT)
+    for provider, program in right.items():  # what was timed was right as well
+        wrong[provider] = _why_wrong(_accuracy(program.output(), expected), bound, provider in EIGHT_BIT)
     for row in rows:
-        peer = row["peer"]
-        if peer in programs and not wrong[peer]:
-            row |= {"correct": True, **timing.summary(times[peer]), **timing.clocks(telemetry)}
-            row["timed_by"] = "synchronised" if batch <= LATENCY_BATCH else right[peer].how
+        provider = row["provider"]
+        if provider in programs and not wrong[provider]:
+            row |= {"correct": True, **timing.summary(times[provider]), **timing.clocks(telemetry)}
+            row["timed_by"] = "synchronised" if batch <= LATENCY_BATCH else right[provider].how
             row["images_per_s"] = 1e3 * batch / row["median_ms"]
             if "flops" in row:
                 row["tflops"] = row["flops"] / row["median_ms"] / 1e9
-        elif peer in programs:
-            row["error"] = f"incorrect: {wrong[peer]}"
+        elif provider in programs:
+            row["error"] = f"incorrect: {wrong[provider]}"
     add_ratios(rows, BASELINE)
     del programs, right, oracle
     device.release()
@@ -107,11 +107,11 @@ def compare(
 
 
 def _prepare(
-    peer: str, oracle: torch.nn.Module, given: Tensor, device: Device
+    provider: str, oracle: torch.nn.Module, given: Tensor, device: Device
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """A contestant that has run once, and what that took."""
+    """A provider that has run once, and what that took."""
     before, start = device.allocated(), time.perf_counter()
-    run = PEERS[peer](oracle, given)
+    run = PROVIDERS[provider](oracle, given)
     device.synchronize()
     built = time.perf_counter()
     peak = device.peak_memory(functools.partial(run, given))
@@ -128,13 +128,12 @@ def _accuracy(logits: Tensor, expected: Tensor) -> dict[str, float]:
     return {"max_error": error.item(), "cosine": cosine.item()}
 
 
-def _why_wrong(found: dict[str, float], bound: float, eight_bit: bool) -> str:
+def _why_wrong(measured: dict[str, float], bound: float, eight_bit: bool) -> str:
     """What is wrong with logits, or nothing. NaN exceeds every bound."""
     if eight_bit:
-        return (
-            "" if found["cosine"] >= EIGHT_BIT_COSINE else f"cosine {found['cosine']:.4f} is below {EIGHT_BIT_COSINE}"
-        )
-    return "" if found["max_error"] <= bound else f"error {found['max_error']:.1e} exceeds {bound:.1e}"
+        cosine = measured["cosine"]
+        return "" if cosine >= EIGHT_BIT_COSINE else f"cosine {cosine:.4f} is below {EIGHT_BIT_COSINE}"
+    return "" if measured["max_error"] <= bound else f"error {measured['max_error']:.1e} exceeds {bound:.1e}"
 
 
 def _until_done(device: Device, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ td.text, th.text { text-align: left; }
 summary { cursor: pointer; margin-top: 1rem; }
 """
 
-TEXT = ("case", "peer", "notes", "name", "value")
+TEXT = ("case", "provider", "notes", "name", "value")
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
@@ -50,7 +50,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _section(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
-    timed = list(dict.fromkeys(row["peer"] for row in rows if row["correct"]))
+    timed = list(dict.fromkeys(row["provider"] for row in rows if row["correct"]))
     styles = svg.style_of(timed)
     entry = result["environment"]
     made = f"torch {entry['torch']}; commit {commit(entry)}; {entry['date']}"
@@ -80,10 +80,10 @@ def _section(result: Mapping[str, Any]) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by spaces."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _details(title: str, body: str) -> str:

@@ -23,7 +23,7 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for result in results:
-        styles = style_of(list(dict.fromkeys(row["peer"] for row in result["rows"])))
+        styles = style_of(list(dict.fromkeys(row["provider"] for row in result["rows"])))
         for case in dict.fromkeys(row["case"] for row in result["rows"] if row["correct"]):
             rows = [row for row in result["rows"] if row["case"] == case and row["correct"]][::-1]
             figure = Figure(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
@@ -31,7 +31,7 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             medians = [row["median_ms"] for row in rows]
             below = [row["median_ms"] - row["p20_ms"] for row in rows]
             above = [row["p80_ms"] - row["median_ms"] for row in rows]
-            names, colours = [row["peer"] for row in rows], [styles[row["peer"]][0] for row in rows]
+            names, colours = [row["provider"] for row in rows], [styles[row["provider"]][0] for row in rows]
             whiskers = {"elinewidth": 1, "capsize": 3}
             drawn = axes.barh(names, medians, xerr=[below, above], color=colours, error_kw=whiskers)
             labels = [f"{number(row['median_ms'])} ms" for row in rows]

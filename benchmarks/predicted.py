@@ -17,8 +17,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "floa
 def results_of(chip: str) -> list[tuple[Path, dict[str, Any]]]:
     """The result files of a chip ("h100": the folders whose name has that word), the oldest first."""
     folders = (folder for folder in results_folder().glob("*/") if chip in folder.name.split("-"))
-    files = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
-    return sorted(files, key=lambda pair: pair[1]["environment"]["date"])
+    results = [(path, read(path)) for folder in folders for path in folder.glob("*.json")]
+    return sorted(results, key=lambda pair: pair[1]["environment"]["date"])
 
 
 def add_measured(
@@ -44,5 +44,5 @@ def add_measured(
 
 def _ours(row: Mapping[str, Any]) -> bool:
     """Whether a row is of our Triton kernels or our engine, and was right."""
-    ours = row["peer"] == "vitfast triton" if "op" in row else row["peer"].startswith("vitfast")
+    ours = row["provider"] == "vitfast triton" if "op" in row else row["provider"].startswith("vitfast")
     return ours and row["correct"]

@@ -18,19 +18,19 @@ RATES = {"model": ("images_per_s", "img/s", "timm"), "kernels": ("tflops", "TFLO
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of a result's rows, and a line on where they come from. Contestants that did not run are left out."""
+    """A table of a result's rows, and a line on where they come from. Providers that did not run are left out."""
     field, unit, baseline = RATES[result["kind"]]
     lines = [
-        f"| case | runs | median ms | p20–p80 | {unit} | times as fast as {baseline} |",
+        f"| case | provider | median ms | p20–p80 | {unit} | times as fast as {baseline} |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
         if row["correct"]:
             times = f"{number(row['median_ms'])} | {number(row['p20_ms'])}–{number(row['p80_ms'])}"
             rates = f"{number(row[field])} | {row['ratio']:.2f}"
-            lines.append(f"| {row['case']} | {row['peer']} | {times} | {rates} |")
+            lines.append(f"| {row['case']} | {row['provider']} | {times} | {rates} |")
         elif str(row.get("error", "")).startswith("incorrect"):
-            lines.append(f"| {row['case']} | {row['peer']} | incorrect | | | |")
+            lines.append(f"| {row['case']} | {row['provider']} | incorrect | | | |")
     entry = result["environment"]
     lines.append("")
     lines.append(f"{machine(entry)}; torch {entry['torch']}; commit {commit(entry)}, {entry['date'][:10]}.")

@@ -1,13 +1,13 @@
 """Result files: what is in one, written whole and as soon as there is something; and the table for a person.
 
-Schema 2, one JSON object:
+Schema 3, one JSON object:
 
-    schema       2; schema 1 had only name, environment and rows, and is still read
+    schema       3; older ones are read: 2 called a row's provider its peer, 1 had only name, environment and rows
     kind         "kernels" or "model"
     environment  commit, date, hardware, driver, versions, settings (`vitfast.benchmarks.environment`)
     method       how it was measured: rounds, baseline, the command's arguments
     roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)
-    rows         one per case and contestant: case, peer, correct, and either error or
+    rows         one per case and provider: case, provider, correct, and either error or
                  median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...;
                  configs: those of the Triton kernels of ours that one call launches, in order
     not_run      cases that there was no time for
@@ -27,16 +27,16 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT, environment
 from vitfast.benchmarks.timing import NOISY
 
-SCHEMA = 2
+SCHEMA = 3
 
 COLUMNS = {
-    "kernels": ("peer", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
-    "model": ("peer", "median_ms", "range", "images_per_s", "roof_share", "ratio", "cosine", "notes"),
+    "kernels": ("provider", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
+    "model": ("provider", "median_ms", "range", "images_per_s", "roof_share", "ratio", "cosine", "notes"),
 }
 """What is shown of a row: its fields, or what `cells` makes of them."""
 
 HEADINGS = {
-    "peer": "contestant", "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
+    "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
     "roof_share": "of roof", "images_per_s": "img/s",
 }  # fmt: skip
 
@@ -96,14 +96,16 @@ def read(path: Path) -> dict[str, Any]:
         schema, rows = result["schema"], result["rows"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result file: {type(error).__name__}: {error}") from None
-    if schema not in (1, SCHEMA):
-        raise ValueError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}")
+    if schema not in range(1, SCHEMA + 1):
+        raise ValueError(f"{path} has schema {schema}; this version reads 1 to {SCHEMA}")
     if schema == 1:
         result |= {"kind": result["name"], "method": {}, "roofs": {}, "not_run": []}
         for row in rows:
             if row["correct"]:
                 row["spread"] = (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
                 row["noisy"] = row["spread"] > NOISY
+    if schema < 3:
+        result["rows"] = [{"provider" if name == "peer" else name: row[name] for name in row} for row in rows]
     return result
 
 
@@ -158,14 +160,14 @@ def notes(row: dict[str, Any]) -> str:
     if not row["correct"]:
         return row.get("error", "")
     throttled = row.get("throttled_by") or []
-    found = [
+    remarks = [
         "8 bits" if row.get("eight_bit") else "",
         f"noisy: ±{row['spread'] / 2:.0%}" if row.get("noisy") else "",
         f"throttled: {', '.join(throttled)}" if throttled else "",
         "warm cache" if row.get("cold") is False else "",
         row.get("note", ""),
     ]
-    return "; ".join(part for part in found if part)
+    return "; ".join(part for part in remarks if part)
 
 
 def table(result: dict[str, Any]) -> list[Any]:
@@ -179,21 +181,21 @@ def table(result: dict[str, Any]) -> list[Any]:
     for case in dict.fromkeys(row["case"] for row in result["rows"]):
         part = Table(title=case, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in COLUMNS[result["kind"]]:
-            text = name in ("peer", "notes")
+            text = name in ("provider", "notes")
             part.add_column(
                 HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold",
-                min_width=14 if name == "peer" else None,
+                min_width=14 if name == "provider" else None,
             )  # fmt: skip
         for row in (row for row in result["rows"] if row["case"] == case):
             if not row["correct"] and not row.get("error", "").startswith("incorrect"):
-                absent.setdefault(row.get("error", ""), {})[row["peer"]] = None
+                absent.setdefault(row.get("error", ""), {})[row["provider"]] = None
                 continue
             style = "red" if not row["correct"] else "yellow" if row.get("noisy") else None
             part.add_row(*map(Text, cells(row, COLUMNS[result["kind"]])), style=style)
         shown.append(part)
     if baseline := result["method"].get("baseline"):
         shown.append(f"ratio: times as fast as {baseline}")
-    shown += [f"did not run: {', '.join(peers)}: {why}" for why, peers in absent.items()]
+    shown += [f"did not run: {', '.join(providers)}: {why}" for why, providers in absent.items()]
     return shown + [f"no time for: {name}" for name in result["not_run"]]
 
 

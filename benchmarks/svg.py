@@ -1,6 +1,6 @@
 """Plots as SVG text, by hand: bars of one case and a roofline. Hovering shows a <title>; there is no script.
 
-Colours are those of Okabe and Ito (2002), which colour-blind readers can tell apart; in the roofline each contestant
+Colours are those of Okabe and Ito (2002), which colour-blind readers can tell apart; in the roofline each provider
 also has a shape of its own. Text and lines take the page's colours by CSS classes, so that a dark page works.
 The roofline is that of Williams, Waterman, Patterson 2009.
 """
@@ -21,21 +21,21 @@ GREY = "#8a8f98"
 LABEL, BAR, ROW = 210, 430, 24
 
 
-def style_of(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Peer -> (colour, shape). What is ours comes first, the plain libraries are grey."""
-    ours = sorted(peer for peer in peers if peer.startswith("vitfast"))
-    grey = [peer for peer in peers if peer in ("torch eager", "timm eager")]
-    rest = [peer for peer in peers if peer not in ours and peer not in grey]
-    found = dict.fromkeys(grey, (GREY, "circle"))
-    for i, peer in enumerate([*ours, *rest]):
-        found[peer] = (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)])
-    return found
+def style_of(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Provider -> (colour, shape). What is ours comes first, the plain libraries are grey."""
+    ours = sorted(name for name in providers if name.startswith("vitfast"))
+    grey = [name for name in providers if name in ("torch eager", "timm eager")]
+    rest = [name for name in providers if name not in ours and name not in grey]
+    styles = dict.fromkeys(grey, (GREY, "circle"))
+    for i, name in enumerate([*ours, *rest]):
+        styles[name] = (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)])
+    return styles
 
 
 def bars(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]]) -> str:
-    """One bar per contestant of a case: the median, a whisker from p20 to p80, milliseconds and the ratio.
+    """One bar per provider of a case: the median, a whisker from p20 to p80, milliseconds and the ratio.
 
-    A wrong contestant has no bar, only the word; an absent one is left out.
+    A wrong provider has no bar, only the word; an absent one is left out.
     """
     shown = [row for row in rows if row["correct"] or str(row.get("error", "")).startswith("incorrect")]
     longest = max((row["p80_ms"] for row in shown if row["correct"]), default=1.0)
@@ -44,7 +44,7 @@ def bars(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]
     for i, row in enumerate(shown):
         y = i * ROW + 2
         middle = y + ROW / 2 - 1
-        parts.append(f'<text class="label" x="{LABEL - 8}" y="{middle + 4:.1f}">{escape(row["peer"])}</text>')
+        parts.append(f'<text class="label" x="{LABEL - 8}" y="{middle + 4:.1f}">{escape(row["provider"])}</text>')
         if not row["correct"]:
             title = escape(row["error"])
             parts.append(f'<text class="wrong" x="{LABEL}" y="{middle + 4:.1f}">incorrect<title>{title}</title></text>')
@@ -53,12 +53,12 @@ def bars(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]
         ratio = "" if row.get("ratio") is None else f"  {row['ratio']:.2f}×"
         text = f"{number(row['median_ms'])} ms{ratio}"
         title = escape(
-            f"{row['case']}\n{row['peer']}: median {number(row['median_ms'])} ms, "
+            f"{row['case']}\n{row['provider']}: median {number(row['median_ms'])} ms, "
             f"p20 {number(row['p20_ms'])}, p80 {number(row['p80_ms'])}"
         )
         parts += [
             f'<g><title>{title}</title><rect x="{LABEL}" y="{y + 2}" width="{end - LABEL:.1f}" height="{ROW - 6}" '
-            f'rx="2" fill="{styles[row["peer"]][0]}"/>',
+            f'rx="2" fill="{styles[row["provider"]][0]}"/>',
             f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 4:.1f}v8'
             f'M{high:.1f} {middle - 4:.1f}v8"/></g>',
             f'<text class="value" x="{max(end, high) + 8:.1f}" y="{middle + 4:.1f}">{text}</text>',
@@ -105,17 +105,19 @@ def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles
         free = label + 15
         parts.append(f'<text class="tick" x="728" y="{label:.1f}">{dtype}: {number(top)}</text>')
     for row in points:
-        title = escape(f"{row['case']}\n{row['peer']}: {number(row['tflops'])} TFLOP/s, {row['gb_per_s']:,.0f} GB/s")
-        colour, shape = styles[row["peer"]]
+        title = escape(
+            f"{row['case']}\n{row['provider']}: {number(row['tflops'])} TFLOP/s, {row['gb_per_s']:,.0f} GB/s"
+        )
+        colour, shape = styles[row["provider"]]
         parts.append(_mark(x.at(row["flops"] / row["bytes"]), y.at(row["tflops"]), colour, shape, title))
     return "\n".join([*parts, "</svg>"])
 
 
-def legend(peers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:
-    """Colour, shape and name of each contestant."""
+def legend(providers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:
+    """Colour, shape and name of each provider."""
     items = (
-        f'<span class="key"><svg width="14" height="14">{_mark(7, 7, *styles[peer], "")}</svg> {escape(peer)}</span>'
-        for peer in peers
+        f'<span class="key"><svg width="14" height="14">{_mark(7, 7, *styles[name], "")}</svg> {escape(name)}</span>'
+        for name in providers
     )
     return f'<p class="legend">{" ".join(items)}</p>'
 

@@ -1,6 +1,6 @@
 """`vitfast bench sweep`: every config of our Triton kernels at the shapes of models, and the table of the best.
 
-The table, kernels/configs/<gpu>.json, is what the launchers (`kernels/_common.py`, `tuned`) and the registry
+The table, kernels/configs/<gpu>.json, is what the launchers (`kernels/_parts/launch.py`, `tuned`) and the registry
 (`proven`) read:
 
     gpu, date, commit, torch, triton    where it comes from
@@ -20,13 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Call, Case, backend_options
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
-from vitfast.benchmarks.peers import BASELINE, Peer, Thunk, peers_of
+from vitfast.benchmarks.providers import BASELINE, Provider, Thunk, providers_of
 from vitfast.benchmarks.result_file import write
 from vitfast.engine.planner import FUSED_MAX_WIDTH
 from vitfast.models.plan import SITES
@@ -38,55 +36,17 @@ OPS = (
 )  # fmt: skip
 
 
-def _linear_key(call: Call) -> str:
-    from vitfast.kernels._linear_configs import tuning_key, uses_tma
-
-    x, weight = call.args[:2]
-    gated = call.kwargs.get("activation") == "swiglu"
-    width = weight.shape[0] // (2 if gated else 1)
-    tma = uses_tma(width, x, weight, call.kwargs.get("residual"))
-    stats = call.kwargs.get("stats", False)
-    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, tma=tma, gated=gated, stats=stats)
+TUNED = ("attention", "attention_block", "linear", "mlp", "quantized_linear")
+"""Ops whose launcher takes `config`; the others run as they are."""
 
 
-def _mlp_key(call: Call) -> str:
-    from vitfast.kernels.mlp import tuning_key
-
-    x = call.args[0]
-    return tuning_key(x.shape[1], x.dtype, gated=call.kwargs["activation"] == "swiglu")
+def problem_of(case: Case, call: Call) -> Any:
+    """What the choice of a config depends on for a call; its `key` is that under which the launcher looks one up."""
+    return _kernel_file(case).problem_of(*call.args, **backend_options(call.kwargs))
 
 
-def _attention_block_key(call: Call) -> str:
-    from vitfast.kernels.attention_block import tuning_key
-
-    x, proj_weight = call.args[0], call.args[3]
-    return tuning_key(x.shape[2], proj_weight.shape[1] // call.kwargs["heads"], x.shape[1], x.dtype)
-
-
-def _attention_key(call: Call) -> str:
-    from vitfast.kernels.attention import tuning_key
-
-    return tuning_key(*call.args[:2], backend_options(call.kwargs))
-
-
-def _quantized_linear_key(call: Call) -> str:
-    from vitfast.kernels.quantized_linear import scale_group, tuning_key
-
-    x, x_scale, weight = call.args[:3]
-    gated, requantize = call.kwargs.get("activation") == "swiglu", call.kwargs.get("requantize", False)
-    width = weight.shape[0] // (2 if gated else 1)
-    group = scale_group(x, x_scale)
-    return tuning_key(x.shape[0], x.shape[1], width, x.dtype, gated=gated, requantize=requantize, group=group)
-
-
-TUNED: dict[str, Callable[[Call], str]] = {
-    "attention": _attention_key,
-    "attention_block": _attention_block_key,
-    "linear": _linear_key,
-    "mlp": _mlp_key,
-    "quantized_linear": _quantized_linear_key,
-}
-"""Ops whose launcher takes `config`, and the key under which it looks a choice up. The others run as they are."""
+def _kernel_file(case: Case) -> Any:
+    return importlib.import_module(f"vitfast.kernels.{case.op}")
 
 
 def sweep(
@@ -105,28 +65,28 @@ def sweep(
     Returns:
         swept and proven: op -> dtypes; configs as they stand in the table.
     """
-    found: list[tuple[Case, str, list[dict[str, Any]]]] = []
+    swept: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
     fused = {site.op for site in SITES.values() if site.fused}
     cases = [case for case in cases if case.op not in fused or case.dims["width"] <= FUSED_MAX_WIDTH]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
-            choices = decide(found)  # what was cut short is proven for nothing
+            choices = decide(swept)  # what was cut short is proven for nothing
             left = {(case.op, _dtype(case)) for case in cases[index:]}
             proven = {op: [t for t in dtypes if (op, t) not in left] for op, dtypes in choices["proven"].items()}
             return choices | {"proven": {op: dtypes for op, dtypes in proven.items() if dtypes}}
-        key = TUNED[case.op](case.inputs()) if case.op in TUNED else ""
-        rows = kernels.run_case(case, device, _contestants(case), rounds)
+        key = problem_of(case, case.inputs()).key if case.op in TUNED else ""
+        rows = kernels.run_case(case, device, _providers(case), rounds)
         on_rows(rows)
-        found.append((case, key, rows))
-    return decide(found)
+        swept.append((case, key, rows))
+    return decide(swept)
 
 
-def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+def decide(cases: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
     """The table's choices from measured rows: per op and key the least total time, of configs right in every case."""
     times: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
-    for case, key, rows in found:
-        times[case.op, _dtype(case), key].append({row["peer"]: row["median_ms"] for row in rows if row["correct"]})
+    for case, key, rows in cases:
+        times[case.op, _dtype(case), key].append({row["provider"]: row["median_ms"] for row in rows if row["correct"]})
     configs: dict[str, dict[str, str]] = defaultdict(dict)
     swept: dict[str, list[str]] = defaultdict(list)
     losing = set()
@@ -134,14 +94,14 @@ def decide(found: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[
         if dtype not in swept[op]:
             swept[op].append(dtype)
         total = {
-            peer: sum(ms[peer] for ms in measured)
-            for peer in measured[0]
-            if peer.startswith(OURS) and all(peer in ms for ms in measured)
+            provider: sum(ms[provider] for ms in measured)
+            for provider in measured[0]
+            if provider.startswith(OURS) and all(provider in ms for ms in measured)
         }
         if not total:
             losing.add((op, dtype))
             continue
-        best = min(total, key=lambda peer: total[peer])
+        best = min(total, key=lambda provider: total[provider])
         if op in TUNED:
             configs[op][key] = best.removeprefix(f"{OURS} ")
         if any(ms[best] > ms.get(BASELINE, float("inf")) for ms in measured):
@@ -184,20 +144,20 @@ def write_table(path: Path, choices: dict[str, Any], environment: dict[str, Any]
     write(path, json.dumps(table, indent=1) + "\n")
 
 
-def _contestants(case: Case) -> dict[str, Peer]:
+def _providers(case: Case) -> dict[str, Provider]:
     """Plain torch, and our kernel in every config, or as it is."""
-    peers = peers_of(case)
-    found = {BASELINE: peers[BASELINE]}
+    everyone = providers_of(case)
+    swept = {BASELINE: everyone[BASELINE]}
     if case.op not in TUNED:
-        return found | {OURS: peers[OURS]}
-    module = importlib.import_module(f"vitfast.kernels.{case.op}")
+        return swept | {OURS: everyone[OURS]}
+    module = _kernel_file(case)
     for config in module.CONFIGS:
         name = f"{OURS} {config.name}"
-        found[name] = Peer(name, functools.partial(_with_config, module, case, config))
-    return found
+        swept[name] = Provider(name, functools.partial(_with_config, module, case, config))
+    return swept
 
 
 def _with_config(module: Any, case: Case, config: Any, call: Call) -> Thunk:
-    if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < config.min_capability:
-        raise ValueError(f"config {config.name} needs compute capability {config.min_capability}")
+    if reasons := module.why_not(config, problem_of(case, call)):
+        raise ValueError(f"config {config.name} cannot run this: {'; '.join(reasons)}")
     return functools.partial(getattr(module, case.op), *call.args, **backend_options(call.kwargs), config=config)

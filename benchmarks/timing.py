@@ -1,6 +1,6 @@
 """Interleaved timing with cold caches, and what is said about the times.
 
-All contestants take turns in every round, each round in another order, so that a slow moment of the
+All providers take turns in every round, each round in another order, so that a slow moment of the
 machine or its warming up hits all of them. Each works through copies of its inputs that together are
 twice the size of the last cache, so that a call finds none of its own operands there.
 """

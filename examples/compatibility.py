@@ -251,7 +251,7 @@ that costs, says [swaps.md](swaps.md).
 
 The repositories dinov2 and dinov3 are recognised too and are not in the table, since neither can be
 installed as a package in its present form; stand-ins of the same names, arguments and attributes are
-tested in tests/test_integrations_dino.py. transformers' MobileViT and timm's Visformer are tested layer by
+tested in tests/integrations/test_dino.py. transformers' MobileViT and timm's Visformer are tested layer by
 layer only: with random weights, attention does not move their outputs.
 
 | family | replaced | left | difference |

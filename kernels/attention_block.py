@@ -25,6 +25,7 @@ Sources: Vaswani et al. 2017; the online softmax, Milakov and Gimelshein 2018, D
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitfast.kernels import _common
-from vitfast.kernels._attention_arguments import LOG2E
-from vitfast.kernels._common import STATS_TILE, CompileCase, Config
-from vitfast.kernels._whole_rows import MAX_WIDTH, column_tiles, load_block, moments, product, store
+from vitfast.kernels._parts import launch
+from vitfast.kernels._parts.attention_arguments import LOG2E
+from vitfast.kernels._parts.epilogue import STATS_TILE
+from vitfast.kernels._parts.launch import Config
+from vitfast.kernels._parts.whole_rows import MAX_WIDTH, column_tiles, load_block, moments, product, store
 
 HEAD_DIMS = (32, 64)
 
@@ -59,6 +61,58 @@ CAPABILITIES: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a config depends on: not the images, for configs differ in their order of summation."""
+
+    C: int
+    D: int
+    N: int
+    dtype: torch.dtype
+    capability: tuple[int, int]
+
+    @property
+    def key(self) -> str:
+        """The name in a tuning table."""
+        return f"{self.C} {self.D} {self.N} {self.dtype}"
+
+
+def problem_of(x: Tensor, qkv_weight: Tensor, *_: Any, heads: int, **__: Any) -> Problem:
+    """The problem of a call of `attention_block` with these arguments."""
+    _, N, C = x.shape
+    return Problem(C, qkv_weight.shape[0] // (3 * heads), N, x.dtype, launch.capability(x.device))
+
+
+def why_not(config: Config, problem: Problem) -> list[str]:
+    """Every reason why a config cannot run a problem; empty if it can."""
+    reasons = config.too_new(problem.capability)
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"it needs 16 bits, got {problem.dtype}")
+    if problem.C > MAX_WIDTH:
+        reasons.append(f"it needs C <= {MAX_WIDTH}, got {problem.C}")
+    if problem.D not in HEAD_DIMS:
+        reasons.append(f"it needs a head dim of {' or '.join(map(str, HEAD_DIMS))}, got {problem.D}")
+    return reasons
+
+
+def pick_config(problem: Problem) -> Config:
+    """The config of a call that no tuning table knows: the first that is wide enough and spills no register."""
+    name = "width192" if problem.C <= 192 else "width384"
+    return next(
+        config for config in CONFIGS if config.name in (name, f"{name}_sm80") and not config.too_new(problem.capability)
+    )
+
+
+def programs_of_image(batch: int, tokens: int, config: Config, sms: int) -> int:
+    """How many programs share an image: as many as leave no multiprocessor idle, and none without a tile of queries.
+
+    Two blocks of 4 warps, or one of 8, are taken to be on a multiprocessor at once.
+    """
+    tiles = triton.cdiv(tokens, config.blocks["BLOCK_M"])
+    wanted = min(tiles, max(1, sms * (8 // config.num_warps) // batch))
+    return triton.cdiv(tiles, triton.cdiv(tiles, wanted))
+
+
 @triton.jit
 def _store_block(tensor, value, rows, row_ok, columns, C):
     """[rows, columns] of a contiguous matrix of C columns."""
@@ -72,24 +126,24 @@ def _attend(
     queries,
     query_ok,
     columns,
-    inner,
+    hd,
     N,
-    unit,
+    scale_log2,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
     """softmax(q kᵀ * scale) v of the head that has these columns of q, [BLOCK_M, HEAD_DIM] fp32."""
-    q = load_block(qkv, queries, query_ok, columns, inner, 3 * inner)
+    q = load_block(qkv, queries, query_ok, columns, hd, 3 * hd)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         key_ok = keys < N
-        k = load_block(qkv + inner, keys, key_ok, columns, inner, 3 * inner)
-        v = load_block(qkv + 2 * inner, keys, key_ok, columns, inner, 3 * inner)
-        scores = tl.where(key_ok[None, :], tl.dot(q, k.T) * unit, float("-inf"))
+        k = load_block(qkv + hd, keys, key_ok, columns, hd, 3 * hd)
+        v = load_block(qkv + 2 * hd, keys, key_ok, columns, hd, 3 * hd)
+        scores = tl.where(key_ok[None, :], tl.dot(q, k.T) * scale_log2, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         shrink = tl.exp2(largest - larger)
         weights = tl.exp2(scores - larger[:, None])
@@ -119,7 +173,7 @@ def _attention_block_kernel(
     N,
     C,
     heads,
-    unit,  # scale * log2(e)
+    scale_log2,  # scale * log2(e)
     eps,
     HEAD_DIM: tl.constexpr,
     C0: tl.constexpr,
@@ -131,8 +185,8 @@ def _attention_block_kernel(
     # Locate. Columns of x and y as in `mlp`. The loops compute what does not change in them anew (disable_licm):
     # addresses of whole tiles, kept from one to the next, would take more registers than there are.
     image, part = tl.program_id(0), tl.program_id(1)
-    inner = heads * HEAD_DIM
-    qkv += (image.to(tl.int64) * tl.num_programs(1) + part) * N * (3 * inner)
+    hd = heads * HEAD_DIM
+    qkv += (image.to(tl.int64) * tl.num_programs(1) + part) * N * (3 * hd)
     columns0 = tl.arange(0, C0)
     columns1 = columns0
     if C1 > 0:
@@ -154,14 +208,14 @@ def _attention_block_kernel(
         mean, rstd = None, None
         if weight_sum is not None:
             mean, rstd = moments(x0, x1, columns0, columns1, C, eps, C1)
-        begin = tl.where((tile >= first_tile) & (tile < last_tile), 0, inner)
-        for first in tl.range(begin, 3 * inner, BLOCK_F):
+        begin = tl.where((tile >= first_tile) & (tile < last_tile), 0, hd)
+        for first in tl.range(begin, 3 * hd, BLOCK_F):
             units = first + tl.arange(0, BLOCK_F)
             value = product(
-                x0, x1, mean, rstd, qkv_weight, weight_sum, qkv_bias, units, units < 3 * inner, columns0, columns1, C,
+                x0, x1, mean, rstd, qkv_weight, weight_sum, qkv_bias, units, units < 3 * hd, columns0, columns1, C,
                 qkv_stride, C1,
             )  # fmt: skip
-            _store_block(qkv, value, tokens, token_ok, units, 3 * inner)
+            _store_block(qkv, value, tokens, token_ok, units, 3 * hd)
     tl.debug_barrier()  # from here on the program's threads read what others of them have written
 
     # Attention, one head of a tile at a time.
@@ -169,9 +223,9 @@ def _attention_block_kernel(
         tokens = item // heads * BLOCK_M + tl.arange(0, BLOCK_M)
         token_ok = tokens < N
         columns = item % heads * HEAD_DIM + tl.arange(0, HEAD_DIM)
-        mixed = _attend(qkv, tokens, token_ok, columns, inner, N, unit, BLOCK_M, BLOCK_N, HEAD_DIM)
+        out = _attend(qkv, tokens, token_ok, columns, hd, N, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM)
         tl.debug_barrier()  # the queries whose place it takes have been read
-        _store_block(qkv, mixed, tokens, token_ok, columns, 3 * inner)
+        _store_block(qkv, out, tokens, token_ok, columns, 3 * hd)
     tl.debug_barrier()
 
     # The projection.
@@ -182,67 +236,18 @@ def _attention_block_kernel(
         acc0 = tl.zeros((BLOCK_M, C0), dtype=tl.float32)
         if C1 > 0:
             acc1 = tl.zeros((BLOCK_M, C1), dtype=tl.float32)
-        for first in tl.range(0, inner, BLOCK_F):
+        for first in tl.range(0, hd, BLOCK_F):
             units = first + tl.arange(0, BLOCK_F)
-            mixed = load_block(qkv, tokens, token_ok, units, inner, 3 * inner)
-            acc0 = tl.dot(mixed, load_block(proj_weight, columns0, columns0 < C, units, inner, proj_stride).T, acc0)
+            attended = load_block(qkv, tokens, token_ok, units, hd, 3 * hd)
+            acc0 = tl.dot(attended, load_block(proj_weight, columns0, columns0 < C, units, hd, proj_stride).T, acc0)
             if C1 > 0:
-                acc1 = tl.dot(mixed, load_block(proj_weight, columns1, columns1 < C, units, inner, proj_stride).T, acc1)
+                acc1 = tl.dot(attended, load_block(proj_weight, columns1, columns1 < C, units, hd, proj_stride).T, acc1)
         store(y, y_stats, acc0, proj_bias, layer_scale, residual, residual_stride, rows, token_ok, 0, columns0, C)
         if C1 > 0:
             store(y, y_stats, acc1, proj_bias, layer_scale, residual, residual_stride, rows, token_ok, C0, columns1, C)
 
 
-def pick_config(width: int, capability: tuple[int, int]) -> Config:
-    """The config of a call that no tuning table knows: the first that is wide enough and spills no register."""
-    name = "width192" if width <= 192 else "width384"
-    return next(
-        config for config in CONFIGS if config.name in (name, f"{name}_sm80") and config.min_capability <= capability
-    )
-
-
-def tuning_key(width: int, head_dim: int, tokens: int, dtype: torch.dtype) -> str:
-    """What a tuned choice depends on: not on the images, for configs differ in their order of summation."""
-    return f"{width} {head_dim} {tokens} {dtype}"
-
-
-def programs_of_image(batch: int, tokens: int, config: Config, sms: int) -> int:
-    """How many programs share an image: as many as leave no multiprocessor idle, and none without a tile of queries.
-
-    Two blocks of 4 warps, or one of 8, are taken to be on a multiprocessor at once.
-    """
-    tiles = triton.cdiv(tokens, config.blocks["BLOCK_M"])
-    wanted = min(tiles, max(1, sms * (8 // config.num_warps) // batch))
-    return triton.cdiv(tiles, triton.cdiv(tiles, wanted))
-
-
-def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, layer_scale, residual, weight_sum) -> None:
-    """What `vitfast.ops` checks too: this launcher is also called by itself."""
-    op = "attention_block"
-    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
-        raise ValueError(f"{op}: x must be [B, N, C] with 1 <= C <= {MAX_WIDTH}, got {tuple(x.shape)}")
-    if heads < 1 or qkv_weight.ndim != 2 or qkv_weight.shape[0] not in [3 * heads * d for d in HEAD_DIMS]:
-        allowed = " or ".join(map(str, HEAD_DIMS))
-        raise ValueError(
-            f"{op}: qkv_weight must be [3 * heads * D, C] with D = {allowed}, got {tuple(qkv_weight.shape)} for "
-            f"{heads} heads"
-        )
-    rows, width = qkv_weight.shape[0], x.shape[2]
-    shapes = {"qkv_weight": (rows, width), "qkv_bias": (rows,), "proj_weight": (width, rows // 3)}
-    shapes |= {"proj_bias": (width,), "layer_scale": (width,)}
-    tensors = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
-    tensors["layer_scale"] = layer_scale
-    for name, tensor in tensors.items():
-        _common.check_shape(op, name, tensor, shapes[name])
-    _common.check_shape(op, "residual", residual, tuple(x.shape))
-    _common.check_shape(op, "weight_sum", weight_sum, (rows,))
-    _common.check_dtype(op, torch.float16, torch.bfloat16, x=x)
-    _common.check_dtype(op, x.dtype, residual=residual, **tensors)
-    _common.check_dtype(op, torch.float32, weight_sum=weight_sum)
-    _common.check_last_contiguous(op, weight_sum=weight_sum, **tensors)
-
-
-@_common.on_its_device
+@launch.on_its_device
 def attention_block(
     x: Tensor,
     qkv_weight: Tensor,
@@ -258,10 +263,11 @@ def attention_block(
     stats: bool = False,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`vitfast.ops.attention_block` on CUDA, for C <= MAX_WIDTH, a head dim in HEAD_DIMS, and 16 bits.
+    """`vitfast.ops.attention_block` on CUDA, with arguments that it has checked.
 
     Args:
-        x: [B, N, C], rows at one stride. qkv_weight: [3 * heads * D, C]; proj_weight: [C, heads * D].
+        x: [B, N, C], rows at one stride, C <= MAX_WIDTH, in 16 bits. qkv_weight: [3 * heads * D, C] with D in
+            HEAD_DIMS; proj_weight: [C, heads * D].
         residual: of x's shape, rows at one stride.
         weight_sum: [3 * heads * D] fp32, where a LayerNorm of x is folded into qkv.
         config: a member of CONFIGS instead of the tuning table's or `pick_config`'s choice.
@@ -270,60 +276,33 @@ def attention_block(
         [B, N, C] in x's dtype, contiguous; with `stats` also [B * N, ceil(C / 128), 2] fp32.
 
     Raises:
-        ValueError: for a shape, dtype, stride, device or config that does not fit.
+        ValueError: for a stride, device or config that does not fit, and what no config can run.
     """
     op = "attention_block"
-    device = _common.check_device(
+    device = launch.check_device(
         op, x=x, qkv_weight=qkv_weight, qkv_bias=qkv_bias, proj_weight=proj_weight, proj_bias=proj_bias,
         layer_scale=layer_scale, residual=residual, weight_sum=weight_sum,
     )  # fmt: skip
-    _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, heads, layer_scale, residual, weight_sum)
-    batch, tokens, width = x.shape
-    x_rows = _common.rows_view(op, "x", x)
-    residual_rows = None if residual is None else _common.rows_view(op, "residual", residual)
+    launch.check_last_contiguous(
+        op, qkv_weight=qkv_weight, qkv_bias=qkv_bias, proj_weight=proj_weight, proj_bias=proj_bias,
+        layer_scale=layer_scale, weight_sum=weight_sum,
+    )  # fmt: skip
+    B, N, C = x.shape
+    x_rows = launch.rows_view(op, "x", x)
+    residual_rows = None if residual is None else launch.rows_view(op, "residual", residual)
     y = x.new_empty(x.shape)
-    y_stats = x.new_empty((batch * tokens, triton.cdiv(width, STATS_TILE), 2), dtype=torch.float32) if stats else None
-    if not batch * tokens:
+    y_stats = x.new_empty((B * N, triton.cdiv(C, STATS_TILE), 2), dtype=torch.float32) if stats else None
+    if not B * N:
         return (y, y_stats) if y_stats is not None else y
-    inner = proj_weight.shape[1]
-    head_dim = inner // heads
-    if config is None:
-        key = tuning_key(width, head_dim, tokens, x.dtype)
-        config = _common.tuned(op, device, CONFIGS, key) or pick_config(width, _common.capability(device))
-    parts = programs_of_image(batch, tokens, config, _common.num_sms(device))
-    qkv = x.new_empty((batch, parts, tokens, 3 * inner))
-    large, small = column_tiles(width)
-    _attention_block_kernel[(batch, parts)](
+    shape = problem_of(x, qkv_weight, heads=heads)
+    config = launch.choose(op, device, CONFIGS, shape, why_not, pick_config, config)
+    programs = programs_of_image(B, N, config, launch.num_sms(device))
+    qkv = x.new_empty((B, programs, N, qkv_weight.shape[0]))
+    large, small = column_tiles(C)
+    _attention_block_kernel[(B, programs)](
         y, y_stats, qkv, x_rows, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, residual_rows, weight_sum,
-        x_rows.stride(0), qkv_weight.stride(0), proj_weight.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        tokens, width, heads, head_dim**-0.5 * LOG2E, eps, HEAD_DIM=head_dim, C0=large, C1=small,
+        x_rows.stride(0), qkv_weight.stride(0), proj_weight.stride(0), launch.row_stride(residual_rows),
+        N, C, heads, shape.D**-0.5 * LOG2E, eps, HEAD_DIM=shape.D, C0=large, C1=small,
         **config.options(),
     )  # fmt: skip
     return (y, y_stats) if y_stats is not None else y
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every config at its largest width, with all that is fused, for each head dim and where `pick_config` has it."""
-    return [_compile_case(config, head_dim) for config in CONFIGS for head_dim in HEAD_DIMS]
-
-
-def _compile_case(config: Config, head_dim: int) -> CompileCase:
-    large, small = column_tiles(192 if config.name.startswith("width192") else 384)
-    constexprs = {"HEAD_DIM": head_dim, "C0": large, "C1": small, **config.blocks}
-    numbers = ("x_stride", "qkv_stride", "proj_stride", "residual_stride", "N", "C", "heads")
-    kinds = dict.fromkeys(numbers, "i32") | dict.fromkeys(("y_stats", "weight_sum"), "*fp32")
-    kinds |= dict.fromkeys(("unit", "eps"), "fp32")
-    names = [name for name in _attention_block_kernel.arg_names if name not in constexprs]
-    return CompileCase(
-        kernel="attention_block",
-        config=f"{config.name} D={head_dim}",
-        fn=_attention_block_kernel,
-        signature={name: kinds.get(name, "*bf16") for name in names},
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=tuple(name for name in names if name not in ("N", "heads", "unit", "eps")),
-        archs=(80,) if config.name.endswith("sm80") else (90, 100),
-        tile={"M": config.blocks["BLOCK_M"], "N": config.blocks["BLOCK_N"]},
-    )

@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.kernels._attention_arguments import LOG2E, strides, vector
-from vitfast.kernels._attention_tiles import load_rows
-from vitfast.kernels._common import SCALE_GROUPS, CompileCase, Config
-from vitfast.kernels.quantize import in_8_bits
+from vitfast.kernels._parts.attention_arguments import LOG2E, Problem, strides, vector
+from vitfast.kernels._parts.attention_tiles import load_rows
+from vitfast.kernels._parts.eight_bits import in_8_bits
+from vitfast.kernels._parts.launch import Config
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -51,6 +51,33 @@ MOST_KEYS_IN_8_BITS = {"short": 208, "short-walk": 208}
 """Config -> the same at head dim 64 where the output is in 8 bits, if it is less: found likewise."""
 
 
+def key_tiles(key_count: int) -> tuple[int, int, int]:
+    """Cut the key axis into up to three powers of two, largest first, with as little left over as can be."""
+    choices = itertools.combinations_with_replacement((128, 64, 32, 16, 0), 3)
+    able = (tiles for tiles in choices if sum(tiles) >= key_count and tiles[0])
+    return min(able, key=lambda tiles: (sum(tiles), tiles.count(0) * -1))
+
+
+def why_not(config: Config, problem: Problem) -> list[str]:
+    """Every reason why a config here cannot run a problem of `attention`; empty if it can."""
+    reasons = []
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {problem.dtype} is not fp16 or bf16")
+    head_dim, keys = problem.head_dim, problem.keys
+    by_chip = MOST_KEYS[config.name]
+    chips = [chip for chip in by_chip if chip <= problem.capability]
+    most = by_chip[max(chips)].get(head_dim, 0) if chips else 0
+    if problem.in_8_bits and head_dim == 64:
+        most = min(most, MOST_KEYS_IN_8_BITS.get(config.name, most))
+    if not 1 <= keys <= most:
+        reasons.append(f"{keys} keys of head dim {head_dim} are outside 1..{most}" + ", in 8 bits" * problem.in_8_bits)
+    if problem.given:
+        reasons.append(f"it has no {', no '.join(problem.given)}")
+    if not problem.scale > torch.finfo(torch.float32).tiny:
+        reasons.append(f"the scale must be positive, got {problem.scale}")
+    return reasons
+
+
 @triton.jit
 def _scores(q, k, left, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
     """q kᵀ [BLOCK_M, SIZE]; -inf beyond the first `left` keys."""
@@ -67,19 +94,13 @@ def _attention_short_kernel(
     q,  # [B, Nq, H, D]
     k,  # [B, Nk, H, D]
     v,  # [B, Nk, H, D]
-    q_stride_b,
-    q_stride_n,
-    q_stride_h,
-    k_stride_b,
-    k_stride_n,
-    k_stride_h,
-    v_stride_b,
-    v_stride_n,
-    v_stride_h,
+    q_strides,  # of axes B, N, H
+    k_strides,
+    v_strides,
     heads,
     query_count,
     key_count,
-    unit,  # scale * log2(e); positive
+    scale_log2,  # scale * log2(e); positive
     VECTOR: tl.constexpr,  # elements by which every stride and pointer is aligned
     HEAD_DIM: tl.constexpr,
     KEYS_0: tl.constexpr,  # keys of the three tiles; all but the last one used are full
@@ -88,6 +109,10 @@ def _attention_short_kernel(
     BLOCK_M: tl.constexpr,
     WALK: tl.constexpr,
 ):
+    q_stride_b, q_stride_n, q_stride_h = q_strides
+    k_stride_b, k_stride_n, k_stride_h = k_strides
+    v_stride_b, v_stride_n, v_stride_h = v_strides
+
     # Locate: query tiles of one head are neighbours, so that they share its keys in L2.
     tiles = 1 if WALK else tl.cdiv(query_count, BLOCK_M)
     program = tl.program_id(0)
@@ -132,17 +157,17 @@ def _attention_short_kernel(
         if KEYS_2 > 0:
             scores_2 = _scores(q_tile, k_2, key_count - KEYS_0 - KEYS_1, KEYS_2, True)
             largest = tl.maximum(largest, tl.max(scores_2, 1))
-        shift = (largest * unit)[:, None]
+        shift = (largest * scale_log2)[:, None]
 
-        weights = tl.exp2(tl.fma(scores_0, unit, -shift))
+        weights = tl.exp2(tl.fma(scores_0, scale_log2, -shift))
         total = tl.sum(weights, 1)
         acc = tl.dot(weights.to(v_0.dtype), v_0)
         if KEYS_1 > 0:
-            weights = tl.exp2(tl.fma(scores_1, unit, -shift))
+            weights = tl.exp2(tl.fma(scores_1, scale_log2, -shift))
             total += tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_0.dtype), v_1, acc)
         if KEYS_2 > 0:
-            weights = tl.exp2(tl.fma(scores_2, unit, -shift))
+            weights = tl.exp2(tl.fma(scores_2, scale_log2, -shift))
             total += tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_0.dtype), v_2, acc)
 
@@ -155,36 +180,7 @@ def _attention_short_kernel(
         tl.store(tile, value.to(out.dtype.element_ty), mask=(queries < query_count)[:, None])
 
 
-def key_tiles(key_count: int) -> tuple[int, int, int]:
-    """Cut the key axis into up to three powers of two, largest first, with as little left over as can be."""
-    choices = itertools.combinations_with_replacement((128, 64, 32, 16, 0), 3)
-    able = (tiles for tiles in choices if sum(tiles) >= key_count and tiles[0])
-    return min(able, key=lambda tiles: (sum(tiles), tiles.count(0) * -1))
-
-
-def why_not(
-    config: Config,
-    head_dim: int,
-    key_count: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    in_8_bits: bool = False,
-) -> list[str]:
-    """Every reason why a config here does not run a call without bias, mask and causality; empty if it does."""
-    reasons = []
-    if dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {dtype} is not fp16 or bf16")
-    by_chip = MOST_KEYS[config.name]
-    chips = [chip for chip in by_chip if chip <= capability]
-    most = by_chip[max(chips)].get(head_dim, 0) if chips else 0
-    if in_8_bits and head_dim == 64:
-        most = min(most, MOST_KEYS_IN_8_BITS.get(config.name, most))
-    if not 1 <= key_count <= most:
-        reasons.append(f"{key_count} keys of head dim {head_dim} are outside 1..{most}" + ", in 8 bits" * in_8_bits)
-    return reasons
-
-
-def launch(
+def attention_short(
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
     q: torch.Tensor,
@@ -206,9 +202,9 @@ def launch(
         q,
         k,
         v,
-        *strides(q)[:3],
-        *strides(k)[:3],
-        *strides(v)[:3],
+        strides(q)[:3],
+        strides(k)[:3],
+        strides(v)[:3],
         heads,
         query_count,
         k.shape[1],
@@ -219,53 +215,4 @@ def launch(
         KEYS_1=keys[1],
         KEYS_2=keys[2],
         **config.options(),
-    )
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every config at the most keys it may have, and at 197, to compile without a GPU: bf16, packed qkv."""
-    cases = []
-    for config in CONFIGS:
-        for chip in ((8, 0), (9, 0), (10, 0)):
-            for head_dim, most in MOST_KEYS[config.name].get(chip, {}).items():
-                for tokens in sorted({most, 197} if head_dim == 64 and most > 197 else {most}):
-                    cases.append(_compile_case(config, head_dim, tokens, 10 * chip[0] + chip[1]))
-    return cases
-
-
-def compile_cases_in_8_bits() -> list[CompileCase]:
-    """The same with 8-bit output, for head dims that have it: for the full tests only."""
-    cases = []
-    for config in CONFIGS:
-        for chip, kinds in {(8, 0): ("i8",), (9, 0): ("fp8e4nv", "i8"), (10, 0): ("fp8e4nv", "i8")}.items():
-            for head_dim, most in MOST_KEYS[config.name].get(chip, {}).items():
-                if head_dim in SCALE_GROUPS:
-                    tokens = min(most, MOST_KEYS_IN_8_BITS.get(config.name, most)) if head_dim == 64 else most
-                    cases += [_compile_case(config, head_dim, tokens, 10 * chip[0] + chip[1], kind) for kind in kinds]
-    return cases
-
-
-def _compile_case(config: Config, head_dim: int, tokens: int, arch: int, kind: str = "bf16") -> CompileCase:
-    keys = key_tiles(tokens)
-    constexprs = {
-        "VECTOR": 8,
-        "HEAD_DIM": head_dim,
-        "KEYS_0": keys[0],
-        "KEYS_1": keys[1],
-        "KEYS_2": keys[2],
-        **config.blocks,
-        **({"out_scale": None} if kind == "bf16" else {}),
-    }
-    types = dict.fromkeys(("q", "k", "v"), "*bf16") | {"out": f"*{kind}", "out_scale": "*fp32", "unit": "fp32"}
-    return CompileCase(
-        kernel="attention_short",
-        config=f"{config.name} D={head_dim} N={tokens}" + f" {kind}" * (kind != "bf16"),
-        fn=_attention_short_kernel,
-        signature={n: types.get(n, "i32") for n in _attention_short_kernel.arg_names if n not in constexprs},
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=("out", "q", "k", "v", *(f"{name}_stride_{axis}" for name in "qkv" for axis in "bn")),
-        archs=(arch,),
-        tile={"M": config.blocks["BLOCK_M"], "N": 16},
     )

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitfast.kernels import _common
-from vitfast.kernels._common import DTYPES, STATS_TILE, CompileCase, Config
+from vitfast.kernels._parts import launch
+from vitfast.kernels._parts.epilogue import STATS_TILE
+from vitfast.kernels._parts.launch import DTYPES, Config
 
 MAX_COLUMNS = 8192
 
@@ -77,12 +78,12 @@ def _moments(x, mask, count):
 def _layer_norm_kernel(
     y,  # [M, C] contiguous
     total,  # [M, C] contiguous, or None with residual
-    x,  # [M, C], rows stride_x apart
-    residual,  # [M, C], rows stride_residual apart, or None
+    x,  # [M, C], rows x_stride apart
+    residual,  # [M, C], rows residual_stride apart, or None
     weight,  # [C]
     bias,  # [C]
-    stride_x,
-    stride_residual,
+    x_stride,
+    residual_stride,
     rows,
     columns,
     eps,
@@ -97,9 +98,9 @@ def _layer_norm_kernel(
     out = row.to(tl.int64) * columns + column  # [BLOCK_ROWS, BLOCK_COLUMNS]
 
     # Load
-    value = tl.load(x + row.to(tl.int64) * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        added = tl.load(residual + row.to(tl.int64) * stride_residual + column, mask=mask, other=0.0)
+        added = tl.load(residual + row.to(tl.int64) * residual_stride + column, mask=mask, other=0.0)
         value += added.to(tl.float32)
         tl.store(total + out, value.to(total.dtype.element_ty), mask=mask)
     gain = tl.load(weight + column, mask=column_mask, other=0.0).to(tl.float32)
@@ -117,8 +118,8 @@ def _layer_norm_kernel(
 @triton.jit
 def _row_stats_kernel(
     stats,  # [M, tiles, 2] fp32, contiguous
-    x,  # [M, C], rows stride_x apart
-    stride_x,
+    x,  # [M, C], rows x_stride apart
+    x_stride,
     rows,
     columns,
     tiles,  # ceil(C / TILE)
@@ -133,7 +134,7 @@ def _row_stats_kernel(
     mask = (row < rows)[:, None] & (column < columns)
 
     # Load
-    pointer = x + row.to(tl.int64)[:, None] * stride_x + column  # [BLOCK_PAIRS, TILE]
+    pointer = x + row.to(tl.int64)[:, None] * x_stride + column  # [BLOCK_PAIRS, TILE]
     value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
     # Compute
@@ -143,23 +144,6 @@ def _row_stats_kernel(
     pointer = stats + pair.to(tl.int64) * 2
     tl.store(pointer, mean, mask=row < rows)
     tl.store(pointer + 1, squares, mask=row < rows)
-
-
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
-    _common.check_device(op, x=x, residual=residual, weight=weight, bias=bias)
-    _check_rows(op, x)
-    _common.check_dtype(op, x.dtype, residual=residual, weight=weight, bias=bias)
-    _common.check_shape(op, "weight", weight, (x.shape[-1],))
-    _common.check_shape(op, "bias", bias, (x.shape[-1],))
-    _common.check_last_contiguous(op, weight=weight, bias=bias)
-    if residual is not None:
-        _common.check_shape(op, "residual", residual, tuple(x.shape))
-
-
-def _check_rows(op: str, x: Tensor) -> None:
-    _common.check_dtype(op, x=x)
-    if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
 
 
 def _launch(
@@ -172,9 +156,11 @@ def _launch(
     bias: Tensor,
     eps: float,
 ) -> None:
+    launch.check_device(op, x=x, residual=residual, weight=weight, bias=bias)
+    launch.check_last_contiguous(op, weight=weight, bias=bias)
     config = pick_config(x.shape[-1])
-    rows = _common.rows_view(op, "x", x)
-    added = None if residual is None else _common.rows_view(op, "residual", residual)
+    rows = launch.rows_view(op, "x", x)
+    added = None if residual is None else launch.rows_view(op, "residual", residual)
     if rows.shape[0] == 0:
         return
     grid = (triton.cdiv(rows.shape[0], config.blocks["BLOCK_ROWS"]),)
@@ -186,7 +172,7 @@ def _launch(
         weight,
         bias,
         rows.stride(0),
-        0 if added is None else added.stride(0),
+        launch.row_stride(added),
         rows.shape[0],
         rows.shape[1],
         eps,
@@ -194,7 +180,7 @@ def _launch(
     )
 
 
-@_common.on_its_device
+@launch.on_its_device
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm of x [..., C] over its last axis; returns a contiguous tensor of x's shape and dtype.
 
@@ -202,42 +188,39 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     weight, bias: [C] in x's dtype.
 
     Raises:
-        ValueError: if a shape, dtype, stride or device does not fit, or C exceeds `MAX_COLUMNS`.
+        ValueError: if a stride or device does not fit, or C exceeds `MAX_COLUMNS`.
     """
-    _check("layer_norm", x, weight, bias)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch("layer_norm", y, None, x, None, weight, bias, eps)
     return y
 
 
-@_common.on_its_device
+@launch.on_its_device
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual and the sum itself, both contiguous; arguments as in `layer_norm`.
 
     Raises:
-        ValueError: if a shape, dtype, stride or device does not fit, or C exceeds `MAX_COLUMNS`.
+        ValueError: if a stride or device does not fit, or C exceeds `MAX_COLUMNS`.
     """
-    _check("add_layer_norm", x, weight, bias, residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch("add_layer_norm", y, total, x, residual, weight, bias, eps)
     return y, total
 
 
-@_common.on_its_device
+@launch.on_its_device
 def row_stats(x: Tensor) -> Tensor:
     """Statistics of each row of x [..., C]: [M, ceil(C / 128), 2] fp32, a (mean, M2) pair per 128 columns.
 
     M2 is the sum of squared deviations from that pair's mean. x: as in `layer_norm`.
 
     Raises:
-        ValueError: if the shape, dtype, stride or device does not fit, or C exceeds `MAX_COLUMNS`.
+        ValueError: if the stride or device does not fit, or C exceeds `MAX_COLUMNS`.
     """
-    _common.check_device("row_stats", x=x)
-    _check_rows("row_stats", x)
-    rows = _common.rows_view("row_stats", "x", x)
+    launch.check_device("row_stats", x=x)
+    rows = launch.rows_view("row_stats", "x", x)
     count, columns = rows.shape
     if columns > MAX_COLUMNS:
         raise ValueError(f"row_stats: the last axis has {columns} elements, allowed are 1 to {MAX_COLUMNS}")
@@ -255,33 +238,3 @@ def row_stats(x: Tensor) -> Tensor:
             **STATS_CONFIG.options(),
         )
     return stats
-
-
-def compile_cases() -> list[CompileCase]:
-    """bf16 at the widths of ViT-Ti, B and H (strides and widths multiples of 16), with and without residual."""
-    variants = []
-    for width in (192, 768, 1280):
-        config = pick_config(width)
-        variants += [("layer_norm", config, ("total", "residual")), ("add_layer_norm", config, ())]
-    variants.append(("row_stats", STATS_CONFIG, ()))
-    cases = []
-    for kernel, config, absent in variants:
-        fn = _row_stats_kernel if kernel == "row_stats" else _layer_norm_kernel
-        kinds = {"stats": "*fp32", "eps": "fp32"}
-        kinds |= dict.fromkeys(("y", "total", "x", "residual", "weight", "bias"), "*bf16")
-        constexprs = {**config.blocks, **dict.fromkeys(absent)}
-        signature = {name: kinds.get(name, "i32") for name in fn.arg_names if name not in constexprs}
-        cases.append(
-            CompileCase(
-                kernel=kernel,
-                config=config.name,
-                fn=fn,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                aligned=tuple(name for name in signature if name not in ("rows", "tiles", "eps")),
-                tile={"M": config.blocks.get("BLOCK_ROWS", 1), "C": config.blocks.get("BLOCK_COLUMNS", STATS_TILE)},
-            )
-        )
-    return cases

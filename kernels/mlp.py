@@ -19,6 +19,7 @@ Sources: Vaswani et al. 2017 (the feed-forward block); Shazeer 2020 (SwiGLU).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,9 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitfast.kernels import _common
-from vitfast.kernels._common import DTYPES, STATS_TILE, CompileCase, Config, activate, silu
-from vitfast.kernels._whole_rows import MAX_WIDTH, column_tiles, load_block, moments, product, store
+from vitfast.kernels._parts import launch
+from vitfast.kernels._parts.activation import activate, silu
+from vitfast.kernels._parts.epilogue import STATS_TILE
+from vitfast.kernels._parts.launch import DTYPES, Config
+from vitfast.kernels._parts.whole_rows import MAX_WIDTH, column_tiles, load_block, moments, product, store
 from vitfast.kernels.layer_norm import row_stats
 from vitfast.kernels.linear import linear
 
@@ -48,6 +51,52 @@ CONFIGS = [
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
 
 CAPABILITIES: dict[str, Any] = {"dtypes": DTYPES, "min_capability": (8, 0), "limits": {}}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a config depends on: C, and what is fused; not the rows, for a row's bits may not."""
+
+    C: int
+    dtype: torch.dtype
+    gated: bool
+    norm: bool
+    capability: tuple[int, int]
+
+    @property
+    def key(self) -> str:
+        """What a tuned choice depends on: not on the rows, for configs differ in their order of summation."""
+        return " ".join([str(self.C), str(self.dtype), *(["gated"] if self.gated else [])])
+
+
+def problem_of(x: Tensor, *_: Any, activation: str = "gelu", weight_sum: Tensor | None = None, **__: Any) -> Problem:
+    """The problem of a call of `mlp` with these arguments."""
+    gated, norm = activation == "swiglu", weight_sum is not None
+    return Problem(x.shape[-1], x.dtype, gated, norm, launch.capability(x.device))
+
+
+def is_one_kernel(problem: Problem) -> bool:
+    """Whether mlp is one kernel for this C, or two `linear`: a folded norm before swiglu spills beyond C = 192."""
+    widest = 192 if problem.gated and problem.norm else MAX_WIDTH
+    return widest >= problem.C and problem.dtype != torch.float32
+
+
+def why_not(config: Config, problem: Problem) -> list[str]:
+    """Every reason why a config cannot run a problem; empty if it can."""
+    reasons = config.too_new(problem.capability)
+    if not is_one_kernel(problem):
+        reasons.append(f"it needs C <= {MAX_WIDTH} in 16 bits, got {problem.C} in {problem.dtype}")
+    return reasons
+
+
+def pick_config(problem: Problem) -> Config:
+    """The config where `is_one_kernel`: the first that is wide enough and spills no register."""
+    by_name = {config.name: config for config in CONFIGS}
+    if problem.C > 192:
+        return by_name["width384_swiglu" if problem.gated else "width384_norm" if problem.norm else "width384"]
+    if problem.capability < (9, 0):
+        return by_name["width192_sm80"]
+    return by_name["width192_swiglu" if problem.gated else "width192"]
 
 
 @triton.jit
@@ -122,51 +171,7 @@ def _mlp_kernel(
         store(y, y_stats, acc1, fc2_bias, layer_scale, residual, residual_stride, rows, row_ok, C0, columns1, C)
 
 
-def is_one_kernel(width: int, dtype: torch.dtype, *, gated: bool, norm: bool) -> bool:
-    """Whether mlp is one kernel for this C, or two `linear`."""
-    return width <= (192 if gated and norm else MAX_WIDTH) and dtype != torch.float32
-
-
-def pick_config(width: int, *, gated: bool, norm: bool, capability: tuple[int, int]) -> Config:
-    """The config where `is_one_kernel`: the first that is wide enough and spills no register."""
-    by_name = {config.name: config for config in CONFIGS}
-    if width > 192:
-        return by_name["width384_swiglu" if gated else "width384_norm" if norm else "width384"]
-    if capability < (9, 0):
-        return by_name["width192_sm80"]
-    return by_name["width192_swiglu" if gated else "width192"]
-
-
-def tuning_key(width: int, dtype: torch.dtype, *, gated: bool) -> str:
-    """What a tuned choice depends on: not on the rows, for configs differ in their order of summation."""
-    return " ".join([str(width), str(dtype), *(["gated"] if gated else [])])
-
-
-def _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual) -> None:
-    """What `vitfast.ops` checks too: this launcher is also called by itself."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"mlp: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if fc1_weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != fc1_weight.shape[1] or x.shape[-1] < 1:
-        raise ValueError(
-            "mlp: x [..., C] and fc1_weight [F, C] with C >= 1 do not fit: "
-            f"{tuple(x.shape)} and {tuple(fc1_weight.shape)}"
-        )
-    units, width = fc1_weight.shape
-    if activation == "swiglu" and units % 2:
-        raise ValueError(f"mlp: swiglu needs an even number of fc1_weight rows, got {units}")
-    _common.check_shape("mlp", "fc1_bias", fc1_bias, (units,))
-    _common.check_shape("mlp", "fc2_weight", fc2_weight, (width, units // 2 if activation == "swiglu" else units))
-    _common.check_shape("mlp", "fc2_bias", fc2_bias, (width,))
-    _common.check_shape("mlp", "layer_scale", layer_scale, (width,))
-    _common.check_shape("mlp", "residual", residual, tuple(x.shape))
-    tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    tensors["layer_scale"] = layer_scale
-    _common.check_dtype("mlp", x=x)
-    _common.check_dtype("mlp", x.dtype, residual=residual, **tensors)
-    _common.check_last_contiguous("mlp", **tensors)
-
-
-@_common.on_its_device
+@launch.on_its_device
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -182,7 +187,7 @@ def mlp(
     stats: bool = False,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`vitfast.ops.mlp` on CUDA: one kernel for C <= MAX_WIDTH in a 16-bit dtype, else two `linear`.
+    """`vitfast.ops.mlp` on CUDA, with arguments that it has checked: one kernel where `is_one_kernel`, else two.
 
     Args:
         x: [..., C], rows at one stride. fc1_weight: [F, C] ([2F, C] for "swiglu"); fc2_weight: [C, F].
@@ -194,22 +199,20 @@ def mlp(
         [..., C] in x's dtype, contiguous; with `stats` also [M, ceil(C / 128), 2] fp32.
 
     Raises:
-        ValueError: for a shape, dtype, stride, device, or activation that does not fit.
+        ValueError: for a stride, device or config that does not fit.
     """
-    device = _common.check_device(
+    device = launch.check_device(
         "mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight,
         fc2_bias=fc2_bias, layer_scale=layer_scale, residual=residual, weight_sum=weight_sum,
     )  # fmt: skip
-    _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual)
-    _common.check_shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
-    _common.check_dtype("mlp", torch.float32, weight_sum=weight_sum)
-    _common.check_last_contiguous("mlp", weight_sum=weight_sum)
-    width, units = fc2_weight.shape
-    gated, norm = activation == "swiglu", weight_sum is not None
-    if not is_one_kernel(width, x.dtype, gated=gated, norm=norm):
-        if config is not None:
-            raise ValueError(f"mlp: config {config.name} needs C <= {MAX_WIDTH} in 16 bits, got {width} in {x.dtype}")
-        stats_of_x = row_stats(x) if norm else None
+    launch.check_last_contiguous(
+        "mlp", fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias,
+        layer_scale=layer_scale, weight_sum=weight_sum,
+    )  # fmt: skip
+    shape = problem_of(x, activation=activation, weight_sum=weight_sum)
+    C, F = fc2_weight.shape
+    if config is None and not is_one_kernel(shape):
+        stats_of_x = row_stats(x) if shape.norm else None
         hidden = cast(
             Tensor,
             linear(
@@ -218,60 +221,19 @@ def mlp(
         )
         return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, stats=stats)
 
-    x_rows = _common.rows_view("mlp", "x", x)
-    residual_rows = None if residual is None else _common.rows_view("mlp", "residual", residual)
+    x_rows = launch.rows_view("mlp", "x", x)
+    residual_rows = None if residual is None else launch.rows_view("mlp", "residual", residual)
     y = x.new_empty(x.shape)
-    rows = x_rows.shape[0]
-    y_stats = x.new_empty((rows, triton.cdiv(width, STATS_TILE), 2), dtype=torch.float32) if stats else None
-    if not rows:
+    M = x_rows.shape[0]
+    y_stats = x.new_empty((M, triton.cdiv(C, STATS_TILE), 2), dtype=torch.float32) if stats else None
+    if not M:
         return (y, y_stats) if y_stats is not None else y
-    if config is None:
-        config = _common.tuned("mlp", device, CONFIGS, tuning_key(width, x.dtype, gated=gated)) or pick_config(
-            width, gated=gated, norm=norm, capability=_common.capability(device)
-        )
-    large, small = column_tiles(width)
-    _mlp_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]),)](
+    config = launch.choose("mlp", device, CONFIGS, shape, why_not, pick_config, config)
+    large, small = column_tiles(C)
+    _mlp_kernel[(triton.cdiv(M, config.blocks["BLOCK_M"]),)](
         y, y_stats, x_rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, residual_rows, weight_sum,
-        x_rows.stride(0), fc1_weight.stride(0), fc2_weight.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        rows, width, units, eps, ACTIVATION=activation, C0=large, C1=small,
+        x_rows.stride(0), fc1_weight.stride(0), fc2_weight.stride(0), launch.row_stride(residual_rows),
+        M, C, F, eps, ACTIVATION=activation, C0=large, C1=small,
         **config.options(),
     )  # fmt: skip
     return (y, y_stats) if y_stats is not None else y
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every config at its largest width and its activations, with all that is fused."""
-    return [
-        _compile_case(config, activation)
-        for config in CONFIGS
-        for activation in ("gelu", "swiglu")
-        if config.name.endswith("swiglu") == (activation == "swiglu") or config.name == "width192_sm80"
-    ]
-
-
-def _compile_case(config: Config, activation: str) -> CompileCase:
-    tensors = (
-        "y", "y_stats", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale", "residual", "weight_sum"
-    )  # fmt: skip
-    sizes = ("x_stride", "fc1_stride", "fc2_stride", "residual_stride", "M", "C", "F", "eps")
-    kinds = {"y_stats": "*fp32", "weight_sum": "*fp32", "eps": "fp32"}
-    absent = {"weight_sum": None} if config.name in ("width384", "width384_swiglu") else {}
-    signature = {
-        name: kinds.get(name, "*bf16" if name in tensors else "i32")
-        for name in (*tensors, *sizes)
-        if name not in absent
-    }
-    large, small = column_tiles(192 if config.name.startswith("width192") else 384)
-    return CompileCase(
-        kernel="mlp",
-        config=config.name if config.name.endswith("swiglu") else f"{config.name}_{activation}",
-        fn=_mlp_kernel,
-        signature=signature,
-        constexprs={"ACTIVATION": activation, "C0": large, "C1": small, **config.blocks, **absent},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=tuple(name for name in signature if name not in ("M", "eps")),
-        archs=tuple(arch for arch in (80, 90, 100) if divmod(arch, 10) >= config.min_capability),
-        tile={"M": config.blocks["BLOCK_M"], "F": config.blocks["BLOCK_F"]},
-    )

@@ -22,7 +22,8 @@ technical report (2024), sections 3.3.1 and 3.3.2, scales of 1 x 128 groups and 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,12 +31,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitfast.kernels import _common
-from vitfast.kernels._common import SCALE_GROUPS, CompileCase, Config
-from vitfast.kernels._linear_configs import GROUP_M
-from vitfast.kernels._linear_kernels import _activated, _tile_origin
-from vitfast.kernels.linear import ACTIVATIONS
-from vitfast.kernels.quantize import in_8_bits
+from vitfast.kernels._parts import launch
+from vitfast.kernels._parts.activation import ACTIVATIONS
+from vitfast.kernels._parts.eight_bits import SCALE_GROUPS, in_8_bits
+from vitfast.kernels._parts.epilogue import GROUP_M, activate_and_scale, tile_origin
+from vitfast.kernels._parts.launch import Config
+
+__all__ = [
+    "ACTIVATIONS",
+    "CAPABILITIES",
+    "CONFIGS",
+    "Problem",
+    "pick_config",
+    "problem_of",
+    "quantized_linear",
+    "why_not",
+]
 
 CAPABILITIES: dict[str, Any] = {
     "dtypes": ("float8_e4m3fn", "int8"),
@@ -66,24 +77,61 @@ def scale_group(x: Tensor, x_scale: Tensor) -> int:
     return next((group for group in SCALE_GROUPS if triton.cdiv(x.shape[-1], group) == x_scale.shape[-1]), 0)
 
 
-def pick_config(rows: int, width: int, *, sms: int, gated: bool = False, requantize: bool = False) -> Config:
-    """The large tile where it gives every multiprocessor one, else a small one."""
-    large, small, one_group = CONFIGS
-    tiles = triton.cdiv(rows, large.blocks["BLOCK_M"]) * triton.cdiv(width, large.blocks["BLOCK_N"])
-    if gated or tiles < sms:
-        return one_group if requantize else small
-    return large
-
-
-def tuning_key(
-    rows: int, inner: int, width: int, dtype: torch.dtype, *, gated: bool, requantize: bool, group: int
-) -> str:
-    """What a tuned choice depends on: the very shape, and what restricts the configs or changes their work.
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a config depends on: y is M x N, K is summed over.
 
     `group`: as `scale_group` gives it, 0 for a scale a row.
     """
-    flags = {"gated": gated, "requantize": requantize, f"groups of {group}": group > 0}
-    return " ".join([f"{rows}x{inner}x{width}", str(dtype), *(name for name, on in flags.items() if on)])
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    gated: bool = False
+    requantize: bool = False
+    group: int = 0
+
+    @property
+    def key(self) -> str:
+        """What a tuned choice depends on: the very shape, and what restricts the configs or changes their work."""
+        flags = {"gated": self.gated, "requantize": self.requantize, f"groups of {self.group}": self.group > 0}
+        shape = f"{self.M}x{self.K}x{self.N}"
+        return " ".join([shape, str(self.dtype), *(name for name, on in flags.items() if on)])
+
+
+def problem_of(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    *_: Any,
+    activation: str | None = None,
+    requantize: bool = False,
+    **__: Any,
+) -> Problem:
+    """The problem of a call of `quantized_linear` with these arguments."""
+    gated, K = activation == "swiglu", x.shape[-1]
+    N = weight.shape[0] // 2 if gated else weight.shape[0]
+    return Problem(x.numel() // K, N, K, x.dtype, gated, requantize, scale_group(x, x_scale))
+
+
+def why_not(config: Config, problem: Problem) -> list[str]:
+    """Every reason why a config cannot run a problem; empty if it can."""
+    reasons = []
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    if problem.requantize and block_n != SCALE_GROUP:
+        reasons.append(f"its tiles have other than {SCALE_GROUP} columns, a group of scales")
+    if problem.gated and block_m * block_n > 64 * 128:
+        reasons.append("it has no room for the two accumulators of swiglu")
+    return reasons
+
+
+def pick_config(problem: Problem, sms: int) -> Config:
+    """The large tile where it can run and gives every multiprocessor one, else the first small one that can."""
+    large, *small = CONFIGS
+    tiles = triton.cdiv(problem.M, large.blocks["BLOCK_M"]) * triton.cdiv(problem.N, large.blocks["BLOCK_N"])
+    able = [config for config in (large, *small) if not why_not(config, problem)]
+    return next(config for config in able if config is not large or tiles >= sms)
 
 
 @triton.jit
@@ -112,14 +160,14 @@ def _quantized_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # Locate.
-    tile_m, tile_n = _tile_origin(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    tile_m, tile_n = tile_origin(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
+    offsets_k = tl.arange(0, BLOCK_K)
     row_ok, column_ok = rows < M, columns < N
-    x_tile = x + rows.to(tl.int64)[:, None] * x_stride + inner[None, :]  # [BLOCK_M, BLOCK_K]
-    weight_tile = weight + columns.to(tl.int64)[None, :] * weight_stride + inner[:, None]  # [BLOCK_K, BLOCK_N]
-    up_tile = weight + (columns.to(tl.int64) + N)[None, :] * weight_stride + inner[:, None]
+    x_tile = x + rows.to(tl.int64)[:, None] * x_stride + offsets_k[None, :]  # [BLOCK_M, BLOCK_K]
+    weight_tile = weight + columns.to(tl.int64)[None, :] * weight_stride + offsets_k[:, None]  # [BLOCK_K, BLOCK_N]
+    up_tile = weight + (columns.to(tl.int64) + N)[None, :] * weight_stride + offsets_k[:, None]
 
     # Load and compute.
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
@@ -129,9 +177,9 @@ def _quantized_linear_kernel(
     if ACTIVATION == "swiglu":
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for k in tl.range(0, K, BLOCK_K):
-        inner_ok = inner < K - k
-        a = tl.load(x_tile + k, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
-        b = tl.load(weight_tile + k, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
+        k_ok = offsets_k < K - k
+        a = tl.load(x_tile + k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        b = tl.load(weight_tile + k, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
         if GROUPED:  # the tile is a group
             group = rows.to(tl.int64) * tl.cdiv(K, BLOCK_K) + k // BLOCK_K
             group_scale = tl.load(x_scale + group, mask=row_ok, other=0.0)[:, None]
@@ -139,7 +187,7 @@ def _quantized_linear_kernel(
         else:
             acc = tl.dot(a, b, acc, max_num_imprecise_acc=PROMOTE, out_dtype=SUM)
         if ACTIVATION == "swiglu":
-            c = tl.load(up_tile + k, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
+            c = tl.load(up_tile + k, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
             if GROUPED:
                 up += tl.dot(a, c, out_dtype=SUM).to(tl.float32) * group_scale
             else:
@@ -154,7 +202,7 @@ def _quantized_linear_kernel(
         value *= row_scale
         if ACTIVATION == "swiglu":
             up *= row_scale
-    value = _activated(value, up, None, None, None, bias, layer_scale, columns, N, ACTIVATION)
+    value = activate_and_scale(value, up, None, None, None, bias, layer_scale, columns, N, ACTIVATION)
     mask = row_ok[:, None] & column_ok[None, :]
     if residual is not None:
         offsets = rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
@@ -166,40 +214,7 @@ def _quantized_linear_kernel(
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
-def _check(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype) -> None:
-    """What `vitfast.ops` checks too: this launcher is also called by itself."""
-    op = "quantized_linear"
-    _common.check_dtype(op, torch.float8_e4m3fn, torch.int8, x=x)
-    _common.check_dtype(op, x.dtype, weight=weight)
-    _common.check_dtype(op, torch.float32, x_scale=x_scale, weight_scale=weight_scale)
-    _common.check_dtype(op, dtype, bias=bias, layer_scale=layer_scale, residual=residual)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{op}: dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if activation == "swiglu" and weight.shape[0] % 2:
-        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {weight.shape[0]}")
-    width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
-    shapes = [tuple(x.shape[:-1])]
-    if x_scale.ndim == x.ndim:
-        shapes = list(dict.fromkeys((*shapes[0], triton.cdiv(x.shape[-1], group)) for group in SCALE_GROUPS))
-    if tuple(x_scale.shape) not in shapes:
-        expected = " or ".join(map(str, shapes))
-        raise ValueError(f"{op}: x_scale has shape {tuple(x_scale.shape)}, expected {expected}")
-    _common.check_shape(op, "weight_scale", weight_scale, (weight.shape[0],))
-    _common.check_shape(op, "bias", bias, (weight.shape[0],))
-    _common.check_shape(op, "layer_scale", layer_scale, (width,))
-    _common.check_shape(op, "residual", residual, (*x.shape[:-1], width))
-    _common.check_last_contiguous(op, weight=weight, weight_scale=weight_scale, bias=bias, layer_scale=layer_scale)
-    if not x_scale.is_contiguous():
-        raise ValueError(f"{op}: x_scale must be contiguous, got strides {x_scale.stride()}")
-
-
-@_common.on_its_device
+@launch.on_its_device
 def quantized_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -214,55 +229,46 @@ def quantized_linear(
     requantize: bool = False,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`vitfast.ops.quantized_linear` on CUDA; see there for the arguments.
+    """`vitfast.ops.quantized_linear` on CUDA, with arguments that it has checked.
 
     Args:
         x: [..., K], rows at one stride. x_scale: contiguous. weight: [N, K] ([2F, K] for "swiglu"), rows at any stride.
         residual: of the output's shape, rows at one stride.
-        config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice; with `requantize` one of 128
-            columns.
+        config: a member of CONFIGS, not the tuning table's or `pick_config`'s choice.
 
     Returns:
         [..., N] in `dtype`, contiguous; with `requantize` in x's dtype, and its scales [..., ceil(N / 128)].
 
     Raises:
-        ValueError: for a shape, dtype, stride, device or activation that does not fit.
+        ValueError: for a stride, device or config that does not fit.
     """
     op = "quantized_linear"
-    device = _common.check_device(
+    device = launch.check_device(
         op, x=x, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
         bias=bias, layer_scale=layer_scale, residual=residual,
     )  # fmt: skip
-    _check(x, x_scale, weight, weight_scale, bias, activation, layer_scale, residual, dtype)
-    gated = activation == "swiglu"
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
-    x_rows = _common.rows_view(op, "x", x)
-    residual_rows = None if residual is None else _common.rows_view(op, "residual", residual)
-    rows, inner = x_rows.shape
-    y = x.new_empty((*x.shape[:-1], width), dtype=x.dtype if requantize else dtype)
+    launch.check_last_contiguous(op, weight=weight, weight_scale=weight_scale, bias=bias, layer_scale=layer_scale)
+    launch.check_contiguous(op, x_scale=x_scale)
+    shape = problem_of(x, x_scale, weight, activation=activation, requantize=requantize)
+    M, N, K = shape.M, shape.N, shape.K
+    x_rows = launch.rows_view(op, "x", x)
+    residual_rows = None if residual is None else launch.rows_view(op, "residual", residual)
+    y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if requantize else dtype)
     y_scale = None
     if requantize:
-        y_scale = x.new_empty((*x.shape[:-1], triton.cdiv(width, SCALE_GROUP)), dtype=torch.float32)
-    if not rows or not width:
+        y_scale = x.new_empty((*x.shape[:-1], triton.cdiv(N, SCALE_GROUP)), dtype=torch.float32)
+    if not M or not N:
         return y if y_scale is None else (y, y_scale)
-    group = scale_group(x, x_scale)
-    if config is None:
-        key = tuning_key(rows, inner, width, x.dtype, gated=gated, requantize=requantize, group=group)
-        config = _common.tuned(op, device, CONFIGS, key) or pick_config(
-            rows, width, sms=_common.num_sms(device), gated=gated, requantize=requantize
-        )
-    if requantize and config.blocks["BLOCK_N"] != SCALE_GROUP:
-        raise ValueError(f"{op}: config {config.name} has tiles of other than {SCALE_GROUP} columns, a group of scales")
-    tiles = triton.cdiv(rows, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_N"])
+    pick = functools.partial(pick_config, sms=launch.num_sms(device))
+    config = launch.choose(op, device, CONFIGS, shape, why_not, pick, config)
+    tiles = triton.cdiv(M, config.blocks["BLOCK_M"]) * triton.cdiv(N, config.blocks["BLOCK_N"])
     _quantized_linear_kernel[(tiles,)](
         y=y, y_scale=y_scale, x=x_rows, x_scale=x_scale, weight=weight, weight_scale=weight_scale,
         bias=bias, layer_scale=layer_scale, residual=residual_rows,
-        x_stride=x_rows.stride(0),
-        weight_stride=weight.stride(0),
-        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
-        M=rows, N=width, K=inner,
-        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=group > 0, GROUP=GROUP_M,
-        **_with_group(config, group).options(),
+        x_stride=x_rows.stride(0), weight_stride=weight.stride(0), residual_stride=launch.row_stride(residual_rows),
+        M=M, N=N, K=K,
+        ACTIVATION=activation or "", PROMOTE=PROMOTE, GROUPED=shape.group > 0, GROUP=GROUP_M,
+        **_with_group(config, shape.group).options(),
     )  # fmt: skip
     return y if y_scale is None else (y, y_scale)
 
@@ -273,58 +279,3 @@ def _with_group(config: Config, group: int) -> Config:
         return config
     stages = config.num_stages * config.blocks["BLOCK_K"] // group
     return replace(config, blocks=config.blocks | {"BLOCK_K": group}, num_stages=stages)
-
-
-# Epilogue -> activation and the optional tensors present: the products of a ViT block. groups: of 128, fc2's; heads:
-# groups of 64, proj's.
-_EPILOGUES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "bias": ("", ("bias",)),
-    "gelu": ("gelu", ("bias",)),
-    "gelu_requantize": ("gelu", ("bias", "y_scale")),
-    "residual": ("", ("bias", "layer_scale", "residual")),
-    "residual_groups": ("", ("bias", "layer_scale", "residual")),
-    "residual_heads": ("", ("bias", "layer_scale", "residual")),
-    "swiglu": ("swiglu", ("bias",)),
-    "swiglu_requantize": ("swiglu", ("bias", "y_scale")),
-}
-
-
-def compile_cases() -> list[CompileCase]:
-    """Both dtypes in every config with every epilogue of a ViT block that `pick_config` gives it, bf16 around."""
-    large, small, one_group = CONFIGS
-    served = {large.name: set(_EPILOGUES) - {"swiglu", "swiglu_requantize"}}
-    served |= {small.name: {name for name in _EPILOGUES if "requantize" not in name}}
-    served |= {one_group.name: {name for name in _EPILOGUES if "requantize" in name}}
-    return [
-        _compile_case(config, kind, epilogue)
-        for config in CONFIGS
-        for kind in ("fp8e4nv", "i8")
-        for epilogue in _EPILOGUES
-        if epilogue in served[config.name]
-    ]
-
-
-def _compile_case(config: Config, kind: str, epilogue: str) -> CompileCase:
-    activation, present = _EPILOGUES[epilogue]
-    tensors = dict.fromkeys(("y", "bias", "layer_scale", "residual"), "*bf16")
-    tensors |= dict.fromkeys(("x", "weight", *(("y",) if "y_scale" in present else ())), f"*{kind}")
-    tensors |= dict.fromkeys(("x_scale", "weight_scale", "y_scale"), "*fp32")
-    group = {"residual_groups": 128, "residual_heads": 64}.get(epilogue, 0)
-    config = _with_group(config, group)
-    constexprs: dict[str, Any] = {"ACTIVATION": activation, "PROMOTE": PROMOTE, "GROUPED": group > 0}
-    constexprs |= {"GROUP": GROUP_M, **config.blocks}
-    constexprs |= {name: None for name in ("y_scale", "bias", "layer_scale", "residual") if name not in present}
-    names = _quantized_linear_kernel.arg_names
-    signature = {name: tensors.get(name, "i32") for name in names if name not in constexprs}
-    return CompileCase(
-        kernel="quantized_linear",
-        config=f"{config.name}_{kind}_{epilogue}",
-        fn=_quantized_linear_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=tuple(name for name in signature if name != "M"),
-        archs=(89, 90, 100) if kind == "fp8e4nv" else (80, 90, 100),
-        tile={axis: config.blocks[f"BLOCK_{axis}"] for axis in "MNK"},
-    )

@@ -4,22 +4,31 @@ import os
 
 import torch
 
-from vitfast.engine import plan_cache
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The interpreter's numpy and torch's thread pools fight over cores; tests are small.
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 import pytest
+from helpers import global_state
 
 from vitfast import testing
 from vitfast.attention import sdpa
+from vitfast.engine import plan_cache
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 if not torch.cuda.is_available():
     testing.repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _global_state():
+    """A test that leaves a setting of the process changed fails, and the next one finds it as it was."""
+    before = global_state.snapshot()
+    yield
+    if changed := global_state.restore(before):
+        pytest.fail(f"the test left changed {'; '.join(changed)}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def engine(monkeypatch):
         print("a library that talks")
         return fake
 
-    monkeypatch.setattr(vitfast, "load", load, raising=False)
+    monkeypatch.setattr("vitfast.engine.load.load", load)
     return fake
 
 
@@ -141,7 +141,7 @@ def test_a_model_that_fails(photos, tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     for load, code, message in ((wrong, 2, "vitfast: no such model"), (broken, 1, "vitfast: RuntimeError: out of")):
-        monkeypatch.setattr(vitfast, "load", load, raising=False)
+        monkeypatch.setattr("vitfast.engine.load.load", load)
         result = run("embed", photos, "-m", "m", "-o", tmp_path / "out", "--json")
         assert result.exit_code == code
         assert result.stderr.startswith(message)
@@ -159,12 +159,12 @@ def test_interrupted(photos, tmp_path, engine, monkeypatch):
             return super().__call__(images, preprocessed=preprocessed)
 
     fake = Interrupted()
-    monkeypatch.setattr(vitfast, "load", lambda *_, **__: fake, raising=False)
+    monkeypatch.setattr("vitfast.engine.load.load", lambda *_, **__: fake)
     arguments = ["embed", photos, "-m", "m", "-o", tmp_path / "out", "--batch-size", 2, "--json"]
     result = run(*arguments)
     assert result.exit_code == 130
     assert answer(result)["interrupted"]
-    monkeypatch.setattr(vitfast, "load", lambda *_, **__: engine, raising=False)
+    monkeypatch.setattr("vitfast.engine.load.load", lambda *_, **__: engine)
     result = answer(run(*arguments))
     assert result["done"] + result["skipped"] == 10
     assert pq.read_table(tmp_path / "out").num_rows == 13
@@ -173,9 +173,9 @@ def test_interrupted(photos, tmp_path, engine, monkeypatch):
 SLOW_MODEL = """
 import sys, time
 sys.path.insert(0, {tests!r})
-import vitfast
+import vitfast.engine.load
 from helpers.photos import FakeEngine
-from vitfast.cli import app
+from vitfast.cli.app import app
 
 class Slow(FakeEngine):
     def __call__(self, images, *, preprocessed):
@@ -183,7 +183,7 @@ class Slow(FakeEngine):
         print("batch", file=sys.stderr, flush=True)
         return super().__call__(images, preprocessed=preprocessed)
 
-vitfast.load = lambda *_, **__: Slow()
+vitfast.engine.load.load = lambda *_, **__: Slow()
 app(["embed", {photos!r}, "-m", "m", "-o", {out!r}, "--batch-size", "1", "--json"])
 """
 
@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_whole_parts(tmp_path):
     for i in range(200):
         save(tmp_path / "photos" / f"{i:03}.png", i)
     out = tmp_path / "out"
-    code = SLOW_MODEL.format(tests=str(Path(__file__).parent), photos=str(tmp_path / "photos"), out=str(out))
+    code = SLOW_MODEL.format(tests=str(Path(__file__).parents[1]), photos=str(tmp_path / "photos"), out=str(out))
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -246,9 +246,9 @@ def test_classify_without_a_head(photos, engine):
 # --- doctor, inspect ---
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect"])
-def test_reports(command, monkeypatch):
-    module = importlib.import_module(f"vitfast.{command}")
+@pytest.mark.parametrize(("command", "file"), [("doctor", "doctor"), ("inspect", "compiled")])
+def test_reports(command, file, monkeypatch):
+    module = importlib.import_module(f"vitfast.diagnostics.{file}")
     asked = {}
 
     def report(**options):
@@ -288,7 +288,7 @@ def python(*arguments):
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys\nfrom vitfast.cli import app\n"
+        "import sys\nfrom vitfast.cli.app import app\n"
         f"try: app({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'triton', 'numpy', 'PIL', 'pyarrow'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.emulated import needs_compiler
 from helpers.emulated_linear import BF16, E4M3, FP16, compiled, compiled_with_fault, launch
-from helpers.quantized import in_groups, make, whole
+from helpers.quantized import in_groups, make, whole_numbers
 
 from vitfast.ops import accuracy, reference
 from vitfast.ops.accuracy import assert_close
@@ -86,7 +86,7 @@ EPILOGUES = [
 @pytest.mark.parametrize("names", EPILOGUES, ids="+".join)
 def test_epilogues(kernels, names):
     columns = (256, 128)[EPILOGUES.index(names) % 2]
-    m, n, make_operands = 80, 272, whole if "requantize" in names else operands
+    m, n, make_operands = 80, 272, whole_numbers if "requantize" in names else operands
     args = make_operands(m, n, 160, grouped="bias" in names)
     check(kernels, *args, columns=columns, **epilogue_of(names, m, n, columns))
 
@@ -105,7 +105,7 @@ def test_14_bits_of_random_sums(kernels):
 def test_mlp_of_vit_small(kernels):
     """An image through fc1, which requantises, and fc2, on as many blocks as take several tiles each."""
     fc1 = epilogue_of(("bias", "gelu", "requantize"), 197, 1536, 256)
-    check(kernels, *whole(197, 1536, 384), columns=256, blocks=5, **fc1)
+    check(kernels, *whole_numbers(197, 1536, 384), columns=256, blocks=5, **fc1)
     fc2 = epilogue_of(("bias", "residual"), 197, 384, 128)
     check(kernels, *operands(197, 384, 1536, grouped=True), columns=128, blocks=2, **fc2)
 
@@ -128,7 +128,7 @@ def test_sums_of_steps_are_added_in_fp32(kernels):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite(kernels, value):
     """Their scales are NaN, in the groups where they are not, and so are all of the group's values; others are not."""
-    args = whole(20, 272, 144)
+    args = whole_numbers(20, 272, 144)
     residual = make(20, 272, dtype=BF16)
     residual[3, 200] = value
     check(kernels, *args, columns=128, residual=residual, requantize=True)
@@ -184,7 +184,7 @@ def test_seeded_faults_show(kernels, fault, tmp_path):
     *change, trap = FAULTS[fault]
     faulty = compiled_with_fault(tmp_path, CASES[1:], change)
     # Two tile rows, one row of y in the last; two tile columns, 16 columns of y in the last; four steps.
-    args, m, n = whole(129, 272, 400, grouped=True), 129, 272
+    args, m, n = whole_numbers(129, 272, 400, grouped=True), 129, 272
     args[1][5, 2] = float("nan")
     epilogue = epilogue_of(("bias", "residual"), m, n, 256)
     epilogue["bias"][-2:] = 20  # what columns beyond y would have, were they counted

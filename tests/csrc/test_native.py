@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.native import GRID, inputs, packed
+from helpers.global_state import threads
+from helpers.patch_embed import GRID, inputs, packed
 
 from vitfast import ops, testing
 from vitfast.ops import accuracy, checks, reference, registry
@@ -124,14 +125,10 @@ def test_flat_patches_are_nearly_exact(pixels, channels_last, level):
 def test_threads_agree():
     case = GRID[-1]
     args = inputs(case, torch.float32, torch.uint8, True)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = native(*args, patch_size=case[4], channels_last=True)
-        torch.set_num_threads(3)
+    with threads(3):
         three = native(*args, patch_size=case[4], channels_last=True)
-    finally:
-        torch.set_num_threads(threads)
     baseline = reference.patch_embed(*args, patch_size=case[4], channels_last=True)
     accuracy.assert_close(three, one, baseline)
 

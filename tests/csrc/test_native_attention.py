@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from helpers.global_state import threads
 
 from vitfast import ops, testing
 from vitfast.ops import checks, reference, registry
@@ -169,14 +170,10 @@ def test_empty(shape, causal):
 def test_threads_agree():
     # Blocks of one head on different threads: each packs the head's keys for itself.
     args = inputs(1, 131, 83, 3, 64)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = native(*args)
-        torch.set_num_threads(3)
+    with threads(3):
         assert torch.equal(native(*args), one)
-    finally:
-        torch.set_num_threads(threads)
     check(*args)
 
 

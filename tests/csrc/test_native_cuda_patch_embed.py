@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.native import GRID, inputs
 from helpers.native_cuda import why_not
+from helpers.patch_embed import GRID, inputs
 
 from vitfast.ops import reference, registry
 from vitfast.testing import check_op, guarded, strided

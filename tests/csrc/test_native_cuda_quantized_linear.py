@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.native_cuda import why_no_linear
-from helpers.quantized import in_groups, whole
+from helpers.quantized import in_groups, whole_numbers
 
 from vitfast import ops
 from vitfast.ops import reference, registry
@@ -49,7 +49,7 @@ def test_epilogues(rows, activation, dtype):
     """What is requantised is a product of whole numbers, whose sums the tensor cores do not round."""
     kwargs = {"activation": activation, **extras(rows, 1536, dtype)}
     check_op(native, reference.quantized_linear, *operands(rows, 1536, 784, grouped=True), **kwargs)
-    exact = tuple(tensor.cuda() for tensor in whole(rows, 1536, 784, grouped=True))
+    exact = tuple(tensor.cuda() for tensor in whole_numbers(rows, 1536, 784, grouped=True))
     check_op(native, reference.quantized_linear, *exact, **kwargs, requantize=True)
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from helpers.engines import PREPROCESS, SMALL
-from helpers.native import GRID, inputs, packed
+from helpers.patch_embed import GRID, inputs, packed
 
 import vitfast
 from vitfast import ops, testing

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from helpers.global_state import threads
 
 from vitfast import ops, testing
 from vitfast.ops import checks, reference, registry
@@ -104,14 +105,10 @@ def test_empty_threads_and_strided_parameters(op):
     out = native(op)(*arguments(op, make(0, 5, 40)))
     assert (out if op == "layer_norm" else out[0]).shape == (0, 5, 40)
     x, *others = arguments(op, make(131, 40))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         three = native(op)(x, *others)
-        torch.set_num_threads(1)
+    with threads(1):
         assert all(torch.equal(a, b) for a, b in zip(three, native(op)(x, *others), strict=True))
-    finally:
-        torch.set_num_threads(threads)
     *tensors, weight, bias, eps = x, *others
     spread = [t.repeat_interleave(2)[::2] for t in (weight, bias)]
     check_op(native(op), getattr(reference, op), *tensors, *spread, eps)

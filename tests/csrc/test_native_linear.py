@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.global_state import threads
 from helpers.linear import check_stats, extras, folded, implementation, operands
 
 from vitfast.ops import reference
@@ -11,15 +12,13 @@ from vitfast.ops.accuracy import assert_close
 def test_native_takes_and_makes_many_shares():
     """Shares of rows and, where rows are few, of columns; the same bits for any number of threads."""
     linear = implementation("native")
-    threads = torch.get_num_threads()
     for rows, width in ((131, 40), (3, 600)):
         args, kwargs = operands(rows, width, 300, torch.float32), extras(rows, width, torch.float32)
         check_stats(linear(*args, **kwargs, activation="gelu", stats=True), *args, **kwargs, activation="gelu")
         results = []
         for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(linear(*args, **kwargs, activation="gelu"))
-        torch.set_num_threads(threads)
+            with threads(count):
+                results.append(linear(*args, **kwargs, activation="gelu"))
         assert torch.equal(*results)
 
 

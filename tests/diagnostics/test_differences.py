@@ -18,17 +18,6 @@ from vitfast.ops import accuracy
 from vitfast.ops.accuracy import MODEL_TOLERANCES
 from vitfast.testing import make
 
-
-@pytest.fixture
-def model():
-    return small_model()
-
-
-@pytest.fixture
-def x():
-    return make(6, 16)
-
-
 # --- what passes ---
 
 

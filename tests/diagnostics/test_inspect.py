@@ -5,12 +5,13 @@ import json
 import re
 
 import pytest
-from helpers.compiling import BEST, PACKAGE, run_code, run_python
+from helpers.inspected import TENSOR_CORES, inspected
+from helpers.scripts import ROOT, compiling, compiling_code
 
 from vitfast.diagnostics import compiled
-from vitfast.kernels import _common
+from vitfast.kernels._compile.case import SHARED_MEMORY_LIMIT
 
-KERNEL_FILES = sorted(path.stem for path in (PACKAGE / "kernels").glob("*.py") if path.stem[0] != "_")
+KERNEL_FILES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem[0] != "_")
 
 
 # A minute each with a cold cache: in the full suite.
@@ -29,7 +30,7 @@ SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_bac
     ],
 )
 def test_kernels_compile_well(arch, kernel):
-    rows = json.loads(run_python("-m", "vitfast", "inspect", "--arch", arch, "--kernel", kernel, "--json"))
+    rows = inspected(arch, kernel)
     assert {(row["arch"], row["file"]) for row in rows} == {(arch, kernel)}
     wrong = [f"{row['kernel']}/{row['config']}: {problem}" for row in rows for problem in problems(row)]
     assert wrong == []
@@ -40,10 +41,10 @@ def test_kernels_compile_well(arch, kernel):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_slow_kernels_compile_well(arch):
     """One case of each kernel at head dim 64, before the full suite comes to all of them."""
-    rows = json.loads(run_code(f"""
+    rows = json.loads(compiling_code(f"""
         import json
-        from vitfast.inspect import inspect_case
-        from vitfast.kernels import attention_backward, attention_block
+        from vitfast.diagnostics.compiled import inspect_case
+        from vitfast.kernels._compile import attention_backward, attention_block
 
         cases = {{}}
         for case in (*attention_backward.compile_cases(), *attention_block.compile_cases()):
@@ -71,9 +72,9 @@ def problems(row):
     if not row["fits"]:
         yield f"{row['shared_bytes']} bytes of shared memory, {row['registers']} registers do not fit"
     multiplies = row["file"] in PRODUCTS and row["kernel"] != "linear_sum"
-    if multiplies and has_half_operands(row) and row["tensor_core"] != BEST[row["arch"]]:
+    if multiplies and has_half_operands(row) and row["tensor_core"] != TENSOR_CORES[row["arch"]]:
         yield f"products by {row['tensor_core']}"
-    if row["shared_limit"] != _common.SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
+    if row["shared_limit"] != SHARED_MEMORY_LIMIT[int(row["arch"][3:])]:
         yield f"shared memory limit is said to be {row['shared_limit']}"
     if not 0 < row["occupancy"]["fraction"] <= 1:
         yield f"occupancy is said to be {row['occupancy']}"
@@ -85,8 +86,8 @@ SEEDED = """
 import json, sys
 from pathlib import Path
 import triton, triton.language as tl
-from vitfast.inspect import inspect_case
-from vitfast.kernels._common import CompileCase
+from vitfast.diagnostics.compiled import inspect_case
+from vitfast.kernels._compile.case import CompileCase
 
 @triton.jit
 def product(y, x, w, residual, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -135,7 +136,7 @@ def seeded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeded")
     script, report, cache = folder / "seeded.py", folder / "rows.json", folder / "cache"
     script.write_text(SEEDED)
-    log = run_python(
+    log = compiling(
         "-c",
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])",
         script,
@@ -200,7 +201,7 @@ def test_occupancy_by_nvidias_calculator():
 
 def test_chips_agree_with_the_kernels_limits():
     limits = {int(name[3:]): chip.shared_limit for name, chip in compiled.MULTIPROCESSORS.items()}
-    assert limits == _common.SHARED_MEMORY_LIMIT
+    assert limits == SHARED_MEMORY_LIMIT
 
 
 def test_tile_efficiency():
@@ -213,16 +214,16 @@ def test_tile_efficiency():
 
 
 def test_refuses_the_interpreter():
-    code = "from vitfast.inspect import inspect\ntry: inspect()\nexcept RuntimeError as e: print(e)"
-    assert "TRITON_INTERPRET=1" in run_code(code, TRITON_INTERPRET="1")
+    code = "from vitfast.diagnostics.compiled import inspect\ntry: inspect()\nexcept RuntimeError as e: print(e)"
+    assert "TRITON_INTERPRET=1" in compiling_code(code, TRITON_INTERPRET="1")
 
 
 def test_errors_say_what_is_wrong():
     code = """
         import dataclasses, json
         from triton import knobs
-        from vitfast.inspect import inspect, inspect_case
-        from vitfast.kernels import layer_norm
+        from vitfast.diagnostics.compiled import inspect, inspect_case
+        from vitfast.kernels._compile import layer_norm
 
         def message(function, *arguments):
             try:
@@ -241,7 +242,7 @@ def test_errors_say_what_is_wrong():
         messages.append(message(inspect_case, case, "sm_90"))
         print(json.dumps(messages))
     """
-    arch, kernel, arguments, broken, tool = json.loads(run_code(code, TRITON_CUOBJDUMP_PATH="/nowhere/cuobjdump"))
+    arch, kernel, arguments, broken, tool = json.loads(compiling_code(code, TRITON_CUOBJDUMP_PATH="/nowhere/cuobjdump"))
     assert arch.startswith("ValueError: no chip named 'sm_70'; the chips are sm_80, ")
     assert kernel.startswith("ValueError: no kernel file named 'lin'; the files are ")
     assert all(name in kernel for name in KERNEL_FILES)

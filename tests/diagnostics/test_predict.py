@@ -228,15 +228,15 @@ def test_occupancy_that_is_not_known_is_said():
         assert result["occupancy_note"] == ""
 
 
-KERNELS = {"op": "linear", "peer": "vitfast triton", "correct": True, "dtype": "bfloat16", "median_ms": 0.25,
+KERNELS = {"op": "linear", "provider": "vitfast triton", "correct": True, "dtype": "bfloat16", "median_ms": 0.25,
            "dims": {"rows": 256 * 197, "inner": 768, "width": 3072, "epilogue": "norm gelu"}}  # fmt: skip
-WHOLE = {"model": "vit_base_patch16_224", "batch": 256, "peer": "vitfast", "correct": True, "dtype": "bfloat16",
+WHOLE = {"model": "vit_base_patch16_224", "batch": 256, "provider": "vitfast", "correct": True, "dtype": "bfloat16",
          "images_per_s": 15000.0}  # fmt: skip
 
 
 def test_measurements_stand_beside_the_prediction(tmp_path, monkeypatch):
     monkeypatch.setattr(predicted, "results_folder", lambda: tmp_path)
-    others = [{**KERNELS, "dtype": "float16"}, {**KERNELS, "peer": "torch eager"}, {**KERNELS, "correct": False}]
+    others = [{**KERNELS, "dtype": "float16"}, {**KERNELS, "provider": "torch eager"}, {**KERNELS, "correct": False}]
     files = {
         "nvidia-h100-80gb-hbm3/b-old": ("kernels", "2026-01-01", [{**KERNELS, "median_ms": 0.5}]),
         "nvidia-h100-80gb-hbm3/a-new": ("kernels", "2026-02-01", [KERNELS, *({**o, "median_ms": 9.0} for o in others)]),
@@ -270,7 +270,7 @@ def test_measurements_of_a_quantised_forward():
         for i, (op, dims) in enumerate(kinds, 1)
     ]
     rows += [{**row, "dtype": "int8", "median_ms": 99} for row in rows]
-    rows += [{**WHOLE, "images_per_s": 1.0}, {**WHOLE, "peer": "vitfast fp8", "dtype": fp8, "images_per_s": 2.0}]
+    rows += [{**WHOLE, "images_per_s": 1.0}, {**WHOLE, "provider": "vitfast fp8", "dtype": fp8, "images_per_s": 2.0}]
     result = prediction(dtype="fp8")
     predicted.add_measured(result, config, [(Path("x.json"), {"rows": rows})])
     for launch in result["launches"]:

@@ -83,11 +83,11 @@ def test_command_with_images(saved, tmp_path):
     ],
 )
 def test_command_with_bad_input(arguments, message, saved, monkeypatch):
-    from vitfast.kernels import _common
+    from vitfast.kernels._parts import launch
     from vitfast.ops import registry
 
     monkeypatch.chdir(saved)
-    monkeypatch.setattr(_common, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     registry.backend.cache_clear()
     result = run(*arguments, "--json")
     registry.backend.cache_clear()
@@ -125,7 +125,7 @@ def test_tf32_is_off_meanwhile_and_back_afterwards(saved, monkeypatch):
         return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     before, seen = state(), []
-    source = importlib.import_module("vitfast.verify")
+    source = importlib.import_module("vitfast.diagnostics.verify")
     monkeypatch.setattr(source, "verify", lambda *_, **__: seen.append(state()) or Report((), 1))
     verify_model(saved / "one", device="cpu", dtype="fp32")
     assert seen == [("ieee", "ieee")]

@@ -11,7 +11,7 @@ FP32, FP16, BF16 = DTYPES
 
 
 def inputs(batch, queries, keys, heads, head_dim, dtype=FP32, scale=1.0):
-    """q, k, v in memory surrounded by poison."""
+    """q [B, N, H, D], k and v [B, S, H, D] in memory surrounded by poison."""
     lengths = (queries, keys, keys)
     return [
         guarded(make(batch, n, heads, head_dim, dtype=dtype, seed=seed, scale=scale)) for seed, n in enumerate(lengths)
@@ -19,12 +19,13 @@ def inputs(batch, queries, keys, heads, head_dim, dtype=FP32, scale=1.0):
 
 
 def random_mask(*shape, keep=0.7, seed=9):
+    """A bool mask that lets a share of `keep` be seen."""
     generator = torch.Generator().manual_seed(seed)
     return guarded((torch.rand(*shape, generator=generator) < keep).to(testing.device()))
 
 
 def autograd(dout, q, k, v, *, bias=None, upcast=False, **kwargs):
-    """Gradients by torch of the reference, in float64 (upcast) or in the inputs' dtype."""
+    """Torch's gradients of the reference for q, k, v and bias, in float64 (upcast) or in the inputs' dtype."""
     leaves = [t.detach().double() if upcast else t.detach() for t in (q, k, v, bias) if t is not None]
     leaves = [t.clone().requires_grad_() for t in leaves]
     with torch.enable_grad():
@@ -33,17 +34,17 @@ def autograd(dout, q, k, v, *, bias=None, upcast=False, **kwargs):
 
 
 def recomputed(dout, q, k, v, *, bias=None, mask=None, right=None, scale=None):
-    """The same in plain torch, where the backward makes the weights again from the rows' maxima and sums.
+    """The same in plain torch, where the backward recomputes the weights from the rows' maxima and sums.
 
-    Torch's own gradient keeps them, and its error in fp32 is smaller: no product q kᵀ is summed in
-    one order in the forward and in another in the backward (here by halves of the head).
+    Torch's own gradient keeps the weights, and its error in fp32 is smaller: no product q kᵀ is summed in one order in
+    the forward and in another in the backward (here by halves of the head).
     """
     dout, q, k, v = (t.transpose(1, 2) for t in (dout, q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     seen = (seen if right is None else seen.tril(right)) & (True if mask is None else mask)
 
-    def finish(products):
+    def finish(products):  # scaled, biased and masked scores
         scores = products * scale + (0.0 if bias is None else bias)
         return scores.masked_fill(~seen, float("-inf"))
 
@@ -54,15 +55,19 @@ def recomputed(dout, q, k, v, *, bias=None, mask=None, right=None, scale=None):
     total = total.masked_fill(total == 0.0, 1.0)
     delta = (dout * ((scores - largest).exp() / total @ v)).sum(-1, keepdim=True)
     half = q.shape[-1] // 2
-    again = q[..., :half] @ k[..., :half].mT + q[..., half:] @ k[..., half:].mT
-    weights = (finish(again) - largest).exp() / total
+    products = q[..., :half] @ k[..., :half].mT + q[..., half:] @ k[..., half:].mT
+    weights = (finish(products) - largest).exp() / total
     dscores = weights * (dout @ v.mT - delta)
     grads = [t.transpose(1, 2) for t in (dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout)]
     return grads if bias is None else [*grads, dscores.sum_to_size(bias.shape)]
 
 
 def compare(actual, dout, *inputs, **kwargs):
-    """assert_close with float64 autograd; the baseline is torch's gradient, in fp32 the worse of two."""
+    """assert_close with float64 autograd; the baseline is torch's gradient, in fp32 the worse of that and `recomputed`.
+
+    Args:
+        actual: gradients of q, k, v and, if there is one, bias. dout: of the output. inputs, kwargs: as `autograd` has.
+    """
     oracle, baseline = (list(autograd(dout, *inputs, **kwargs, upcast=upcast)) for upcast in (True, False))
     actual = list(actual)
     if dout.dtype == FP32:

@@ -1,19 +1,21 @@
-"""A device whose time is counted, not measured, and contestants that take as long as they say."""
+"""A device whose time is counted, not measured, and providers that take as long as they say."""
 
 import functools
 
 import torch
+from typer.testing import CliRunner, Result
 
 from vitfast import testing
 from vitfast.benchmarks import kernels
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.device import CpuDevice
-from vitfast.benchmarks.peers import BASELINE, Peer
+from vitfast.benchmarks.providers import BASELINE, Provider
+from vitfast.cli.app import app
 from vitfast.ops import reference
 
 
 class CountedDevice(CpuDevice):
-    """Runs on the CPU; its clock is moved by the contestants alone."""
+    """Runs on the CPU; its clock is moved by the providers alone."""
 
     shortest_ms = 0.0
 
@@ -30,8 +32,13 @@ class CountedDevice(CpuDevice):
         return self.now - before
 
 
-def contestant(device, name, ms, answer=reference.layer_norm):
-    """A peer of layer_norm that takes `ms`, a little more every other time, and gives `answer`."""
+def bench(*arguments: object) -> Result:
+    """`vitfast bench` with arguments, in this process."""
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="vitfast")
+
+
+def timed_provider(device, name, ms, answer=reference.layer_norm):
+    """A provider of layer_norm that takes `ms`, a little more every other time, and gives `answer`."""
     turns = []
 
     def run(*args):
@@ -40,23 +47,24 @@ def contestant(device, name, ms, answer=reference.layer_norm):
         device.now += ms * (1 + 0.01 * (len(turns) % 2))
         return answer(*args)
 
-    return Peer(name, lambda call: functools.partial(run, *call.args, **call.kwargs))
+    return Provider(name, lambda call: functools.partial(run, *call.args, **call.kwargs))
 
 
 def layer_norm_case():
+    """A small case of one op, to be timed by a counted clock."""
     return Case("layer_norm", {"rows": 7, "width": 64}, testing.device(), torch.float32)
 
 
-def rows_of(device, *contestants, rounds=6):
-    """Rows of one case, the first contestant being the baseline."""
-    peers = {peer.name: peer for peer in (contestant(device, BASELINE, 2.0), *contestants)}
-    return {row["peer"]: row for row in kernels.run_case(layer_norm_case(), device, peers, rounds)}
+def rows_of(device, *providers, rounds=6):
+    """Rows of one case, the first provider being the baseline."""
+    providers = {provider.name: provider for provider in (timed_provider(device, BASELINE, 2.0), *providers)}
+    return {row["provider"]: row for row in kernels.run_case(layer_norm_case(), device, providers, rounds)}
 
 
 def result(rows, **environment):
     """A result file's content around rows."""
     entry = {"cpu": "a CPU", "threads": 2, "commit": "0" * 40, "torch": "2", "date": "2026-01-01T00:00:00+00:00"}
     return {
-        "schema": 2, "kind": "kernels", "environment": entry | environment, "method": {"baseline": BASELINE},
+        "schema": 3, "kind": "kernels", "environment": entry | environment, "method": {"baseline": BASELINE},
         "roofs": {}, "rows": list(rows), "not_run": [],
     }  # fmt: skip

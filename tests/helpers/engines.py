@@ -20,9 +20,11 @@ FAMILIES = {
     "dinov2 classifier": {"head_concat_mean": True},
     "odd head dim": {"head_dim": 20, "activation": "silu"},
 }
+"""Family -> what its config changes of SMALL."""
 
 
 def engine(config=SMALL, preprocess=PREPROCESS, **kwargs):
+    """An engine of random weights, its preprocessing for images of the config's size; `kwargs` as `Engine` takes."""
     if preprocess and config.image_size != preprocess.size:
         preprocess = dataclasses.replace(preprocess, size=config.image_size, resize=config.image_size)
     checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), preprocess)

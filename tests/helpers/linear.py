@@ -11,7 +11,7 @@ from vitfast.testing import device, guarded, make
 
 
 def implementation(backend):
-    """The launcher of one backend."""
+    """The launcher of one backend; skips the test with the reasons where it cannot run."""
     if backend == "triton":
         return kernels.linear
     entry = ops.registry.backend("linear", backend)
@@ -30,6 +30,7 @@ def operands(rows, outputs, inner, dtype, offset=0.0):
 
 
 def extras(rows, width, dtype):
+    """LayerScale and residual for an output of this size."""
     return {
         "layer_scale": guarded(make(width, dtype=dtype, seed=3)),
         "residual": guarded(make(rows, width, dtype=dtype, seed=4)),
@@ -46,7 +47,7 @@ def folded(x, weight, bias):
 
 
 def check_stats(result, *args, **kwargs):
-    """Compare an output with the references, and its statistics with those of the output as stored."""
+    """Compare y with the references, and the statistics beside it with those of y as stored."""
     y, stats = result
     assert_close(y, reference.linear(*args, **kwargs, upcast=True), reference.linear(*args, **kwargs))
     assert_close(stats, reference.row_stats(y, upcast=True), reference.row_stats(y))

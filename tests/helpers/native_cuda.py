@@ -1,4 +1,4 @@
-"""Why the C++ extension's CUDA kernels cannot run here."""
+"""Whether the C++ extension's CUDA kernels can run here."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,8 @@ from vitfast.ops import registry
 FP16, BF16 = DTYPES = (torch.float16, torch.bfloat16)
 
 
-def why_not():
+def why_not() -> str:
+    """Why none of them can, "" if they can."""
     if not torch.cuda.is_available():
         return "there is no NVIDIA GPU"
     if importlib.util.find_spec("vitfast._C") is None:
@@ -19,8 +20,9 @@ def why_not():
     return f"vitfast._C has no CUDA kernels: {state}" if state.startswith("not built") else ""
 
 
-def why_no_linear():
-    if why_not():
-        return why_not()
+def why_no_linear() -> str:
+    """The same of `linear`, which runs on Hopper alone."""
+    if reason := why_not():
+        return reason
     entry, capability = registry.backend("linear", "native"), torch.cuda.get_device_capability()
     return "; ".join(entry.why_not(registry.Spec("linear", "cuda", BF16, capability)))

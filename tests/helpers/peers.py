@@ -63,6 +63,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def transformers_model(name: str, config: dict) -> nn.Module:
+    """A model of transformers by its class's name, from settings or a config, with random weights."""
     library = import_transformers()
     kind = getattr(library, name)
     settings = kind.config_class(**config) if isinstance(config, dict) else config
@@ -71,12 +72,14 @@ def transformers_model(name: str, config: dict) -> nn.Module:
 
 
 def timm_model(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
+    """A model of timm with random weights."""
     timm = import_timm()
     torch.manual_seed(0)
     return randomised(timm.create_model(name, **kwargs))
 
 
 def torchvision_model(**kwargs) -> nn.Module:
+    """A small VisionTransformer of torchvision with random weights."""
     torchvision = import_torchvision()
     sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96}
     return randomised(torchvision.models.VisionTransformer(**(sizes | {"num_classes": 7} | kwargs)))

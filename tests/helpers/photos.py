@@ -1,4 +1,4 @@
-"""Photographs on disk, good and bad, and an engine whose embedding of one is known."""
+"""Photographs made up, in memory and on disk, good and bad, and an engine whose embedding of one is known."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,9 @@ class FakeEngine:
     classes: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: list[int] = field(default_factory=list)
+    fingerprint: str = "weights of a fake"
+    precision: str = "float32"
+    plan: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(skip_quantize=frozenset()))
 
     @property
     def config(self):
@@ -41,18 +44,26 @@ class FakeEngine:
             yield self(torch.from_numpy(np.stack(images)), preprocessed=preprocessed)
 
 
-def expected(path):
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Random pixels, uint8 [H, W, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def expected(path: Path) -> np.ndarray:
+    """What FakeEngine embeds a photograph as."""
     image = resize_and_crop(open_image(path), PREPROCESS)
     return np.append(image.reshape(-1, 3).mean(0, dtype=np.float64), image[0, 0, 0]).astype(np.float32)
 
 
 def save(path: Path, seed: int = 0) -> Path:
+    """A photograph of noise at `path`, its folders made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(noise(12, 16, seed)).save(path)
     return path
 
 
 def truncate(path: Path) -> Path:
+    """Cut a file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
 

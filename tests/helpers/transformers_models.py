@@ -1,4 +1,4 @@
-"""Small models of transformers, with inputs."""
+"""Small models of transformers with inputs, family by family."""
 
 import torch
 from helpers import peers
@@ -14,6 +14,7 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_
 
 
 def images(size=32):
+    """Pixels of two images."""
     return {"pixel_values": make(2, 3, size, size)}
 
 
@@ -35,12 +36,14 @@ def naflex():
 
 
 def detr():
+    """Two images, of which the second is padded to the right."""
     mask = torch.ones(2, 64, 64, dtype=torch.long)
     mask[1, :, 40:] = 0
     return {"pixel_values": make(2, 3, 64, 64), "pixel_mask": mask.to(device())}
 
 
 def detr_config():
+    """A config of DETR with a small ResNet in place of timm's."""
     library = peers.import_transformers()
     sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 32))}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 32, "num_queries": 5}
@@ -66,12 +69,13 @@ FAMILIES = {
 
 
 def build(name, settings):
+    """A model of transformers with random weights, from settings or from a function that makes its config."""
     config = settings() if callable(settings) else settings
     return peers.transformers_model(name, config).to(device())
 
 
 def run(model, inputs):
-    """The tensors of a model's output that stand for results."""
+    """The results of a forward without gradients, as one flat tensor."""
     torch.manual_seed(0)  # ViTMAE shuffles
     with torch.no_grad():
         output = model(**inputs)

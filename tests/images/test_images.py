@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.peers import import_timm, import_torchvision, import_transformers
-from helpers.pictures import noise
+from helpers.photos import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -7,7 +7,7 @@ import torch
 
 from vitfast import ops, testing
 from vitfast.kernels import attention as kernel
-from vitfast.kernels._attention_configs import CONFIGS, head_chunks, pick_config
+from vitfast.kernels._parts.attention_arguments import head_chunks
 from vitfast.ops import reference
 from vitfast.ops.accuracy import assert_close
 from vitfast.testing import DTYPES, HEAD_DIMS, check_op, guarded, make, strided
@@ -271,7 +271,7 @@ REJECTED = {
 def test_rejects(message):
     args, kwargs = REJECTED[message](*(make(*GOOD, seed=seed) for seed in range(3)))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        kernel.attention(*args, **kwargs)
+        ops.attention(*args, **kwargs, backend="triton")
     assert message in str(caught.value)
 
 
@@ -309,8 +309,12 @@ def test_every_config_is_reached():
     for head_dim, queries, dtype, chip, *options in itertools.product(
         range(1, 257), (50, 577), DTYPES, chips, either, either
     ):
-        per_query, heads_change = options
-        config = pick_config(head_dim, queries, dtype, per_query, chip, heads_change)
-        assert config.min_capability <= chip
+        dense, heads_change = options
+        kind = "heads" if heads_change else "dense" if dense else "half"
+        if dtype == FP32:
+            kind = "fp32 heads" if heads_change else "fp32"
+        problem = kernel.Problem(head_dim, queries, queries, dtype, chip, kind)
+        config = kernel.pick_config(problem)
+        assert kernel.why_not(config, problem) == []
         picked[config.name] = config
-    assert sorted(picked) == sorted(config.name for config in CONFIGS)
+    assert sorted(picked) == sorted(config.name for config in kernel.GENERAL_CONFIGS)

@@ -5,7 +5,7 @@ import torch
 
 from vitfast import ops
 from vitfast.kernels import attention_block as kernels
-from vitfast.kernels._common import capability
+from vitfast.kernels._parts.launch import capability
 from vitfast.ops import reference, registry
 from vitfast.ops.accuracy import assert_close
 from vitfast.testing import AWKWARD_ROWS, check_op, device, guarded, make, strided
@@ -138,7 +138,7 @@ def test_bits_do_not_depend_on_the_batch(monkeypatch):
     launched = []
     original = kernels.programs_of_image
     monkeypatch.setattr(kernels, "programs_of_image", lambda *a: launched.append(original(*a)) or launched[-1])
-    monkeypatch.setattr(kernels._common, "num_sms", lambda device: 1)
+    monkeypatch.setattr(kernels.launch, "num_sms", lambda device: 1)
     x, *weights = arguments(2, 131, 40, 1, 32, torch.bfloat16)
     together = kernels.attention_block(x, *weights, heads=1)
     alone = kernels.attention_block(x[1:], *weights, heads=1)
@@ -180,9 +180,8 @@ def test_every_reason_of_a_refusal():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (7, 48)}, r"with 1 <= C <= 384, got \(7, 48\)"),
-        ({"x": (1, 7, 385)}, r"got \(1, 7, 385\)"),
-        ({"heads": 3}, r"D = 32 or 64, got \(192, 48\) for 3 heads"),
+        ({"x": (7, 48)}, r"x must be \[B, N, C\] and qkv_weight \[3 \* heads \* D, C\], got \(7, 48\)"),
+        ({"heads": 5}, r"\(192, 48\) for 5 heads"),
         ({"heads": 0}, "for 0 heads"),
         ({"qkv_weight": (192, 47)}, r"qkv_weight has shape \(192, 47\), expected \(192, 48\)"),
         ({"qkv_bias": (191,)}, r"qkv_bias has shape \(191,\), expected \(192,\)"),
@@ -200,17 +199,24 @@ def test_bad_input(change, message):
     for name, value in change.items():
         keywords[name] = make(*value, dtype=torch.float16) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=message):
-        kernels.attention_block(**keywords)
-    if change != {"x": (1, 7, 385)}:
-        with pytest.raises(ValueError, match="attention_block"):
-            ops.attention_block(**keywords)
+        ops.attention_block(**keywords, backend="triton")
+
+
+def test_what_no_config_can_run():
+    x, *rest = arguments(1, 7, 385, 2, 32, torch.float16)
+    with pytest.raises(ValueError, match=r"width384.* cannot run this call: it needs C <= 384, got 385"):
+        kernels.attention_block(x, *rest, heads=2)
+    with pytest.raises(ValueError, match=r"it needs a head dim of 32 or 64, got 40"):
+        kernels.attention_block(*arguments(1, 7, 48, 2, 40, torch.float16), heads=2)
+    with pytest.raises(ValueError, match=r"it needs 16 bits, got torch\.float32"):
+        kernels.attention_block(*arguments(1, 7, 48, 2, 32, torch.float32), heads=2)
 
 
 def test_bad_dtype_and_stride():
     x, qkv_weight, qkv_bias, proj_weight, proj_bias = arguments(1, 7, 48, 2, 32, torch.float16)
     with pytest.raises(ValueError, match=r"proj_weight has dtype torch\.float32"):
-        kernels.attention_block(x, qkv_weight, qkv_bias, proj_weight.float(), proj_bias, heads=2)
-    with pytest.raises(ValueError, match=r"x has dtype torch\.float32"):
-        kernels.attention_block(x.float(), qkv_weight, qkv_bias, proj_weight, proj_bias, heads=2)
+        ops.attention_block(x, qkv_weight, qkv_bias, proj_weight.float(), proj_bias, heads=2)
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.float16, allowed: torch\.float32"):
+        ops.attention_block(x.float(), qkv_weight, qkv_bias, proj_weight, proj_bias, heads=2)
     with pytest.raises(ValueError, match="last axis of proj_weight has stride 48"):
         kernels.attention_block(x, qkv_weight, qkv_bias, proj_weight.T.contiguous().T, proj_bias, heads=2)

@@ -277,13 +277,10 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("message", REJECTED)
-@pytest.mark.parametrize("call", ["op", "kernel"])
-def test_rejects(message, call):
+def test_rejects(message):
     tensors, options = [make(*GOOD, seed=seed) for seed in range(3)], REJECTED[message]
-    if call == "kernel":
-        options = heads.options(options.get("rope"), options.get("qk_norm"))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        (ops if call == "op" else kernel).attention(*tensors, **options)
+        ops.attention(*tensors, **options)
     assert message in str(caught.value)
 
 
@@ -310,8 +307,8 @@ def test_rejects_what_does_not_go_together():
 
 COMPILE = """
 from vitfast import inspect
-from vitfast.kernels._attention_cases import more_forward_cases
-for case in more_forward_cases():
+from vitfast.kernels._compile.attention import more_compile_cases
+for case in more_compile_cases():
     for arch in [80, 86] if case.archs == (80,) else case.archs:
         row = inspect.inspect_case(case, f"sm_{arch}")
         print(row["config"], arch, "spill", row["spill_bytes"], "fits", row["fits"], row["tensor_core"])

@@ -2,15 +2,17 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.compiling import run_code
 from helpers.mutants import mutant
+from helpers.scripts import compiling_code
 
 from vitfast import ops
-from vitfast.kernels import _attention_forward, _common, attention_short
 from vitfast.kernels import attention as kernel
+from vitfast.kernels import attention_short
+from vitfast.kernels._parts import launch
 from vitfast.ops import reference, registry
 from vitfast.testing import DTYPES, check_op, device, guarded, make
 
@@ -43,7 +45,8 @@ def test_tokens(tokens, kind):
 @each_kind
 @pytest.mark.parametrize("config", attention_short.CONFIGS, ids=lambda config: config.name)
 def test_short_configs(config, kind):
-    reasons = attention_short.why_not(config, 64, 70, torch.bfloat16, _common.capability(device()), True)
+    problem = kernel.Problem(64, 70, 70, torch.bfloat16, launch.capability(device()), in_8_bits=True)
+    reasons = attention_short.why_not(config, problem)
     if reasons and device().type == "cuda":
         pytest.skip("; ".join(reasons))
     run = functools.partial(attention_short_in_8_bits, config)
@@ -53,7 +56,7 @@ def test_short_configs(config, kind):
 def attention_short_in_8_bits(config, q, k, v, *, quantize):
     """The kernel itself: the launcher would refuse what spills on the chip that the interpreter stands for."""
     out, scale = torch.empty(q.shape, dtype=quantize, device=q.device), torch.empty(q.shape[:3], device=q.device)
-    attention_short.launch(out, scale, q, k, v, q.shape[3] ** -0.5, config)
+    attention_short.attention_short(out, scale, q, k, v, q.shape[3] ** -0.5, config)
     return out, scale
 
 
@@ -118,11 +121,10 @@ def test_a_product_reads_what_attention_writes(head_dim, kind):
     ("right", "wrong"),
     [("+ queries) * heads + head", "+ queries) * heads"), ("= in_8_bits(value,", "= in_8_bits(1.1 * value,")],
 )
-def test_wrong_kernels_are_noticed(right, wrong, kind, tmp_path, monkeypatch):
-    copy = mutant(_attention_forward, right, wrong, tmp_path)
-    monkeypatch.setattr(kernel, "attention_forward_kernel", copy.attention_forward_kernel)
+def test_wrong_kernels_are_noticed(right, wrong, kind, tmp_path):
+    copy = mutant(kernel, right, wrong, tmp_path)
     with pytest.raises(AssertionError):
-        check(*packed(20), quantize=kind)
+        check_op(copy.attention, reference.attention, *packed(20), quantize=kind)
 
 
 @each_kind
@@ -130,7 +132,7 @@ def test_wrong_short_kernels_are_noticed(kind, tmp_path, monkeypatch):
     copy = mutant(attention_short, "+ queries.to(tl.int64) * heads, head_scale", "+ queries, head_scale", tmp_path)
     run = functools.partial(attention_short_in_8_bits, copy.CONFIGS[0])
     check_op(run, reference.attention, *packed(20), quantize=kind)
-    monkeypatch.setattr(attention_short, "launch", copy.launch)
+    monkeypatch.setattr(attention_short, "attention_short", copy.attention_short)
     with pytest.raises(AssertionError):
         check_op(run, reference.attention, *packed(20), quantize=kind)
 
@@ -139,17 +141,17 @@ def test_a_table_has_choices_of_its_own(monkeypatch):
     """A short config that holds 257 keys in bf16 would spill, and is refused, in 8 bits."""
     q, k, v = packed(257, heads=1)
     short = attention_short.CONFIGS[0]
-    reasons = attention_short.why_not(short, 64, 257, torch.bfloat16, (9, 0), in_8_bits=True)
+    problem = kernel.Problem(64, 257, 257, torch.bfloat16, (9, 0))
+    reasons = attention_short.why_not(short, replace(problem, in_8_bits=True))
     assert reasons == ["257 keys of head dim 64 are outside 1..208, in 8 bits"]
-    assert not attention_short.why_not(short, 64, 257, torch.bfloat16, (9, 0))
-    table = {"attention": {kernel.tuning_key(q[:, :1], k, {}): "short"}}
-    monkeypatch.setattr(_common, "tuned_choices", lambda device: table)
+    assert not attention_short.why_not(short, problem)
+    table = {"attention": {kernel.problem_of(q[:, :1], k, v).key: "short"}}
+    monkeypatch.setattr(launch, "tuned_choices", lambda device: table)
     assert kernel.attention(q[:, :1], k, v, quantize=torch.int8)[0].shape == (1, 1, 1, 64)
     with pytest.raises(ValueError, match=r"257 keys of head dim 64 are outside 1\.\.208, in 8 bits"):
         kernel.attention(q, k, v, config=short, quantize=torch.int8)
 
 
-@pytest.mark.parametrize("call", [kernel.attention, ops.attention], ids=["kernel", "op"])
 @pytest.mark.parametrize(
     ("head_dim", "options", "message"),
     [
@@ -159,9 +161,9 @@ def test_a_table_has_choices_of_its_own(monkeypatch):
         (64, {"quantize": torch.int8, "return_lse": True}, "quantize must be None with return_lse, got torch.int8"),
     ],
 )
-def test_bad_input(head_dim, options, message, call):
+def test_bad_input(head_dim, options, message):
     with pytest.raises(ValueError, match=message):
-        call(*packed(5, head_dim), **options)
+        ops.attention(*packed(5, head_dim), **options)
 
 
 def test_who_refuses():
@@ -178,8 +180,8 @@ def test_who_refuses():
 COMPILE = """
 import json
 from vitfast import inspect
-from vitfast.kernels.attention_short import compile_cases_in_8_bits
-cases = [(case, arch) for case in compile_cases_in_8_bits() for arch in case.archs]
+from vitfast.kernels._compile.attention_short import more_compile_cases
+cases = [(case, arch) for case in more_compile_cases() for arch in case.archs]
 print(json.dumps([inspect.inspect_case(case, f"sm_{arch}") for case, arch in cases]))
 """
 
@@ -187,7 +189,7 @@ print(json.dumps([inspect.inspect_case(case, f"sm_{arch}") for case, arch in cas
 @pytest.mark.full
 def test_short_configs_compile_without_spills():
     """At the most keys that they take in 8 bits; the general kernel is inspected with the others."""
-    rows = json.loads(run_code(COMPILE))
+    rows = json.loads(compiling_code(COMPILE))
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert [row["config"] for row in rows if row["spill_bytes"] or not row["fits"]] == []
 

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 
-from vitfast.kernels import _common, attention
+from vitfast.kernels import attention
 from vitfast.kernels import attention_short as kernels
-from vitfast.kernels._common import capability
+from vitfast.kernels._parts import launch
+from vitfast.kernels._parts.launch import capability
 from vitfast.ops import reference
 from vitfast.ops.accuracy import assert_close
 from vitfast.testing import check_op, device, guarded, make
@@ -28,7 +29,7 @@ LENGTHS = [
 
 def call(config, q, k, v, *, scale=None):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kernels.launch(out, None, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, config)
+    kernels.attention_short(out, None, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, config)
     return out
 
 
@@ -39,7 +40,11 @@ def packed(tokens, head_dim, dtype, heads=2, batch=1):
 
 def able(config, head_dim, keys, dtype=torch.bfloat16):
     """Limits are of registers: the interpreter has none, a GPU would only spill and is spared the time."""
-    return device().type == "cpu" or not kernels.why_not(config, head_dim, keys, dtype, capability(device()))
+    return device().type == "cpu" or not why_not(config, head_dim, keys, dtype, capability(device()))
+
+
+def why_not(config, head_dim, keys, dtype, chip):
+    return kernels.why_not(config, attention.Problem(head_dim, keys, keys, dtype, chip))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -47,7 +52,7 @@ def able(config, head_dim, keys, dtype=torch.bfloat16):
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
 def test_lengths(config, tokens, dtype):
     if not able(config, 64, tokens):
-        pytest.skip("; ".join(kernels.why_not(config, 64, tokens, dtype, capability(device()))))
+        pytest.skip("; ".join(why_not(config, 64, tokens, dtype, capability(device()))))
     check_op(functools.partial(call, config), reference.attention, *packed(tokens, 64, dtype))
 
 
@@ -98,7 +103,6 @@ def test_key_tiles_cover_the_keys_and_only_the_last_is_partly_empty(count):
 
 def test_limits():
     short, *_, walk_32 = kernels.CONFIGS
-    why_not = kernels.why_not
     assert not why_not(short, 64, 197, torch.bfloat16, (9, 0))
     assert why_not(short, 64, 577, torch.bfloat16, (9, 0)) == ["577 keys of head dim 64 are outside 1..272"]
     assert why_not(short, 72, 197, torch.bfloat16, (9, 0)) == ["197 keys of head dim 72 are outside 1..0"]
@@ -114,12 +118,12 @@ def test_through_the_launcher_by_name_and_by_table(monkeypatch):
     wanted = call(short, q, k, v)
     assert torch.equal(attention.attention(q, k, v, config=short), wanted)
     launched = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda *args: launched.append(args[-1].name) or launch(*args))
+    right = kernels.attention_short
+    monkeypatch.setattr(kernels, "attention_short", lambda *args: launched.append(args[-1].name) or right(*args))
     attention.attention(q, k, v)
     assert not launched  # without a table the general kernel runs
-    table = {"attention": {attention.tuning_key(q, k, {}): "short-walk"}}
-    monkeypatch.setattr(_common, "tuned_choices", lambda device: table)
+    table = {"attention": {attention.problem_of(q, k, v).key: "short-walk"}}
+    monkeypatch.setattr(launch, "tuned_choices", lambda device: table)
     attention.attention(q, k, v)
     attention.attention(q, k, v, right=0)  # another key
     assert launched == ["short-walk"]

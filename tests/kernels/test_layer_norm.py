@@ -217,17 +217,17 @@ X = (4, 100)
 REJECTED = {
     "x has dtype torch.float64": lambda x, w, b: (x.double(), w, b),
     "x has dtype torch.int32": lambda x, w, b: (x.int(), w, b),
-    "weight has dtype torch.float16; allowed are torch.float32": lambda x, w, b: (x, w.half(), b),
+    "weight has dtype torch.float16, allowed: torch.float32": lambda x, w, b: (x, w.half(), b),
     "weight has shape (99,), expected (100,)": lambda x, w, b: (x, w[1:], b),
     "bias has shape (1, 100), expected (100,)": lambda x, w, b: (x, w, b[None]),
+    "x must have a non-empty last axis, got shape (4, 0)": lambda x, w, b: (x[:, :0], w, b),
+    "x must have a non-empty last axis, got shape ()": lambda x, w, b: (x[0, 0], w, b),
+}
+REJECTED_BY_THE_KERNEL = {
     "the last axis of x has stride 4, expected 1": lambda x, w, b: (x.T.contiguous().T, w, b),
     "the last axis of bias has stride 2": lambda x, w, b: (x, w, b.repeat(2)[::2]),
     "with shape (2, 3, 100) and strides (400, 100, 1) cannot be viewed": lambda x, w, b: (
         x.repeat(2, 1).view(2, 4, 100)[:, 1:], w, b),
-    "x must have a non-empty last axis, got shape (4, 0)": lambda x, w, b: (x[:, :0], w, b),
-    "x must have a non-empty last axis, got shape ()": lambda x, w, b: (x[0, 0], w, b),
-    "the last axis has 8200 elements, allowed are 1 to 8192": lambda x, w, b: (
-        x.repeat(1, 82), w.repeat(82), b.repeat(82)),
     "is on meta": lambda x, w, b: (x.to("meta"), w, b),
 }  # fmt: skip
 
@@ -235,16 +235,31 @@ REJECTED = {
 @pytest.mark.parametrize("message", REJECTED)
 def test_rejects(message):
     x, weight, bias = REJECTED[message](make(*X), *affine(X[-1], FP32))
-    rejected(message, lambda: kernel.layer_norm(x, weight, bias))
+    rejected(message, lambda: ops.layer_norm(x, weight, bias))
     if "weight" not in message and "bias" not in message:
+        rejected(message, lambda: ops.row_stats(x))
+
+
+@pytest.mark.parametrize("message", REJECTED_BY_THE_KERNEL)
+def test_rejects_strides_and_devices(message):
+    x, weight, bias = REJECTED_BY_THE_KERNEL[message](make(*X), *affine(X[-1], FP32))
+    rejected(message, lambda: kernel.layer_norm(x, weight, bias))
+    if "bias" not in message:
         rejected(message, lambda: kernel.row_stats(x))
+
+
+def test_rejects_rows_that_are_too_wide():
+    x, affine_of = make(1, 8200), affine(8200, FP32)
+    for call in (lambda: kernel.layer_norm(x, *affine_of), lambda: kernel.row_stats(x)):
+        rejected("the last axis has 8200 elements, allowed are 1 to 8192", call)
 
 
 def test_rejects_a_residual_that_does_not_fit():
     x, (weight, bias) = make(*X), affine(X[-1], FP32)
     for residual, message in (
         (x[:3], "residual has shape (3, 100), expected (4, 100)"),
-        (x.half(), "residual has dtype torch.float16; allowed are torch.float32"),
-        (x.T.contiguous().T, "the last axis of residual has stride 4, expected 1"),
+        (x.half(), "residual has dtype torch.float16, allowed: torch.float32"),
     ):
-        rejected(message, lambda residual=residual: kernel.add_layer_norm(x, residual, weight, bias))
+        rejected(message, lambda residual=residual: ops.add_layer_norm(x, residual, weight, bias))
+    message = "the last axis of residual has stride 4, expected 1"
+    rejected(message, lambda: kernel.add_layer_norm(x, x.T.contiguous().T, weight, bias))

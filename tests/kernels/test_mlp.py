@@ -5,7 +5,7 @@ import torch
 
 from vitfast import ops
 from vitfast.kernels import mlp as kernels
-from vitfast.kernels._common import capability
+from vitfast.kernels._parts.launch import capability
 from vitfast.ops import reference
 from vitfast.ops.accuracy import assert_close
 from vitfast.testing import AWKWARD_ROWS, DTYPES, check_op, device, guarded, make, strided
@@ -122,12 +122,15 @@ def test_a_wrong_eps_or_sum_is_noticed():
 
 def test_pick_config():
     def name(width, gated=False, norm=False, capability=(9, 0)):
-        return kernels.pick_config(width, gated=gated, norm=norm, capability=capability).name
+        return kernels.pick_config(kernels.Problem(width, torch.float16, gated, norm, capability)).name
 
     assert name(192, norm=True) == "width192" and name(192, gated=True) == "width192_swiglu"
     assert name(192, capability=(8, 0)) == "width192_sm80"
     assert [name(384), name(384, norm=True), name(384, gated=True)] == ["width384", "width384_norm", "width384_swiglu"]
-    one = kernels.is_one_kernel
+
+    def one(width, dtype, gated, norm):
+        return kernels.is_one_kernel(kernels.Problem(width, dtype, gated, norm, (9, 0)))
+
     assert one(384, torch.float16, gated=False, norm=True) and one(192, torch.float16, gated=True, norm=True)
     assert not one(384, torch.float16, gated=True, norm=True) and not one(48, torch.float32, gated=False, norm=False)
 
@@ -170,8 +173,8 @@ def test_column_tiles_cover_every_width():
     [
         ({"activation": "relu"}, "got 'relu'"),
         ({"fc1_weight": (40, 47)}, r"\(7, 48\) and \(40, 47\)"),
-        ({"fc1_weight": (41, 48), "activation": "swiglu"}, "even number of fc1_weight rows, got 41"),
-        ({"fc1_bias": (41,)}, r"fc1_bias has shape \(41,\), expected \(40,\)"),
+        ({"fc1_weight": (41, 48), "activation": "swiglu"}, "even number of weight rows, got 41"),
+        ({"fc1_bias": (41,)}, r"bias has shape \(41,\), expected \(40,\)"),
         ({"fc2_weight": (48, 41)}, r"fc2_weight has shape \(48, 41\), expected \(48, 40\)"),
         ({"fc2_bias": (1,)}, r"fc2_bias has shape \(1,\)"),
         ({"layer_scale": (47,)}, r"layer_scale has shape \(47,\)"),
@@ -186,13 +189,13 @@ def test_bad_input(change, message):
     for name, value in change.items():
         keywords[name] = make(*value, dtype=torch.float16) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=message):
-        kernels.mlp(**keywords)
+        ops.mlp(**keywords, backend="triton")
 
 
 def test_bad_dtype_stride_and_config():
     x, w1, b1, w2, b2 = arguments(7, 48, 40, torch.float16)
     with pytest.raises(ValueError, match=r"fc2_weight has dtype torch\.float32"):
-        kernels.mlp(x, w1, b1, w2.float(), b2)
+        ops.mlp(x, w1, b1, w2.float(), b2, backend="triton")
     with pytest.raises(ValueError, match="last axis of fc2_weight has stride 48"):
         kernels.mlp(x, w1, b1, w2.T.contiguous().T, b2)
     with pytest.raises(ValueError, match="needs C <= 384"):

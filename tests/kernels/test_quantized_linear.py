@@ -1,10 +1,8 @@
 """quantized_linear: both dtypes, every epilogue and config, awkward shapes, exact sums, refusals, tensor cores."""
 
-import json
-
 import pytest
 import torch
-from helpers.compiling import BEST, run_python
+from helpers.inspected import TENSOR_CORES, inspected
 from helpers.mutants import mutant
 
 from vitfast import ops
@@ -107,10 +105,7 @@ def test_groups_are_known_by_their_number():
         x_scale = torch.ones(2, 3, *scales)
         assert kernels.scale_group(x, x_scale) == reference.scale_group(x, x_scale) == group
         assert checks.quantized_linear_spec(x, x_scale, weight, None).features == features
-    keys = {
-        kernels.tuning_key(8, 768, 768, torch.int8, gated=False, requantize=False, group=group)
-        for group in (0, *ops.SCALE_GROUPS)
-    }
+    keys = {kernels.Problem(8, 768, 768, torch.int8, group=group).key for group in (0, *ops.SCALE_GROUPS)}
     assert len(keys) == 3
 
 
@@ -206,14 +201,17 @@ def test_swiglu_is_a_feature():
 
 def test_pick_config():
     large, small, one_group = kernels.CONFIGS
-    assert kernels.pick_config(256 * 197, 3072, sms=132) is large
-    assert kernels.pick_config(256 * 197, 8192, sms=132, gated=True) is small
-    assert kernels.pick_config(197, 768, sms=132) is small
-    assert kernels.pick_config(256 * 197, 3072, sms=132, requantize=True) is large
-    assert kernels.pick_config(256 * 197, 8192, sms=132, gated=True, requantize=True) is one_group
+
+    def pick(M, N, **flags):
+        return kernels.pick_config(kernels.Problem(M, N, 768, torch.int8, **flags), sms=132)
+
+    assert pick(256 * 197, 3072) is large
+    assert pick(256 * 197, 8192, gated=True) is small
+    assert pick(197, 768) is small
+    assert pick(256 * 197, 3072, requantize=True) is large
+    assert pick(256 * 197, 8192, gated=True, requantize=True) is one_group
 
 
-@pytest.mark.parametrize("call", [kernels.quantized_linear, ops.quantized_linear], ids=["kernel", "op"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -228,22 +226,22 @@ def test_pick_config():
         ({"dtype": torch.float64}, "got torch.float64"),
     ],
 )
-def test_bad_input(change, message, call):
+def test_bad_input(change, message):
     names = ("x", "x_scale", "weight", "weight_scale", "bias")
     if "dtype" in change:
         names = names[:-1]
     given = dict(zip(names, operands(7, 24, 40, torch.int8), strict=False))
     given |= {name: v.to(device()) if isinstance(v, torch.Tensor) else v for name, v in change.items()}
     with pytest.raises(ValueError, match=message):
-        call(**given)
+        ops.quantized_linear(**given)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in ("sm_80", "sm_89"))])
 def test_products_run_on_tensor_cores(arch):
     """FP8 from sm_89 on, int8 everywhere; no spills. sm_80 and sm_89 share one instruction."""
-    rows = json.loads(run_python("-m", "vitfast", "inspect", "--arch", arch, "--kernel", "quantized_linear", "--json"))
+    rows = inspected(arch, "quantized_linear")
     kinds = {kind for row in rows for kind in ("fp8e4nv", "i8") if f"_{kind}_" in row["config"]}
     assert kinds == ({"i8"} if arch == "sm_80" else {"fp8e4nv", "i8"})
     for row in rows:
-        assert row["tensor_core"] == BEST.get(arch, "mma"), row["config"]
+        assert row["tensor_core"] == TENSOR_CORES[arch], row["config"]
         assert row["fits"] and not row["spill_bytes"], row["config"]

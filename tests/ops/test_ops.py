@@ -1,5 +1,7 @@
 """The ops as torch sees them: opcheck, torch.compile, forced backends, refusals, folding helpers."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,44 @@ def test_public_functions_trace_in_one_graph():
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(*args), block(*args))
 
 
+FUSED = {"linear": "stats", "quantized_linear": "requantize", "mlp": "stats", "attention_block": "stats"}
+"""The ops with an epilogue, and the option of each that asks for a second result."""
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_torch_ops_take_what_the_function_takes(name):
+    """A public function gives its arguments by position, in the order of the schema."""
+    parameters = inspect.signature(getattr(ops, name)).parameters
+    expected = {key: p.default for key, p in parameters.items() if key not in (FUSED[name], "backend")}
+    for torch_op in (name, f"{name}_{FUSED[name]}"):
+        arguments = getattr(torch.ops.vitfast, torch_op).default._schema.arguments
+        assert [argument.name for argument in arguments] == list(expected)
+        for argument in arguments:
+            if argument.has_default_value():
+                assert argument.default_value == expected[argument.name]
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_function_and_its_graph_give_what_the_reference_gives(name, second):
+    torch._dynamo.reset()
+    function, arguments = getattr(ops, name), ARGUMENTS[name]
+    named = dict(zip(inspect.signature(function).parameters, arguments, strict=False)) | {FUSED[name]: second}
+    compiled = torch.compile(lambda **kwargs: function(**kwargs), fullgraph=True, backend="aot_eager")
+    expected = getattr(reference, name)(**named)
+    torch.testing.assert_close(compiled(**named), expected, rtol=0, atol=0)
+    torch.testing.assert_close(function(**named, backend="torch"), expected, rtol=0, atol=0)
+
+
+def test_torch_ops_have_the_defaults_of_the_backends():
+    x, w = make(2, 5, 48), make(64, 48)
+    torch_ops = torch.ops.vitfast
+    expected = reference.linear(x, w, activation="gelu", stats=True)
+    torch.testing.assert_close(torch_ops.linear_stats(x, weight=w, activation="gelu"), expected, rtol=0, atol=0)
+    expected = reference.mlp(x, w, None, w.T.contiguous(), None)
+    torch.testing.assert_close(torch_ops.mlp(x, w, None, w.T.contiguous(), None), expected, rtol=0, atol=0)
+
+
 def test_every_op_has_every_part():
     for op in ops.OPS:
         assert callable(getattr(reference, op))
@@ -146,6 +186,20 @@ BAD = {
     "linear activation": (lambda: ops.linear(X, W, activation="relu"), "'relu'"),
     "linear swiglu": (lambda: ops.linear(X, make(63, 48), activation="swiglu"), "even number.*63"),
     "linear stats": (lambda: ops.linear(X, W, row_stats=make(4, 1, 2)), "row_stats and weight_sum go together"),
+    "linear no columns": (lambda: ops.linear(make(4, 0), make(64, 0)), r"K >= 1 do not fit: \(4, 0\) and \(64, 0\)"),
+    "linear layer_scale": (
+        lambda: ops.linear(X, W, layer_scale=make(64), activation="swiglu"),
+        r"layer_scale has shape \(64,\), expected \(32,\)",
+    ),
+    "linear residual": (
+        lambda: ops.linear(X, W, residual=make(64)), r"residual has shape \(64,\), expected \(4, 64\)"
+    ),
+    "linear residual dtype": (lambda: ops.linear(X, W, residual=make(4, 64).half()), "residual has dtype.*float16"),
+    "linear device": (lambda: ops.linear(X, W, make(64).to("meta")), "bias is on meta, expected"),
+    "linear weight_sum": (
+        lambda: ops.linear(X, W, row_stats=make(4, 1, 2), weight_sum=make(48)),
+        r"weight_sum has shape \(48,\), expected \(64,\)",
+    ),
     "norm weight": (lambda: ops.layer_norm(X, make(47), make(48)), r"weight has shape \(47,\)"),
     "norm residual": (lambda: ops.add_layer_norm(X, make(3, 48), make(48), make(48)), r"residual has shape \(3, 48\)"),
     "attention axes": (lambda: ops.attention(X, X, X), r"q must be \[B, N, H, D\], got shape \(4, 48\)"),
@@ -174,6 +228,20 @@ BAD = {
         lambda: ops.attention_block(QKV[:, :, 0, 0], make(144, 24), None, make(24, 48), None, heads=5),
         r"got \(2, 5, 24\) and \(144, 24\) for 5 heads",
     ),
+    "attention_block proj": (
+        lambda: ops.attention_block(QKV[:, :, 0, 0], make(144, 24), None, make(24, 47), None, heads=2),
+        r"proj_weight has shape \(24, 47\), expected \(24, 48\)",
+    ),
+    "attention_block weight_sum": (
+        lambda: ops.attention_block(
+            QKV[:, :, 0, 0], make(144, 24), None, make(24, 48), None, heads=2, weight_sum=make(144).double()
+        ),
+        "weight_sum has dtype torch.float64",
+    ),
+    "mlp weight_sum": (
+        lambda: ops.mlp(X, W, None, make(48, 64), None, weight_sum=make(48)), r"weight_sum has shape \(48,\)"
+    ),
+    "mlp residual": (lambda: ops.mlp(X, W, None, make(48, 64), None, residual=make(48)), r"residual has shape \(48,\)"),
     "mlp": (lambda: ops.mlp(X, W, None, make(48, 63), None), r"fc2_weight has shape \(48, 63\), expected \(48, 64\)"),
 }  # fmt: skip
 

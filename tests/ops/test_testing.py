@@ -110,8 +110,8 @@ def test_bounds_for_e4m3_are_for_gpus():
     """Triton's interpreter, and torch on a CPU, add such products in fp32."""
     for dtype in testing.DTYPES:
         assert accuracy.tolerances_for((make(2, dtype=dtype), None, 0)) is accuracy.TOLERANCES
-    found = accuracy.tolerances_for((make(2), make(2).to(torch.float8_e4m3fn)))
-    assert found is (accuracy.E4M3_PRODUCTS if testing.device().type == "cuda" else accuracy.TOLERANCES)
+    tolerances = accuracy.tolerances_for((make(2), make(2).to(torch.float8_e4m3fn)))
+    assert tolerances is (accuracy.E4M3_PRODUCTS if testing.device().type == "cuda" else accuracy.TOLERANCES)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -288,9 +288,9 @@ def bf16_errors(tmp_path_factory):
     script = tmp_path_factory.mktemp("dot") / "dot.py"
     script.write_text(
         textwrap.dedent(DOT)
-        + "found = [error()]\n"
-        + "for _ in range(2):\n    testing.repair_interpreter()\n    found.append(error())\n"
-        + "print(*found)\n"
+        + "errors = [error()]\n"
+        + "for _ in range(2):\n    testing.repair_interpreter()\n    errors.append(error())\n"
+        + "print(*errors)\n"
     )
     code = f"import runpy; runpy.run_path({str(script)!r})"
     return [float(word) for word in run_python(code, TRITON_INTERPRET="1").split()]
@@ -335,8 +335,8 @@ def test_rounding_in_the_interpreter_needs_the_repair(tmp_path):
     """Casts to bf16 and fp8 are cut off instead of rounded; repaired, they are torch's own."""
     script = tmp_path / "cast.py"
     script.write_text(CAST)
-    found = run_python(f"import runpy; runpy.run_path({str(script)!r})", TRITON_INTERPRET="1").split()
-    bf16, fp8, *after = map(int, found)
+    counts = run_python(f"import runpy; runpy.run_path({str(script)!r})", TRITON_INTERPRET="1").split()
+    bf16, fp8, *after = map(int, counts)
     assert bf16 > 0, f"Triton {triton.__version__} rounds to bf16 rightly: cast_impl's repair can go"
     assert fp8 > 0, f"Triton {triton.__version__} rounds to fp8 rightly: create_fp_to_fp's repair can go"
     assert after == [0, 0]

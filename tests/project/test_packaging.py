@@ -90,7 +90,7 @@ def test_linked_folders_have_no_init():
     for name in LINKED:
         assert (ROOT / "vitfast" / name).is_symlink()
         assert os.readlink(ROOT / "vitfast" / name) == f"../{name}"
-        assert not (ROOT / name / "__init__.py").exists()
+        assert not list((ROOT / name).rglob("__init__.py"))
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
@@ -99,7 +99,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfast" / "kernels" / "configs").glob("*.json")}
     assert names == modules() | tables | {"vitfast/py.typed", "vitfast/kernels/configs/some-gpu.json"}
-    assert {"vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py"} <= names
+    assert {
+        "vitfast/kernels/_parts/launch.py",
+        "vitfast/kernels/_compile/linear.py",
+        "vitfast/benchmarks/cases.py",
+    } <= names
     assert wheel.name == f"vitfast-{vitfast.__version__}-py3-none-any.whl"
 
 
@@ -114,7 +118,7 @@ def test_wheel_metadata(wheel):
     required = {re.split(r"[ ;<>=\[]", line)[0]: line for line in metadata.get_all("Requires-Dist")}
     assert required["torch"] == "torch>=2.11"
     assert re.fullmatch(r"triton>=3\.6; platform_system == .Linux.", required["triton"])
-    assert "vitfast = vitfast.cli:app" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "vitfast = vitfast.cli.app:app" in archive.read(f"{info}/entry_points.txt").decode()
     assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
@@ -133,10 +137,10 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 
 IMPORT = (
-    "import vitfast, vitfast.kernels._common as c, vitfast.benchmarks.cases as b, vitfast.ops;"
+    "import vitfast, vitfast.kernels._parts.launch as c, vitfast.benchmarks.cases as b, vitfast.ops;"
     "print(vitfast.__file__); print(c.__file__); print(b.__file__)"
 )
-WHERE = ("vitfast/__init__.py", "vitfast/kernels/_common.py", "vitfast/benchmarks/cases.py")
+WHERE = ("vitfast/__init__.py", "vitfast/kernels/_parts/launch.py", "vitfast/benchmarks/cases.py")
 
 
 @needs_build
@@ -149,7 +153,7 @@ def test_installed_wheel_imports(wheel, tmp_path):
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert where == [str(target / path) for path in WHERE]
     command = (sys.executable, "-m", "vitfast", "bench", "kernels", "--help")
-    assert "--peer" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
+    assert "--provider" in run(*command, cwd=tmp_path, PYTHONPATH=str(target), COLUMNS="120")
 
 
 @needs_build
@@ -184,13 +188,40 @@ def test_a_real_kernels_package_is_not_shadowed(tmp_path):
     ]
 
 
-def test_transformers_does_not_take_the_folder_for_a_package():
-    pytest.importorskip("transformers", reason="transformers is not installed")
+def transformers_sees_kernels(*folders: Path) -> list[str]:
+    """Whether transformers takes `kernels` for installed in a process at the root of the checkout, and its file.
+
+    `folders` stand for the environment's site-packages, which may have the real package or not.
+    """
+    paths = [str(folder) for folder in folders]
+    standard = [path for path in sys.path if path and "site-packages" not in path and not path.startswith(str(ROOT))]
     code = (
-        "import importlib.util as u, transformers.utils.import_utils as t;"
-        "print(t.is_kernels_available() if getattr(u.find_spec('kernels'), 'origin', None) is None else False)"
+        f"import sys; assert sys.path[0] == ''; sys.path[1:] = {standard + paths}\n"
+        "import importlib.util as u, transformers.utils.import_utils as t\n"
+        "print(t.is_kernels_available(), u.find_spec('kernels').origin)"
     )
-    assert run(sys.executable, "-c", code, cwd=ROOT).split()[-1] == "False"
+    return run(sys.executable, "-S", "-c", code, cwd=ROOT, PYTHONPATH="").split()[-2:]
+
+
+def test_transformers_does_not_take_the_folder_for_a_package(tmp_path):
+    """Whether Hugging Face's package of that name is installed or not: links to all else stand for an environment."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.utils import import_utils
+
+    others = tmp_path / "site-packages"
+    others.mkdir()
+    for path in (path for folder in reversed(sys.path) if "site-packages" in folder for path in Path(folder).iterdir()):
+        if path.name != "kernels" and not path.name.startswith(("kernels-", "__editable__")):
+            (others / path.name).unlink(missing_ok=True)
+            (others / path.name).symlink_to(path)
+    assert transformers_sees_kernels(others) == ["False", "None"]  # a folder of no package
+    real, version = tmp_path / "real", import_utils.KERNELS_MIN_VERSION
+    (real / "kernels").mkdir(parents=True)
+    (real / "kernels" / "__init__.py").write_text(f"__version__ = {version!r}")
+    (real / f"kernels-{version}.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
+    (real / f"kernels-{version}.dist-info" / "METADATA").write_text(metadata)
+    assert transformers_sees_kernels(real, others) == ["True", str(real / "kernels" / "__init__.py")]
 
 
 def test_command_line_starts():

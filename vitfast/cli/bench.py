@@ -36,10 +36,10 @@ def seconds(text: str) -> float:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not match:
         raise ValueError(f"a time is a number and s, m or h, such as 8m; got {text!r}")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 Models = Annotated[list[str], typer.Option("--model", "-m", help="A timm name; may be repeated.")]
@@ -47,7 +47,8 @@ Batches = Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help=
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. [default: bf16 on a GPU, else fp32]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on the CPU, kept on as many cores.")]
-Rounds = Annotated[int, typer.Option(min=2, help="Rounds in which all contestants take turns.")]
+Peers = Annotated[list[str] | None, typer.Option("--peer", hidden=True, help="Old name of --provider.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Rounds in which all providers take turns.")]
 Budget = Annotated[str | None, typer.Option(help="Time for measuring, e.g. 8m; telling cases come first.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Result file. [default: a new one in the results folder]")
@@ -57,16 +58,17 @@ HtmlFile = Annotated[Path | None, typer.Option("--html", help="Also write a page
 Roofs = Annotated[bool, typer.Option("--roofs/--no-roofs", help="Measure the device's own roofs, before and after.")]
 
 
-@app.command(epilog="Example: `vitfast bench kernels --op attention --peer mymodule:my_attention`")
+@app.command(epilog="Example: `vitfast bench kernels --op attention --provider mymodule:my_attention`")
 def kernels(
     context: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="Op to run; may be repeated. [default: all]")] = None,
     model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
     batch: Batches = None,
     grid: Annotated[Grid, typer.Option(help="full: all models, batches 1 to 512, awkward shapes.")] = Grid.quick,
-    peer: Annotated[
+    provider: Annotated[
         list[str] | None, typer.Option(help="module:function to run beside the others; may be repeated.")
     ] = None,
+    peer: Peers = None,
     slow: Annotated[bool, typer.Option("--slow", help="Also torch.compile and max-autotune.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -80,14 +82,15 @@ def kernels(
 ) -> None:
     """Time every op at the shapes of a model: our kernels, plain torch and other libraries.
 
-    Every output is checked against float64 first; a wrong one gets no time. Exit code 1: ours or a given peer is wrong.
+    Every output is checked against float64 first; a wrong one gets no time. Exit code 1: ours, or a provider that you
+    name, is wrong.
     """
     from vitfast.cli.answer import command
 
     with command(context, False) as answer:
         limit = seconds(budget) if budget else math.inf
         from vitfast.benchmarks import kernels as module
-        from vitfast.benchmarks import peers
+        from vitfast.benchmarks import providers
         from vitfast.benchmarks.cases import OPS
         from vitfast.benchmarks.result_file import Results
         from vitfast.benchmarks.roofs import around
@@ -96,10 +99,10 @@ def kernels(
         _check("--op", op or (), OPS)
         _check("--model", model, NAMED)
         measured, what = _open(device, dtype, threads)
-        extra = {path: peers.from_outside(path) for path in peer or ()}
+        extra = {path: providers.from_outside(path) for path in _named(provider, peer)}
         batches = batch or [8 if measured.slug == "cpu" else 64]
         cases = module.grid(grid.value, op or (), model, batches, measured.torch_device, what)
-        method = {"baseline": peers.BASELINE, "grid": grid.value, "rounds": rounds, "budget": budget}
+        method = {"baseline": providers.BASELINE, "grid": grid.value, "rounds": rounds, "budget": budget}
         file = Results("kernels", measured, method, json_file)
         with around(file, measured, what, wanted=roofs):
             left = module.run(
@@ -115,9 +118,10 @@ def model(
     context: typer.Context,
     model: Models = ["vit_base_patch16_224"],  # noqa: B006  (typer copies it)
     batch: Batches = None,
-    peer: Annotated[
-        list[str] | None, typer.Option(help="Contestant; may be repeated. [default: those that need no long compiling]")
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Provider; may be repeated. [default: those that need no long compiling]")
     ] = None,
+    peer: Peers = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -130,7 +134,7 @@ def model(
 ) -> None:
     """Time whole models: the engine, timm, torch.compile and other engines, in one interleaved run.
 
-    Logits are checked against timm in fp32 first; a wrong contestant gets no time. Exit code 1: ours is wrong.
+    Logits are checked against timm in fp32 first; a wrong provider gets no time. Exit code 1: ours is wrong.
     """
     from vitfast.cli.answer import command
 
@@ -138,14 +142,15 @@ def model(
         import time
 
         from vitfast.benchmarks import model as module
-        from vitfast.benchmarks import model_peers
+        from vitfast.benchmarks import model_providers
         from vitfast.benchmarks.result_file import Results
         from vitfast.benchmarks.roofs import around
 
-        _check("--peer", peer or (), model_peers.PEERS)
+        named = _named(provider, peer)
+        _check("--provider", named, model_providers.PROVIDERS)
         measured, what = _open(device, dtype, threads)
-        contestants = peer or model_peers.DEFAULTS[measured.torch_device.type]
-        method = {"baseline": model_peers.BASELINE, "rounds": rounds, "budget": budget}
+        providers = named or model_providers.DEFAULTS[measured.torch_device.type]
+        method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
         file = Results("model", measured, method, json_file)
         todo = [(name, size) for name in model for size in batch or [8 if measured.slug == "cpu" else 256]]
         end = time.perf_counter() + (seconds(budget) if budget else math.inf)
@@ -155,7 +160,7 @@ def model(
                 if left <= 0:
                     file.add(not_run=[f"{name} batch {size}" for name, size in todo[index:]])
                     break
-                file.add(module.compare(name, size, measured, what, peers=contestants, rounds=rounds, seconds=left))
+                file.add(module.compare(name, size, measured, what, providers=providers, rounds=rounds, seconds=left))
         _finish(answer, file, csv_file, html_file)
 
 
@@ -184,7 +189,7 @@ def sweep(
         limit = seconds(budget) if budget else math.inf
         from vitfast.benchmarks import kernels as kernel_cases
         from vitfast.benchmarks import sweep as module
-        from vitfast.benchmarks.peers import BASELINE
+        from vitfast.benchmarks.providers import BASELINE
         from vitfast.benchmarks.result_file import Results
         from vitfast.models.config import NAMED
 
@@ -220,10 +225,10 @@ def everything(
         from vitfast.benchmarks.device import open_device
         from vitfast.engine.dtypes import resolve_device
 
-        limit, found = seconds(budget), resolve_device(device)
-        if found.type != "cuda":
+        limit, where = seconds(budget), resolve_device(device)
+        if where.type != "cuda":
             raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
-        shown, failed, unfinished = campaign.run(open_device(found), limit, say=lambda text: typer.echo(text, err=True))
+        shown, failed, unfinished = campaign.run(open_device(where), limit, say=lambda text: typer.echo(text, err=True))
         answer.code = int(bool(failed))
         answer.text = [*unfinished, *failed, f"written {shown}"]
 
@@ -244,9 +249,9 @@ def compare(
         from vitfast.benchmarks import compare as module
         from vitfast.benchmarks.result_file import read
 
-        found = module.compare(read(before), read(after))
-        answer.text = module.render(found)
-        answer.code = int(any(change.regression for change in found))
+        changes = module.compare(read(before), read(after))
+        answer.text = module.render(changes)
+        answer.code = int(any(change.regression for change in changes))
 
 
 @app.command(epilog="Example: `vitfast bench report benchmarks/results/cpu/*.json -o page.html --png plots/`")
@@ -268,24 +273,24 @@ def report(
         from vitfast.benchmarks import report as module
         from vitfast.benchmarks.result_file import read, write, write_csv
 
-        found = [read(path) for path in results or ()]
-        if not found and not update:
+        contents = [read(path) for path in results or ()]
+        if not contents and not update:
             raise ValueError("give result files, or --update")
         lines = []
         for path in update or ():
             write(path, module.redraw(path.read_text()))
             lines.append(f"updated {path}")
         if out:
-            write(out, page.page(found))
+            write(out, page.page(contents))
             lines.append(f"written {out}")
         if csv_file:
-            write_csv(csv_file, found)
+            write_csv(csv_file, contents)
             lines.append(f"written {csv_file}")
         if png:
             from vitfast.benchmarks.png import draw
 
-            lines += [f"written {path}" for path in draw(found, png)]
-        answer.text = lines or [module.markdown(result) for result in found]
+            lines += [f"written {path}" for path in draw(contents, png)]
+        answer.text = lines or [module.markdown(result) for result in contents]
 
 
 def _check(option: str, given: Any, allowed: Any) -> None:
@@ -294,19 +299,26 @@ def _check(option: str, given: Any, allowed: Any) -> None:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {name!r}")
 
 
+def _named(providers: list[str] | None, peers: list[str] | None) -> list[str]:
+    """The providers asked for, those by the option's old name among them."""
+    if peers:
+        typer.echo("--peer is now --provider; the old name goes with the release after the next", err=True)
+    return [*(providers or ()), *(peers or ())]
+
+
 def _open(device: str | None, dtype: str | None, threads: int | None) -> tuple[Measured, torch.dtype]:
     """The device to measure, threads pinned, and the dtype."""
     from vitfast.benchmarks.device import open_device, pin_threads
     from vitfast.engine.dtypes import resolve_device, resolve_dtype
 
-    found = resolve_device(device)
-    if found.type == "cpu":
+    where = resolve_device(device)
+    if where.type == "cpu":
         pin_threads(threads)
-    return open_device(found), resolve_dtype(dtype, found)
+    return open_device(where), resolve_dtype(dtype, where)
 
 
 def _finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | None, given: Container[str] = ()) -> None:
-    """The table and the files of a run, and its exit code: 1 if ours or one of the peers `given` was wrong."""
+    """The table and the files of a run, and its exit code: 1 if ours or one of the providers `given` was wrong."""
     from vitfast.benchmarks.page import page
     from vitfast.benchmarks.result_file import table, write, write_csv
 
@@ -317,8 +329,8 @@ def _finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | Non
     if html_file:
         write(html_file, page([file.content]))
         lines.append(f"written {html_file}")
-    wrong = sorted({row["peer"] for row in file.rows if str(row.get("error", "")).startswith("incorrect")})
+    wrong = sorted({row["provider"] for row in file.rows if str(row.get("error", "")).startswith("incorrect")})
     if wrong:
         lines.append(f"wrong: {', '.join(wrong)}")
-    answer.code = int(any(peer.startswith("vitfast") or peer in given for peer in wrong))
+    answer.code = int(any(provider.startswith("vitfast") or provider in given for provider in wrong))
     answer.text = [*table(file.content), *lines]

@@ -1,7 +1,7 @@
 """Compile every kernel for chips that need not be present, and report what the compiler made of it.
 
 Registers, spills, shared memory, occupancy, tensor-core and copy instructions of every compile case
-(`kernels.<name>.compile_cases()`), read from the cubin with cuobjdump and nvdisasm, which come with
+(`kernels/_compile/<name>.py`), read from the cubin with cuobjdump and nvdisasm, which come with
 Triton. Triton's own cache makes the second run fast.
 """
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitfast.kernels._common import CompileCase
+    from vitfast.kernels._compile.case import CompileCase
 
 DEFAULT_ARCHS = ("sm_80", "sm_90", "sm_100")
 
@@ -143,7 +143,7 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
         "kernel": case.kernel,
         "config": case.config,
         "arch": arch,
-        "dtypes": sorted({found[1] for kind in case.signature.values() if (found := POINTER.match(kind))}),
+        "dtypes": sorted({found[1] for kind in case.signature.values() if (found := POINTER.match(str(kind)))}),
         "num_warps": num_warps,
         "num_stages": case.num_stages,
         "tile": dict(case.tile),
@@ -269,13 +269,13 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _kernel_modules(names: Sequence[str] | None) -> dict[str, Any]:
-    """The named files of kernels/ (None: all), imported, after a check that they can be compiled."""
+    """The compile cases of the named files of kernels/ (None: all), after a check that they can be compiled."""
     try:
         import vitfast.kernels as package
-        from vitfast.kernels import _common
+        from vitfast.kernels._parts import launch
     except ImportError as error:
         raise RuntimeError(f"compiling kernels needs triton, which cannot be imported: {error}") from error
-    if _common.interpreting():
+    if launch.interpreting():
         raise RuntimeError(
             "kernels cannot be compiled while TRITON_INTERPRET=1 is set: @triton.jit functions are then "
             "interpreter stubs; unset it and start a new process"
@@ -285,7 +285,7 @@ def _kernel_modules(names: Sequence[str] | None) -> dict[str, Any]:
     for name in names:
         if name not in known:
             raise ValueError(f"no kernel file named {name!r}; the files are {', '.join(known)}")
-    return {name: importlib.import_module(f"vitfast.kernels.{name}") for name in names}
+    return {name: importlib.import_module(f"vitfast.kernels._compile.{name}") for name in names}
 
 
 def _compile(case: CompileCase, arch: int) -> Any:
@@ -295,7 +295,8 @@ def _compile(case: CompileCase, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     names = case.fn.arg_names
-    if set(names) != {*case.signature, *case.constexprs} or set(case.signature) & set(case.constexprs):
+    constants = {name for name in case.constexprs if "." not in name}  # the others are entries of tuples
+    if set(names) != {*case.signature, *constants} or set(case.signature) & constants:
         raise ValueError(
             f"compile case {case.kernel}/{case.config}: signature {list(case.signature)} and constexprs "
             f"{list(case.constexprs)} must together be the kernel's arguments {list(names)}, each once"
@@ -303,8 +304,9 @@ def _compile(case: CompileCase, arch: int) -> Any:
     # Triton's cache key leaves the constexprs' names out and takes the signature's types, sorted by
     # name; with "constexpr" in their places, two cases that swap a pointer for None have two keys.
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    source = ASTSource(case.fn, signature, dict(case.constexprs), attributes)
+    attributes = {case.path(name): [["tt.divisibility", 16]] for name in case.aligned}
+    constexprs = {case.path(name): value for name, value in case.constexprs.items()}
+    source = ASTSource(case.fn, signature, constexprs, attributes)
     # Fusion of products and sums, said aloud: Triton's default is to change, and 3.9 warns of it.
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
     try:

@@ -27,7 +27,7 @@ from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES
 
 if TYPE_CHECKING:
-    from vitfast.kernels._common import Config
+    from vitfast.kernels._parts.launch import Config
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype, prec
 
 def _with_sum(row: Launch, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """A launch; where it is a product with K in parts, also the one that adds these up and does the epilogue."""
-    from vitfast.kernels._linear_configs import CONFIGS, SUM_CONFIG, split_of
+    from vitfast.kernels.linear import CONFIGS, SUM_CONFIG, split_of
 
     split = next((split_of(tile) for tile in CONFIGS if tile.name == row.config), 1)
     if row.op != "linear" or split == 1:
@@ -171,15 +171,13 @@ def _tiled(step: _Step, moved: int, m: int, n: int, tile: Config, card: Chip, dt
 
 
 def _linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
-    from vitfast.kernels import _linear_configs
+    from vitfast.kernels import linear
 
     m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
     gated, residual = "swiglu" in epilogue, "residual" in epilogue
     n = 2 * out if gated else out
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
-    tile = _linear_configs.pick_config(
-        m, out, dtype, inner=k, tma=tma, sms=card.multiprocessors, gated=gated, stats=residual
-    )
+    tile = linear.pick_config(linear.Problem(m, out, k, dtype, tma, gated, residual), card.multiprocessors)
     moved = dtype.itemsize * (m * k + n * k + n + m * out + (m * out if residual else 0))
     return _tiled(step, moved, m, out, tile, card, dtype)
 
@@ -190,15 +188,17 @@ def _quantized_linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
     gated, requantize = "swiglu" in epilogue, "requantize" in epilogue
     n = 2 * out if gated else out
-    tile = quantized_linear.pick_config(m, out, sms=card.multiprocessors, gated=gated, requantize=requantize)
     group = quantized_linear.SCALE_GROUP if "groups" in epilogue else 64 if "heads" in epilogue else k
+    kind = QUANTIZED[step.dims["precision"]]
+    problem = quantized_linear.Problem(m, out, k, kind, gated, requantize=requantize, group=group if group < k else 0)
+    tile = quantized_linear.pick_config(problem, card.multiprocessors)
     moved = m * k + n * k + 4 * (m * _covering(k, group) + n)  # operands and their scales
     moved += dtype.itemsize * (n + (m * out if "residual" in epilogue else 0))
     if requantize:
         moved += m * out + 4 * m * _covering(out, quantized_linear.SCALE_GROUP)
     else:
         moved += dtype.itemsize * m * out
-    return _tiled(step, moved, m, out, tile, card, QUANTIZED[step.dims["precision"]])
+    return _tiled(step, moved, m, out, tile, card, kind)
 
 
 def _patch_embed(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
@@ -215,10 +215,12 @@ def _patch_embed(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
 
 def _attention(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     """In 8 bits with a scale for each head of a row, where the next product reads that."""
-    from vitfast.kernels._attention_configs import head_chunks, pick_config
+    from vitfast.kernels._parts.attention_arguments import Problem, head_chunks
+    from vitfast.kernels.attention import pick_config
 
     batch, tokens, heads, head_dim = (step.dims[name] for name in ("batch", "tokens", "heads", "head_dim"))
-    tile = pick_config(head_dim, tokens, dtype, False, card.capability)
+    kind = "fp32" if dtype == torch.float32 else "half"
+    tile = pick_config(Problem(head_dim, tokens, tokens, dtype, card.capability, kind))
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
     whole, left = divmod(tokens, block_n)
     keys = whole * block_n + (max(16, 1 << (left - 1).bit_length()) if left else 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitfast.engine import streaming
 from vitfast.engine.calibration import Calibration
 from vitfast.engine.cuda_graphs import Graphs
+from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.runner import Runner
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
@@ -30,6 +31,7 @@ class Engine:
         labels: class names, or None. device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.engine.planner`). runner: what runs the forward.
+        fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
@@ -57,6 +59,7 @@ class Engine:
             checkpoint, device=device, dtype=dtype, backend=backend, skip_quantize=skip_quantize,
             deterministic=deterministic,
         )  # fmt: skip
+        self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
         self.config, self.preprocess, self.labels = checkpoint.config, checkpoint.preprocess, checkpoint.labels
         self.device, self.dtype, self.precision = self.runner.device, self.runner.dtype, self.runner.precision
         self.calibration: Calibration | None = None

@@ -16,9 +16,8 @@ from torch import Tensor
 from vitfast.ops import checks, reference
 from vitfast.ops import heads as _heads
 from vitfast.ops import library as _library  # registers torch.ops.vitfast
-from vitfast.ops.block import attention_block
 from vitfast.ops.heads import QKNorm, Rope
-from vitfast.ops.quantized import quantize, quantized_linear
+from vitfast.ops.products import attention_block, linear, mlp, quantized_linear
 from vitfast.ops.reference import PIXEL_CENTER, QUANTIZED, SCALE_GROUP, SCALE_GROUPS, STATS_TILE
 from vitfast.ops.registry import BACKENDS, OPS, Backend, BackendError, Spec, choose
 
@@ -147,6 +146,7 @@ def row_stats(x: Tensor, *, backend: str | None = None) -> Tensor:
     M2 is the sum of squared deviations from that pair's mean; the pairs are combined by Chan's
     formula (Chan, Golub, LeVeque 1979), so no E[x²] - mean² is ever formed. T = ceil(C / 128).
     """
+    checks.check_rows("row_stats", x)
     if backend is None:
         return torch.ops.vitfast.row_stats(x)
     return choose(Spec.of("row_stats", x, width=x.shape[-1]), backend).call(x)
@@ -175,53 +175,34 @@ def fold_norm(
     return folded.contiguous(), folded.double().sum(dim=1).float(), shift.to(dtype)
 
 
-def linear(
+def quantize(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    weight_sum: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     eps: float = 1e-6,
-    stats: bool = False,
+    *,
+    dtype: torch.dtype,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """act(norm(x) @ weightᵀ + bias) * layer_scale + residual, in one pass over the output.
+) -> tuple[Tensor, Tensor]:
+    """Rows of x, or of its LayerNorm, in 8 bits with one scale a row: x ≈ values * scale.
+
+    The row's largest magnitude becomes 448 in float8_e4m3fn, 127 in int8; rounding is to nearest
+    even. The LayerNorm is that of `layer_norm`, in fp32 and not rounded before it is quantised.
 
     Args:
-        x: [..., K]. weight: [N, K], or [2F, K] with gate rows first for "swiglu" (output [..., F]).
-        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "swiglu".
-        layer_scale: [N]. residual: of the output's shape.
-        row_stats: [M, ceil(K / 128), 2] of x, as `row_stats` gives: LayerNorm of x is applied as
-            a correction of the product; weight, weight_sum and bias are then those of `fold_norm`.
-        eps: of that LayerNorm.
-        stats: also return `row_stats` of the output (as stored), computed in the epilogue.
+        x: [..., K]. norm_weight, norm_bias: [K] in x's dtype, both or neither.
+        dtype: torch.float8_e4m3fn or torch.int8.
 
     Returns:
-        [..., N] in x's dtype, or that and [M, ceil(N / 128), 2] fp32.
+        values [..., K] in `dtype`, and scale [...] in fp32. A row with NaN or infinity has a NaN scale.
 
     Raises:
-        ValueError: if a shape or dtype does not fit, or the activation is unknown.
+        ValueError: if a shape or dtype does not fit.
     """
-    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum)
+    checks.check_quantize(x, norm_weight, norm_bias, dtype)
     if backend is None:
-        op = torch.ops.vitfast.linear_stats if stats else torch.ops.vitfast.linear
-        return op(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)
-    return choose(checks.linear_spec(x, weight), backend).call(
-        x,
-        weight,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        row_stats=row_stats,
-        weight_sum=weight_sum,
-        eps=eps,
-        stats=stats,
-    )
+        return torch.ops.vitfast.quantize(x, norm_weight, norm_bias, eps, dtype)
+    return choose(checks.quantize_spec(x, dtype), backend).call(x, norm_weight, norm_bias, eps, dtype=dtype)
 
 
 def attention(
@@ -290,7 +271,7 @@ def attention(
         mask = key_mask if mask is None else mask & key_mask
     if causal:
         right = 0 if right is None else min(right, 0)
-    packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys}
+    packed: Any = {"cu_queries": cu_queries, "cu_keys": cu_keys, "max_queries": max_queries, "max_keys": max_keys}
     heads = {} if rope is None and qk_norm is None else _heads.options(rope, qk_norm)
     scores: Any = {"bias": bias, "mask": mask, "slopes": slopes, "softcap": softcap}
     checks.check_attention(q, k, v, **scores, **packed, **heads, quantize=quantize)
@@ -310,51 +291,3 @@ def attention(
         q, k = reference.prepare_heads(q, k, **heads)
     out, stats = torch.ops.vitfast.attention_forward(q, k, v, *options)
     return out, stats[0] + stats[1].log()
-
-
-def mlp(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    activation: str = "gelu",
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    eps: float = 1e-6,
-    stats: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """act(norm(x) @ fc1ᵀ + b1) @ fc2ᵀ + b2, times layer_scale, plus residual; the hidden row stays on chip.
-
-    Args:
-        x: [..., C]. fc1_weight: [F, C] ([2F, C] for "swiglu"). fc2_weight: [C, F].
-        weight_sum: [F] (or [2F]) fp32: LayerNorm of x is applied as a correction of fc1's product; fc1_weight,
-            weight_sum and fc1_bias are then those of `fold_norm`, as in `linear`. eps: of that LayerNorm.
-        stats: also return `row_stats` of the output, as `linear` does.
-
-    Returns:
-        [..., C] in x's dtype, or that and [M, ceil(C / 128), 2] fp32.
-
-    Raises:
-        ValueError: if a shape or dtype does not fit, or the activation is unknown.
-    """
-    checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum)
-    if backend is None:
-        op = torch.ops.vitfast.mlp_stats if stats else torch.ops.vitfast.mlp
-        return op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, residual, weight_sum, eps)
-    return choose(checks.mlp_spec(x, fc1_weight), backend).call(
-        x,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        weight_sum=weight_sum,
-        eps=eps,
-        stats=stats,
-    )

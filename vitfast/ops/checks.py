@@ -30,9 +30,31 @@ def _device(op: str, first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device} like the first argument")
 
 
-def _activation(op: str, activation: str | None) -> None:
+def _operands(op: str, first: Tensor, dtype: torch.dtype, **operands: Any) -> None:
+    """Operands by name, each (tensor or None, *shape): those given have it, this dtype and the first one's device."""
+    for name, (tensor, *shape) in operands.items():
+        _shape(op, name, tensor, tuple(shape))
+        _dtype(op, name, tensor, dtype)
+        _device(op, first, **{name: tensor})
+
+
+def out_features(weight: Tensor, activation: str | None) -> int:
+    """The width of a product's output: "swiglu" makes one column of two."""
+    return weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+
+
+def _product(op: str, x: Tensor, weight: Tensor, activation: str | None) -> tuple[int, int]:
+    """Check that weight multiplies x; N, and the columns of the output."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    n = weight.shape[0]
+    if activation == "swiglu" and n % 2:
+        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {n}")
+    return n, out_features(weight, activation)
 
 
 def check_patch_embed(
@@ -56,35 +78,36 @@ def check_patch_embed(
     height, width, channels = (images.shape[i] for i in ((1, 2, 3) if channels_last else (2, 3, 1)))
     if ph < 1 or pw < 1 or height < ph or width < pw or height % ph or width % pw:
         raise ValueError(f"{op}: image size {height}x{width} is not a positive multiple of the patch {ph}x{pw}")
+    if channels < 1:
+        raise ValueError(f"{op}: images {layout} of shape {tuple(images.shape)} have no channels")
     if weight.shape[1] != channels * ph * pw:
         raise ValueError(
             f"{op}: images {layout} of shape {tuple(images.shape)} have {channels} channels, "
             f"so weight needs K = {channels}*{ph}*{pw} = {channels * ph * pw}, got {weight.shape[1]}"
         )
     c, patches = weight.shape[0], (height // ph) * (width // pw)
-    _shape(op, "bias", bias, (c,))
-    _shape(op, "position", position, (patches, c))
     if prefix is not None and (prefix.ndim != 2 or prefix.shape[1] != c):
         raise ValueError(f"{op}: prefix has shape {tuple(prefix.shape)}, expected (P, {c})")
-    for name, tensor in (("bias", bias), ("position", position), ("prefix", prefix)):
-        _dtype(op, name, tensor, weight.dtype)
-    _device(op, images, weight=weight, bias=bias, position=position, prefix=prefix)
+    _device(op, images, weight=weight)
+    _operands(op, images, weight.dtype, bias=(bias, c), position=(position, patches, c))
+    if prefix is not None:
+        _operands(op, images, weight.dtype, prefix=(prefix, prefix.shape[0], c))
 
 
 def patch_embed_spec(images: Tensor, weight: Tensor) -> Spec:
     return Spec.of("patch_embed", images, weight.dtype, width=weight.shape[0], patch=weight.shape[1])
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+def check_rows(op: str, x: Tensor) -> None:
     _dtype(op, "x", x, *FLOATS)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
-    _shape(op, "weight", weight, (x.shape[-1],))
-    _shape(op, "bias", bias, (x.shape[-1],))
-    _shape(op, "residual", residual, tuple(x.shape))
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        _dtype(op, name, tensor, x.dtype)
-    _device(op, x, weight=weight, bias=bias, residual=residual)
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+    check_rows(op, x)
+    c = x.shape[-1]
+    _operands(op, x, x.dtype, weight=(weight, c), bias=(bias, c), residual=(residual, *x.shape))
 
 
 def check_linear(
@@ -97,30 +120,19 @@ def check_linear(
     row_stats: Tensor | None,
     weight_sum: Tensor | None,
     op: str = "linear",
+    stats: bool = False,
 ) -> None:
-    _activation(op, activation)
     _dtype(op, "x", x, *FLOATS)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x [..., K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
-    rows = weight.shape[0]
-    if activation == "swiglu" and rows % 2:
-        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
-    out = rows // 2 if activation == "swiglu" else rows
-    _shape(op, "bias", bias, (rows,))
-    _shape(op, "layer_scale", layer_scale, (out,))
-    _shape(op, "residual", residual, (*x.shape[:-1], out))
-    named = {"weight": weight, "bias": bias, "layer_scale": layer_scale, "residual": residual}
-    for name, tensor in named.items():
-        _dtype(op, name, tensor, x.dtype)
+    n, columns = _product(op, x, weight, activation)
+    if stats and columns < 1:
+        raise ValueError(f"{op}: stats needs weight rows, got weight of shape {tuple(weight.shape)}")
+    _operands(op, x, x.dtype, weight=(weight, *weight.shape), bias=(bias, n))
+    _operands(op, x, x.dtype, layer_scale=(layer_scale, columns), residual=(residual, *x.shape[:-1], columns))
     if (row_stats is None) != (weight_sum is None):
         raise ValueError(f"{op}: row_stats and weight_sum go together (see fold_norm); only one was given")
-    if row_stats is not None and weight_sum is not None:
-        m = x.numel() // x.shape[-1]
-        _shape(op, "row_stats", row_stats, (m, -(-x.shape[-1] // STATS_TILE), 2))
-        _shape(op, "weight_sum", weight_sum, (rows,))
-        _dtype(op, "row_stats", row_stats, torch.float32)
-        _dtype(op, "weight_sum", weight_sum, torch.float32)
-    _device(op, x, **named, row_stats=row_stats, weight_sum=weight_sum)
+    if row_stats is not None:
+        m, tiles = x.numel() // x.shape[-1], -(-x.shape[-1] // STATS_TILE)
+        _operands(op, x, torch.float32, row_stats=(row_stats, m, tiles, 2), weight_sum=(weight_sum, n))
 
 
 def linear_spec(x: Tensor, weight: Tensor) -> Spec:
@@ -143,6 +155,8 @@ def check_attention(
     softcap: float = 0.0,
     cu_queries: Tensor | None = None,
     cu_keys: Tensor | None = None,
+    max_queries: int = 0,
+    max_keys: int = 0,
     quantize: torch.dtype | None = None,
     **heads: Any,
 ) -> None:
@@ -180,6 +194,8 @@ def check_attention(
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     _check_packed(b, bias, mask, cu_queries, cu_keys)
+    if max_queries < 0 or max_keys < 0:
+        raise ValueError(f"{op}: max_queries and max_keys must not be negative, got {max_queries} and {max_keys}")
     _dtype(op, "slopes", slopes, torch.float32)
     sequences = b if cu_queries is None else len(cu_queries) - 1
     if slopes is not None and tuple(slopes.shape) not in ((h,), (sequences, h)):
@@ -295,22 +311,16 @@ def check_attention_block(
 ) -> None:
     op = "attention_block"
     check_linear(x, qkv_weight, qkv_bias, None, None, None, None, None, f"{op} (qkv)")
-    rows = qkv_weight.shape[0]
-    if x.ndim != 3 or heads < 1 or rows % (3 * heads):
+    n = qkv_weight.shape[0]
+    if x.ndim != 3 or heads < 1 or n < 1 or n % (3 * heads):
         raise ValueError(
             f"{op}: x must be [B, N, C] and qkv_weight [3 * heads * D, C], got {tuple(x.shape)} and "
             f"{tuple(qkv_weight.shape)} for {heads} heads"
         )
-    _shape(op, "weight_sum", weight_sum, (rows,))
-    _dtype(op, "weight_sum", weight_sum, torch.float32)
-    _shape(op, "proj_weight", proj_weight, (x.shape[2], rows // 3))
-    _shape(op, "proj_bias", proj_bias, (x.shape[2],))
-    _shape(op, "layer_scale", layer_scale, (x.shape[2],))
-    _shape(op, "residual", residual, tuple(x.shape))
-    named = {"proj_weight": proj_weight, "proj_bias": proj_bias, "layer_scale": layer_scale, "residual": residual}
-    for name, tensor in named.items():
-        _dtype(op, name, tensor, x.dtype)
-    _device(op, x, **named, weight_sum=weight_sum)
+    c = x.shape[2]
+    _operands(op, x, torch.float32, weight_sum=(weight_sum, n))
+    _operands(op, x, x.dtype, proj_weight=(proj_weight, c, n // 3), proj_bias=(proj_bias, c))
+    _operands(op, x, x.dtype, layer_scale=(layer_scale, c), residual=(residual, *x.shape))
 
 
 def attention_block_spec(x: Tensor, proj_weight: Tensor, heads: int) -> Spec:
@@ -328,18 +338,15 @@ def check_mlp(
     residual: Tensor | None,
     weight_sum: Tensor | None = None,
 ) -> None:
-    check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, "mlp (fc1)")
-    _shape("mlp", "weight_sum", weight_sum, (fc1_weight.shape[0],))
-    _dtype("mlp", "weight_sum", weight_sum, torch.float32)
-    hidden = fc1_weight.shape[0] // 2 if activation == "swiglu" else fc1_weight.shape[0]
-    _shape("mlp", "fc2_weight", fc2_weight, (x.shape[-1], hidden))
-    _shape("mlp", "fc2_bias", fc2_bias, (x.shape[-1],))
-    _shape("mlp", "layer_scale", layer_scale, (x.shape[-1],))
-    _shape("mlp", "residual", residual, tuple(x.shape))
-    named = {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias, "layer_scale": layer_scale, "residual": residual}
-    for name, tensor in named.items():
-        _dtype("mlp", name, tensor, x.dtype)
-    _device("mlp", x, **named, weight_sum=weight_sum)
+    op = "mlp"
+    check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, f"{op} (fc1)")
+    c = x.shape[-1]
+    hidden = out_features(fc1_weight, activation)
+    if hidden < 1:
+        raise ValueError(f"{op}: fc1_weight must have rows, got shape {tuple(fc1_weight.shape)}")
+    _operands(op, x, torch.float32, weight_sum=(weight_sum, fc1_weight.shape[0]))
+    _operands(op, x, x.dtype, fc2_weight=(fc2_weight, c, hidden), fc2_bias=(fc2_bias, c))
+    _operands(op, x, x.dtype, layer_scale=(layer_scale, c), residual=(residual, *x.shape))
 
 
 def mlp_spec(x: Tensor, fc1_weight: Tensor) -> Spec:
@@ -355,11 +362,7 @@ def check_quantize(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | No
         raise ValueError(f"{op}: x must have a non-empty last axis, got shape {tuple(x.shape)}")
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError(f"{op}: norm_weight and norm_bias go together; only one was given")
-    named = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, tensor in named.items():
-        _shape(op, name, tensor, (x.shape[-1],))
-        _dtype(op, name, tensor, x.dtype)
-    _device(op, x, **named)
+    _operands(op, x, x.dtype, norm_weight=(norm_weight, x.shape[-1]), norm_bias=(norm_bias, x.shape[-1]))
 
 
 def quantize_spec(x: Tensor, dtype: torch.dtype) -> Spec:
@@ -378,36 +381,20 @@ def check_quantized_linear(
     dtype: torch.dtype,
 ) -> None:
     op = "quantized_linear"
-    _activation(op, activation)
     _dtype(op, "x", x, *QUANTIZED)
-    _dtype(op, "weight", weight, x.dtype)
     if dtype not in FLOATS:
         raise ValueError(f"{op}: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: x [..., K] and weight [N, K] with K >= 1 do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    rows = weight.shape[0]
-    if activation == "swiglu" and rows % 2:
-        raise ValueError(f"{op}: swiglu needs an even number of weight rows, got {rows}")
-    out = rows // 2 if activation == "swiglu" else rows
-    shapes = [tuple(x.shape[:-1])]
+    n, columns = _product(op, x, weight, activation)
+    rows, k = tuple(x.shape[:-1]), x.shape[-1]
+    shapes = [rows]
     if x_scale.ndim == x.ndim:
-        shapes = list(dict.fromkeys((*shapes[0], -(-x.shape[-1] // group)) for group in SCALE_GROUPS))
+        shapes = list(dict.fromkeys((*rows, -(-k // group)) for group in SCALE_GROUPS))
     if tuple(x_scale.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
         raise ValueError(f"{op}: x_scale has shape {tuple(x_scale.shape)}, expected {expected}")
-    _shape(op, "weight_scale", weight_scale, (rows,))
-    _shape(op, "bias", bias, (rows,))
-    _shape(op, "layer_scale", layer_scale, (out,))
-    _shape(op, "residual", residual, (*x.shape[:-1], out))
-    scales = {"x_scale": x_scale, "weight_scale": weight_scale}
-    floats = {"bias": bias, "layer_scale": layer_scale, "residual": residual}
-    for name, tensor in scales.items():
-        _dtype(op, name, tensor, torch.float32)
-    for name, tensor in floats.items():
-        _dtype(op, name, tensor, dtype)
-    _device(op, x, weight=weight, **scales, **floats)
+    _operands(op, x, x.dtype, weight=(weight, *weight.shape))
+    _operands(op, x, torch.float32, x_scale=(x_scale, *x_scale.shape), weight_scale=(weight_scale, n))
+    _operands(op, x, dtype, bias=(bias, n), layer_scale=(layer_scale, columns), residual=(residual, *rows, columns))
 
 
 def quantized_linear_spec(

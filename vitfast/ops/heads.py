@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021): x * cos + turn(x) * sin, turn making channels (a, b) into (-b, a).
+    """Rotary position embedding (Su et al. 2021): x * cos + rotate_half(x) * sin, (a, b) being rotated to (-b, a).
 
     Attributes:
         cos, sin: [rows, D]; [H, rows, D] where each head has its own; or [B, H, rows, D]. fp32 or q's dtype, alike in

@@ -72,8 +72,9 @@ def _(x, residual, weight, bias, eps=1e-6):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _stats_like(x: Tensor, width: int) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1], -(-width // STATS_TILE), 2), dtype=torch.float32)
+def empty_stats(x: Tensor) -> Tensor:
+    """What `row_stats` of x gives, uninitialised."""
+    return x.new_empty((x.numel() // x.shape[-1], -(-x.shape[-1] // STATS_TILE), 2), dtype=torch.float32)
 
 
 @custom_op("vitfast::row_stats", mutates_args=())
@@ -83,68 +84,19 @@ def row_stats(x: Tensor) -> Tensor:
 
 @row_stats.register_fake
 def _(x):
-    return _stats_like(x, x.shape[-1])
+    return empty_stats(x)
 
 
-def _call_linear(stats, x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps) -> Any:
-    return choose(checks.linear_spec(x, weight)).call(
-        x,
-        weight,
-        bias,
-        activation=activation,
-        layer_scale=layer_scale,
-        residual=residual,
-        row_stats=row_stats,
-        weight_sum=weight_sum,
-        eps=eps,
-        stats=stats,
-    )
-
-
-@custom_op("vitfast::linear", mutates_args=())
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    return _call_linear(False, x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)
-
-
-def _linear_out(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
-    width = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
-    return x.new_empty((*x.shape[:-1], width))
-
-
-@linear.register_fake
-def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, row_stats=None, weight_sum=None, eps=0):
-    return _linear_out(x, weight, activation)
-
-
-@custom_op("vitfast::linear_stats", mutates_args=())
-def linear_stats(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    eps: float = 1e-6,
+@custom_op("vitfast::quantize", mutates_args=())
+def quantize(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _call_linear(True, x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)
+    return choose(checks.quantize_spec(x, dtype)).call(x, norm_weight, norm_bias, eps, dtype=dtype)
 
 
-@linear_stats.register_fake
-def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, row_stats=None, weight_sum=None, eps=0):
-    y = _linear_out(x, weight, activation)
-    return y, _stats_like(y, y.shape[-1])
+@quantize.register_fake
+def _(x, norm_weight, norm_bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 # attention is defined piece by piece, because its autograd depends on the backend: torch's own
@@ -152,16 +104,18 @@ def _(x, weight, bias=None, activation=None, layer_scale=None, residual=None, ro
 # Its options have no defaults: the dispatcher would leave those that equal theirs away.
 _OPTIONS = {"bias": None, "mask": None, "slopes": None, "softcap": 0.0, "left": None, "right": None, "offset": 0,
             "scale": None, "cu_queries": None, "cu_keys": None, "max_queries": 0, "max_keys": 0}  # fmt: skip
-_ALL_OPTIONS = _OPTIONS | heads.OPTIONS  # the gradient's ops have the first only
-_library = torch.library.Library("vitfast", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, "
-    "SymInt? right, SymInt offset, float? scale, Tensor? cu_queries, Tensor? cu_keys, SymInt max_queries, "
-    "SymInt max_keys, Tensor? cos, Tensor? sin, bool interleaved, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
-    "Tensor? k_bias, float norm_eps, bool rms"
+_SCHEMA = (
+    "Tensor? bias, Tensor? mask, Tensor? slopes, float softcap, SymInt? left, SymInt? right, SymInt offset, "
+    "float? scale, Tensor? cu_queries, Tensor? cu_keys, SymInt max_queries, SymInt max_keys"
 )
-_library.define(f"attention({_ARGUMENTS}, str backend) -> Tensor")
-_library.define(f"attention_quantize({_ARGUMENTS}, ScalarType dtype, str backend) -> (Tensor, Tensor)")
+_ALL_OPTIONS = _OPTIONS | heads.OPTIONS  # the gradient's ops have the first only
+_ALL_SCHEMA = (
+    f"Tensor q, Tensor k, Tensor v, {_SCHEMA}, Tensor? cos, Tensor? sin, bool interleaved, Tensor? q_weight, "
+    "Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, float norm_eps, bool rms"
+)
+_library = torch.library.Library("vitfast", "FRAGMENT")
+_library.define(f"attention({_ALL_SCHEMA}, str backend) -> Tensor")
+_library.define(f"attention_quantize({_ALL_SCHEMA}, ScalarType dtype, str backend) -> (Tensor, Tensor)")
 
 
 def _entry(q, k, options, backend, quantize=None) -> Backend:
@@ -244,26 +198,13 @@ def _kernel_file(name: str) -> Any:
     return importlib.import_module(f"vitfast.kernels.{name}")
 
 
-@custom_op("vitfast::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    softcap: float,
-    left: int | None,
-    right: int | None,
-    offset: int,
-    scale: float | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-) -> tuple[Tensor, Tensor]:
+@custom_op(
+    "vitfast::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
+)
+def attention_forward(q, k, v, *options):
     """The Triton kernel, with what its backward needs: out and stats, see kernels/attention.py."""
-    options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
     _entry(q, k, options, "triton")  # raises with the reasons where it cannot run
     return _kernel_file("attention").attention_forward(q, k, v, **dict(zip(_OPTIONS, options, strict=True)))
 
@@ -273,35 +214,18 @@ def _(q, k, v, *options):
     return q.new_empty(q.shape), q.new_empty((2, q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-@custom_op("vitfast::attention_backward", mutates_args=())
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    softcap: float,
-    left: int | None,
-    right: int | None,
-    offset: int,
-    scale: float | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op(
+    "vitfast::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_SCHEMA}, bool bias_grad) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(dout, q, k, v, out, stats, *options):
     """dq, dk, dv and dbias; the last is empty unless bias_grad (a custom op cannot return None)."""
     if dout.shape[-1] > 1 and dout.stride(-1) != 1:  # sum() and mean() give expanded gradients
         dout = dout.contiguous()
-    options = (bias, mask, slopes, softcap, left, right, offset, scale, cu_queries, cu_keys, max_queries, max_keys)
-    dq, dk, dv, dbias = _kernel_file("attention_backward").attention_backward(
-        dout, q, k, v, out, stats, bias_grad=bias_grad, **dict(zip(_OPTIONS, options, strict=True))
-    )
+    named = dict(zip((*_OPTIONS, "bias_grad"), options, strict=True))
+    dq, dk, dv, dbias = _kernel_file("attention_backward").attention_backward(dout, q, k, v, out, stats, **named)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
@@ -336,52 +260,3 @@ def _refuse_second_derivative(ctx, *grads):
 
 attention_forward.register_autograd(_differentiate_attention, setup_context=_save_attention)
 attention_backward.register_autograd(_refuse_second_derivative)
-
-
-def _call_mlp(stats, x, weights, activation, layer_scale, residual, weight_sum, eps) -> Any:
-    options = {"layer_scale": layer_scale, "residual": residual, "weight_sum": weight_sum, "eps": eps, "stats": stats}
-    return choose(checks.mlp_spec(x, weights[0])).call(x, *weights, activation=activation, **options)
-
-
-@custom_op("vitfast::mlp", mutates_args=())
-def mlp(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str = "gelu",
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _call_mlp(False, x, weights, activation, layer_scale, residual, weight_sum, eps)
-
-
-@mlp.register_fake
-def _(x, *weights_and_options):
-    return x.new_empty(x.shape)
-
-
-@custom_op("vitfast::mlp_stats", mutates_args=())
-def mlp_stats(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str = "gelu",
-    layer_scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _call_mlp(True, x, weights, activation, layer_scale, residual, weight_sum, eps)
-
-
-@mlp_stats.register_fake
-def _(x, *weights_and_options):
-    return x.new_empty(x.shape), _stats_like(x, x.shape[-1])

@@ -45,8 +45,5 @@ def linear(
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
         if fused != activation:
             y = reference.activate(y, activation)
-        if layer_scale is not None:
-            y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
-        elif residual is not None:
-            y = y + residual
+        y = reference.scale_and_add(y, layer_scale, residual)
     return (y, reference.row_stats(y)) if stats else y

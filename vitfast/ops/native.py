@@ -108,9 +108,5 @@ def linear_packed(
     if packed.shape[0] % 2:
         raise ValueError(f"linear: swiglu needs an even number of weight rows, got {packed.shape[0]}")
     (both,) = run(x, packed, bias, None, None, None, row_stats, weight_sum, eps, False)
-    y = reference.activate(both, activation)
-    if layer_scale is not None:
-        y = y * layer_scale
-    if residual is not None:
-        y = y + residual
+    y = reference.scale_and_add(reference.activate(both, activation), layer_scale, residual)
     return (y, reference.row_stats(y)) if stats else y

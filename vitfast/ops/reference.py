@@ -67,6 +67,13 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return _ACTIVATIONS[activation](x)
 
 
+def scale_and_add(y: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    """y * layer_scale + residual, of those that are given."""
+    if layer_scale is None:
+        return y if residual is None else y + residual
+    return y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
+
+
 def patches(images: Tensor, patch_size: tuple[int, int], channels_last: bool) -> Tensor:
     """Cut images into rows [B, L, K], K in the order (ph, pw, Cin) if channels_last else (Cin, ph, pw)."""
     ph, pw = patch_size
@@ -162,11 +169,7 @@ def linear(
         mean, rstd = (t.reshape(*x.shape[:-1], 1) for t in (mean, rstd))
         y = rstd * (F.linear(x, weight).to(mean.dtype) - mean * weight_sum.to(mean.dtype))
         y = (y if bias is None else y + bias).to(x.dtype)
-    y = activate(y, activation)
-    if layer_scale is not None:
-        y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
-    elif residual is not None:
-        y = y + residual
+    y = scale_and_add(activate(y, activation), layer_scale, residual)
     return (y, _row_stats(y, upcast=upcast)) if stats else y
 
 
@@ -199,10 +202,8 @@ def attention(
         q, k = prepare_heads(q, k, **heads, upcast=upcast)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain_causal = right == 0 and left is None and offset == 0 and bias is None and mask is None
-    key, position = (
-        torch.arange(k.shape[1], device=q.device),
-        torch.arange(q.shape[1], device=q.device)[:, None] + offset,
-    )
+    key = torch.arange(k.shape[1], device=q.device)
+    position = torch.arange(q.shape[1], device=q.device)[:, None] + offset
     if not upcast and plain_causal and not softcap and slopes is None:
         return _torch_attention(q, k, v, None, scale, causal=True)
     for side, seen in ((right, key - position <= (right or 0)), (left, position - key <= (left or 0))):
@@ -246,16 +247,19 @@ def prepare_heads(
             y = y + bias.to(exact)
         if cos is not None and sin is not None:
             prefix, y = y.tensor_split([x.shape[1] - cos.shape[-2]], dim=1)
-            if interleaved:
-                turned = torch.stack((-y[..., 1::2], y[..., ::2]), dim=-1).flatten(-2)
-            else:
-                first, second = y.chunk(2, dim=-1)
-                turned = torch.cat((-second, first), dim=-1)
             cosines, sines = ((t if t.ndim > 2 else t[None]).transpose(-3, -2).to(exact) for t in (cos, sin))
-            y = torch.cat((prefix, y * cosines + turned * sines), dim=1)
+            y = torch.cat((prefix, y * cosines + _rotate_half(y, interleaved) * sines), dim=1)
         return y if upcast else y.to(x.dtype)
 
     return prepare(q, q_weight, q_bias), prepare(k, k_weight, k_bias)
+
+
+def _rotate_half(x: Tensor, interleaved: bool) -> Tensor:
+    """Channels (a, b) to (-b, a): neighbours if interleaved, else the two halves of a head."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
 def _torch_attention(q, k, v, added, scale, causal=False):
@@ -290,6 +294,13 @@ def _attention_formula(q, k, v, bias, mask, softcap, slopes, distance, scale, dt
     return (weights @ v).transpose(1, 2).contiguous()
 
 
+def _folded_norm(x: Tensor, weight_sum: Tensor | None, eps: float, upcast: bool) -> dict[str, Any]:
+    """What the first product of a block is given besides its weight and bias; see `vitfast.ops.fold_norm`."""
+    if weight_sum is None:
+        return {}
+    return {"row_stats": row_stats(x, upcast=upcast), "weight_sum": weight_sum, "eps": eps}
+
+
 def attention_block(
     x: Tensor,
     qkv_weight: Tensor,
@@ -305,13 +316,11 @@ def attention_block(
     stats: bool = False,
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    norm: Any = {}
-    if weight_sum is not None:
-        norm = {"row_stats": row_stats(x, upcast=upcast), "weight_sum": weight_sum, "eps": eps}
-    qkv: Any = linear(x, qkv_weight, qkv_bias, **norm, upcast=upcast)
+    qkv: Any = linear(x, qkv_weight, qkv_bias, **_folded_norm(x, weight_sum, eps, upcast), upcast=upcast)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)
-    mixed = attention(q, k, v, upcast=upcast).flatten(2)
-    return linear(mixed, proj_weight, proj_bias, layer_scale=layer_scale, residual=residual, stats=stats, upcast=upcast)
+    attended = attention(q, k, v, upcast=upcast).flatten(2)
+    epilogue: Any = {"layer_scale": layer_scale, "residual": residual, "stats": stats}
+    return linear(attended, proj_weight, proj_bias, **epilogue, upcast=upcast)
 
 
 def mlp(
@@ -329,17 +338,8 @@ def mlp(
     stats: bool = False,
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    stats_of_x = None if weight_sum is None else row_stats(x, upcast=upcast)
-    hidden: Any = linear(
-        x,
-        fc1_weight,
-        fc1_bias,
-        activation=activation,
-        row_stats=stats_of_x,
-        weight_sum=weight_sum,
-        eps=eps,
-        upcast=upcast,
-    )
+    norm = _folded_norm(x, weight_sum, eps, upcast)
+    hidden: Any = linear(x, fc1_weight, fc1_bias, activation=activation, **norm, upcast=upcast)
     return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=residual, stats=stats, upcast=upcast)
 
 
@@ -401,11 +401,8 @@ def quantized_linear(
     y.mul_(weight_scale.to(exact))
     if bias is not None:
         y.add_(bias.to(exact))
-    y = activate(y, activation)
-    if layer_scale is not None:
-        y = y * layer_scale.to(exact)
-    if residual is not None:
-        y = y + residual.to(exact)
+    layer_scale, residual = (t if t is None else t.to(exact) for t in (layer_scale, residual))
+    y = scale_and_add(activate(y, activation), layer_scale, residual)
     if requantize:
         width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
         padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
@@ -418,7 +415,9 @@ def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:
     """x weightᵀ of 8-bit operands (or of the same numbers in fp32), in `exact`; of int8 rounded once."""
     if x.dtype != torch.int8:
         return F.linear(x.to(exact), weight.to(exact))
-    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way.
-    if exact == torch.float32 and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way,
+    # and with a single column torch 2.13's is wrong.
+    fits = exact == torch.float32 and x.device.type == "cpu" and x.shape[-1] > 1
+    if fits and torch.cpu._is_vnni_supported():
         return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x.double(), weight.double()).to(exact)

@@ -151,7 +151,7 @@ def backend(op: str, name: str) -> Backend:
 def _triton(op: str) -> Backend:
     try:
         module = importlib.import_module(f"vitfast.kernels.{_KERNEL_FILES.get(op, op)}")
-        common = importlib.import_module("vitfast.kernels._common")
+        common = importlib.import_module("vitfast.kernels._parts.launch")
     except ImportError as error:
         return Backend("triton", op, None, missing=f"triton kernels cannot be imported: {error}")
     entry = module.CAPABILITIES

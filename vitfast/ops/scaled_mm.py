@@ -50,12 +50,7 @@ def linear(
         out_dtype=dtype,
         use_fast_accum=False,
     ).view(*x.shape[:-1], weight.shape[0])
-    y = reference.activate(y, activation)
-    if layer_scale is not None:
-        y = y * layer_scale if residual is None else torch.addcmul(residual, y, layer_scale)
-    elif residual is not None:
-        y = y + residual
-    return y
+    return reference.scale_and_add(reference.activate(y, activation), layer_scale, residual)
 
 
 CAPABILITIES = Backend(

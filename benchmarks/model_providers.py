@@ -1,0 +1,229 @@
+"""The engines that whole models are compared with, each optional and named.
+
+A provider is a function of (timm model in eval mode, example images) that gives a function of images, or raises
+`Absent` with the reason; a missing package or an error of the library's becomes the reason in its cell. To add one,
+write that function and name it in PROVIDERS.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast.benchmarks.providers import Absent
+from vitfast.engine.load import load
+
+Run = Callable[[Tensor], Tensor]
+BASELINE = "timm eager"
+
+
+def engine(model: Any, images: Tensor) -> Run:
+    """vitfast's engine, on the images' device and dtype."""
+    built = load(model, device=images.device, dtype=images.dtype)
+    return lambda x: built(x).logits
+
+
+def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
+    """vitfast's engine with the products of the blocks in 8 bits."""
+    if not images.is_cuda:
+        raise Absent("on a CPU it is an emulation, there to see what it costs in accuracy")
+    built = load(model, device=images.device, dtype=precision)
+    return lambda x: built(x).logits
+
+
+def eager(model: Any, images: Tensor) -> Run:
+    """timm's own forward, in the images' dtype."""
+    return copy.deepcopy(model).to(images.device, images.dtype)
+
+
+def eager_graph(model: Any, images: Tensor) -> Run:
+    """timm's forward captured as one CUDA graph: its kernels without Python between them."""
+    if not images.is_cuda:
+        raise Absent("CUDA graphs need a GPU")
+    run = eager(model, images)
+    static, stream = images.clone(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run(static)
+
+    def replay(x: Tensor) -> Tensor:
+        static.copy_(x)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+def compiled(model: Any, images: Tensor) -> Run:
+    """torch.compile in its default mode."""
+    return torch.compile(eager(model, images))
+
+
+def compiled_tuned(model: Any, images: Tensor) -> Run:
+    """torch.compile in the mode max-autotune, which on a GPU brings CUDA graphs."""
+    return torch.compile(eager(model, images), mode="max-autotune")
+
+
+def torchao_fp8(model: Any, images: Tensor) -> Run:
+    """torchao's FP8, scales per row and channel as ours, compiled as its documentation has it."""
+    if not images.is_cuda:
+        raise Absent("runs on a GPU only")
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    module = eager(model, images)
+    quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return torch.compile(module, mode="max-autotune")
+
+
+def transformers(model: Any, images: Tensor) -> Run:
+    """transformers' ViTForImageClassification with the same weights and SDPA."""
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTForImageClassification
+
+    weights = model.state_dict()
+    if missing := {"cls_token", "pos_embed", "head.weight", "blocks.0.attn.qkv.bias"} - weights.keys():
+        raise Absent(f"has no equal of a timm model without {', '.join(sorted(missing))}")
+    if others := {name for name in weights if ".ls1." in name or "norm_pre" in name or "reg_token" in name}:
+        raise Absent(f"its plain ViT has no {sorted(others)[0]}")
+    blocks = model.blocks
+    config = ViTConfig(
+        hidden_size=weights["cls_token"].shape[-1], num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads, intermediate_size=weights["blocks.0.mlp.fc1.weight"].shape[0],
+        image_size=images.shape[-1], patch_size=model.patch_embed.patch_size[0], layer_norm_eps=model.norm.eps,
+        num_labels=model.num_classes,  # type: ignore[call-arg]
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:  # the names on disk are those of every version
+        (Path(folder) / "config.json").write_text(json.dumps(config.to_dict() | {"model_type": "vit"}))
+        save_file(_transformers_names(weights), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        theirs = ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+    theirs = theirs.eval().to(images.device, images.dtype)
+    return lambda x: theirs(x).logits
+
+
+def _transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's weights under the names of transformers' ViT on disk."""
+    names = {
+        "cls_token": "vit.embeddings.cls_token",
+        "pos_embed": "vit.embeddings.position_embeddings",
+        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+        "norm": "vit.layernorm",
+        "head": "classifier",
+    }
+    parts = {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        module, _, kind = name.rpartition(".")
+        if name in names:
+            renamed[names[name]] = value
+        elif module in names:
+            renamed[f"{names[module]}.{kind}"] = value
+        else:
+            _, index, part = module.split(".", 2)
+            layer = f"vit.encoder.layer.{index}"
+            if part == "attn.qkv":
+                for which, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    renamed[f"{layer}.attention.attention.{which}.{kind}"] = third
+            else:
+                renamed[f"{layer}.{parts[part]}.{kind}"] = value
+    return {name: value.cpu().contiguous().clone() for name, value in renamed.items()}
+
+
+def tensorrt(model: Any, images: Tensor) -> Run:
+    """TensorRT by way of torch_tensorrt."""
+    if not images.is_cuda:
+        raise Absent("runs on a GPU only")
+    import torch_tensorrt
+
+    module = eager(model, images)
+    return torch_tensorrt.compile(module, ir="dynamo", arg_inputs=[images], use_explicit_typing=True)
+
+
+def onnxruntime(model: Any, images: Tensor) -> Run:
+    """ONNX Runtime on the CPU, fp32, all graph optimisations, as many threads as torch."""
+    _cpu_fp32_only(images)
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _export(model, images, path)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def openvino(model: Any, images: Tensor) -> Run:
+    """OpenVINO on the CPU, in fp32 (its default there may be lower), as many threads as torch."""
+    _cpu_fp32_only(images)
+    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _export(model, images, path)
+        core = ov.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        network = core.compile_model(core.read_model(str(path)), "CPU", settings)
+    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
+
+
+def _cpu_fp32_only(images: Tensor) -> None:
+    if images.device.type != "cpu" or images.dtype != torch.float32:
+        raise Absent(f"compared on the CPU in fp32 only, not on {images.device} in {images.dtype}")
+
+
+def _export(model: Any, images: Tensor, path: Path) -> None:
+    import onnx  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    torch.onnx.export(copy.deepcopy(model), (images,), str(path), dynamo=True, verbose=False, external_data=False)
+
+
+PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "vitfast": engine,
+    "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
+    "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
+    "timm eager": eager,
+    "timm CUDA graph": eager_graph,
+    "torch.compile": compiled,
+    "torch.compile max-autotune": compiled_tuned,
+    "transformers": transformers,
+    "torchao FP8": torchao_fp8,
+    "TensorRT": tensorrt,
+    "ONNX Runtime": onnxruntime,
+    "OpenVINO": openvino,
+}
+
+EIGHT_BIT = {"vitfast fp8": "float8_e4m3fn", "vitfast int8": "int8", "torchao FP8": "float8_e4m3fn"}
+"""Those that multiply in 8 bits, and in which."""
+
+DEFAULTS = {
+    "cpu": ("vitfast", "timm eager", "torch.compile", "ONNX Runtime", "OpenVINO"),
+    "cuda": ("vitfast", "vitfast fp8", "timm eager", "timm CUDA graph", "torch.compile", "transformers", "TensorRT"),
+}
+"""Who takes part unless told otherwise; max-autotune takes minutes to compile."""
