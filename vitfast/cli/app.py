@@ -296,7 +296,7 @@ def inspect(
         from vitfast.benchmarks import predicted
 
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype.value)
-        predict.add_occupancy(answer.json, NAMED[model])
+        predict.add_occupancy(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 
