@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 import weakref
 from collections import OrderedDict
@@ -87,6 +88,9 @@ class Engine:
     def __repr__(self) -> str:
         weights = f"{self._weight_bytes() / 2**20:.1f} MiB of weights"
         return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend}, {weights})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{html.escape(repr(self))}</b><br>{self.plan._repr_html_()}"
 
     @property
     def backend(self) -> str:

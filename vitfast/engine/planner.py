@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from vitfast.engine import progress
 from vitfast.engine.plan_cache import digest, load_plan, plan_key, plans_dir, save_plan
 from vitfast.engine.sites import (
     FUSED_SITES,
@@ -158,7 +159,9 @@ def _site_backends(
     """The backend of every site, and what was measured to choose it."""
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
-    for site in plan_sites(config, quantized, keep):
+    sites = plan_sites(config, quantized, keep)
+    what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
+    for site in progress.said(sites, len(sites), what):
         if site in FUSED_SITES and config.width > FUSED_MAX_WIDTH:
             continue
         its_dtype = site_dtype(site, dtype, quantized)
