@@ -211,6 +211,9 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
         assert entry["uses"] not in entry["refused"]
         everything = {entry["uses"], *entry["ms"], *entry["refused"]}
         assert everything >= {"torch", "native"}, entry  # each backend is chosen, timed or refused with a reason
+    able = {(e["op"], e["device"], e["dtype"]): e["engine"] for e in doctor.report()["backends"]}
+    for entry in found["sites"]:  # what the report says that an engine takes is what the plan has taken
+        assert entry["uses"] in able[entry["op"], "cpu", "float32"]
     again = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
     assert again == found  # read from the cache, measurements included
     result = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu", "--json"])

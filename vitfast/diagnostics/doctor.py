@@ -71,8 +71,9 @@ def report() -> dict[str, Any]:
         versions: name -> version, or None where there is none;
         platform: system, machine, cpu, cpu_threads (torch's), cores;
         devices: name, device, capability, memory (bytes), multiprocessors, of each CUDA device;
-        backends: one entry per op, kind of device and dtype: op, device, dtype, uses (what a call that
-        names no backend takes; None if nothing can run), others: backend -> list of reasons;
+        backends: one entry per op, kind of device and dtype: op, device, dtype, uses (what a call of `vitfast.ops`
+        that names no backend takes; None if nothing can run), engine (among what an engine chooses, by measuring
+        where there are several; `plan` says what it chose for a model), others: backend -> list of reasons;
         packages: import name -> version or None, reason (why it cannot be imported), for (what);
         warnings: list of sentences.
     """
@@ -111,11 +112,13 @@ def report() -> dict[str, Any]:
     return answers
 
 
-def plan(source: Any, *, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+def plan(
+    source: Any, *, device: str | None = None, dtype: str | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Which backend runs each part of a model here, and by what measurement; measures what is not in the cache.
 
     Args:
-        source: as `vitfast.load` takes it. device, dtype: likewise.
+        source: as `vitfast.load` takes it. device, dtype, allow_pickle: likewise.
 
     Returns:
         model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
@@ -126,7 +129,7 @@ def plan(source: Any, *, device: str | None = None, dtype: str | None = None) ->
     """
     from vitfast.engine import load
 
-    made = load.load(source, device=device, dtype=dtype)
+    made = load.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle)
     sites = []
     for site, uses in made.plan.backends.items():
         spec = site_spec(made.config, SITES[site], 1, made.device, made.dtype, made.plan.quantized)
@@ -231,6 +234,8 @@ def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, An
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "uses": able[0].name if able else None,
+        # On the CPU Triton is its interpreter, which an engine never takes unless it is forced.
+        "engine": [entry.name for entry in able if device.type != "cpu" or entry.name != "triton"],
         "others": {name: others[name] for name in registry.BACKENDS if name in others},
     }
 
@@ -307,16 +312,19 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     if not report["devices"]:
         facts.add_row("devices", "no CUDA device; the CPU only")
 
-    backends = Table("device", "op", "dtypes", "uses", "why not the others", title="backends, for ViT-B/16 at batch 8")
+    columns = ("device", "op", "dtypes", "a call uses", "an engine uses", "why not the others")
+    backends = Table(*columns, title="backends, for ViT-B/16 at batch 8")
     backends.title_justify = "left"
     lines: dict[tuple[str, ...], list[str]] = {}
     for entry in report["backends"]:
         reasons = "\n".join(f"{name}: {'; '.join(why)}" for name, why in entry["others"].items())
-        key = (entry["device"], entry["op"], entry["uses"] or "nothing", reasons)
+        engine = " or ".join(entry["engine"]) or "nothing"
+        engine += ", as measured" if len(entry["engine"]) > 1 else ""
+        key = (entry["device"], entry["op"], entry["uses"] or "nothing", engine, reasons)
         lines.setdefault(key, []).append(entry["dtype"])
-    for (device, op, uses, reasons), dtypes in lines.items():
+    for (device, op, uses, engine, reasons), dtypes in lines.items():
         shown = "all" if len(dtypes) == len(DTYPES[op]) else ", ".join(dtypes)
-        backends.add_row(device, op, shown, uses, Text(reasons))
+        backends.add_row(device, op, shown, uses, engine, Text(reasons))
 
     packages = Table("package", "version", "for", title="packages", title_justify="left")
     for name, package in report["packages"].items():

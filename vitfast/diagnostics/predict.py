@@ -31,7 +31,7 @@ from vitfast.diagnostics.chips import (
     peak_tflops,
 )
 from vitfast.diagnostics.launches import launches
-from vitfast.engine.dtypes import QUANTIZED
+from vitfast.engine.dtypes import QUANTIZED, dtype_name
 from vitfast.models.config import ViTConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     """Predict every launch of the forward from uint8 pixels, and the sum; norms are folded where nothing is quantised.
 
     Args:
-        batch: images. chip: a key of CHIPS. dtype: "bf16", "fp16", "fp32", "fp8" or "int8".
+        batch: images. chip: a key of CHIPS. dtype: "bf16", "fp16", "fp32", "fp8" or "int8", or as torch names them.
 
     Returns:
         What json.dumps accepts: model, batch, chip, dtype, `predicted` (always True), `assumptions`,
@@ -54,8 +54,7 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     """
     if chip not in CHIPS:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}")
-    if dtype not in DTYPES | QUANTIZED:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES | QUANTIZED)}, got {dtype!r}")
+    dtype = dtype_name(dtype)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     card, quantized = CHIPS[chip], QUANTIZED.get(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -76,6 +77,9 @@ class Engine:
     def __repr__(self) -> str:
         weights = f"{self.runner.nbytes() / 2**20:.1f} MiB of weights"
         return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend}, {weights})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{html.escape(repr(self))}</b><br>{self.plan._repr_html_()}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as what it was made of, the checkpoint's weights: the copy plans and packs anew."""

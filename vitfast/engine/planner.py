@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from vitfast.engine import plan_cache
+from vitfast.engine import plan_cache, progress
 from vitfast.engine.cases import Call, Case
 from vitfast.engine.sites import plan_sites, site_case, site_spec
 from vitfast.models.config import ViTConfig
@@ -195,7 +195,9 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
     config, device = asked.config, asked.device
-    for site in asked.sites():
+    sites = asked.sites()
+    what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
+    for site in progress.said(sites, len(sites), what):
         if site.fused and config.width > FUSED_MAX_WIDTH:
             continue
         able, refused = candidates(asked.spec(site))

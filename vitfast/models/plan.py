@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -234,3 +235,26 @@ class Plan:
     def fused(self) -> bool:
         """Whether half a block is one launch, or each half."""
         return self.attention_block is not None or self.mlp is not None
+
+    def __repr__(self) -> str:
+        lines = [f"  {site}: {name}{f' (ms: {times})' if times else ''}" for site, name, times in self._rows()]
+        return "\n".join([f"Plan({', '.join(self._ways()) or 'plain'})", *lines])
+
+    def _repr_html_(self) -> str:
+        cells = [("part", "runs", "ms, as measured"), *self._rows()]
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+        return f"<b>Plan</b>: {html.escape(', '.join(self._ways()) or 'plain')}<table>{rows}</table>"
+
+    def _ways(self) -> list[str]:
+        """How the forward is put together, in words."""
+        ways = ["norms folded"] if self.fold_norm else []
+        ways += [f"{site} in one op" for site in ("attention_block", "mlp") if site in self.backends]
+        return ways + ([f"products in {str(self.quantized).removeprefix('torch.')}"] if self.quantized else [])
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """(site, backend, milliseconds of each backend that was measured there, the fastest first)."""
+        rows = []
+        for site, name in self.backends.items():
+            times = sorted(self.measured.get(site, {}).get("ms", {}).items(), key=lambda item: item[1])
+            rows.append((site, name, ", ".join(f"{backend} {ms:.3g}" for backend, ms in times)))
+        return rows
