@@ -39,9 +39,8 @@ def shown(report):
 def report_without(*modules, **environment):
     """The report of a process in which these modules cannot be imported; of packages, only triton."""
     code = "import json, sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in modules)
-    code += (
-        "from vitfast import doctor\ndoctor.OPTIONAL = {'triton': 'the kernels'}\nprint(json.dumps(doctor.report()))"
-    )
+    code += "from vitfast.diagnostics import doctor\ndoctor.OPTIONAL = {'triton': 'the kernels'}\n"
+    code += "print(json.dumps(doctor.report()))"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     result = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

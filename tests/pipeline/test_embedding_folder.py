@@ -78,6 +78,12 @@ def test_other_model_or_preprocessing_is_refused(photos, tmp_path):
         run(photos, tmp_path / "out", exif_orientation=False)
 
 
+def test_an_engine_without_preprocessing_is_refused(tmp_path):
+    folder = EmbeddingFolder(tmp_path / "out", "a/model")
+    with pytest.raises(ValueError, match="knows no preprocessing"):
+        write_parquet([], folder, FakeEngine(preprocess=None))
+
+
 def test_model_path_is_made_absolute(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,10 @@ def kept_products(depth: int, keep: tuple[str, ...], quantized: torch.dtype | No
 
 def site_dtype(site: str, dtype: torch.dtype, quantized: torch.dtype | None) -> torch.dtype:
     """The dtype that backends are asked about: a quantised site's own, else the model's."""
-    return quantized if site in QUANTIZED_SITES else dtype
+    if site not in QUANTIZED_SITES:
+        return dtype
+    assert quantized is not None, f"{site} is a site of quantised models"
+    return quantized
 
 
 def site_spec(config: ViTConfig, site: str, batch: int, device: torch.device, dtype: torch.dtype) -> Spec:

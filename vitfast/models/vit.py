@@ -27,6 +27,7 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
         position: [L, C] for this image size (`weights.position`, or that resized).
     """
     embed = weights.embed_uint8 if images.dtype == torch.uint8 else weights.embed_float
+    assert embed is not None  # the engine refuses uint8 where the normalisation is unknown
     x = plan.calls["patch_embed"](
         images,
         embed.weight,

@@ -82,26 +82,32 @@ def prepare_weights(
 ) -> Weights:
     """Cast, move, fold and pack canonical weights once. Folding is done in float64, before the cast."""
 
-    def get(name: str) -> Tensor | None:
-        tensor = weights.get(name)
-        return None if tensor is None else tensor.detach().to(device, dtype).contiguous()
+    def cast(name: str) -> Tensor:
+        return weights[name].detach().to(device, dtype).contiguous()
 
-    def norm(name: str) -> Norm | None:
-        weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
-        return None if weight is None or bias is None else Norm(weight, bias)
+    def get(name: str) -> Tensor | None:
+        return cast(name) if name in weights else None
+
+    def norm(name: str) -> Norm:
+        return Norm(cast(f"{name}.weight"), cast(f"{name}.bias"))
+
+    def optional_norm(name: str) -> Norm | None:
+        return norm(name) if f"{name}.weight" in weights else None
 
     def pack(site: str, weight: Tensor, **layout: Any) -> Tensor:
         return plan.packs[site](weight, **layout) if site in plan.packs else weight
 
-    def dense(name: str, site: str) -> Dense | None:
-        weight = get(f"{name}.weight")
+    def dense(name: str, site: str) -> Dense:
         if plan.quantized and site in PRODUCTS and name not in plan.keep:
             exact = weights[f"{name}.weight"].detach().to(device, torch.float32)
             values, scale = quantize(exact, dtype=plan.quantized, backend="torch")
             return Dense(pack(f"quantized_{site}", values), get(f"{name}.bias"), scale=scale)
-        return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
+        return Dense(pack(site, cast(f"{name}.weight")), get(f"{name}.bias"))
 
-    def normed(name: str, before: str, site: str) -> Dense | None:
+    def optional_head(name: str) -> Dense | None:
+        return dense(name, "head") if f"{name}.weight" in weights else None
+
+    def normed(name: str, before: str, site: str) -> Dense:
         if not plan.fold_norm:
             return dense(name, site)
         bias = weights.get(f"{name}.bias")
@@ -150,13 +156,13 @@ def prepare_weights(
         embed_float=embed(uint8=False, channels_last=False),
         prefix=get("prefix"),
         position=get("position"),
-        norm_pre=norm("norm_pre"),
+        norm_pre=optional_norm("norm_pre"),
         blocks=blocks,
-        norm=norm("norm"),
-        pool_norm=norm("pool_norm"),
-        projection=dense("projection", "head"),
-        head=dense("head", "head"),
-        head_dist=dense("head_dist", "head"),
+        norm=optional_norm("norm"),
+        pool_norm=optional_norm("pool_norm"),
+        projection=optional_head("projection"),
+        head=optional_head("head"),
+        head_dist=optional_head("head_dist"),
     )
 
 

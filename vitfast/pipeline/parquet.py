@@ -174,7 +174,10 @@ def write_parquet(
 
     Raises:
         InputError: if the folder's older parts were made with other preprocessing.
+        ValueError: if the engine knows no preprocessing.
     """
+    if engine.preprocess is None:
+        raise ValueError("the engine knows no preprocessing, and the parts say with which they were made")
     summary = Summary() if summary is None else summary
     dimension = engine.config.projection_dim or engine.config.width
     described = json.dumps({**asdict(engine.preprocess), "exif_orientation": exif_orientation}, sort_keys=True)

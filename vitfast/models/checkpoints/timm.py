@@ -88,6 +88,7 @@ def _config(module: Any, name: str) -> ViTConfig:
     require(not distilled or module.reg_token is None, "register tokens beside a distillation token", name)
     pool = _POOLS.get(module.global_pool)
     require(pool is not None, f"global_pool={module.global_pool!r}", name)
+    assert pool is not None
     has_head = not _absent(module.head)
     if pool == "none":
         require(not has_head and _absent(module.fc_norm), "global_pool='' with a head or fc_norm (per token)", name)
