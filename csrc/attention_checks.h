@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "guards.h"
 
 namespace vitfast {
 
@@ -41,6 +42,7 @@ inline void check_attention(const at::Tensor& q, const at::Tensor& k, const at::
   if (mask) check_dtype(op, "mask", *mask, {at::kBool});
   if (bias) check_dtype(op, "bias", *bias, {at::kFloat, at::kHalf, at::kBFloat16});
   const int64_t scores[] = {q.size(0), q.size(2), q.size(1), k.size(1)};
+  if (bias || mask) product(op, scores);  // what they are expanded to
   check_broadcast("bias", bias, scores);
   check_broadcast("mask", mask, scores);
 }

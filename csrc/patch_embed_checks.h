@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "guards.h"
 
 namespace vitfast {
 
@@ -10,13 +11,18 @@ inline void check_patch_size(const char* op, at::IntArrayRef patch_size) {
 }
 
 // Columns of a weight [C, K] packed for uint8 images, in bytes: three a number; 4 a channel and 16 more.
-inline int64_t pixel_columns(int64_t k, int64_t channels) { return 3 * k + 4 * channels + 16; }
+inline int64_t pixel_columns(int64_t k, int64_t channels) {
+  const char* op = "patch_embed";
+  return (Size(op, k) * 3 + Size(op, channels) * 4 + 16).value();
+}
 
-// `packed`: the weight is one of pack_patch_embed: of bytes, or its K is followed by a column per channel.
-inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                              const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,
-                              at::IntArrayRef patch_size, bool channels_last,
-                              std::initializer_list<at::ScalarType> weight_dtypes, bool packed = false) {
+// The rows of the output, B (P + L). `packed`: the weight is one of pack_patch_embed: of bytes, or its K is followed by
+// a column per channel.
+inline int64_t check_patch_embed(const at::Tensor& images, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& position,
+                                 const std::optional<at::Tensor>& prefix, at::IntArrayRef patch_size,
+                                 bool channels_last, std::initializer_list<at::ScalarType> weight_dtypes,
+                                 bool packed = false) {
   const char* op = "patch_embed";
   check_dtype(op, "images", images, {at::kByte, at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
   check_dtype(op, "weight", weight, weight_dtypes);
@@ -29,13 +35,16 @@ inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight
   const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
   const int64_t channels = images.size(channels_last ? 3 : 1), columns = weight.size(1);
   const bool bytes = packed && weight.scalar_type() == at::kChar;
-  const int64_t inner = bytes ? (columns - pixel_columns(0, channels)) / 3 : columns - (packed ? channels : 0);
   TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
                     ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
-  TORCH_CHECK_VALUE(inner == channels * ph * pw, op, ": images ", layout, " of shape ", shape_text(images.sizes()),
-                    " have ", channels, " channels, so weight needs K = ", channels, "*", ph, "*", pw, " = ",
-                    channels * ph * pw, ", got ", inner);
-  const int64_t c = weight.size(0), patches = (height / ph) * (width / pw);
+  TORCH_CHECK_VALUE(channels >= 1, op, ": images ", layout, " of shape ", shape_text(images.sizes()),
+                    " have no channels");
+  const int64_t k = product(op, {channels, ph, pw});
+  const int64_t beside = bytes ? pixel_columns(0, channels) : packed ? channels : 0;  // K, or 3 K of bytes
+  TORCH_CHECK_VALUE(columns == (Size(op, k) * (bytes ? 3 : 1) + beside).value(), op, ": images ", layout, " of shape ",
+                    shape_text(images.sizes()), " have ", channels, " channels, so weight needs K = ", channels, "*",
+                    ph, "*", pw, " = ", k, ", got ", (columns - beside) / (bytes ? 3 : 1));
+  const int64_t c = weight.size(0), patches = product(op, {height / ph, width / pw});
   check_shape(op, "bias", bias, {c});
   check_shape(op, "position", position, {patches, c});
   TORCH_CHECK_VALUE(!prefix || (prefix->dim() == 2 && prefix->size(1) == c), op, ": prefix has shape ",
@@ -44,6 +53,7 @@ inline void check_patch_embed(const at::Tensor& images, const at::Tensor& weight
   if (bias) check_dtype(op, "bias", *bias, {dtype});
   if (position) check_dtype(op, "position", *position, {dtype});
   if (prefix) check_dtype(op, "prefix", *prefix, {dtype});
+  return ((Size(op, patches) + (prefix ? prefix->size(0) : 0)) * images.size(0)).value();
 }
 
 }  // namespace vitfast

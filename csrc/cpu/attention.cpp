@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "../attention_checks.h"
+#include "../guards.h"
 #include "../ops.h"
 #include "vector.h"
 
@@ -24,6 +25,7 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+constexpr const char* kOp = "attention";
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A tensor seen as four axes, broadcast where a stride is 0; strides in elements.
@@ -45,8 +47,12 @@ struct Call {
   float scale = 1.0f;
   bool causal = false;
   void* out = nullptr;  // [B, Nq, H, D], contiguous
+
+  // Blocks of `size` queries of a head.
+  int64_t blocks(int64_t size) const { return (Size(kOp, queries) + (size - 1)).value() / size; }
 };
 
+// Of what memory holds already; Size has its own for what it may not.
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The block shape of a vector width: `lanes` floats a vector, `rows` x `vectors` of them in registers, and
@@ -64,15 +70,16 @@ struct Layout {
 
   template <typename T>
   static Layout of(const Call& c) {
+    const Size key_columns = round_up(Size(kOp, c.keys), T::lanes);
+    const Size value_columns = round_up(Size(kOp, c.head_dim), T::lanes), score_stride = key_columns + T::lanes;
+    const Size values = round_up(key_columns * c.head_dim, T::lanes);
+    const Size queries = values + round_up(value_columns * c.keys, T::lanes);
+    const Size scores = queries + round_up(Size(kOp, c.head_dim) * T::block, T::lanes);
+    const Size sums = scores + score_stride * T::block, size = sums + value_columns * T::rows;
     Layout l{};
-    l.key_columns = round_up(c.keys, T::lanes);
-    l.value_columns = round_up(c.head_dim, T::lanes);
-    l.score_stride = l.key_columns + T::lanes;
-    l.values = l.keys + round_up(l.key_columns * c.head_dim, T::lanes);
-    l.queries = l.values + round_up(l.value_columns * c.keys, T::lanes);
-    l.scores = l.queries + round_up(T::block * c.head_dim, T::lanes);
-    l.sums = l.scores + T::block * l.score_stride;
-    l.size = l.sums + T::rows * l.value_columns;
+    l.key_columns = key_columns.value(), l.value_columns = value_columns.value(), l.score_stride = score_stride.value();
+    l.values = values.value(), l.queries = queries.value(), l.scores = scores.value(), l.sums = sums.value();
+    l.size = size.value();
     return l;
   }
 };
@@ -193,7 +200,7 @@ template <typename T, typename scalar_t>
 VITFAST_INLINE void attend(const Call& c, int64_t begin, int64_t end, float* memory) {
   constexpr int lanes = T::lanes, rows = T::rows;
   const Layout l = Layout::of<T>(c);
-  const int64_t blocks = round_up(c.queries, T::block) / T::block;
+  const int64_t blocks = c.blocks(T::block);
   float *keys = memory + l.keys, *values = memory + l.values, *queries = memory + l.queries;
   float *scores = memory + l.scores, *sums = memory + l.sums;
   float shift[T::block], inverse[T::block];
@@ -277,13 +284,17 @@ Variant variant(const Call& c) {
   return {Standard::block, Layout::of<Standard>(c).size, &attend_standard<scalar_t>};
 }
 
-View view(const at::Tensor& tensor) {
-  View v{tensor.const_data_ptr(), tensor.scalar_type(), {}};
+View view(const char* name, const at::Tensor& tensor) {
+  View v{read(kOp, name, tensor), tensor.scalar_type(), {}};
   std::copy(tensor.strides().begin(), tensor.strides().end(), v.stride);
   return v;
 }
 
-View view(const Optional& tensor, at::IntArrayRef shape) { return tensor ? view(tensor->expand(shape)) : View{}; }
+View view(const char* name, const Optional& tensor, at::IntArrayRef shape) {
+  if (!tensor) return {};
+  check_storage(kOp, name, *tensor);  // or expand throws an error of its own
+  return view(name, tensor->expand(shape));
+}
 
 }  // namespace
 
@@ -295,16 +306,16 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   if (k.size(1) == 0) out.zero_();
   if (out.numel() == 0 || k.size(1) == 0) return out;
 
-  Call call{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), view(q), view(k), view(v)};
+  Call call{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), view("q", q), view("k", k), view("v", v)};
   const int64_t scores[] = {call.batch, call.heads, call.queries, call.keys};
-  call.bias = view(bias, scores);
-  call.mask = view(mask, scores);
+  call.bias = view("bias", bias, scores);
+  call.mask = view("mask", mask, scores);
   call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(call.head_dim))));
   call.causal = causal;
   call.out = out.mutable_data_ptr();
 
   const Variant chosen = q.scalar_type() == at::kFloat ? variant<float>(call) : variant<at::BFloat16>(call);
-  const int64_t blocks = call.batch * call.heads * (round_up(call.queries, chosen.block) / chosen.block);
+  const int64_t blocks = product(kOp, {call.batch, call.heads, call.blocks(chosen.block)});
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
     const at::Tensor memory = at::empty({chosen.memory}, at::kFloat);

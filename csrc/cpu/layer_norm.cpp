@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../guards.h"
 #include "../ops.h"
 #include "vector.h"
 
@@ -103,7 +104,7 @@ int64_t row_stride(const char* op, const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.size(-1) <= 1 || x.stride(-1) == 1, op, ": the last axis of ", name, " has stride ", x.stride(-1),
                     ", expected 1");
   if (x.numel() == 0) return 0;
-  const int64_t rows[] = {x.numel() / x.size(-1), x.size(-1)};
+  const int64_t rows[] = {rows_of(op, x), x.size(-1)};
   const auto strides = at::detail::computeStride(x.sizes(), x.strides(), at::IntArrayRef(rows));
   TORCH_CHECK_VALUE(strides, op, ": ", name, " with shape ", shape_text(x.sizes()), " and strides ",
                     shape_text(x.strides()), " cannot be viewed as rows");
@@ -124,20 +125,21 @@ void check(const char* op, const at::Tensor& x, const Optional& residual, const 
 }
 
 template <typename scalar_t>
-void run(const at::Tensor& y, const Optional& total, const at::Tensor& x, const Optional& residual,
+void run(const char* op, const at::Tensor& y, const Optional& total, const at::Tensor& x, const Optional& residual,
          const at::Tensor& weight, const at::Tensor& bias, double eps, int64_t x_stride, int64_t residual_stride) {
-  const at::Tensor w = weight.contiguous(), b = bias.contiguous();  // copied if need be: they are small
+  // Copied if need be: they are small.
+  const at::Tensor w = contiguous(op, "weight", weight), b = contiguous(op, "bias", bias);
   const Rows<scalar_t> rows{y.mutable_data_ptr<scalar_t>(),
                             total ? total->mutable_data_ptr<scalar_t>() : nullptr,
-                            x.const_data_ptr<scalar_t>(),
-                            residual ? residual->const_data_ptr<scalar_t>() : nullptr,
-                            w.const_data_ptr<scalar_t>(),
-                            b.const_data_ptr<scalar_t>(),
+                            read<scalar_t>(op, "x", x),
+                            read<scalar_t>(op, "residual", residual),
+                            read<scalar_t>(op, "weight", w),
+                            read<scalar_t>(op, "bias", b),
                             x_stride,
                             residual_stride,
                             x.size(-1),
                             static_cast<float>(eps)};
-  at::parallel_for(0, x.numel() / rows.width, kMinRows, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows_of(op, x), kMinRows, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
     const at::Tensor buffer = at::empty({rows.width}, at::kFloat);
     norm(rows, begin, end, buffer.mutable_data_ptr<float>());
@@ -154,7 +156,7 @@ std::tuple<at::Tensor, Optional> norm(const char* op, const at::Tensor& x, const
   const Optional total = residual ? Optional(at::empty(x.sizes(), x.options())) : Optional();
   if (x.numel() > 0) {
     auto* call = x.scalar_type() == at::kFloat ? &run<float> : &run<at::BFloat16>;
-    call(y, total, x, residual, weight, bias, eps, x_stride, residual_stride);
+    call(op, y, total, x, residual, weight, bias, eps, x_stride, residual_stride);
   }
   return {y, total};
 }

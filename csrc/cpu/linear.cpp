@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../guards.h"
 #include "../ops.h"
 #include "activation.h"
 
@@ -32,6 +33,8 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+constexpr const char* kOp = "linear";
+
 constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
 constexpr int64_t kDepth = 128;    // columns of x per sum in registers
 constexpr int64_t kRows = 192;     // rows and
@@ -39,6 +42,8 @@ constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and w
 constexpr int64_t kStatsTile = 128;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+int64_t tiles_of(int64_t columns) { return (Size(kOp, columns) + (kStatsTile - 1)).value() / kStatsTile; }
 
 // What is done to the product; a null pointer leaves its part out.
 struct Epilogue {
@@ -248,10 +253,6 @@ void pack_panel(const float* rows, int64_t k, int64_t width, float* panel) {
   }
 }
 
-const float* data(const Optional& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
-
-Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
-
 Activation activation_of(const std::optional<std::string>& name) {
   if (!name) return Activation::kNone;
   if (*name == "gelu") return Activation::kGelu;
@@ -266,8 +267,9 @@ Activation activation_of(const std::optional<std::string>& name) {
 // Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
 at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
   const int64_t rows = row_stats.size(0), tiles = row_stats.size(1);
-  const at::Tensor source = row_stats.contiguous(), combined = at::empty({2, rows}, row_stats.options());
-  const float* pair = source.const_data_ptr<float>();
+  const at::Tensor source = contiguous(kOp, "row_stats", row_stats);
+  const at::Tensor combined = at::empty({2, rows}, row_stats.options());
+  const float* pair = read<float>(kOp, "row_stats", source);
   float *means = combined.mutable_data_ptr<float>(), *rstds = means + rows;
   for (int64_t m = 0; m < rows; ++m, pair += 2 * tiles) {
     double sum = 0.0, square = 0.0;
@@ -287,25 +289,24 @@ at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps)
 
 void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, const Optional& layer_scale,
            const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
-  const char* op = "linear";
-  check_dtype(op, "x", x, {at::kFloat});
-  check_dtype(op, "weight", packed, {at::kFloat});
-  TORCH_CHECK_VALUE(packed.dim() == 2 && x.dim() >= 1 && x.size(-1) == packed.size(1) && x.size(-1) >= 1, op,
+  check_dtype(kOp, "x", x, {at::kFloat});
+  check_dtype(kOp, "weight", packed, {at::kFloat});
+  TORCH_CHECK_VALUE(packed.dim() == 2 && x.dim() >= 1 && x.size(-1) == packed.size(1) && x.size(-1) >= 1, kOp,
                     ": x [..., K] and weight [N, K] with K >= 1 do not fit: ", shape_text(x.sizes()), " and ",
                     shape_text(packed.sizes()));
   const int64_t n = packed.size(0), k = packed.size(1);
-  TORCH_CHECK_VALUE(packed.is_contiguous(), op, ": weight is not as pack_linear returned it: strides ",
+  TORCH_CHECK_VALUE(packed.is_contiguous(), kOp, ": weight is not as pack_linear returned it: strides ",
                     shape_text(packed.strides()));
-  check_shape(op, "bias", bias, {n});
-  check_shape(op, "layer_scale", layer_scale, {n});
+  check_shape(kOp, "bias", bias, {n});
+  check_shape(kOp, "layer_scale", layer_scale, {n});
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
-  check_shape(op, "residual", residual, shape);
-  TORCH_CHECK_VALUE(row_stats.has_value() == weight_sum.has_value(), op,
+  check_shape(kOp, "residual", residual, shape);
+  TORCH_CHECK_VALUE(row_stats.has_value() == weight_sum.has_value(), kOp,
                     ": row_stats and weight_sum go together (see fold_norm); only one was given");
   if (row_stats) {
-    check_shape(op, "row_stats", row_stats, {x.numel() / k, (k + kStatsTile - 1) / kStatsTile, 2});
-    check_shape(op, "weight_sum", weight_sum, {n});
+    check_shape(kOp, "row_stats", row_stats, {rows_of(kOp, x), tiles_of(k), 2});
+    check_shape(kOp, "weight_sum", weight_sum, {n});
   }
   const std::pair<const char*, const Optional&> named[] = {{"bias", bias},
                                                            {"layer_scale", layer_scale},
@@ -313,7 +314,7 @@ void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, 
                                                            {"row_stats", row_stats},
                                                            {"weight_sum", weight_sum}};
   for (const auto& [name, tensor] : named) {
-    if (tensor) check_dtype(op, name, *tensor, {at::kFloat});
+    if (tensor) check_dtype(kOp, name, *tensor, {at::kFloat});
   }
 }
 
@@ -323,23 +324,26 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   check_dtype("pack_linear", "weight", weight, {at::kFloat});
   TORCH_CHECK_VALUE(weight.dim() == 2, "pack_linear: weight must be [N, K], got shape ", shape_text(weight.sizes()));
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor source = weight.contiguous(), packed = at::empty(source.sizes(), source.options());
+  const at::Tensor source = contiguous("pack_linear", "weight", weight);
+  const at::Tensor packed = at::empty(source.sizes(), source.options());
   pack_panels(source, packed.mutable_data_ptr<float>());
   return packed;
 }
 
 void pack_panels(const at::Tensor& weight, float* packed) {
-  const int64_t n = weight.size(0), k = weight.size(1), panels = (n + kPanel - 1) / kPanel;
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  if (weight.numel() == 0) return;
+  const float* rows = read<float>("pack_linear", "weight", weight);
+  at::parallel_for(0, (n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kPanel, width = std::min(kPanel, n - first);
-      pack_panel(weight.const_data_ptr<float>() + first * k, k, width, packed + first * k);
+      pack_panel(rows + first * k, k, width, packed + first * k);
     }
   });
 }
 
 void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
-  const Call call{rows, packed.size(0), packed.size(1), x, packed.const_data_ptr<float>(), y, {}};
+  const Call call{rows, packed.size(0), packed.size(1), x, read<float>(kOp, "weight", packed), y, {}};
   const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
   compute_here()(call, {0, call.m}, {0, call.n}, *memory);
 }
@@ -350,29 +354,32 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const Optional& weight_sum, double eps, bool stats) {
   check(x, packed, bias, layer_scale, residual, row_stats, weight_sum);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = packed.size(0), k = packed.size(1), m = x.numel() / k;
+  const int64_t n = packed.size(0), k = packed.size(1), m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options())};
-  if (stats) result.push_back(at::empty({m, (n + kStatsTile - 1) / kStatsTile, 2}, x.options()));
+  if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options()));
+  const Activation chosen = activation_of(activation);
+  if (m == 0 || n == 0) return result;
 
-  const at::Tensor rows = x.contiguous();
-  const Optional b = contiguous(bias), scale = contiguous(layer_scale), added = contiguous(residual);
-  const Optional sums = contiguous(weight_sum);
+  // Copied if need be; the name is what an error calls them.
+  const at::Tensor rows = contiguous(kOp, "x", x);
+  const Optional b = contiguous(kOp, "bias", bias), scale = contiguous(kOp, "layer_scale", layer_scale);
+  const Optional added = contiguous(kOp, "residual", residual), sums = contiguous(kOp, "weight_sum", weight_sum);
   Epilogue epilogue;
   at::Tensor norm;
   if (row_stats) {
     norm = combine_stats(*row_stats, k, eps);
-    epilogue.mean = norm.const_data_ptr<float>();
+    epilogue.mean = read<float>(kOp, "row_stats", norm);
     epilogue.rstd = epilogue.mean + m;
-    epilogue.weight_sum = data(sums);
+    epilogue.weight_sum = read<float>(kOp, "weight_sum", sums);
   }
-  epilogue.bias = data(b);
-  epilogue.activation = activation_of(activation);
-  epilogue.layer_scale = data(scale);
-  epilogue.residual = data(added);
+  epilogue.bias = read<float>(kOp, "bias", b);
+  epilogue.activation = chosen;
+  epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
+  epilogue.residual = read<float>(kOp, "residual", added);
   epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
-  run({m, n, k, rows.const_data_ptr<float>(), packed.const_data_ptr<float>(), result[0].mutable_data_ptr<float>(),
+  run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed), result[0].mutable_data_ptr<float>(),
        epilogue});
   return result;
 }

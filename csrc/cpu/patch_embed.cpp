@@ -28,6 +28,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../guards.h"
 #include "../ops.h"
 #include "../patch_embed_checks.h"
 #include "linear.h"
@@ -46,6 +47,8 @@ constexpr int64_t kMinRows = 32;
 
 using Optional = std::optional<at::Tensor>;
 
+constexpr const char* kOp = "patch_embed";
+
 // Where patches lie in the images; strides in elements. `size` and `stride` are the three nested runs of
 // pixels of one patch, outermost first, in the order of the weight's K axis.
 struct Geometry {
@@ -54,7 +57,7 @@ struct Geometry {
   int64_t image_stride, down, right;
   std::array<int64_t, 3> size, stride;
 
-  int64_t tokens() const { return prefix + grid_h * grid_w; }
+  int64_t tokens() const { return prefix + grid_h * grid_w; }  // checked by check_patch_embed, as the next
   int64_t inner() const { return size[0] * size[1] * size[2]; }
 };
 
@@ -174,9 +177,9 @@ template <typename pixel_t, typename row_t>
 void gather_rows(const at::Tensor& images, const Geometry& g, int64_t begin, int64_t end, const at::Tensor& buffer,
                  float* levels) {
   const int64_t k = buffer.size(1);
-  const pixel_t* data = images.const_data_ptr<pixel_t>();
+  const pixel_t* data = read<pixel_t>(kOp, "images", images);
   row_t* row = buffer.mutable_data_ptr<row_t>();
-  std::vector<float> run(g.order.width);
+  std::vector<float> run(g.order.width);  // no longer than a row of the buffer
   for (int64_t r = begin; r < end; ++r, row += k, levels += g.order.channels) {
     const int64_t patch = r % g.tokens() - g.prefix;
     if (patch < 0) {
@@ -203,7 +206,8 @@ VITFAST_SIMD void sum_channels_of(const Order& order, const at::BFloat16* row, i
 template <typename row_t>
 void sum_weight(const Order& order, const at::Tensor& weight, float* sums) {
   const int64_t n = weight.size(0), k = weight.size(1);
-  const row_t* data = weight.const_data_ptr<row_t>();
+  if (weight.numel() == 0) return;
+  const row_t* data = read<row_t>(kOp, "weight", weight);
   at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> run(order.width), sum(order.channels);
     for (int64_t i = begin; i < end; ++i) {
@@ -240,17 +244,13 @@ VITFAST_SIMD void add(at::BFloat16* row, const at::BFloat16* bias, const at::BFl
   add_loop(row, bias, position, level, sums, channels, n);
 }
 
-template <typename row_t>
-const row_t* data_or_null(const Optional& tensor) {
-  return tensor ? tensor->const_data_ptr<row_t>() : nullptr;
-}
-
 // Makes products into tokens: rows [begin, end) of out [B * (P + L), C]; bias [C], position [L, C], prefix [P, C].
 template <typename row_t>
 void finish_rows(const Geometry& g, int64_t begin, int64_t end, const float* levels, const float* sums,
                  const Optional& bias, const Optional& position, const Optional& prefix, const at::Tensor& out) {
   const int64_t n = out.size(1);
-  const row_t *b = data_or_null<row_t>(bias), *pos = data_or_null<row_t>(position), *pre = data_or_null<row_t>(prefix);
+  const row_t *b = read<row_t>(kOp, "bias", bias), *pos = read<row_t>(kOp, "position", position);
+  const row_t* pre = read<row_t>(kOp, "prefix", prefix);
   row_t* row = out.mutable_data_ptr<row_t>() + begin * n;
   for (int64_t r = begin; r < end; ++r, row += n, levels += g.order.channels) {
     const int64_t token = r % g.tokens(), patch = token - g.prefix;
@@ -270,13 +270,11 @@ auto gather_rows_of(at::ScalarType pixel) {
       }) AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, [] { return &gather_rows<scalar_t, row_t>; }));
 }
 
-Optional contiguous(const Optional& tensor) { return tensor ? Optional(tensor->contiguous()) : tensor; }
-
 // The tokens of images; weight [C, K], packed by pack_linear_cpu if it is fp32, by pack_pixel_weight if it is bytes,
 // has sums [channels, C].
 at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& weight, const float* sums,
                  const Optional& bias, const Optional& position, const Optional& prefix) {
-  const int64_t n = weight.size(0), k = g.inner(), rows = g.batch * g.tokens();
+  const int64_t n = weight.size(0), k = g.inner(), rows = product(kOp, {g.batch, g.tokens()});
   const at::ScalarType kind = weight.scalar_type();
   const bool bytes = kind == at::kChar, bf16 = kind == at::kBFloat16;
   auto* gather_chunk = bytes  ? &gather_rows<uint8_t, uint8_t>
@@ -284,9 +282,23 @@ at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& 
                               : gather_rows_of<float>(images.scalar_type());
   auto* finish_chunk = bf16 ? &finish_rows<at::BFloat16> : &finish_rows<float>;
   // Copied if need be, unlike the images: they are small, and contiguous already in a planned model.
-  const Optional b = contiguous(bias), pos = contiguous(position), pre = contiguous(prefix);
+  const Optional b = contiguous(kOp, "bias", bias), pos = contiguous(kOp, "position", position);
+  const Optional pre = contiguous(kOp, "prefix", prefix);
   const at::TensorOptions made = weight.options().dtype(bf16 ? kind : at::kFloat);
-  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, made), flat = out.view({rows, n});
+  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, made);
+  if (out.numel() == 0) return out;
+  const at::Tensor flat = out.view({rows, n});
+
+  const auto multiply = [&](const at::Tensor& buffer, int64_t count, at::Tensor to) {
+    if (bytes) {
+      multiply_pixels(read<uint8_t>(kOp, "images", buffer), count, n, k, read<int8_t>(kOp, "weight", weight),
+                      to.mutable_data_ptr<float>());
+    } else if (bf16) {
+      at::mm_out(to, buffer.narrow(0, 0, count), weight.t());
+    } else {
+      multiply_packed(read<float>(kOp, "images", buffer), count, weight, to.mutable_data_ptr<float>());
+    }
+  };
 
   // One parallel region for everything: each thread works through its own rows, product included
   // (BLAS does not thread inside a parallel region), and waits for the others only once.
@@ -294,20 +306,13 @@ at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& 
   at::parallel_for(0, rows, share, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
     const at::Tensor buffer = at::empty({std::min(kChunk, end - begin), k}, bytes ? made.dtype(at::kByte) : made);
-    std::vector<float> levels(kChunk * g.order.channels);
+    const at::Tensor level = at::empty({kChunk, g.order.channels}, at::kFloat);
+    float* levels = level.mutable_data_ptr<float>();
     for (int64_t start = begin; start < end; start += kChunk) {
       const int64_t stop = std::min(start + kChunk, end);
-      gather_chunk(images, g, start, stop, buffer, levels.data());
-      at::Tensor product = flat.narrow(0, start, stop - start);
-      if (bytes) {
-        multiply_pixels(buffer.const_data_ptr<uint8_t>(), stop - start, n, k, weight.const_data_ptr<int8_t>(),
-                        product.mutable_data_ptr<float>());
-      } else if (bf16) {
-        at::mm_out(product, buffer.narrow(0, 0, stop - start), weight.t());
-      } else {
-        multiply_packed(buffer.const_data_ptr<float>(), stop - start, weight, product.mutable_data_ptr<float>());
-      }
-      finish_chunk(g, start, stop, levels.data(), sums, b, pos, pre, flat);
+      gather_chunk(images, g, start, stop, buffer, levels);
+      multiply(buffer, stop - start, flat.narrow(0, start, stop - start));
+      finish_chunk(g, start, stop, levels, sums, b, pos, pre, flat);
     }
   });
   return out;
@@ -317,11 +322,11 @@ at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& 
 Order order_of(const char* op, const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
   check_dtype(op, "weight", weight, {at::kFloat});
   check_patch_size(op, patch_size);
-  const int64_t ph = patch_size[0], pw = patch_size[1];
-  TORCH_CHECK_VALUE(weight.dim() == 2 && ph >= 1 && pw >= 1 && weight.size(1) % (ph * pw) == 0, op,
+  const int64_t ph = patch_size[0], pw = patch_size[1], area = product(op, patch_size);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && ph >= 1 && pw >= 1 && weight.size(1) >= 1 && weight.size(1) % area == 0, op,
                     ": weight must be [C, K] with K a multiple of the patch ", ph, "x", pw, ", got shape ",
                     shape_text(weight.sizes()));
-  return Order(weight.size(1) / (ph * pw), pw, channels_last);
+  return Order(weight.size(1) / area, pw, channels_last);
 }
 
 // Memory for what pack_pixel_weight makes of a weight.
@@ -342,22 +347,22 @@ at::Tensor patch_embed_cpu(const at::Tensor& images, const at::Tensor& weight, c
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Geometry g = geometry(images, patch_size, channels_last, prefix);
-  const at::Tensor kernel = weight.contiguous();
-  std::vector<float> sums(g.order.channels * kernel.size(0));
-  sum_weight<at::BFloat16>(g.order, kernel, sums.data());
-  return embed(images, g, kernel, sums.data(), bias, position, prefix);
+  const at::Tensor kernel = contiguous(kOp, "weight", weight);
+  const at::Tensor sums = at::empty({g.order.channels, kernel.size(0)}, at::kFloat);
+  sum_weight<at::BFloat16>(g.order, kernel, sums.mutable_data_ptr<float>());
+  return embed(images, g, kernel, read<float>(kOp, "weight", sums), bias, position, prefix);
 }
 
 at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last, bool uint8) {
   const Order order = order_of("pack_patch_embed", weight, patch_size, channels_last);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor kernel = weight.contiguous();
+  const at::Tensor kernel = contiguous("pack_patch_embed", "weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   if (uint8) {
     const at::Tensor bytes = pixel_weight(order, kernel);
     if (pack_pixel_weight(order, kernel, bytes.mutable_data_ptr<int8_t>()).empty()) return bytes;
   }
-  const at::Tensor packed = at::empty({n, k + order.channels}, kernel.options());
+  const at::Tensor packed = at::empty({n, (Size(kOp, k) + order.channels).value()}, kernel.options());
   float* panels = packed.mutable_data_ptr<float>();
   pack_panels(kernel, panels);
   sum_weight<float>(order, kernel, panels + n * k);
@@ -367,7 +372,8 @@ at::Tensor pack_patch_embed_cpu(const at::Tensor& weight, at::IntArrayRef patch_
 std::string why_no_integers_cpu(const at::Tensor& weight, at::IntArrayRef patch_size, bool channels_last) {
   const Order order = order_of("why_no_integers", weight, patch_size, channels_last);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return pack_pixel_weight(order, weight.contiguous(), pixel_weight(order, weight).mutable_data_ptr<int8_t>());
+  const at::Tensor kernel = contiguous("why_no_integers", "weight", weight);
+  return pack_pixel_weight(order, kernel, pixel_weight(order, kernel).mutable_data_ptr<int8_t>());
 }
 
 at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& packed, const Optional& bias,
@@ -384,10 +390,13 @@ at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& pa
     check_dtype("patch_embed", "images", images, {at::kByte});  // the weight was packed for
     const std::string reason = why_no_pixel_product(k);
     TORCH_CHECK_VALUE(reason.empty(), "patch_embed: weight is packed for integer products: ", reason);
-    return embed(images, g, packed, pixel_rest(n, k, packed.const_data_ptr<int8_t>()), bias, position, prefix);
+    const int8_t* panels = read<int8_t>(kOp, "weight", packed);
+    TORCH_CHECK_VALUE(is_aligned(packed, sizeof(float)), kOp, ": weight packed for integer products is not aligned to ",
+                      sizeof(float), " bytes; clone() aligns it");
+    return embed(images, g, packed, pixel_rest(n, k, panels), bias, position, prefix);
   }
   const at::Tensor panels = packed.view(-1).narrow(0, 0, n * k).view({n, k});
-  return embed(images, g, panels, packed.const_data_ptr<float>() + n * k, bias, position, prefix);
+  return embed(images, g, panels, read<float>(kOp, "weight", packed) + n * k, bias, position, prefix);
 }
 
 }  // namespace vitfast

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../guards.h"
 #include "vector.h"
 
 namespace vitfast {
@@ -189,7 +190,7 @@ std::string pack_pixel_weight(const Order& order, const at::Tensor& weight, int8
   const int64_t n = weight.size(0), k = weight.size(1), groups = groups_of(k);
   const std::string reason = why_no_pixel_product(k);
   if (!reason.empty()) return reason;
-  const float* data = weight.const_data_ptr<float>();
+  const float* data = read<float>("pack_patch_embed", "weight", weight);
   float* rest = reinterpret_cast<float*>(packed + n * 4 * groups);
   std::vector<double> noise(n);
   at::parallel_for(0, panels_of(n), 1, [&](int64_t begin, int64_t end) {

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "../attention_checks.h"
+#include "../guards.h"
 #include "../ops.h"
 #include "attention_hopper.h"
 
@@ -25,7 +26,8 @@ using Optional = std::optional<at::Tensor>;
 
 // The kernel copies rows 16 bytes at a time.
 void check_alignment(const char* name, const at::Tensor& tensor) {
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  check_storage("attention", name, tensor);
+  bool aligned = is_aligned(tensor, 16);
   for (int64_t axis = 0; axis < 3; ++axis) aligned &= tensor.size(axis) <= 1 || tensor.stride(axis) % 8 == 0;
   TORCH_CHECK_VALUE(aligned, "attention: the rows of ", name, " with strides ", shape_text(tensor.strides()),
                     " are not all aligned to 16 bytes");
@@ -49,9 +51,9 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   TORCH_CHECK_VALUE(known, "attention: head dim must be one of ", dims, " on CUDA, got ", q.size(3));
   TORCH_CHECK_VALUE(k.size(1) <= kAttentionMaxKeys, "attention: keys must be at most ", kAttentionMaxKeys,
                     " on CUDA, got ", k.size(1));
-  TORCH_CHECK_VALUE(
-      q.size(1) <= std::numeric_limits<int>::max() && q.size(0) * q.size(2) <= std::numeric_limits<int>::max(),
-      "attention: q of shape ", shape_text(q.sizes()), " is too large for the CUDA kernel");
+  TORCH_CHECK_VALUE(q.size(1) <= std::numeric_limits<int>::max() &&
+                        product("attention", {q.size(0), q.size(2)}) <= std::numeric_limits<int>::max(),
+                    "attention: q of shape ", shape_text(q.sizes()), " is too large for the CUDA kernel");
   check_alignment("q", q);
   check_alignment("k", k);
   check_alignment("v", v);
@@ -81,9 +83,9 @@ at::Tensor attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Te
   if (out.numel() == 0 || k.size(1) == 0) return out;
 
   const int head_dim = static_cast<int>(q.size(3)), keys = static_cast<int>(k.size(1));
-  AttentionParams params{q.const_data_ptr(),
-                         k.const_data_ptr(),
-                         v.const_data_ptr(),
+  AttentionParams params{read("attention", "q", q),
+                         read("attention", "k", k),
+                         read("attention", "v", v),
                          out.mutable_data_ptr(),
                          q.stride(0),
                          q.stride(1),

@@ -29,7 +29,7 @@ void check(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, 
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1) && x.size(-1) >= 1, op,
                     ": x [..., K] and weight [N, K] with K >= 1 do not fit: ", shape_text(x.sizes()), " and ",
                     shape_text(weight.sizes()));
-  const int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
+  const int64_t n = weight.size(0), k = weight.size(1), m = rows_of(op, x);
   check_shape(op, "bias", bias, {n});
   check_shape(op, "layer_scale", layer_scale, {n});
   std::vector<int64_t> shape = x.sizes().vec();
@@ -63,7 +63,7 @@ std::vector<at::Tensor> linear_packed_cuda(const at::Tensor& x, const at::Tensor
   const c10::cuda::CUDAGuard guard(x.device());
   const int processors = processors_of_sm_90a(op);
 
-  const int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
+  const int64_t n = weight.size(0), k = weight.size(1), m = rows_of(op, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options())};
@@ -73,11 +73,13 @@ std::vector<at::Tensor> linear_packed_cuda(const at::Tensor& x, const at::Tensor
   if (m == 0 || n == 0) return result;
 
   LinearCall call{};
-  call.x = x.const_data_ptr(), call.x_stride = row_stride(op, "x", x);
-  call.weight = weight.const_data_ptr(), call.weight_stride = row_stride(op, "weight", weight);
-  call.residual = pointer(residual), call.residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
-  call.bias = pointer(bias), call.layer_scale = pointer(layer_scale);
-  call.row_stats = pointer<float>(row_stats), call.weight_sum = pointer<float>(weight_sum);
+  call.x = read(op, "x", x), call.x_stride = row_stride(op, "x", x);
+  call.weight = read(op, "weight", weight), call.weight_stride = row_stride(op, "weight", weight);
+  call.residual = read(op, "residual", residual),
+  call.residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
+  call.bias = read(op, "bias", bias), call.layer_scale = read(op, "layer_scale", layer_scale);
+  call.row_stats = read<float>(op, "row_stats", row_stats);
+  call.weight_sum = read<float>(op, "weight_sum", weight_sum);
   call.y = result[0].mutable_data_ptr(), call.y_stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
   call.m = static_cast<int>(m), call.n = static_cast<int>(n), call.k = static_cast<int>(k);
   call.activation = chosen, call.eps = static_cast<float>(eps);

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../checks.h"
+#include "../guards.h"
 #include "../ops.h"
 #include "linear.h"
 
@@ -45,9 +46,9 @@ inline int64_t row_stride(const char* op, const char* name, const at::Tensor& te
     rows *= tensor.size(axis);
   }
   if (rows == 1) stride = width;
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
-                        stride * tensor.element_size() % 16 == 0 && stride >= width,
-                    op, ": the rows of ", name, " with strides ", shape_text(tensor.strides()),
+  check_storage(op, name, tensor);
+  TORCH_CHECK_VALUE(is_aligned(tensor, 16) && stride % (16 / tensor.element_size()) == 0 && stride >= width, op,
+                    ": the rows of ", name, " with strides ", shape_text(tensor.strides()),
                     " are not all aligned to 16 bytes");
   return stride;
 }
@@ -57,9 +58,9 @@ inline void check_pairs(const char* op, const char* name, const Optional& tensor
   if (!tensor) return;
   TORCH_CHECK_VALUE(tensor->is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
                     shape_text(tensor->strides()));
-  const auto bytes = static_cast<uintptr_t>(2 * tensor->element_size());
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % bytes == 0, op, ": ", name,
-                    " is not aligned to ", bytes, " bytes");
+  check_storage(op, name, *tensor);
+  const int64_t bytes = 2 * tensor->element_size();
+  TORCH_CHECK_VALUE(is_aligned(*tensor, bytes), op, ": ", name, " is not aligned to ", bytes, " bytes");
 }
 
 // In the words of kernels/_common.py, as all that follows.
@@ -70,17 +71,12 @@ inline void check_on_device(const char* op, const char* name, const Optional& te
 
 // `multiple`: of N and K.
 inline void check_sizes(const char* op, const at::Tensor& x, const at::Tensor& weight, int multiple) {
-  const int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
+  const int64_t n = weight.size(0), k = weight.size(1), m = rows_of(op, x);
   TORCH_CHECK_VALUE(n % multiple == 0 && k % multiple == 0, op, ": N and K must be multiples of ", multiple,
                     " on CUDA, got ", n, " and ", k);
   TORCH_CHECK_VALUE(std::max({m, n, k}) <= std::numeric_limits<int>::max() - 256 &&
                         linear_tiles(m, n, 128) <= std::numeric_limits<int>::max() / 2,
                     op, ": x of shape ", shape_text(x.sizes()), " is too large for the CUDA kernel");
-}
-
-template <typename T = void>
-const T* pointer(const Optional& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 // Multiprocessors of the current device, for which the kernel must be built.

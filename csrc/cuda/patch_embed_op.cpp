@@ -12,6 +12,7 @@
 #include <limits>
 #include <utility>
 
+#include "../guards.h"
 #include "../ops.h"
 #include "../patch_embed_checks.h"
 #include "patch_embed.h"
@@ -21,38 +22,30 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+constexpr const char* kOp = "patch_embed";
+
 void check(const at::Tensor& images, const at::Tensor& weight, const Optional& bias, const Optional& position,
            const Optional& prefix, at::IntArrayRef patch_size, bool channels_last) {
-  const char* op = "patch_embed";
-  check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last, {at::kBFloat16});
-  check_dtype(op, "images", images, {at::kByte, at::kBFloat16});
+  const int64_t rows =
+      check_patch_embed(images, weight, bias, position, prefix, patch_size, channels_last, {at::kBFloat16});
+  check_dtype(kOp, "images", images, {at::kByte, at::kBFloat16});
   const std::pair<const char*, const Optional> others[] = {
       {"weight", weight}, {"bias", bias}, {"position", position}, {"prefix", prefix}};
   for (const auto& [name, tensor] : others) {
-    TORCH_CHECK_VALUE(!tensor || tensor->device() == images.device(), op, ": ", name, " must be on ", images.device(),
+    TORCH_CHECK_VALUE(!tensor || tensor->device() == images.device(), kOp, ": ", name, " must be on ", images.device(),
                       " like images, got ", tensor->device());
   }
-  TORCH_CHECK_VALUE(weight.size(0) % 2 == 0, op, ": the CUDA kernel needs an even number of weight rows, got ",
+  TORCH_CHECK_VALUE(weight.size(0) % 2 == 0, kOp, ": the CUDA kernel needs an even number of weight rows, got ",
                     weight.size(0));
-  const int64_t tokens =
-      images.size(channels_last ? 1 : 2) / patch_size[0] * (images.size(channels_last ? 2 : 3) / patch_size[1]) +
-      (prefix ? prefix->size(0) : 0);
-  TORCH_CHECK_VALUE(images.size(0) * tokens <= std::numeric_limits<int>::max() / 2 &&
-                        weight.numel() <= std::numeric_limits<int>::max(),
-                    op, ": images of shape ", shape_text(images.sizes()), " with a weight of ",
+  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int>::max() / 2 && weight.numel() <= std::numeric_limits<int>::max(),
+                    kOp, ": images of shape ", shape_text(images.sizes()), " with a weight of ",
                     shape_text(weight.sizes()), " are too large for the CUDA kernel");
 }
 
-// As the kernel reads it: contiguous, from an address that is a multiple of `bytes`.
-at::Tensor arranged(const at::Tensor& tensor, uintptr_t bytes) {
-  const at::Tensor whole = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % bytes ? whole.clone() : whole;
+// As the kernel reads them: contiguous, from an address that is a multiple of 4.
+Optional pairs_of(const char* name, const Optional& tensor) {
+  return tensor && tensor->numel() ? Optional(contiguous(kOp, name, *tensor, 4)) : std::nullopt;
 }
-Optional arranged(const Optional& tensor) {
-  return tensor && tensor->numel() ? Optional(arranged(*tensor, 4)) : std::nullopt;
-}
-
-const void* data(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 }  // namespace
 
@@ -72,14 +65,16 @@ at::Tensor patch_embed_cuda(const at::Tensor& images, const at::Tensor& weight, 
 
   // Copied if need be, unlike the images: they are small, and as they should be already in a planned model whose K is
   // a multiple of 8.
-  const at::Tensor kernel = arranged(k % 8 ? at::constant_pad_nd(weight, {0, 8 - k % 8}) : weight, 16);
-  const Optional b = arranged(bias), pos = arranged(position), pre = arranged(prefix);
+  check_storage(kOp, "weight", weight);
+  const at::Tensor padded = k % 8 ? at::constant_pad_nd(weight, {0, 8 - k % 8}) : weight;
+  const at::Tensor kernel = contiguous(kOp, "weight", padded, 16);
+  const Optional b = pairs_of("bias", bias), pos = pairs_of("position", position), pre = pairs_of("prefix", prefix);
   PatchEmbedParams params{};
-  params.images = images.const_data_ptr();
-  params.weight = kernel.const_data_ptr();
-  params.bias = data(b);
-  params.position = data(pos);
-  params.prefix = data(pre);
+  params.images = read(kOp, "images", images);
+  params.weight = read(kOp, "weight", kernel);
+  params.bias = read(kOp, "bias", b);
+  params.position = read(kOp, "position", pos);
+  params.prefix = read(kOp, "prefix", pre);
   params.out = out.mutable_data_ptr();
   params.image_stride = images.stride(0);
   params.down = ph * down;

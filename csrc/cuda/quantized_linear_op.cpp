@@ -68,7 +68,7 @@ std::vector<at::Tensor> quantized_linear_cuda(const at::Tensor& x, const at::Ten
   const c10::cuda::CUDAGuard guard(x.device());
   const int processors = processors_of_sm_90a(op);
 
-  const int64_t n = weight.size(0), k = weight.size(1), m = x.numel() / k;
+  const int64_t n = weight.size(0), k = weight.size(1), m = rows_of(op, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options().dtype(requantize ? x.scalar_type() : dtype))};
@@ -79,12 +79,14 @@ std::vector<at::Tensor> quantized_linear_cuda(const at::Tensor& x, const at::Ten
   if (m == 0 || n == 0) return result;
 
   LinearCall call{};
-  call.x = x.const_data_ptr(), call.x_stride = row_stride(op, "x", x);
-  call.weight = weight.const_data_ptr(), call.weight_stride = row_stride(op, "weight", weight);
-  call.x_scale = x_scale.const_data_ptr<float>(), call.weight_scale = weight_scale.const_data_ptr<float>();
+  call.x = read(op, "x", x), call.x_stride = row_stride(op, "x", x);
+  call.weight = read(op, "weight", weight), call.weight_stride = row_stride(op, "weight", weight);
+  call.x_scale = read<float>(op, "x_scale", x_scale);
+  call.weight_scale = read<float>(op, "weight_scale", weight_scale);
   call.x_groups = static_cast<int>(x_scale.numel() / m);
-  call.residual = pointer(residual), call.residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
-  call.bias = pointer(bias), call.layer_scale = pointer(layer_scale);
+  call.residual = read(op, "residual", residual),
+  call.residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
+  call.bias = read(op, "bias", bias), call.layer_scale = read(op, "layer_scale", layer_scale);
   call.y = result[0].mutable_data_ptr(), call.y_scale = requantize ? result[1].mutable_data_ptr<float>() : nullptr;
   call.m = static_cast<int>(m), call.n = static_cast<int>(n), call.k = static_cast<int>(k);
   call.activation = chosen;

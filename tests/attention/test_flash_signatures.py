@@ -65,6 +65,8 @@ OPTIONS = {
     "left window": {"window_size": (3, -1)},
     "right window": {"window_size": (-1, 2)},
     "this key only": {"window_size": (0, 0)},
+    "causal, scale 0": {"causal": True, "softmax_scale": 0.0},
+    "causal, scale below 0": {"causal": True, "softmax_scale": -0.5},
     "causal window": {"causal": True, "window_size": (3, 5)},
     "softcap": {"softcap": 1.5},
     "softcap causal": {"softcap": 0.8, "causal": True, "softmax_scale": 0.5},

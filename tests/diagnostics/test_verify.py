@@ -1,17 +1,20 @@
 """vitfast.verify: where a difference is said to begin, what is refused, and that nothing is left behind."""
 
 import copy
+import dataclasses
 import io
 import json
 
 import pytest
 import torch
+from helpers import peers
 from helpers.audits import Block, constant, only
-from helpers.peers import timm_model
+from helpers.peers import timm_model, transformers_model
 from helpers.scripts import python
 from rich.console import Console
 from torch import nn
 
+import vitfast
 from vitfast import testing
 from vitfast.diagnostics.verify import DifferenceError, render, verify, verify_swap
 
@@ -311,3 +314,100 @@ def test_verify_is_the_function_whatever_is_imported_first():
         "import vitfast.diagnostics.doctor",
     ):
         assert python(f"{first}\nimport vitfast\n{check}{use}{check}") == ""
+
+
+# --- an engine beside a model ---
+
+
+def families():
+    """name -> (model, the outputs that it and an engine have in common)."""
+    small = peers.TIMM | {"num_classes": 0}
+    return {
+        "timm": (lambda: timm_model(**peers.TIMM), ["output"]),
+        "timm, pooled": (lambda: timm_model(**small), ["output"]),
+        "timm, tokens": (lambda: timm_model(**small, global_pool=""), ["output"]),
+        "torchvision": (peers.torchvision_model, ["output"]),
+        "ViTModel": (lambda: transformers_model("ViTModel", peers.VIT), ["last_hidden_state"]),
+        "Dinov2Model": (
+            lambda: transformers_model("Dinov2Model", peers.DINO),
+            ["last_hidden_state", "pooler_output"],
+        ),
+        "ViTForImageClassification": (
+            lambda: transformers_model("ViTForImageClassification", peers.VIT | {"num_labels": 5}),
+            ["logits"],
+        ),
+        "CLIPVisionModelWithProjection": (
+            lambda: transformers_model("CLIPVisionModelWithProjection", peers.VIT | {"projection_dim": 24}),
+            ["image_embeds"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", families())
+def test_an_engine_and_its_model_are_compared_in_what_both_have(name):
+    make_model, names = families()[name]
+    model = make_model().to(testing.device())
+    engine = vitfast.load(model, device=testing.device(), dtype="fp32", backend="torch")
+    images = testing.make(2, 3, *engine.config.image_size)
+    for before, after in ((model, engine), (engine, model)):
+        report = verify(before, after, images)
+        assert report, report
+        assert sorted(item.name for item in report.outputs) == names
+        assert any("what both have" in note for note in report.notes) == (name != "Dinov2Model")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "patch" in n or "conv_proj" in n).mul_(1.5)
+    assert not verify(model, engine, images)
+
+
+def test_an_engine_takes_pixel_values_by_transformers_name():
+    model = transformers_model("ViTModel", peers.VIT)
+    engine = vitfast.load(model, device="cpu", backend="torch")
+    assert verify(model, engine, {"pixel_values": torch.zeros(1, 3, 32, 32)})
+
+
+def test_an_engine_and_a_model_with_nothing_in_common_differ():
+    model = timm_model(**peers.TIMM)
+    engine = vitfast.load(model, device="cpu", backend="torch")
+    report = verify(lambda images: {"other": model(images)}, engine, torch.zeros(1, 3, 32, 32))
+    assert not report
+    assert "has no such output" in report.findings()[0]
+
+
+def test_two_engines_are_compared_in_full():
+    model = timm_model(**peers.TIMM)
+    first, second = (vitfast.load(model, device="cpu", backend="torch") for _ in range(2))
+    report = verify(first, second, torch.zeros(1, 3, 32, 32))
+    assert report
+    assert [item.name for item in report.outputs] == ["tokens", "embedding", "logits"]
+
+
+# --- how a report prints ---
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 300])
+def test_a_report_prints_as_a_table_of_at_most_40_lines(x, wrong):
+    before = {f"output.{i}": torch.randn(3, 4) for i in range(300)}
+    after = {name: value + (i < wrong) for i, (name, value) in enumerate(before.items())}
+    report = verify(constant(before), constant(after), x)
+    report = dataclasses.replace(report, notes=("a note\nof two lines",) * 50, about={"key": 1})
+    for text in (repr(report), str(report)):
+        assert 18 <= len(text.splitlines()) <= 40
+        assert max(map(len, text.splitlines())) <= 240
+        assert text.startswith("different" if wrong else "same")
+        assert "300 outputs" in text
+        assert ("output.0" in text) or not wrong
+    shown = report._repr_html_()
+    assert shown.count("<tr>") == 17
+    assert "<table>" in shown
+
+
+def test_the_layers_and_outputs_of_a_report_stay_whole(model, x):
+    other = copy.deepcopy(model)
+    report = verify(model, other, x)
+    assert len(report.layers) > 5
+    assert len(repr(report).splitlines()) < 10
+
+
+def test_html_is_escaped(x):
+    report = verify(constant({"<b>": x}), constant({"<b>": x + 1}), x)
+    assert "<b>" not in report._repr_html_()

@@ -359,6 +359,8 @@ def _in_given_dtype(q, k, v, options: _Options, offset, real) -> tuple[Tensor, T
     if slopes is not None and tuple(slopes.shape) not in ((q.shape[2],), (q.shape[0], q.shape[2])):
         raise ValueError(f"alibi_slopes must be [H] or [B, H] = {(q.shape[0], q.shape[2])}, got {tuple(slopes.shape)}")
     top_left = left < 0 and right == 0 and isinstance(offset, int) and offset == 0 and slopes is None
+    # torch's CPU kernel hides keys before it scales, and -inf times such a scale is no -inf: then a mask hides them.
+    top_left &= options.softmax_scale is None or options.softmax_scale > 0
 
     mask = real
     distance = None  # key's position less the query's, [.., Nq, Nk]

@@ -163,11 +163,25 @@ def fused(
 
 def torch_first(query: Tensor) -> str:
     """Why torch's op comes before the kernels for this query, whatever they can do; "" if it does not."""
+    return _torch_first(query.device.type if isinstance(query, Tensor) else "")
+
+
+def _torch_first(device: str) -> str:
     if _backend == "torch":
         return "attention_backend('torch') is in force"
-    if _backend == "auto" and isinstance(query, Tensor) and not _kernels_first(query.device.type):
-        return f"no measurement says that the kernels are right and faster on this {query.device.type}"
+    if _backend == "auto" and device and not _kernels_first(device):
+        return f"no measurement says that the kernels are right and faster on this {device}"
     return ""
+
+
+def usual_route(device: torch.device, dtype: torch.dtype) -> Route:
+    """The route of calls on this device in this dtype, as far as these decide it; computes nothing, raises nothing.
+
+    Where "triton" is forced and cannot run there, the reasons say why such calls raise.
+    """
+    reason = _torch_first(device.type)
+    reasons = (reason,) if reason else _registry_reasons(str(device), dtype)[0]
+    return Route("torch" if reasons and _backend != "triton" else "triton", reasons)
 
 
 def explain(
@@ -203,13 +217,13 @@ def _route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     return Route("torch", tuple(reasons))
 
 
-def _constant_when_traced(function: Any) -> Any:
+def constant_when_traced(function: Any) -> Any:
     """What torch.compiler.assume_constant_result does, without its import of torch._dynamo and so of triton."""
     function._dynamo_marked_constant = True
     return function
 
 
-@_constant_when_traced
+@constant_when_traced
 def _kernels_first(device: str) -> bool:
     """Whether the registry's default order has the kernels before torch's op on this type of device."""
     capability = device_capability(torch.device(device))
@@ -217,7 +231,7 @@ def _kernels_first(device: str) -> bool:
     return bool(able) and able[0].name == "triton"
 
 
-@_constant_when_traced
+@constant_when_traced
 def _registry_reasons(device: str, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[int, int]]:
     """Why the kernels would not run on this device in this dtype, and the head dims (low, high) they take."""
     entry = backend("attention", "triton")

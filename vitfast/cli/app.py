@@ -1,8 +1,8 @@
 """The `vitfast` command: arguments in, one answer out. The work is done elsewhere, imported on use.
 
 Exit codes: 0 all went well; 1 some images failed, outputs differ, or the operation failed; 2 arguments or inputs that
-cannot be used; 130 interrupted. With --json, stdout holds exactly one JSON document, an error being
-{"error": ...}; everything else goes to stderr.
+cannot be used; 128 and the signal's number (130, 143, 129) after SIGINT, SIGTERM or SIGHUP. With --json, stdout holds
+exactly one JSON document, an error being {"error": ...}; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,13 +15,23 @@ from typing import Annotated, Any
 
 import typer
 
-from vitfast.cli import bench
-from vitfast.cli.answer import command
+from vitfast.cli import bench, render
+from vitfast.cli.answer import Unfailing, command, run
+from vitfast.cli.signals import exit_code
 from vitfast.version import __version__
 
-FAILURES_SHOWN = 20
+NAMES_IN_JSON = 1000
 
-app = typer.Typer(
+
+class App(typer.Typer):
+    """A Typer app that ends without a traceback where nothing can be written."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command that the arguments name."""
+        return run(lambda: super(App, self).__call__(*args, **kwargs))
+
+
+app = App(
     help="Vision Transformer inference on fused kernels.",
     no_args_is_help=True,
     add_completion=True,
@@ -52,13 +62,34 @@ class BackendName(str, Enum):
 
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
+]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="What to compute in. [default: bf16 on a GPU, else fp32]")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Largest picture to decode; a larger JPEG is decoded at a part of its size. [default: 89 million]"
+    ),
+]
+DecodeMemory = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="MIB", help="Memory for decoding, all threads together. [default: a quarter, 4096 at most]"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -89,45 +120,71 @@ def embed(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="With --refresh: compare contents instead of size and time.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace all that the folder holds.")] = False,
+    max_pixels: MaxPixels = None,
+    decode_memory: DecodeMemory = None,
     as_json: Json = False,
 ) -> None:
     """Embed images into a folder of Parquet files.
 
-    One row per image: path, embedding, status. The same command again goes on where it stopped; bad
+    One row per image: path, embedding, status and more. The same command again goes on where it stopped; bad
     images are noted in the status column and tried again.
     """
     with command(context, as_json) as answer:
-        from vitfast.images.files import collect
+        from vitfast.images.files import find_images
         from vitfast.pipeline.embed import embed_images
         from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
 
-        paths = collect(sources)
-        folder = EmbeddingFolder(out, model)
-        todo = folder.remaining(paths)
-        summary = Summary(skipped=len(paths) - len(todo))
-        interrupted = False
-        if todo:
-            engine = _load(model, device, dtype)
+        if checksum and not refresh:
+            raise ValueError("--checksum goes with --refresh")
+        found = find_images(sources)
+        summary, stopped = Summary(), None
+        with EmbeddingFolder(out, model, overwrite=overwrite) as folder:
+            todo = folder.remaining(found.images, refresh=refresh, content=checksum)
+            summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
+            engine = _load(model, device, dtype, allow_pickle, weights_key)
             with _progress("embedding", len(todo)) as advance:
-                results = embed_images(engine, todo, batch_size=batch_size, workers=workers)
+
+                def on_result(_: Any) -> None:
+                    advance()
+                    answer.stopping.check()
+
+                options = _decode_options(max_pixels, decode_memory)
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, **options)
                 try:
-                    write_parquet(results, folder, engine, on_result=lambda _: advance(), summary=summary)
-                except KeyboardInterrupt:
-                    interrupted = True
-        answer.code = 130 if interrupted else 1 if summary.failed else 0
+                    write_parquet(results, folder, engine, on_result=on_result, summary=summary)
+                except KeyboardInterrupt as error:
+                    stopped = error
+        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in found.unreadable.items()}
+        answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
         answer.json = {
             "model": folder.model,
             "output": str(folder.path),
             "done": summary.done,
             "failed": [{"path": path, "reason": reason} for path, reason in summary.failed.items()],
+            "notes": [{"path": path, "note": note} for path, note in summary.notes.items()],
             "skipped": summary.skipped,
+            "skipped_changed": summary.changed,
+            "left_out": {
+                "count": len(found.left_out),
+                "files": [{"path": p, "reason": r} for p, r in list(found.left_out.items())[:NAMES_IN_JSON]],
+            },
+            "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
             "images_per_second": round(summary.images_per_second, 2),
             "parts": summary.parts,
-            "interrupted": interrupted,
+            "interrupted": stopped is not None,
         }
-        answer.text = _embed_text(summary, out, interrupted)
+        answer.text = render.embedding(summary, found, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
@@ -139,24 +196,39 @@ def classify(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
+    max_pixels: MaxPixels = None,
+    decode_memory: DecodeMemory = None,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image."""
     with command(context, as_json) as answer:
-        from vitfast.images.files import collect, path_text
+        from vitfast.images.files import find_images, path_text
         from vitfast.pipeline.embed import classify_images
 
-        paths = collect(sources)
-        engine = _load(model, device, dtype)
-        rows = []
-        with _progress("classifying", len(paths)) as advance:
-            for row in classify_images(engine, paths, k=topk, batch_size=batch_size, workers=workers):
-                rows.append(row)
-                advance()
-        answer.code = int(any(row.status != "ok" for row in rows))
+        found = find_images(sources)
+        engine = _load(model, device, dtype, allow_pickle, weights_key)
+        options = _decode_options(max_pixels, decode_memory)
+        rows, stopped = [], None
+        with _progress("classifying", len(found.images)) as advance:
+            try:
+                for row in classify_images(
+                    engine, found.images, k=topk, batch_size=batch_size, workers=workers, **options
+                ):
+                    rows.append(row)
+                    advance()
+                    answer.stopping.check()
+            except KeyboardInterrupt as error:
+                stopped = error
+        failed = found.unreadable or any(row.status != "ok" for row in rows)
+        answer.code = exit_code(stopped) if stopped else int(bool(failed))
         answer.json = [{"path": path_text(r.path), "status": r.status, "classes": r.classes} for r in rows]
-        answer.text = [line for row in rows for line in _classify_text(row)]
+        answer.text = [line for row in rows for line in render.classes(row)]
+        answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, found)
+        if stopped:
+            answer.remarks.append(f"interrupted after {len(rows)} of {len(found.images)} images")
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")
@@ -262,16 +334,20 @@ def verify(
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None) -> Any:
-    import warnings
-
-    from PIL import Image
-
-    # Pillow warns of a huge image just before it is refused in the same words.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+def _load(model: str, device: str | None, dtype: Dtype | None, allow_pickle: bool, weights_key: str | None) -> Any:
     from vitfast.engine.load import load
 
-    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+    name = None if dtype is None else dtype.value
+    return load(model, device=device, dtype=name, allow_pickle=allow_pickle, weights_key=weights_key)
+
+
+def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:
+    """The options as `embed_images` takes them; Pillow's own limit, which some of its decoders look at, goes along."""
+    if max_pixels is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    return {"max_pixels": max_pixels, "decode_memory": None if decode_memory is None else decode_memory << 20}
 
 
 @contextlib.contextmanager
@@ -286,29 +362,9 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
             return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.1f} img/s")
 
-    console = Console(file=sys.__stderr__ or sys.stderr)
+    terminal: Any = Unfailing(sys.__stderr__)
+    console = Console(file=terminal)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
-
-
-def _embed_text(summary: Any, out: str, interrupted: bool) -> list[str]:
-    lines = [f"failed: {path}: {reason}" for path, reason in list(summary.failed.items())[:FAILURES_SHOWN]]
-    if len(summary.failed) > FAILURES_SHOWN:
-        lines.append(f"... and {len(summary.failed) - FAILURES_SHOWN} more; see the status column in {out}")
-    lines.append(
-        f"{summary.done} done, {len(summary.failed)} failed, {summary.skipped} skipped (done before), "
-        f"{summary.images_per_second:.1f} img/s -> {out}"
-    )
-    if interrupted:
-        lines.append("interrupted; the same command goes on from here")
-    return lines
-
-
-def _classify_text(row: Any) -> list[str]:
-    from vitfast.images.files import path_text
-
-    if row.status != "ok":
-        return [f"{path_text(row.path)}: failed: {row.status}"]
-    return [path_text(row.path), *(f"  {c['probability']:7.2%}  {c['label']}" for c in row.classes)]

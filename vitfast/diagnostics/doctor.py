@@ -168,7 +168,7 @@ def _version(name: str) -> dict[str, str | None]:
 _CHILD = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[2])
-from vitfast.doctor import _version
+from vitfast.diagnostics.doctor import _version
 print("\\n" + json.dumps({name: _version(name) for name in json.loads(sys.argv[1])}))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+ROWS, SENTENCES, WIDTH = 16, 7, 240
+"""A printed report has at most so many rows of outputs, findings, notes and facts each, of so many characters."""
 
 
 class DifferenceError(AssertionError):
@@ -91,9 +96,9 @@ class Blame:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The outcome of an audit. True if every output passes.
+    """The outcome of an audit. True if every output passes. Prints as a table of at most 40 lines.
 
     Attributes:
         outputs: one entry per output tensor.
@@ -119,6 +124,39 @@ class Report:
 
     def __bool__(self) -> bool:
         return self.ok
+
+    def __repr__(self) -> str:
+        table = [_HEAD, *([f"{item.name}  {_shape(item)}", *_numbers(item), _verdict(item)] for item in self.shown())]
+        widths = [max(len(row[column]) for row in table) for column in range(len(_HEAD))]
+        rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines = [self.summary(), *self._sentences(), *rows]
+        return "\n".join(line.replace("\n", " ").rstrip()[:WIDTH] for line in lines)
+
+    def _repr_html_(self) -> str:
+        table = [_HEAD, *([f"{item.name}  {_shape(item)}", *_numbers(item), _verdict(item)] for item in self.shown())]
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
+        return f"<pre>{html.escape(chr(10).join([self.summary(), *self._sentences()]))}</pre><table>{rows}</table>"
+
+    def summary(self) -> str:
+        """The verdict, in one line."""
+        bad = sum(not output.ok for output in self.outputs)
+        word = "same" if self.ok else f"different, {bad} of {len(self.outputs)} outputs"
+        more = len(self.outputs) - ROWS
+        shown = f"; the {ROWS} furthest of {len(self.outputs)} outputs are shown, .outputs has all" if more > 0 else ""
+        return f"{word}, in {self.batches} batch{'es' * (self.batches != 1)}{shown}"
+
+    def shown(self) -> tuple[Difference, ...]:
+        """The outputs that a printed table has: all, if they are few, else the furthest apart, in their order."""
+        worst = sorted(self.outputs, key=lambda item: (item.ok, -item.relative_rms))[:ROWS]
+        return tuple(item for item in self.outputs if any(item is other for other in worst))
+
+    def _sentences(self) -> list[str]:
+        """Facts, findings and notes, the blame before all other findings."""
+        findings = self.findings()
+        if self.blame is not None and findings:
+            findings = [findings[-1], *findings[:-1]]
+        parts = ([f"{key}: {value}" for key, value in self.about.items()], findings, [f"note: {n}" for n in self.notes])
+        return [line for part in parts for line in _first(part)]
 
     def raise_if_different(self) -> None:
         """Raise DifferenceError with every problem and the blame, unless the report is ok."""
@@ -146,6 +184,22 @@ class Report:
         return findings + ([str(self.blame)] if self.blame else [])
 
 
+_HEAD = ["output", "max error", "mean", "rel. RMS", "bound", "cosine", "top-1", ""]
+
+
+def _first(sentences: list[str]) -> list[str]:
+    more = len(sentences) - SENTENCES + 1
+    return sentences if more <= 1 else [*sentences[: SENTENCES - 1], f"... and {more} more"]
+
+
+def _shape(item: Difference) -> str:
+    return f"{'×'.join(map(str, item.shape))} {item.dtype}"
+
+
+def _verdict(item: Difference) -> str:
+    return "same" if item.ok else "differs"
+
+
 def _plain(difference: Difference) -> dict[str, Any]:
     values = asdict(difference) | {"shape": list(difference.shape), "problems": list(difference.problems)}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -164,14 +218,13 @@ def render(report: Report) -> RenderableType:
     table = Table(Column("output", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("max error", "mean", "rel. RMS", "before" if oracle else "allowed", "cosine", "top-1", ""):
         table.add_column(column, no_wrap=True)
-    for item in report.outputs:
-        name = Text(f"{item.name}\n{'×'.join(map(str, item.shape))} {item.dtype}")
-        verdict = Text("same", style="green") if item.ok else Text("differs", style="bold red")
+    for item in report.shown():
+        name = Text(f"{item.name}\n{_shape(item)}")
+        verdict = Text(_verdict(item), style="green" if item.ok else "bold red")
         table.add_row(name, *_numbers(item), verdict)
-    notes = [Text(f"note: {note}") for note in report.notes]
-    findings = [Text(finding, style="red") for finding in report.findings()]
-    word, style = ("same", "green") if report.ok else ("different", "bold red")
-    verdict = Text(f"{word}, in {report.batches} batch{'es' * (report.batches != 1)}", style=style)
+    notes = [Text(line) for line in _first([f"note: {note}" for note in report.notes])]
+    findings = [Text(line, style="red") for line in _first(report.findings())]
+    verdict = Text(report.summary(), style="green" if report.ok else "bold red")
     return Group(*facts, table, *notes, *findings, verdict)
 
 

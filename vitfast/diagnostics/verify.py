@@ -11,7 +11,8 @@ all stand in `vitfast.testing`:
 * With an oracle (the same function at a higher precision), `after` passes if it is at most twice as
   far from the oracle as `before` is, plus a floor: the rule of `testing.assert_close`.
 
-Either way NaN and infinity must stand in the same places, and integers and bools must be equal.
+Either way NaN and infinity must stand in the same places, and integers and bools must be equal. Of an engine and
+a model, what both have is compared (`vitfast.diagnostics.pairing`); a note says what is not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vitfast.diagnostics import pairing
 from vitfast.diagnostics.differences import Tally, flatten
 from vitfast.diagnostics.report import Blame, Difference, DifferenceError, Report, render
 
@@ -221,6 +223,7 @@ class _Side:
         owner = getattr(call, "__self__", None)  # of a bound method such as model.forward_features
         found = call if isinstance(call, nn.Module) else owner
         self.module = found if isinstance(found, nn.Module) else None
+        self.is_engine = pairing.is_engine(call)
         self.check_mode()
 
     def check_mode(self) -> None:
@@ -259,6 +262,8 @@ class _Side:
                 else:
                     handle = module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
                 stack.callback(handle.remove)
+            if self.is_engine and set(kwargs) == {"pixel_values"}:  # transformers' word for the images
+                args, kwargs = (kwargs["pixel_values"],), {}
             # Not inference mode: what a model caches at its first call could never be trained on after it.
             with torch.no_grad():
                 return self.call(*args, **kwargs)
@@ -278,21 +283,25 @@ def _audit(
     batches = _batches(inputs)
     tallies: dict[str, Tally] = {}
     differing: list[Any] = []
+    notes: list[str] = []
     for batch in batches:
         want, got = flatten(before.run(batch)), flatten(after.run(batch))
-        ideal = {} if exact is None else flatten(exact.run(batch))
+        sides = [(before, want), (after, got), *([(exact, flatten(exact.run(batch)))] if exact else [])]
+        (want, got, *ideals), note = pairing.common(sides)
+        ideal = ideals[0] if ideals else {}
+        notes += [note] if note and note not in notes else []
         fine = True
         for name in {**want, **got}:
             tally = tallies.setdefault(name, Tally(name, tolerance, with_oracle=oracle is not None))
             fine &= tally.add(want.get(name), got.get(name), ideal.get(name))
         if not fine:
             differing.append(batch)
-    report = Report(tuple(tally.result() for tally in tallies.values()), len(batches))
+    report = Report(tuple(tally.result() for tally in tallies.values()), len(batches), notes=tuple(notes))
     if not layers:
         return report
     if before.module is None or after.module is None:
         side = before.name if before.module is None else after.name
-        return replace(report, notes=(f"no layers were compared: {side} is no nn.Module",))
+        return replace(report, notes=(*notes, f"no layers were compared: {side} is no nn.Module"))
     return _compare_layers(report, before, after, (differing or batches)[0], tolerance)
 
 
@@ -301,9 +310,9 @@ def _compare_layers(report: Report, before: _Side, after: _Side, batch: Any, tol
     there = set(after.layer_names())
     names = [name for name in before.layer_names() if name in there]
     if not names:
-        return replace(report, notes=("no layers were compared: the two have no module names in common",))
+        return replace(report, notes=(*report.notes, "no layers were compared: they have no module names in common"))
     compared, uneven = _layer_differences(before, after, batch, names, tolerance)
-    notes = [f"not the same number of runs on both sides: {', '.join(uneven)}"] if uneven else []
+    notes = [*report.notes, *([f"not the same number of runs on both sides: {', '.join(uneven)}"] if uneven else [])]
     blame = None
     guilty = next(((layer, difference) for layer, difference in compared if not difference.ok), None)
     if guilty is not None:

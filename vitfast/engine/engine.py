@@ -10,13 +10,16 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast.engine import planner, streaming
 from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
+from vitfast.engine.fingerprint import fingerprint
+from vitfast.engine.isolation import isolated
 from vitfast.engine.sites import kept_products
-from vitfast.images.preprocess import preprocess_batch
+from vitfast.images.preprocess import normalize, preprocess_batch
 from vitfast.models import vit
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
@@ -34,15 +37,18 @@ class Engine:
 
     Attributes:
         config: the architecture. preprocess: the model's own preprocessing, or None if unknown.
-        labels: class names, or None. device, dtype: where and in what the model computes.
+        labels: class names, or None. problem_type: what the logits are for (see `vitfast.Checkpoint`).
+        device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.engine.planner`).
+        fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
     wait): it makes that image's outputs NaN, and no other image's.
     """
 
+    @isolated
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -55,9 +61,12 @@ class Engine:
         keep: tuple[str, ...] = (),
     ) -> None:
         self.calibration: Calibration | None = None
+        self._made_of = (checkpoint, {"backend": backend, "graphs": graphs, "buckets": buckets, "keep": keep})
         self.config = checkpoint.config
         self.preprocess = checkpoint.preprocess
         self.labels = checkpoint.labels
+        self.problem_type = checkpoint.problem_type
+        self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
         self.device = resolve_device(device)
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
         self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
@@ -85,25 +94,32 @@ class Engine:
         weights = f"{self._weight_bytes() / 2**20:.1f} MiB of weights"
         return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend}, {weights})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of, the checkpoint's weights: the copy plans and packs anew."""
+        checkpoint, options = self._made_of
+        made = {"device": str(self.device), "dtype": self.precision, **options}
+        return _remade, (checkpoint, made), {"calibration": self.calibration}
+
     @property
     def backend(self) -> str:
         """The backends at work, e.g. "triton" or "torch+triton"."""
         return "+".join(sorted(set(self.plan.backends.values())))
 
-    @torch.inference_mode()
+    @isolated
     def __call__(self, images: Tensor, *, preprocessed: bool = False) -> Output:
         """Run the model.
 
         Args:
             images: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
                 (resize, crop, normalise); or floating point [B, 3, H, W], already normalised, of the model's size
-                (or any multiple of the patch size, if the model allows it). Moved to the engine's
-                device if elsewhere.
+                or any other size if the model allows it: multiples of the patch size, and what is no multiple is
+                cropped or padded where the model's family does so. Moved to the engine's device if elsewhere.
             preprocessed: uint8 images have been resized and cropped already, and are only normalised.
 
         Returns:
             Output with tokens, embedding and logits in the engine's dtype, on its device. An empty
-            batch gives empty outputs.
+            batch gives empty outputs. They are ordinary tensors without gradients, whatever autograd, inference or
+            autocast mode the caller is in.
 
         Raises:
             ValueError: for a wrong number of axes, channel count, dtype or size.
@@ -220,13 +236,29 @@ class Engine:
     def _prepare(self, images: Tensor, preprocessed: bool) -> Tensor:
         """Checked images, on the device, as the forward takes them: resized and cropped, or in the model's dtype."""
         if images.dtype != torch.uint8:
-            return images.to(self.dtype)
+            return self._on_grid(images.to(self.dtype))
         if preprocessed:
-            return images
+            return self._on_grid(images)
         assert self.preprocess is not None
         if not images.shape[0]:
-            return images.new_empty(0, *self.preprocess.size, self.config.in_channels)
-        return preprocess_batch(images, self.preprocess)
+            return self._on_grid(images.new_empty(0, *self.preprocess.size, self.config.in_channels))
+        return self._on_grid(preprocess_batch(images, self.preprocess))
+
+    def _on_grid(self, images: Tensor) -> Tensor:
+        """Images whose sides are whole patches: cropped or padded where the model's family does so."""
+        channels_last = images.dtype == torch.uint8
+        height, width = images.shape[1:3] if channels_last else images.shape[2:4]
+        if self.config.off_grid == "refuse":
+            return images
+        rows, columns = self.config.fit((height, width))
+        if (rows, columns) == (height, width):
+            return images
+        if self.config.off_grid == "crop":
+            return images[:, :rows, :columns] if channels_last else images[:, :, :rows, :columns]
+        if channels_last:  # padded with zeros, which uint8 has none of once mean and std are applied
+            assert self.preprocess is not None
+            images = normalize(images, self.preprocess, self.dtype)
+        return F.pad(images, (0, columns - width, 0, rows - height))
 
     def _size(self, images: Tensor) -> tuple[int, int]:
         """(height, width) of the images, checked against what the model takes."""
@@ -271,6 +303,10 @@ class Engine:
             embedding=empty(config.projection_dim or config.width),
             logits=empty(config.num_classes) if config.num_classes else None,
         )
+
+
+def _remade(checkpoint: Checkpoint, options: dict[str, Any]) -> Engine:
+    return Engine(checkpoint, **options)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -26,12 +26,13 @@ def load(
     target: float = TARGET,
     allow_pickle: bool = False,
     revision: str | None = None,
+    weights_key: str | None = None,
 ) -> Engine:
     """Load a Vision Transformer and make it ready to run.
 
     Args:
-        source: a live timm, transformers or torchvision model; a directory or .safetensors file;
-            or a Hugging Face hub id.
+        source: a live timm, transformers or torchvision model, of which the engine is a snapshot; a directory or
+            .safetensors file; or a Hugging Face hub id.
         device: "cpu", "cuda", "cuda:1"...; the GPU if there is one by default.
         dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default. "fp8" and
             "int8" compute the products of the blocks on quantised operands and all else in bf16; on the CPU
@@ -42,14 +43,16 @@ def load(
         calibration: images as the engine takes them, some dozens of the kind it will see: products are measured on
             them and the worst kept in bf16, until the embeddings' mean cosine to bf16 is `target`. What was
             measured and kept is the engine's `calibration`.
-        allow_pickle: read .bin and .pth files too (weights only, but still a pickle).
+        allow_pickle: read .bin, .pth, .pt, .ckpt and .pth.tar files too (weights only, but still a pickle).
         revision: of a hub id.
+        weights_key: which of a training checkpoint's state dicts, "state_dict" or "model_ema"; by default the one that
+            timm's own loader takes, the averaged weights first, with a warning that says so.
 
     Raises:
         ValueError, CheckpointError: if the source, device or dtype does not fit; with the reason.
         BackendError: if a forced backend cannot run this model here; with every reason.
     """
-    checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision)
+    checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision, weights_key=weights_key)
     found = None
     if calibration is not None:
         from vitfast.engine.calibrate import calibrate

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitfast.engine.isolation import isolated
 from vitfast.models.output import Output
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class GpuLane:
         pinned = [self._pinned, *(self._result.tensors() if self._result else ())]
         return sum(t.nbytes for t in device if t is not None), sum(t.nbytes for t in pinned if t is not None)
 
-    @torch.inference_mode()
+    @isolated
     def start(self, batch: Batch) -> None:
         """Send a batch on its way; returns before it has arrived."""
         engine, cuda = self._engine, self._cuda
@@ -101,7 +102,7 @@ class GpuLane:
                 self._returned.record(self._download)
             self._batch = images.shape[0]
 
-    @torch.inference_mode()
+    @isolated
     def finish(self) -> Output:
         """Wait for the batch that was started; its output, the caller's own, in ordinary memory."""
         self._returned.synchronize()

@@ -1,7 +1,8 @@
 """Images: which files are some, what their pixels are, and what a model's own processor makes of them."""
 
-from vitfast.images.decode import FORMATS, ImageError, open_image
-from vitfast.images.files import InputError, collect, path_text
+from vitfast.images.decode import ImageError, open_image
+from vitfast.images.files import InputError, collect, find_images, path_text
+from vitfast.images.formats import FORMATS
 from vitfast.images.preprocess import Preprocess, normalize, preprocess_batch, resize_and_crop
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "InputError",
     "Preprocess",
     "collect",
+    "find_images",
     "normalize",
     "open_image",
     "path_text",

@@ -1,32 +1,46 @@
-"""Image files as pixels: what Pillow reads, upright and in RGB, or one error with a reason."""
+"""Image files as pixels: what Pillow reads, upright and in 8-bit RGB, or one error with a reason."""
 
 from __future__ import annotations
 
-from functools import cache
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-FORMATS = {
-    "AVIF": (".avif",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "JPEG2000": (".jp2", ".j2k"),
-    "PNG": (".png",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
+from vitfast.images.formats import NO_SIGNATURE, identify, jxl_size
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-"""Pillow formats that are read -> file endings looked for in folders. A file is recognised by its
-first bytes, never by its ending. Formats that run other programs (EPS) are left out."""
+"""EXIF orientation -> what makes the picture upright."""
+
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
+
+_DECODER_BYTES = {"AVIF": 12, "HEIF": 12, "JPEG2000": 16, "JXL": 24, "WEBP": 12, "TIFF": 8, "GIF": 4, "PSD": 4}
+"""Bytes a pixel that a format's decoder holds beside the image that it fills."""
+_PROGRESSIVE_BYTES = 6
+"""Of a progressive JPEG all coefficients are held: two bytes for each of at most three components."""
 
 
 class ImageError(ValueError):
     """An image that cannot be used. `path` is the file, `reason` one line of plain words."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
+        reason = " ".join(reason.split())
         super().__init__(str(path), reason)
         self.path, self.reason = str(path), reason
 
@@ -34,48 +48,195 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-@cache
-def _readable() -> tuple[str, ...]:
-    """Those of FORMATS that the installed Pillow knows."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+class ImageFile:
+    """An image file of which the header has been read, and no pixel yet.
 
+        with regular_file(path) as file, ImageFile(file, path) as image:
+            pixels = image.decode()
 
-def open_image(path: str | Path, *, exif_orientation: bool = True) -> np.ndarray:
-    """Read a file as uint8 [H, W, 3] in RGB order.
+    Args and errors are those of `open_image`.
 
-    An alpha channel is dropped, grey is repeated, of an animation the first frame is taken: what
-    Pillow's convert("RGB") does, and with it both transformers' `load_image` and timm's datasets.
-
-    Args:
-        path: the file. Its first bytes decide the format, not its name.
-        exif_orientation: turn the image upright by its EXIF tag, as transformers' `load_image` does.
-            timm's and torchvision's datasets do not: pass False to get their pixels.
-
-    Raises:
-        ImageError: if the file cannot be read, is empty, of unknown format, truncated or damaged, or
-            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (where Pillow itself only warns up to
-            twice that many).
+    Attributes:
+        width, height: of what `decode` will read, before it is turned upright.
+        bytes: what `decode` will take in memory at most, estimated.
+        note: what is done to this picture beyond plain decoding, or "".
     """
+
+    def __init__(
+        self, file: BinaryIO, path: str | Path, exif_orientation: bool = True, max_pixels: int | None = None
+    ) -> None:
+        self._file, self._path, self._exif_orientation = file, path, exif_orientation
+        self._limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+        self._image: Image.Image | None = None
+        self.note = ""
+        with _reasons(path):
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ImageError(path, "the file is empty")
+            size = jxl_size(file)  # its plugin decodes all when it opens a file, so that has to wait for `decode`
+            kind, mode, progressive = "JXL", "RGBA", False
+            if size is None:
+                self._image = image = identify(file, os.fspath(path))
+                size, kind, mode = image.size, image.format or "", image.mode
+                progressive = "progressive" in image.info
+            self.width, self.height = size
+            if self.width < 1 or self.height < 1:
+                raise ImageError(path, f"the image has no pixels ({self.height}x{self.width})")
+            if kind in NO_SIGNATURE:
+                self.note = f"taken for {kind} by its ending"
+            full = self.width * self.height
+            if self._limit is not None and full > self._limit:
+                self._reduce(self._limit)
+        decoder = _PROGRESSIVE_BYTES if progressive else _DECODER_BYTES.get(kind, 0)
+        steps = 1 + (mode != "RGB") + exif_orientation  # decoded, converted, turned: four bytes a pixel each
+        self.bytes = full * decoder + self.width * self.height * 4 * steps
+
+    def __enter__(self) -> ImageFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._image is not None:
+            self._image.close()
+
+    def _reduce(self, limit: int) -> None:
+        """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, the largest that fits; refuse anything else."""
+        image, width, height = self._image, self.width, self.height
+        for scale in (2, 4, 8):
+            size = -(-width // scale), -(-height // scale)
+            if isinstance(image, JpegImageFile) and size[0] * size[1] <= limit:
+                image.draft(None, (max(width // scale, 1), max(height // scale, 1)))
+                if image.size != size:
+                    break
+                self.width, self.height = size
+                self.note = f"read at 1/{scale} of its {height}x{width} pixels, which are over the limit of {limit}"
+                return
+        raise ImageError(self._path, f"too many pixels: {height}x{width}, the limit is {limit}")
+
+    def decode(self) -> Image.Image:
+        """The picture in RGB, upright.
+
+        Raises:
+            ImageError: if it is damaged, or its pixels are numbers without a known range.
+        """
+        with _reasons(self._path):
+            if self._image is None:
+                self._image = identify(self._file, os.fspath(self._path))
+            self._image.load()
+            turn = _TURNS.get(_orientation(self._image)) if self._exif_orientation else None
+            image = self._eight_bit(self._image).convert("RGB")
+            return image if turn is None else image.transpose(turn)
+
+    def _eight_bit(self, image: Image.Image) -> Image.Image:
+        """The image with 16 bits, 32 bits or floats a pixel scaled to 8; any other as it is."""
+        tags = getattr(image, "tag_v2", {})
+        if not image.mode.startswith("I") and image.mode != "F":
+            return image
+        values = np.asarray(image)
+        if image.mode.startswith("I;16"):
+            bits = int(np.max(tags.get(258, 16)))  # a TIFF of 12 bits has this mode, too
+            grey = (values >> (bits - 8)).astype(np.uint8)
+        else:
+            low, high = _range(image)
+            if low is None or high is None or not low < high or not np.isfinite(values).all():
+                kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+                raise ImageError(self._path, f"{kind} pixels without a known range; convert the picture to 8 or 16 bit")
+            grey = ((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+        if tags.get(262) == 0:  # white is zero
+            grey = 255 - grey
+        self.note = f"{image.mode} grey scaled to 8 bits (the model's own processor would clip it at 255)"
+        return Image.fromarray(grey)
+
+
+def _range(image: Image.Image) -> tuple[float | None, float | None]:
+    """The values of black and white that a file states for pixels that are not 8 or 16 bits unsigned."""
+    if image.format == "PPM" and image.mode == "I":
+        return 0, 65535  # what Pillow scales any maximum above 255 to
+    tags = getattr(image, "tag_v2", {})
+    stated = [tags.get(low, (None,)) for low in (340, 341)]  # SMinSampleValue, SMaxSampleValue
+    low, high = (value[0] if isinstance(value, tuple) else value for value in stated)
+    return low, high
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or the data is junk; only read, since not all can be rewritten."""
     try:
-        with Image.open(path, formats=_readable()) as file:
-            (width, height), limit = file.size, Image.MAX_IMAGE_PIXELS
-            if limit is not None and height * width > limit:
-                raise ImageError(path, f"too many pixels: {height}x{width}, the limit is {limit}")
-            upright = ImageOps.exif_transpose(file) if exif_orientation else file
-            pixels = np.array(upright.convert("RGB"))
-    except ImageError:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (
+        Exception
+    ):  # of junk Pillow raises SyntaxError, struct.error, ValueError, ...; the picture is as it was stored
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+@contextlib.contextmanager
+def _reasons(path: str | Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into an ImageError."""
+    try:
+        yield
+    except (ImageError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except UnidentifiedImageError as error:
-        empty = Path(path).stat().st_size == 0
-        raise ImageError(path, "the file is empty" if empty else "not an image in a known format") from error
+        raise ImageError(path, "not an image in a known format") from error
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"too many pixels: {error}") from error
     except FileNotFoundError as error:
         raise ImageError(path, "no such file") from error
-    except Exception as error:  # decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error
+    except MemoryError as error:
+        raise ImageError(path, "cannot be decoded: not enough memory") from error
+    except (
+        BaseException
+    ) as error:  # decoders raise nearly anything on damaged data; those in Rust not even an Exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"cannot be decoded: {reason}") from error
-    if pixels.size == 0:
-        raise ImageError(path, f"the image has no pixels ({height}x{width})")
-    return pixels
+
+
+@contextlib.contextmanager
+def regular_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; anything else is refused, and never waited for.
+
+    Raises:
+        ImageError: if there is no such file, it is a pipe, a device, a directory, or it cannot be read.
+    """
+    with _reasons(path):
+        _refuse_irregular(path, os.stat(path))  # before it is opened: to open a device may do something
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        _refuse_irregular(path, os.fstat(file.fileno()))
+        yield file
+
+
+def _refuse_irregular(path: str | Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ImageError(path, f"not a regular file but {kind}")
+
+
+def sha256(file: BinaryIO) -> bytes:
+    """The hash of a whole file, which is left at its beginning."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    file.seek(0)
+    return digest.digest()
+
+
+def open_image(path: str | Path, *, exif_orientation: bool = True, max_pixels: int | None = None) -> np.ndarray:
+    """Read a file as uint8 [H, W, 3] in RGB order.
+
+    An alpha channel is dropped, grey is repeated, of an animation the first frame is taken: what
+    Pillow's convert("RGB") does, and with it both transformers' `load_image` and timm's datasets. Grey of 16 bits is
+    scaled to 8, where those clip it at 255, and so is grey of any numbers for which the file states a range.
+
+    Args:
+        path: a regular file. Its first bytes decide the format, not its name.
+        exif_orientation: turn the image upright by its EXIF tag, as transformers' `load_image` does.
+            timm's and torchvision's datasets do not: pass False to get their pixels.
+        max_pixels: the largest picture to decode; `PIL.Image.MAX_IMAGE_PIXELS` by default. A JPEG that is larger is
+            decoded at 1/2, 1/4 or 1/8 of its size (draft mode), the largest that fits.
+
+    Raises:
+        ImageError: if the file cannot be read, is empty, of unknown format, truncated or damaged, has more than
+            `max_pixels` pixels and is no JPEG, or holds floating-point pixels without a known range.
+    """
+    with regular_file(path) as file, ImageFile(file, path, exif_orientation, max_pixels) as image:
+        return np.array(image.decode())

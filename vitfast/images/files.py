@@ -1,19 +1,15 @@
-"""Which files are images: folders, patterns and single files as a sorted list of paths."""
+"""Which files are images: folders, patterns and single files as a sorted list of paths, and what was left out."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vitfast.images.decode import FORMATS
-
-if TYPE_CHECKING:
-    pass
-
-ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+from vitfast.images.formats import FORMATS, readable, why_left_out
 
 
 class InputError(ValueError):
@@ -21,27 +17,46 @@ class InputError(ValueError):
 
 
 def path_text(path: str | Path) -> str:
-    """A path as text that any file or terminal takes: bytes that are not UTF-8 are written as backslash escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""A path as UTF-8 text, a different one for each path.
+
+    Bytes that are not UTF-8 are written as \xNN. So that no other name looks like that, the backslash of a name that
+    has such a sequence of its own is written as \x5c. All other names are as they are, control characters included.
+    """
+    escaped = re.sub(rb"\\(?=x[0-9a-f]{2})", rb"\\x5c", os.fsencode(path))
+    return escaped.decode("utf-8", "backslashreplace")
 
 
-def collect(sources: Sequence[str | Path]) -> list[Path]:
-    """The image files that sources name, as absolute paths, sorted, each once.
+@dataclass
+class Found:
+    """What sources hold.
 
-    A file is taken whatever its name. A folder is searched with its subfolders (symbolic links to
-    folders are not followed) for the endings of `vitfast.images.decode.FORMATS`; names that begin with a
-    dot are left out. Anything else is a glob pattern (** for any depth) and must match files.
+    Attributes:
+        images: absolute paths, sorted, each once.
+        left_out: files and linked folders that were passed over in folders -> why.
+        unreadable: folders below a source that cannot be read -> why.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def find_images(sources: Sequence[str | Path]) -> Found:
+    """The image files that sources name, and what was left out.
+
+    A file is taken whatever its name. A folder is searched with its subfolders for the endings of
+    `vitfast.images.formats.FORMATS`, as far as they can be read here. Names that begin with a dot and symbolic links to
+    folders are left out; of folders whose name begins with a dot nothing is looked at. Anything else is a glob pattern
+    (** for any depth) and must match files.
 
     Raises:
-        InputError: if a source does not exist or holds no images, or a folder cannot be read.
+        InputError: if a source does not exist, holds no images, or is a folder that cannot be read.
     """
-    found: set[str] = set()
+    found, images = Found(), set[str]()
     for source in (os.fspath(source) for source in sources):
         if os.path.isdir(source):
-            files = list(_images_below(source))
-            if not files:
-                raise InputError(f"no images in folder {path_text(source)!r} (looked for {', '.join(ENDINGS)})")
-        elif os.path.exists(source):
+            files = _images_below(source, found)
+        elif os.path.lexists(source):
             files = [source]
         elif glob.has_magic(source):
             files = [path for path in glob.iglob(source, recursive=True) if not os.path.isdir(path)]
@@ -49,14 +64,49 @@ def collect(sources: Sequence[str | Path]) -> list[Path]:
                 raise InputError(f"no files match the pattern {path_text(source)!r}")
         else:
             raise InputError(f"no such file or folder: {path_text(source)!r}")
-        found.update(map(os.path.abspath, files))
-    return [Path(path) for path in sorted(found)]
+        images.update(map(os.path.abspath, files))
+    found.images = [Path(path) for path in sorted(images)]
+    return found
 
 
-def _images_below(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read folder {path_text(error.filename)!r}: {error.strerror}") from error
+def collect(sources: Sequence[str | Path]) -> list[Path]:
+    """The images of `find_images`, for callers who do not ask what was left out.
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(parent, n) for n in files if n.lower().endswith(ENDINGS) and not n.startswith("."))
+    Raises:
+        InputError: as there, and if any folder cannot be read.
+    """
+    found = find_images(sources)
+    for folder, reason in found.unreadable.items():
+        raise InputError(f"cannot read folder {folder!r}: {reason}")
+    return found.images
+
+
+def _images_below(source: str, found: Found) -> list[str]:
+    """The images in a folder and below; what is not taken goes into `found`."""
+    images, here = [], Found()
+
+    def note(error: OSError) -> None:
+        reason = error.strerror or str(error)
+        if error.filename == source:
+            raise InputError(f"cannot read folder {path_text(source)!r}: {reason}") from error
+        here.unreadable[path_text(os.path.abspath(error.filename))] = reason
+
+    for parent, folders, files in os.walk(source, onerror=note):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (os.path.join(parent, name) for name in folders):
+            if os.path.islink(path):
+                here.left_out[path_text(os.path.abspath(path))] = "a link to a folder"
+        for path in (os.path.join(parent, name) for name in sorted(files)):
+            reason = why_left_out(path)
+            if reason is None:
+                images.append(path)
+            else:
+                here.left_out[path_text(os.path.abspath(path))] = reason
+    if not images:
+        endings = ", ".join(ending for name in readable() for ending in FORMATS[name])
+        left = next(iter({**here.unreadable, **here.left_out}.items()), None)
+        also = f"; left out: {left[0]!r} ({left[1]})" if left else ""
+        raise InputError(f"no images in folder {path_text(source)!r} (looked for {endings}){also}")
+    found.left_out |= here.left_out
+    found.unreadable |= here.unreadable
+    return images

@@ -93,6 +93,25 @@ def vertical_first(height: int, width: int, rows: int, columns: int) -> bool:
     return version >= (12, 2) and rows < height and height > 100 * width
 
 
+def resize_bytes(size: tuple[int, int], new: tuple[int, int], interpolation: str) -> int:
+    """Bytes that Pillow's `Image.resize` of an RGB image takes beside the image itself: weights, passes, result.
+
+    Args:
+        size, new: (height, width) before and after.
+        interpolation: as `resize`.
+    """
+    if size == new:
+        return 0
+    half_width = FILTERS[interpolation][0] if interpolation in FILTERS else 0.0
+    weights = [
+        8 * out * (2 * math.ceil(half_width * max(length / out, 1.0)) + 1)
+        for length, out in zip(size, new, strict=True)
+        if length != out
+    ]
+    between = new[0] * size[1] if vertical_first(*size, *new) else size[0] * new[1]
+    return sum(weights) + 4 * (between + new[0] * new[1])
+
+
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """Resize to (height, width), giving the pixels of Pillow's `Image.resize`.
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitfast.images.pillow_resize import resize
+from vitfast.images.pillow_resize import resize, resize_bytes
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's resampling filters. All but nearest are antialiased: the filter widens when shrinking."""
@@ -244,11 +244,17 @@ def _resized_size(preprocess: Preprocess, height: int, width: int) -> tuple[int,
     return rows, columns
 
 
-def resize_and_crop(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+def memory(preprocess: Preprocess, height: int, width: int) -> int:
+    """Bytes that `resize_and_crop` takes at most for an image of this size, estimated before anything is done."""
+    rows, columns = preprocess.resized(height, width)
+    return resize_bytes((height, width), (rows, columns), preprocess.interpolation) + 8 * rows * columns
+
+
+def resize_and_crop(image: np.ndarray | Image.Image, preprocess: Preprocess) -> np.ndarray:
     """One image to the model's size, bit for bit as the processor `preprocess` was made from.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or a Pillow image in RGB.
         preprocess: sizes and filter; mean and std play no part here.
 
     Returns:
@@ -258,17 +264,24 @@ def resize_and_crop(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
         ValueError: if the image is not uint8 [H, W, 3], has no pixels, would exceed Pillow's pixel
             limit when resized (a very long, very thin image), or ends up with another size.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"image must be uint8 [H, W, 3] with pixels, got {image.dtype} {list(image.shape)}")
-    height, width = _resized_size(preprocess, *image.shape[:2])
-    if (height, width) != image.shape[:2]:
-        resample = Image.Resampling[preprocess.interpolation.upper()]
-        image = np.array(Image.fromarray(image).resize((width, height), resample))
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"a Pillow image must be in RGB, got {image.mode}")
+        shape = image.height, image.width
+    else:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"image must be uint8 [H, W, 3] with pixels, got {image.dtype} {list(image.shape)}")
+        shape = image.shape[0], image.shape[1]
+    height, width = _resized_size(preprocess, *shape)
+    if (height, width) != shape:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = picture.resize((width, height), Image.Resampling[preprocess.interpolation.upper()])
+    pixels = np.array(image) if isinstance(image, Image.Image) else image
     if (height, width) == preprocess.size:
-        return image
+        return pixels
     (pad_y, top), (pad_x, left) = _crop_window(preprocess, height, width)
     rows, columns = preprocess.size
-    part = image[top : top + rows, left : left + columns]
+    part = pixels[top : top + rows, left : left + columns]
     canvas = np.zeros((rows, columns, 3), np.uint8)
     canvas[pad_y : pad_y + part.shape[0], pad_x : pad_x + part.shape[1]] = part
     return canvas

@@ -33,7 +33,7 @@ def replace_attention(model: nn.Module, *, strict: bool = False) -> Swap:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    swap = Swap()
+    swap = Swap(model)
     finders = (transformers.find, timm.find, dino.find, modules.find, torch_sdpa.find, unknown_attention)
     try:
         transformers.switch(model, swap)

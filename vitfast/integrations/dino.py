@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
-from vitfast.integrations.swap import Found, Method
+from vitfast.integrations.swap import Found, Method, original
 from vitfast.ops import Rope, reference
 
 
@@ -25,7 +25,7 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
     del parent
     found = find_known(module, CLASSES)
     if isinstance(found, Method) and _turns_halves(module):
-        return Method(found.name, functools.partial(_dinov3, fuse=True))
+        return Method(found.name, _dinov3_fused)
     return found
 
 
@@ -41,7 +41,7 @@ def _turns_halves(module: Any) -> bool:
 def _dinov2(module: Any, x: Tensor, *attn_bias: Any, **biases: Any) -> Tensor:
     """Without bias; packed images come with one, for xFormers, in training."""
     if any(bias is not None for bias in (*attn_bias, *biases.values())) or dropping(module, module.attn_drop):
-        return type(module).forward(module, x, *attn_bias, **biases)
+        return original(module).forward(module, x, *attn_bias, **biases)
     return module.proj_drop(module.proj(_attend(module, module.qkv(x))))
 
 
@@ -49,8 +49,11 @@ def _dinov3(
     module: Any, qkv: Tensor, attn_bias: Any = None, rope: tuple[Tensor, Tensor] | None = None, fuse: bool = False
 ) -> Tensor:
     if attn_bias is not None:
-        return type(module).compute_attention(module, qkv, attn_bias, rope)  # which says that it takes none
+        return original(module).compute_attention(module, qkv, attn_bias, rope)  # which says that it takes none
     return _attend(module, qkv, rope, fuse)
+
+
+_dinov3_fused = functools.partial(_dinov3, fuse=True)
 
 
 def _attend(module: Any, qkv: Tensor, rope: tuple[Tensor, Tensor] | None = None, fuse: bool = False) -> Tensor:

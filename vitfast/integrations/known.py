@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfast.integrations import torch_sdpa
-from vitfast.integrations.swap import Found, Method, source
+from vitfast.integrations.recognise import source
+from vitfast.integrations.swap import Found, Method
 
 
 @dataclass(frozen=True)

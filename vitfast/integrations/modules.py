@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from vitfast.attention import sdpa
 from vitfast.integrations import torch_sdpa
-from vitfast.integrations.swap import Found, Swap, source, swap_forwards
+from vitfast.integrations.recognise import source
+from vitfast.integrations.swap import Found, Swap, original, swap_forwards
 
 
 def replace(model: nn.Module) -> Swap:
     """Replace the forward of every nn.MultiheadAttention in `model` for which that is exact."""
-    swap = Swap()
+    swap = Swap(model)
     swap_forwards(model, (find,), swap)
     return swap
 
@@ -102,7 +103,7 @@ def multihead_attention(
         or key.shape[batch_axis] != query.shape[batch_axis]
         or not _masks_fit(module, query, key, key_padding_mask, attn_mask)
     ):
-        return type(module).forward(
+        return original(module).forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 

@@ -1,15 +1,23 @@
-"""`Swap`, the handle of everything that was replaced, and how attention is recognised in a model."""
+"""`Swap`, the handle of everything that was replaced in a model, and the way back."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
-import inspect
-import re
+import html
+import itertools
+import types
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from vitfast.attention import sdpa
+from vitfast.integrations.recognise import attends
 
 
 @dataclass(frozen=True)
@@ -27,31 +35,38 @@ True where a setting has switched it already; why it is left alone; or None wher
 Finder = Callable[[nn.Module, nn.Module | None], Found]
 """Called with a module and the module that holds it (None for the model itself)."""
 
-_PRODUCT = re.compile(r" @ |matmul|bmm\(|einsum")
-_NAMED = re.compile(r"attention|attn", re.IGNORECASE)
+LINES = 30
+"""A swap lists at most so many of the modules that it left."""
+
+
+def original(module: nn.Module) -> Any:
+    """The class that a module was of before a swap, with its own methods; its class if nothing was swapped."""
+    return getattr(type(module), "_vitfast_original", type(module))
 
 
 class Swap:
     """What was replaced in a model, and the way back; also a context manager that goes it.
 
-    A swap replaces a method on instances, mostly `forward`, or a setting; parameters, buffers, hooks and the state
-    dict are never touched. A deep copy or a pickle of a swapped model is itself swapped, and this
-    handle does not reach it. Swap before torch.compile, not after.
+    A swap gives instances a subclass of their class, of the same name, in which one method is another (mostly
+    `forward`), or changes a setting; parameters, buffers, hooks and the state dict are never touched. A copy of a
+    swapped module, shallow, deep, pickled or made by nn.DataParallel, is itself swapped and computes with its own
+    weights; this handle does not reach it. `torch.jit.script` compiles the module's own method, with a warning.
+    Swap before torch.compile, not after.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.replaced: list[str] = []
         """Names of the modules whose attention now goes through vitfast."""
         self.left: dict[str, str] = {}
         """Names of the modules that attend and were left as they are -> why."""
+        self._model = model
         self._undo: list[Callable[[], str]] = []
 
     def replace(self, name: str, module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
-        """Put `function(module, ...)` in place of `module.forward`, or another method, on this instance only."""
-        # A partial, not a bound method: it can be copied and pickled together with its module.
-        bound = functools.partial(function, module)
-        module.__dict__[method] = bound
-        self.on_restore(functools.partial(_remove, name, module, bound, method))
+        """Make `module.method(...)` call `function(module, ...)`, on this instance only."""
+        kind: Any = type(module)
+        module.__class__ = swapped = _swapped(kind, method, function)  # bound by self, so that copies are bound, too
+        self.on_restore(functools.partial(_remove, name, module, kind, swapped, method))
         self.replaced.append(name)
 
     def on_restore(self, undo: Callable[[], str]) -> None:
@@ -71,6 +86,16 @@ class Swap:
         if problems := [problem for problem in problems if problem]:
             raise RuntimeError("not restored: " + "; ".join(problems))
 
+    @property
+    def route(self) -> sdpa.Route:
+        """Which implementation calls take where the model is now and in its dtype, as far as these decide it.
+
+        A call's own arguments may still send it to torch: `vitfast.explain` says it of one call.
+        """
+        tensors = itertools.chain(*((m.parameters(), m.buffers()) for m in [self._model] if m is not None))
+        first = next((t for part in tensors for t in part if t.is_floating_point()), torch.empty(0))
+        return sdpa.usual_route(first.device, first.dtype)
+
     def __enter__(self) -> Swap:
         return self
 
@@ -79,13 +104,81 @@ class Swap:
 
     def __repr__(self) -> str:
         state = "in place" if self._undo else "restored"
-        return f"Swap({len(self.replaced)} replaced, {len(self.left)} left, {state})"
+        lines = [f"Swap({len(self.replaced)} replaced, {len(self.left)} left, {state}; {self._route()})"]
+        lines += [f"  left {names}: {why}" for names, why in self._left()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{html.escape(n)}</td><td>{html.escape(why)}</td></tr>" for n, why in self._left())
+        head = f"{len(self.replaced)} replaced, {len(self.left)} left; {self._route()}"
+        table = f"<table><tr><th>left</th><th>why</th></tr>{rows}</table>" if rows else ""
+        return f"<b>Swap</b>: {html.escape(head)}{table}"
+
+    def _route(self) -> str:
+        route = self.route
+        why = f" ({'; '.join(route.reasons)})" if route.reasons else ""
+        return f"calls run {'the Triton kernels' if route.backend == 'triton' else 'torch'}{why}"
+
+    def _left(self) -> list[tuple[str, str]]:
+        """(name, why), modules left for one reason together; the last line counts what is not shown."""
+        counts = Counter(self.left.values())
+        first = {why: name or "the model" for name, why in reversed(self.left.items())}
+        rows = [(first[why] + (f" and {n - 1} more" if n > 1 else ""), why) for why, n in counts.items()]
+        more = [("...", f"and {len(rows) - LINES} more reasons: see .left")] if len(rows) > LINES else []
+        return rows[:LINES] + more
 
 
-def _remove(name: str, module: nn.Module, bound: Callable[..., Any], method: str) -> str:
-    if module.__dict__.get(method) is not bound:
+@functools.cache
+def _swapped(kind: Any, method: str, function: Callable[..., Any]) -> Any:
+    """A subclass of `kind` by its name, whose `method` is `function`."""
+    own = getattr(kind, method)
+
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    # torch.jit.script reads the source behind __wrapped__ and looks names up in the function's globals.
+    scope = getattr(own, "__globals__", replaced.__globals__)
+    replaced = types.FunctionType(replaced.__code__, scope, method, None, replaced.__closure__)
+
+    def __prepare_scriptable__(self: nn.Module) -> nn.Module:
+        warnings.warn(
+            f"torch.jit.script compiles {kind.__name__}'s own {method}: attention there is torch's, not vitfast's",
+            stacklevel=2,
+        )
+        prepare = getattr(kind, "__prepare_scriptable__", None)
+        return self if prepare is None else prepare(self)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        make, args, *rest = kind.__reduce_ex__(self, protocol)
+        if make is not copyreg.__newobj__ or args[0] is not swapped:  # type: ignore[attr-defined]
+            return (make, args, *rest)
+        return (_renew, (kind, method, function, *args[1:]), *rest)
+
+    names = {
+        method: functools.update_wrapper(replaced, own),
+        "_vitfast_original": kind,
+        "_vitfast_function": function,
+        "__reduce_ex__": __reduce_ex__,
+        "__prepare_scriptable__": __prepare_scriptable__,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__annotations__": dict(getattr(kind, "__annotations__", {})),
+    }
+    swapped = type(kind)(kind.__name__, (kind,), names)
+    return swapped
+
+
+def _renew(kind: Any, method: str, function: Callable[..., Any], *args: Any) -> Any:
+    """A new object of a swapped class, for copies and pickles."""
+    swapped = _swapped(kind, method, function)
+    return swapped.__new__(swapped, *args)
+
+
+def _remove(name: str, module: nn.Module, kind: Any, swapped: Any, method: str) -> str:
+    if type(module) is not swapped or method in module.__dict__:
         return f"{name or 'the model'} ({type(module).__name__}) has another {method} by now"
-    del module.__dict__[method]
+    module.__class__ = kind
     return ""
 
 
@@ -94,10 +187,12 @@ def swap_forwards(model: nn.Module, finders: Iterable[Finder], swap: Swap) -> No
     finders = tuple(finders)
     modules = dict(model.named_modules())
     for name, module in modules.items():
+        if name in swap.left:
+            continue
         parent = modules[name.rpartition(".")[0]] if name else None
         found = next((found for finder in finders if (found := finder(module, parent)) is not None), None)
         method = found if isinstance(found, Method) else Method("forward", found) if callable(found) else None
-        if method is not None and method.name in module.__dict__:
+        if method is not None and (method.name in module.__dict__ or original(module) is not type(module)):
             found, method = f"its {method.name} has been replaced already", None
         if method is not None:
             swap.replace(name, module, method.function, method.name)
@@ -110,30 +205,6 @@ def swap_forwards(model: nn.Module, finders: Iterable[Finder], swap: Swap) -> No
 def unknown_attention(module: nn.Module, parent: nn.Module | None) -> Found:
     """The last finder: modules that look like attention and that nobody has claimed."""
     del parent
-    if attends(type(module)):
+    if attends(module):
         return f"vitfast has no exact replacement for {type(module).__module__}.{type(module).__qualname__}"
     return None
-
-
-def attends(kind: type) -> bool:
-    """Whether instances of this class compute softmax attention themselves, judged by their source:
-    a call of SDPA, or a softmax beside a matrix product, in the forward or, if the class is named so, anywhere."""
-    if kind.__module__.partition(".")[0] == "torch":
-        return False  # torch's own are known by name
-    text = source(kind.__dict__.get("forward") or getattr(kind, "forward", None))
-    if _NAMED.search(kind.__name__):
-        text += "".join(source(base) for base in kind.__mro__ if base not in (nn.Module, object))
-    return "scaled_dot_product_attention" in text or ("softmax" in text.lower() and bool(_PRODUCT.search(text)))
-
-
-def source(item: Any) -> str:
-    """Source text of a class or function, "" where there is none (built in, or made at run time)."""
-    return _source(item)
-
-
-@functools.cache
-def _source(item: Any) -> str:
-    try:
-        return inspect.getsource(item)
-    except (OSError, TypeError):
-        return ""

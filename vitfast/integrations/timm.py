@@ -17,13 +17,13 @@ from vitfast.attention import sdpa
 from vitfast.integrations import timm_windows, torch_sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.norms import read_norms
-from vitfast.integrations.swap import Found, Swap, swap_forwards, unknown_attention
+from vitfast.integrations.swap import Found, Swap, original, swap_forwards, unknown_attention
 from vitfast.ops import Rope
 
 
 def replace(model: nn.Module) -> Swap:
     """Replace the forward of every attention of timm in `model` for which that is exact."""
-    swap = Swap()
+    swap = Swap(model)
     swap_forwards(model, (find, _rest), swap)
     return swap
 
@@ -103,7 +103,7 @@ def _projected(module: Any, x: Tensor, gate: Tensor | None) -> Tensor:
 
 def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, attn_mask, is_causal)
+        return original(module).forward(module, x, attn_mask, is_causal)
     gate = module.gate(x).sigmoid() if module.gate is not None else None
     q, k, v = _packed(module, module.qkv(x))
     out = _fused(module, q, k, v, None, attn_mask, is_causal)
@@ -118,7 +118,7 @@ def _attention_rope(
     module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, rope, attn_mask, is_causal)
+        return original(module).forward(module, x, rope, attn_mask, is_causal)
     qkv = _packed(module, module.qkv(x)) if module.qkv is not None else _separate(module, x)
     return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
 
@@ -127,7 +127,7 @@ def _eva_attention(
     module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, rope, attn_mask, is_causal)
+        return original(module).forward(module, x, rope, attn_mask, is_causal)
     qkv = _packed(module, _biased(module, x)) if module.qkv is not None else _separate(module, x)
     return _with_rope(module, x, qkv, rope, attn_mask, is_causal)
 
@@ -156,7 +156,7 @@ def _with_rope(
 
 def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, shared_rel_pos_bias)
+        return original(module).forward(module, x, shared_rel_pos_bias)
     q, k, v = _packed(module, _biased(module, x))
     bias = shared_rel_pos_bias
     if module.relative_position_bias_table is not None:
@@ -169,7 +169,7 @@ def _beit_attention(module: Any, x: Tensor, shared_rel_pos_bias: Tensor | None =
 
 def _rel_pos_attention(module: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, shared_rel_pos)
+        return original(module).forward(module, x, shared_rel_pos)
     q, k, v = _packed(module, module.qkv(x))
     bias = module.rel_pos.get_bias() if module.rel_pos is not None else shared_rel_pos
     out = sdpa.scaled_dot_product_attention(module.q_norm(q), module.k_norm(k), v, attn_mask=bias)
@@ -193,7 +193,7 @@ def _attention_pool_latent(module: Any, x: Tensor, attn_mask: Tensor | None = No
 
 def _parallel_scaling_block(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, attn_mask, is_causal)
+        return original(module).forward(module, x, attn_mask, is_causal)
     hidden, *qkv = module.in_proj(module.in_norm(x)).split(module.in_split, dim=-1)
     if module.mlp_bias is not None:
         hidden = hidden + module.mlp_bias

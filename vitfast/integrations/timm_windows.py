@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping
+from vitfast.integrations.swap import original
 
 
 def with_windows(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
@@ -52,7 +53,7 @@ def _packed(module: Any, x: Tensor) -> Any:
 
 def _swin(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, mask)
+        return original(module).forward(module, x, mask)
     q, k, v = _packed(module, module.qkv(x))
     bias = with_windows(module._get_rel_pos_bias(), mask, x.shape[0])
     return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, attn_mask=bias))
@@ -68,7 +69,7 @@ def cosine_attention(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor, bias:
 
 def _swin_v2(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, mask)
+        return original(module).forward(module, x, mask)
     qkv_bias = None if module.q_bias is None else torch.cat((module.q_bias, module.k_bias, module.v_bias))
     if qkv_bias is None or module.qkv_bias_separate:
         qkv = module.qkv(x) if qkv_bias is None else module.qkv(x) + qkv_bias
@@ -84,7 +85,7 @@ def _swin_v2(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _swin_v2_cr(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, mask)
+        return original(module).forward(module, x, mask)
     bias = with_windows(module._relative_positional_encodings(), mask, x.shape[0])
     q, k, v = _packed(module, module.qkv(x))
     return _projected(module, cosine_attention(q, k, v, module.logit_scale.view(module.num_heads, 1, 1), bias))
@@ -92,7 +93,7 @@ def _swin_v2_cr(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _gcvit(module: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x, q_global)
+        return original(module).forward(module, x, q_global)
     if module.use_global and q_global is not None:
         k, v = (_heads(module, part) for part in module.qkv(x).chunk(2, dim=-1))
         q = q_global.repeat_interleave(x.shape[0] // q_global.shape[0], dim=0)
@@ -131,14 +132,14 @@ def _mvit_v2(module: Any, x: Tensor, feat_size: Any) -> tuple[Tensor, Any]:
 
 def _cross_vit(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x)
+        return original(module).forward(module, x)
     q, k, v = _heads(module, module.wq(x[:, :1])), _heads(module, module.wk(x)), _heads(module, module.wv(x))
     return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _volo_class(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x)
+        return original(module).forward(module, x)
     k, v = (_heads(module, part) for part in module.kv(x).chunk(2, dim=-1))
     q = _heads(module, module.q(x[:, :1]))
     return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
@@ -146,14 +147,14 @@ def _volo_class(module: Any, x: Tensor) -> Tensor:
 
 def _convit(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x)
+        return original(module).forward(module, x)
     q, k, v = _packed(module, module.qkv(x))
     return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
 
 
 def _tnt(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x)
+        return original(module).forward(module, x)
     q, k = (_heads(module, part) for part in module.qk(x).chunk(2, dim=-1))
     v = _heads(module, module.v(x))
     return _projected(module, sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))
@@ -161,7 +162,7 @@ def _tnt(module: Any, x: Tensor) -> Tensor:
 
 def _visformer(module: Any, x: Tensor) -> Tensor:
     if dropping(module, module.attn_drop):
-        return type(module).forward(module, x)
+        return original(module).forward(module, x)
     qkv = module.qkv(x).flatten(2).unflatten(1, (3, module.num_heads, module.head_dim))
     q, k, v = qkv.permute(1, 0, 2, 4, 3).contiguous().unbind(0)  # channels last: the kernels read whole rows of D
     out = sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale)

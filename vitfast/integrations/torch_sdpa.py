@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vitfast.attention import sdpa
-from vitfast.integrations.swap import Found, source
+from vitfast.integrations.recognise import source
+from vitfast.integrations.swap import Found, original
 
 UNFUSED = "fused_attn is off, so it spells attention out"
 
@@ -55,7 +56,7 @@ def use() -> Iterator[None]:
 def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, in which torch's attention is vitfast's."""
     with _Redirect():
-        return type(module).forward(module, *args, **kwargs)
+        return original(module).forward(module, *args, **kwargs)
 
 
 def find(module: Any, parent: nn.Module | None = None) -> Found:

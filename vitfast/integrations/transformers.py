@@ -13,23 +13,29 @@ from typing import Any
 
 from torch import nn
 
-from vitfast.integrations import torch_sdpa, transformers_modules, transformers_rope
-from vitfast.integrations.swap import Found, Swap, attends, source, swap_forwards
+from vitfast.integrations import torch_sdpa, transformers_meaning, transformers_modules, transformers_rope
+from vitfast.integrations.recognise import attends, source
+from vitfast.integrations.swap import Found, Swap, swap_forwards
 from vitfast.integrations.transformers_attention import (
+    EAGER_NAME,
     FLASH_NAME,
     NAME,
     attention_forward,
+    eager_attention_forward,
     flash_attention_forward,
     flash_mask,
     load_flash,
+    mask,
 )
 
+_NAMES = (NAME, EAGER_NAME, FLASH_NAME)
 _BUILT_IN = "computes its scores itself, off transformers' attention interface"
 
 
 def register() -> None:
-    """Make "vitfast" and "vitfast_flash" known to transformers; may be called again.
+    """Make "vitfast", "vitfast_eager" and "vitfast_flash" known to transformers; may be called again.
 
+    "vitfast" means what "sdpa" means there, "vitfast_eager" what "eager" does (see `transformers_attention`).
     transformers takes a name with "flash" in it for FlashAttention: vision towers that pack images of
     different sizes (Qwen-VL and its like) then hand over cu_seqlens in one call, where they loop over
     the images otherwise, and padding comes as one bool per token.
@@ -38,10 +44,12 @@ def register() -> None:
         ImportError: if transformers, or a version of it with both interfaces, is not installed.
     """
     from transformers import AttentionInterface, modeling_flash_attention_utils
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
+    AttentionInterface.register(EAGER_NAME, eager_attention_forward)
+    AttentionMaskInterface.register(EAGER_NAME, eager_mask)
     AttentionInterface.register(FLASH_NAME, flash_attention_forward)
     AttentionMaskInterface.register(FLASH_NAME, flash_mask)
     # For a name with "flash" transformers loads the functions when a model is built, from packages it knows;
@@ -54,29 +62,47 @@ def register() -> None:
 def replace(model: nn.Module) -> Swap:
     """Set "vitfast" on every transformers model in `model` that follows the attention interface.
 
-    The setting lives in the models' configs: another model that shares a config object is switched
-    with it. `restore` puts back what each config and sub-config had. Modules off the interface get
-    another forward if they are known (`transformers_modules`: Swinv2, Hiera, ImageGPT, BLIP, ...) or call
-    torch's attention (SAM's image encoder, Data2Vec); else they are named in `.left`.
+    Or "vitfast_eager", where the model runs "eager" now: its meaning is kept. Layers whose attention means
+    something else than ours, or takes what ours does not have, stay, with all that share their config. The
+    setting lives in the models' configs: another model that shares a config object is switched with it.
+    `restore` puts back what each config and sub-config had. Modules off the interface get another forward
+    if they are known (`transformers_modules`: Swinv2, Hiera, ImageGPT, BLIP, ...) or call torch's attention
+    (SAM's image encoder, Data2Vec); else they are named in `.left`.
     """
-    swap = Swap()
+    swap = Swap(model)
     switch(model, swap)
     swap_forwards(model, (find,), swap)
     return swap
 
 
 def switch(model: nn.Module, swap: Swap) -> None:
-    """Set the attention of the transformers models in `model`; `find` then tells what came of it."""
+    """Set the attention of the transformers models in `model`, and name in `swap.left` the layers that stay.
+
+    `find` then tells what came of the others.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
     for top in _models(model):
-        layers = [module for module in top.modules() if _on_interface(module)]
-        if all(_setting(module) in (NAME, FLASH_NAME) for module in layers):
+        layers = [m for m in top.modules() if _on_interface(m) and hasattr(m, "config")]
+        if all(_setting(module) in _NAMES for module in layers):
             continue
         configs = list(_configs(top))
         if any(config.output_attentions for config in configs if hasattr(config, "output_attentions")):
             continue  # find says why
+        reasons = {id(layer): transformers_meaning.why_not(layer, _setting(layer)) for layer in layers}
+        kept = {id(layer.config): layer for layer in reversed(layers) if reasons[id(layer)]}
+        for layer in layers:
+            first = kept.get(id(layer.config))
+            if reasons[id(layer)] or first is not None:
+                other = f"it shares its config with {names[id(first)]}, which cannot be switched" if first else ""
+                swap.left[names[id(layer)]] = reasons[id(layer)] or other
         register()
         before = [config._attn_implementation_internal for config in configs]
         top.set_attn_implementation(NAME)
+        for config, old in zip(configs, before, strict=True):
+            if config._attn_implementation_internal == NAME and transformers_meaning.runs_eager(old):
+                config._attn_implementation_internal = EAGER_NAME
+            if id(config) in kept:
+                config._attn_implementation_internal = old
         after = [config._attn_implementation_internal for config in configs]
         swap.on_restore(functools.partial(_put_back, configs, before, after))
 
@@ -89,9 +115,9 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
         if (found := transformers_modules.find(module)) is not None or not theirs:
             return found
         found = torch_sdpa.find(module)
-        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(type(module)) else found
+        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(module) else found
     setting = _setting(module)
-    if setting in (NAME, FLASH_NAME):
+    if setting in _NAMES:
         return transformers_rope.find(module)
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return f"its config asks for attention weights (output_attentions=True), which {NAME!r} does not return"

@@ -1,6 +1,7 @@
 """The attention functions behind transformers' names "vitfast" and "vitfast_flash", and their masks.
 
-"vitfast" follows transformers' "sdpa": masks are [B, 1, N, Nk]. "vitfast_flash" follows its
+"vitfast" follows transformers' "sdpa": masks are [B, 1, N, Nk]. "vitfast_eager" follows its "eager", where a mask is
+added to the scores and says all: without one, nothing is causal. "vitfast_flash" follows its
 "flash_attention_2": padding is one bool per token and is taken out before attention; packed sequences
 come as cu_seqlens. Where flash-attn's arguments cannot say what a mask says, the mask is made in full
 and the call runs as "vitfast", so that no mask is lost.
@@ -8,6 +9,8 @@ and the call runs as "vitfast", so that no mask is lost.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,12 +20,18 @@ from torch import Tensor, nn
 
 from vitfast.attention import flash_attn, sdpa
 
-NAME, FLASH_NAME = "vitfast", "vitfast_flash"
+NAME, EAGER_NAME, FLASH_NAME = "vitfast", "vitfast_eager", "vitfast_flash"
 
 _HARMLESS = frozenset(
     ("output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "num_items_in_batch")
 )
 """Keyword arguments that a model may hand through to its attention function and that do not concern it."""
+
+IMPLEMENTED = _HARMLESS | {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+IMPLEMENTED |= {"position_bias", "sliding_window", "output_attentions"}
+IMPLEMENTED |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""What a layer may hand over in its code. Weights are refused when they are asked for, and lengths of packed sequences
+come only where FlashAttention is asked for."""
 
 
 def attention_forward(
@@ -38,6 +47,8 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function behind the name, with the behaviour of transformers' "sdpa".
+
+    A model that transformers runs with "eager" only is run as "vitfast_eager".
 
     Args:
         module: the calling attention layer; its `is_causal` counts where the argument is None, and a
@@ -56,7 +67,8 @@ def attention_forward(
     if window is not None and attention_mask is None and key.shape[2] > window:
         raise ValueError(f"sliding_window={window} over {key.shape[2]} keys needs a mask; {NAME!r} got none")
     _refuse(module, NAME, kwargs)
-    causal = _is_causal(module, is_causal) and attention_mask is None and query.shape[2] > 1
+    causal = attention_mask is None and query.shape[2] > 1
+    causal = causal and _is_causal(module, is_causal) and not _only_eager(type(module).__module__)
     mask = attention_mask
     if position_bias is not None:
         mask, causal = _biased(position_bias, mask, causal, query, key), False
@@ -70,6 +82,41 @@ def attention_forward(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shared
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention_forward` with the behaviour of transformers' "eager": a mask says all, windows included."""
+    del is_causal, sliding_window
+    return attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=False, **kwargs)
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """What transformers' mask interface gives a model for "vitfast": the mask of "sdpa", or of "eager" where only
+    that is known."""
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    file = type(kwargs.get("config")).__module__.replace(".configuration_", ".modeling_")
+    return eager_mask(*args, **kwargs) if _only_eager(file) else sdpa_mask(*args, **kwargs)
+
+
+@sdpa.constant_when_traced
+@functools.cache
+def _only_eager(file: str) -> bool:
+    """Whether a file of transformers has models, and none of them supports "sdpa"."""
+    kinds = [kind for kind in vars(sys.modules.get(file, sys)).values() if getattr(kind, "__module__", "") == file]
+    models = [kind for kind in kinds if hasattr(kind, "_supports_sdpa")]
+    return bool(models) and not any(kind._supports_sdpa for kind in models)
 
 
 def _biased(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:

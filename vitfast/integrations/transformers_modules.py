@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
-from vitfast.integrations.swap import Found, source
+from vitfast.integrations.recognise import source
+from vitfast.integrations.swap import Found, original
 from vitfast.integrations.timm_windows import attend_padded, cosine_attention, with_windows
 from vitfast.integrations.transformers_attention import weights_collected
 
@@ -25,7 +26,7 @@ def find(module: Any) -> Found:
     found = find_known(module, CLASSES)
     if found is _swin_v2:
         text = source(type(module).forward)  # transformers adds the mask twice in the versions seen
-        found = functools.partial(_swin_v2, times=text.count("attention_mask.unsqueeze(1).unsqueeze(0)"))
+        found = _swin_v2_adding(text.count("attention_mask.unsqueeze(1).unsqueeze(0)"))
     if callable(found) and importlib.util.find_spec("transformers.utils.output_capturing") is None:
         return "this version of transformers collects attention weights in a way that vitfast does not know"
     return found
@@ -65,7 +66,7 @@ def _image_gpt(
 ) -> tuple[Tensor, None]:
     across = module.is_cross_attention or encoder_hidden_states is not None
     if across or _weights_wanted(output_attentions) or dropping(module, module.attn_dropout):
-        return type(module).forward(
+        return original(module).forward(
             module, hidden_states, layer_past, attention_mask, encoder_hidden_states, encoder_attention_mask, use_cache,
             output_attentions, **kwargs,
         )  # fmt: skip
@@ -92,7 +93,7 @@ def _image_gpt(
 
 def _blip(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
     if _weights_wanted(kwargs.get("output_attentions")) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, **kwargs)
+        return original(module).forward(module, hidden_states, **kwargs)
     qkv = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return module.projection(_joined(sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale))), None
@@ -106,7 +107,7 @@ def _group_vit(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if _weights_wanted(kwargs.get("output_attentions")) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, attention_mask, encoder_hidden_states, **kwargs)
+        return original(module).forward(module, hidden_states, attention_mask, encoder_hidden_states, **kwargs)
     seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     projections = ((module.q_proj, hidden_states), (module.k_proj, seen), (module.v_proj, seen))
     q, k, v = (_heads(project(x), module.num_heads) for project, x in projections)
@@ -118,7 +119,7 @@ def _swin(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
 ) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, attention_mask, output_attentions)
+        return original(module).forward(module, hidden_states, attention_mask, output_attentions)
     q, k, v = _projected(module, hidden_states, hidden_states)
     area = module.window_size[0] * module.window_size[1]
     bias = module.relative_position_bias_table[module.relative_position_index.view(-1)].view(area, area, -1)
@@ -136,7 +137,7 @@ def _swin_v2(
 ) -> tuple[Tensor]:
     """With the mask added so many times."""
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, attention_mask, output_attentions)
+        return original(module).forward(module, hidden_states, attention_mask, output_attentions)
     q, k, v = _projected(module, hidden_states, hidden_states)
     area = module.window_size[0] * module.window_size[1]
     table = module.continuous_position_bias_mlp(module.relative_coords_table).view(-1, module.num_attention_heads)
@@ -146,9 +147,15 @@ def _swin_v2(
     return (_joined(cosine_attention(q, k, v, module.logit_scale, bias)),)
 
 
+@functools.cache
+def _swin_v2_adding(times: int) -> Any:
+    """One function for all layers, so that their classes are one, too."""
+    return functools.partial(_swin_v2, times=times)
+
+
 def _hiera(module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
     if _weights_wanted(output_attentions):
-        return type(module).forward(module, hidden_states, output_attentions)
+        return original(module).forward(module, hidden_states, output_attentions)
     batch, tokens, _ = hidden_states.shape
     windows = tokens // (module.query_stride * module.window_size) if module.use_mask_unit_attn else 1
     # Token t of window w is row t * windows + w; each window is a batch entry of its own.
@@ -163,7 +170,7 @@ def _hiera(module: Any, hidden_states: Tensor, output_attentions: bool = False) 
 
 def _pvt(module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, height, width, output_attentions)
+        return original(module).forward(module, hidden_states, height, width, output_attentions)
     reduce = module.sequence_reduction if module.sequences_reduction_ratio > 1 else None
     return (_attend_reduced(module, hidden_states, height, width, reduce),)
 
@@ -172,7 +179,7 @@ def _glpn(
     module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
 ) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states, height, width, output_attentions)
+        return original(module).forward(module, hidden_states, height, width, output_attentions)
     return (_attend_reduced(module, hidden_states, height, width, module.sr if module.sr_ratio > 1 else None),)
 
 
@@ -180,7 +187,7 @@ def _pvt_v2(
     module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
 ) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.attn_drop):
-        return type(module).forward(module, hidden_states, height, width, output_attentions)
+        return original(module).forward(module, hidden_states, height, width, output_attentions)
     reduce = module.spatial_reduction if module.linear_attention or module.spatial_reduction_ratio > 1 else None
     return (module.proj_drop(module.proj(_attend_reduced(module, hidden_states, height, width, reduce))),)
 
@@ -198,13 +205,13 @@ def _attend_reduced(module: Any, x: Tensor, height: int, width: int, reduce: Any
 
 def _mobile_vit(module: Any, hidden_states: Tensor) -> Tensor:
     if dropping(module, module.dropout):
-        return type(module).forward(module, hidden_states)
+        return original(module).forward(module, hidden_states)
     return _joined(sdpa.scaled_dot_product_attention(*_projected(module, hidden_states, hidden_states)))
 
 
 def _timesformer(module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
     if _weights_wanted(output_attentions) or dropping(module, module.attn_drop):
-        return type(module).forward(module, hidden_states, output_attentions)
+        return original(module).forward(module, hidden_states, output_attentions)
     q, k, v = (_heads(part, module.num_heads) for part in module.qkv(hidden_states).chunk(3, dim=-1))
     return (_joined(sdpa.scaled_dot_product_attention(q, k, v, scale=module.scale)),)
 
@@ -239,7 +246,7 @@ def _mask2former(
 ) -> tuple[Tensor, None]:
     crossed = key_value_states is not None or key_value_position_embeddings is not None
     if crossed or position_embeddings is None or _weights_wanted(output_attentions) or dropping(module, module.dropout):
-        return type(module).forward(
+        return original(module).forward(
             module, hidden_states, attention_mask, position_embeddings, key_value_states,
             key_value_position_embeddings, output_attentions,
         )  # fmt: skip
@@ -271,7 +278,7 @@ def _table_transformer(
         or _weights_wanted(output_attentions)
         or dropping(module, module.dropout)
     ):
-        return type(module).forward(
+        return original(module).forward(
             module, hidden_states, attention_mask, object_queries, key_value_states, spatial_position_embeddings,
             output_attentions,
         )  # fmt: skip

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known, path
-from vitfast.integrations.swap import Found
-from vitfast.integrations.transformers_attention import _HARMLESS, NAME, attention_forward, weights_collected
+from vitfast.integrations.swap import Found, original
+from vitfast.integrations.transformers_attention import (
+    _HARMLESS,
+    EAGER_NAME,
+    NAME,
+    attention_forward,
+    weights_collected,
+)
 from vitfast.ops import Rope
 
 
@@ -34,7 +40,7 @@ def _dinov3(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if position_embeddings is None or _own(module, hidden_states, kwargs):
-        return type(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
+        return original(module).forward(module, hidden_states, attention_mask, position_embeddings, **kwargs)
     from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
     q, k, v = (
@@ -56,7 +62,7 @@ def _own(module: Any, hidden_states: Tensor, arguments: Mapping[str, Any]) -> bo
     """Whether the layer's own forward is to run: on torch's route, and where more is asked than attention."""
     return bool(
         sdpa.torch_first(hidden_states)
-        or module.config._attn_implementation != NAME
+        or module.config._attn_implementation not in (NAME, EAGER_NAME)
         or module.is_causal
         or dropping(module, module.dropout)
         or weights_collected()

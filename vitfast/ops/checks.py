@@ -78,6 +78,8 @@ def check_patch_embed(
     height, width, channels = (images.shape[i] for i in ((1, 2, 3) if channels_last else (2, 3, 1)))
     if ph < 1 or pw < 1 or height < ph or width < pw or height % ph or width % pw:
         raise ValueError(f"{op}: image size {height}x{width} is not a positive multiple of the patch {ph}x{pw}")
+    if channels < 1:
+        raise ValueError(f"{op}: images {layout} of shape {tuple(images.shape)} have no channels")
     if weight.shape[1] != channels * ph * pw:
         raise ValueError(
             f"{op}: images {layout} of shape {tuple(images.shape)} have {channels} channels, "
@@ -118,9 +120,12 @@ def check_linear(
     row_stats: Tensor | None,
     weight_sum: Tensor | None,
     op: str = "linear",
+    stats: bool = False,
 ) -> None:
     _dtype(op, "x", x, *FLOATS)
     n, columns = _product(op, x, weight, activation)
+    if stats and columns < 1:
+        raise ValueError(f"{op}: stats needs weight rows, got weight of shape {tuple(weight.shape)}")
     _operands(op, x, x.dtype, weight=(weight, *weight.shape), bias=(bias, n))
     _operands(op, x, x.dtype, layer_scale=(layer_scale, columns), residual=(residual, *x.shape[:-1], columns))
     if (row_stats is None) != (weight_sum is None):
@@ -307,7 +312,7 @@ def check_attention_block(
     op = "attention_block"
     check_linear(x, qkv_weight, qkv_bias, None, None, None, None, None, f"{op} (qkv)")
     n = qkv_weight.shape[0]
-    if x.ndim != 3 or heads < 1 or n % (3 * heads):
+    if x.ndim != 3 or heads < 1 or n < 1 or n % (3 * heads):
         raise ValueError(
             f"{op}: x must be [B, N, C] and qkv_weight [3 * heads * D, C], got {tuple(x.shape)} and "
             f"{tuple(qkv_weight.shape)} for {heads} heads"
@@ -337,6 +342,8 @@ def check_mlp(
     check_linear(x, fc1_weight, fc1_bias, activation, None, None, None, None, f"{op} (fc1)")
     c = x.shape[-1]
     hidden = out_features(fc1_weight, activation)
+    if hidden < 1:
+        raise ValueError(f"{op}: fc1_weight must have rows, got shape {tuple(fc1_weight.shape)}")
     _operands(op, x, torch.float32, weight_sum=(weight_sum, fc1_weight.shape[0]))
     _operands(op, x, x.dtype, fc2_weight=(fc2_weight, c, hidden), fc2_bias=(fc2_bias, c))
     _operands(op, x, x.dtype, layer_scale=(layer_scale, c), residual=(residual, *x.shape))

@@ -128,7 +128,7 @@ def linear(
     Raises:
         ValueError: if a shape or dtype does not fit, or the activation is unknown.
     """
-    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum)
+    checks.check_linear(x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, stats=stats)
     arguments = (x, weight, bias, activation, layer_scale, residual, row_stats, weight_sum, eps)
     return _LINEAR(arguments, stats, backend)
 

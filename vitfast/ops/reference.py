@@ -423,7 +423,9 @@ def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:
     """x weightᵀ of 8-bit operands (or of the same numbers in fp32), in `exact`; of int8 rounded once."""
     if x.dtype != torch.int8:
         return F.linear(x.to(exact), weight.to(exact))
-    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way.
-    if exact == torch.float32 and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    # Sums of int8 products need more than fp32's 24 bits. Without VNNI, a CPU's int8 product may saturate on the way,
+    # and with a single column torch 2.13's is wrong.
+    fits = exact == torch.float32 and x.device.type == "cpu" and x.shape[-1] > 1
+    if fits and torch.cpu._is_vnni_supported():
         return torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).to(exact).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x.double(), weight.double()).to(exact)

@@ -10,33 +10,93 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vitfast.images.decode import open_image
-from vitfast.images.preprocess import Preprocess, resize_and_crop
+from vitfast.images.decode import ImageFile, regular_file, sha256
+from vitfast.images.preprocess import Preprocess, memory, resize_and_crop
+from vitfast.pipeline.memory import Memory
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
 
 OK = "ok"
 
+BATCH_SECONDS = 4.0
+"""On a CPU batches get smaller until one takes no longer than this: what is under way is lost with a killed run."""
+_FIRST_BATCH = 8
+
+
+class Stamp(NamedTuple):
+    """A file as it was read: bytes, modification time in ns, SHA-256 of the content."""
+
+    size: int
+    mtime_ns: int
+    sha256: bytes
+
 
 @dataclass
 class Result:
     """What became of one image: status "ok" with an embedding (and logits if the model has a head),
-    or the reason why not. Arrays are float32 [E] and [classes]."""
+    or the reason why not. Arrays are float32 [E] and [classes]. `note` says what was done to an unusual picture
+    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was."""
 
     path: Path
     status: str
     embedding: np.ndarray | None = None
     logits: np.ndarray | None = None
+    note: str = ""
+    stamp: Stamp | None = None
+
+
+@dataclass
+class _Decoded:
+    """An image, uint8 [h, w, 3], on its way to the model; or None, and the result's status says why."""
+
+    result: Result
+    image: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Reads, decodes and preprocesses files, in any thread."""
+
+    preprocess: Preprocess
+    memory: Memory
+    exif_orientation: bool
+    max_pixels: int | None
+
+    def __call__(self, path: Path) -> _Decoded:
+        """The image, or the reason why there is none, whatever goes wrong: a bad file stops nothing."""
+        result = Result(path, OK)
+        try:
+            return _Decoded(result, self._read(path, result))
+        except BaseException as error:  # a panic of a decoder written in Rust is not even an Exception
+            reason = " ".join(str(getattr(error, "reason", error)).split())
+            if isinstance(error, MemoryError):
+                reason = "there is not enough memory to decode and resize it"
+            known = isinstance(error, ValueError) and reason
+            result.status = reason if known else f"{type(error).__name__}: {reason}".removesuffix(": ")
+            return _Decoded(result)
+
+    def _read(self, path: Path, result: Result) -> np.ndarray:
+        with regular_file(path) as file:
+            status = os.fstat(file.fileno())
+            result.stamp = Stamp(status.st_size, status.st_mtime_ns, sha256(file))
+            with ImageFile(file, path, self.exif_orientation, self.max_pixels) as image:
+                sizes = ((image.height, image.width), (image.width, image.height))  # turned upright or not
+                resizing = max(memory(self.preprocess, *size) for size in sizes)
+                with self.memory.reserve(image.bytes + resizing):
+                    pixels = resize_and_crop(image.decode(), self.preprocess)
+                result.note = image.note
+                return pixels
 
 
 def embed_images(
@@ -46,6 +106,8 @@ def embed_images(
     batch_size: int = 64,
     workers: int | None = None,
     exif_orientation: bool = True,
+    max_pixels: int | None = None,
+    decode_memory: int | None = None,
 ) -> Iterator[Result]:
     """Embed image files, in the order given, each with its own status: a bad one stops nothing.
 
@@ -55,133 +117,132 @@ def embed_images(
     Args:
         engine: from `vitfast.load`.
         paths: image files; consumed as needed.
-        batch_size: images per run of the model.
+        batch_size: images per run of the model, at most: on a CPU fewer where a run would take too long.
         workers: decoding threads; the number of usable CPU cores by default.
-        exif_orientation: see `vitfast.images.decode.open_image`.
+        exif_orientation, max_pixels: see `vitfast.images.decode.open_image`.
+        decode_memory: bytes that decoding and resizing may take, all threads together; by default a quarter of the
+            memory there is, 4 GiB at most. A picture that needs more is refused; others wait for each other.
 
     Raises:
-        ValueError: if batch_size or workers is below 1, or the engine knows no preprocessing.
+        ValueError: if a number is below 1, or the engine knows no preprocessing.
     """
     workers = _usable_cores() if workers is None else workers
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+    for name, value in (("max_pixels", max_pixels), ("decode_memory", decode_memory)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if engine.preprocess is None:
         raise ValueError("the checkpoint does not say how its images are preprocessed, so files cannot be embedded")
-    return _pipeline(engine, engine.preprocess, paths, batch_size, workers, exif_orientation)
+    decoder = _Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
+    return _pipeline(engine, decoder, paths, batch_size, workers)
 
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decode(path: Path, preprocess: Preprocess, exif_orientation: bool) -> np.ndarray | str:
-    """The image, uint8 [h, w, 3], or the reason why there is none."""
-    try:
-        return resize_and_crop(open_image(path, exif_orientation=exif_orientation), preprocess)
-    except ValueError as error:
-        return getattr(error, "reason", str(error))
-
-
 def _pipeline(
-    engine: Engine, preprocess: Preprocess, paths: Iterable[str | Path], batch_size: int, workers: int, exif: bool
+    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path], batch_size: int, workers: int
 ) -> Iterator[Result]:
-    with ThreadPoolExecutor(workers, thread_name_prefix="vitfast-decode") as pool:
-        waiting: deque[tuple[Path, Future[np.ndarray | str]]] = deque()
-        taken: deque[list[tuple[Path, np.ndarray | str]]] = deque()  # batches whose results are to be given
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="vitfast-decode")
+    taken: deque[list[_Decoded]] = deque()  # batches whose results are to be given
+    size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" else batch_size
 
-        def batches_of_images() -> Iterator[list[np.ndarray]]:
-            for batch in _batches(_decoded(pool, waiting, paths, preprocess, exif, batch_size + workers), batch_size):
-                taken.append(batch)
-                if images := _images(batch):
-                    yield images
+    def limit() -> int:
+        return size
 
-        try:
-            for output in engine.stream(batches_of_images(), preprocessed=True):
-                while not _images(taken[0]):
-                    yield from _results(taken.popleft(), None)
-                yield from _results(taken.popleft(), output)
-            while taken:
+    def batches_of_images() -> Iterator[list[np.ndarray]]:
+        nonlocal size
+        for batch in _batches(_decoded(pool, decoder, paths, batch_size + workers), limit):
+            taken.append(batch)
+            if images := _images(batch):
+                started = time.perf_counter()
+                yield images
+                seconds = time.perf_counter() - started  # on a GPU only that of handing it over
+                size = max(1, min(batch_size, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
+
+    wait = True
+    try:
+        for output in engine.stream(batches_of_images(), preprocessed=True):
+            while not _images(taken[0]):
                 yield from _results(taken.popleft(), None)
-        finally:
-            for _, future in waiting:
-                future.cancel()
+            yield from _results(taken.popleft(), output)
+        while taken:
+            yield from _results(taken.popleft(), None)
+    except KeyboardInterrupt:
+        wait = False  # a thread may hang in a file system that does not answer; what is done is to be written now
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _decoded(
-    pool: ThreadPoolExecutor,
-    waiting: deque[tuple[Path, Future[np.ndarray | str]]],
-    paths: Iterable[str | Path],
-    preprocess: Preprocess,
-    exif: bool,
-    ahead: int,
-) -> Iterator[tuple[Path, np.ndarray | str]]:
-    """(path, image or reason) in order, with at most `ahead` images decoded or being decoded."""
+    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path], ahead: int
+) -> Iterator[_Decoded]:
+    """Images or reasons in order, with at most `ahead` images decoded or being decoded."""
+    waiting: deque[Future[_Decoded]] = deque()
     for path in map(Path, paths):
-        waiting.append((path, pool.submit(_decode, path, preprocess, exif)))
+        waiting.append(pool.submit(decoder, path))
         if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield waiting.popleft().result()
     while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
+        yield waiting.popleft().result()
 
 
-def _batches(
-    items: Iterable[tuple[Path, np.ndarray | str]], batch_size: int
-) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Runs of items with `batch_size` images each; the reasons between them ride along, up to as many."""
-    batch: list[tuple[Path, np.ndarray | str]] = []
+def _batches(items: Iterable[_Decoded], size: Callable[[], int]) -> Iterator[list[_Decoded]]:
+    """Runs of items with `size()` images each; the reasons between them ride along, up to as many."""
+    batch: list[_Decoded] = []
     good = 0
     for item in items:
         batch.append(item)
-        good += not isinstance(item[1], str)
-        if good == batch_size or len(batch) == 2 * batch_size:
+        good += item.image is not None
+        if good >= size() or len(batch) >= 2 * size():
             yield batch
             batch, good = [], 0
     if batch:
         yield batch
 
 
-def _images(batch: list[tuple[Path, np.ndarray | str]]) -> list[np.ndarray]:
-    return [image for _, image in batch if not isinstance(image, str)]
+def _images(batch: list[_Decoded]) -> list[np.ndarray]:
+    return [item.image for item in batch if item.image is not None]
 
 
-def _results(batch: list[tuple[Path, np.ndarray | str]], output: Any) -> Iterator[Result]:
+def _results(batch: list[_Decoded], output: Any) -> Iterator[Result]:
     embeddings = logits = None
     if output is not None:
         embeddings = output.embedding.float().numpy()
         logits = None if output.logits is None else output.logits.float().numpy()
     row = 0
-    for path, image in batch:
-        if isinstance(image, str):
-            yield Result(path, image)
-            continue
-        assert embeddings is not None
-        embedding = embeddings[row]
-        if np.isfinite(embedding).all():
-            yield Result(path, OK, embedding, None if logits is None else logits[row])
-        else:
-            yield Result(path, "the model's output is not finite (try another dtype)")
-        row += 1
+    for item in batch:
+        if item.image is not None:
+            assert embeddings is not None
+            if np.isfinite(embeddings[row]).all():
+                item.result.embedding = embeddings[row]
+                item.result.logits = None if logits is None else logits[row]
+            else:
+                item.result.status = "the model's output is not finite (try another dtype)"
+            row += 1
+        yield item.result
 
 
 @dataclass
 class Classified:
-    """The likeliest classes of one image, best first: dicts of "index", "label" and "probability"
-    (softmax over all classes, 0..1). Empty where status is not "ok"."""
+    """The likeliest classes of one image, best first: dicts of "index", "label" and "probability" (0..1; the value
+    itself under "value" for a model that regresses). Empty where status is not "ok"."""
 
     path: Path
     status: str
     classes: list[dict[str, Any]]
+    note: str = ""
 
 
-def classify_images(
-    engine: Engine, paths: Iterable[str | Path], *, k: int = 5, batch_size: int = 64, workers: int | None = None
-) -> Iterator[Classified]:
+def classify_images(engine: Engine, paths: Iterable[str | Path], *, k: int = 5, **options: Any) -> Iterator[Classified]:
     """The k likeliest classes (or all, if there are fewer) of each image, in the order given.
 
-    Labels are the engine's; without any, the class index stands for itself. Arguments and errors
-    are those of `embed_images`.
+    Probabilities are the softmax over all classes, but of each class by itself (sigmoid) where the model's
+    `problem_type` is multi_label_classification, or it has one class only, as transformers' pipeline has it. Labels are
+    the engine's; without any, the class index stands for itself. Options and errors are those of `embed_images`.
 
     Raises:
         ValueError: if the model has no classification head, or k is below 1.
@@ -190,16 +251,26 @@ def classify_images(
         raise ValueError("the model has no classification head; `embed` works with it, `classify` does not")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    results = embed_images(engine, paths, batch_size=batch_size, workers=workers)
-    return (Classified(r.path, r.status, _top_classes(r.logits, k, engine.labels)) for r in results)
+    results = embed_images(engine, paths, **options)
+    labels, problem_type = engine.labels, engine.problem_type
+    return (Classified(r.path, r.status, _top_classes(r.logits, k, labels, problem_type), r.note) for r in results)
 
 
-def _top_classes(logits: np.ndarray | None, k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+def _top_classes(
+    logits: np.ndarray | None, k: int, labels: Sequence[str] | None, problem_type: str | None
+) -> list[dict[str, Any]]:
     if logits is None:
         return []
-    weights = np.exp(logits.astype(np.float64) - logits.max())
-    best = np.argsort(-weights, kind="stable")[:k]
-    return [
-        {"index": int(i), "label": labels[i] if labels else str(i), "probability": float(weights[i] / weights.sum())}
-        for i in best
-    ]
+    name, scores = _scores(logits.astype(np.float64), problem_type)
+    best = np.argsort(-scores, kind="stable")[:k]
+    return [{"index": int(i), "label": labels[i] if labels else str(i), name: float(scores[i])} for i in best]
+
+
+def _scores(logits: np.ndarray, problem_type: str | None) -> tuple[str, np.ndarray]:
+    """What the logits of one image say of its classes, and what that is called."""
+    if problem_type == "regression":
+        return "value", logits
+    if problem_type == "multi_label_classification" or len(logits) == 1:
+        return "probability", 1 / (1 + np.exp(-np.clip(logits, -700, None)))
+    weights = np.exp(logits - logits.max())
+    return "probability", weights / weights.sum()

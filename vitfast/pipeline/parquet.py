@@ -1,156 +1,290 @@
-"""Embeddings as a folder of Parquet files that survives interruptions.
+"""Embeddings as a folder of Parquet files with one row per image, whatever happens to the runs that write it.
 
-    paths = collect(["photos/"])
-    folder = EmbeddingFolder("embeddings", model="facebook/dinov2-small")
-    engine = vitfast.load("facebook/dinov2-small")
-    summary = write_parquet(embed_images(engine, folder.remaining(paths)), folder, engine)
+    with EmbeddingFolder("embeddings", model="facebook/dinov2-small") as folder:
+        paths = folder.remaining(collect(["photos/"]))
+        engine = vitfast.load("facebook/dinov2-small")
+        summary = write_parquet(embed_images(engine, paths), folder, engine)
 
-The folder is a Parquet data set: read it with `pyarrow.parquet.read_table("embeddings")`, pandas,
-DuckDB or Ray Data. It has one row per image: `path` (absolute), `embedding` (fixed-size list of
-float32, null for a bad image) and `status` ("ok", or why not). It is written in parts, each of which
-appears complete or not at all; the same call on the same folder goes on where the last one stopped.
+The folder is a Parquet data set: read it with `read_embeddings("embeddings")`, `pyarrow.parquet.read_table`, pandas,
+DuckDB or Ray Data. Columns: `path` (absolute), `embedding` (fixed-size list of float32, null for a bad image),
+`status` ("ok", or why not), `note` (what was done to an unusual picture), and of the file as it was read `file_size`,
+`file_mtime_ns` and `file_sha256`.
+
+What holds at every moment, so that it holds after a kill, too: a part appears and changes as a whole; a path has at
+most one row, for its older row is taken out before the part with the newer one appears; all rows have one identity
+(see `vitfast.pipeline.identity`); one process writes at a time (see `vitfast.pipeline.lock`).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vitfast.images.decode import ImageError, regular_file, sha256
 from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.embed import OK, Result
+from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.lock import FolderLock
+from vitfast.pipeline.parts import finished, table_of
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
 
-PART_ROWS, PART_SECONDS = 4096, 60.0
-"""A part is written when it has this many rows, or is this old: what a killed run can lose."""
+PART_ROWS, PART_SECONDS = 4096, 5.0
+"""A part grows up to this many rows, and is written anew when it is this old: what a killed run can lose, with the
+batches under way (see `vitfast.pipeline.embed.BATCH_SECONDS`)."""
 
-_MODEL, _PREPROCESS = b"vitfast.model", b"vitfast.preprocess"
+_MODEL, _IDENTITY = b"vitfast.model", b"vitfast.identity"
+_PARTS, _UNFINISHED = "part-*.parquet", (".part-*.tmp", ".probe-*")
 
 
-@dataclass
-class Summary:
-    """What a run did. `failed` maps path to reason; `skipped` were done before; seconds is wall-clock
-    time from the first image to the last part; parts are the files written."""
+class OutputError(RuntimeError):
+    """An output folder that can no longer be written: the message names it and says why."""
 
-    done: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    images_per_second: float = 0.0
-    failed: dict[str, str] = field(default_factory=dict)
-    parts: list[str] = field(default_factory=list)
+
+class _Row(NamedTuple):
+    """Where the row of a path is, and the file as it was then; ordered by which of two rows is the better."""
+
+    ok: bool
+    part: Path
+    number: int
+    size: int | None
+    mtime_ns: int | None
 
 
 class EmbeddingFolder:
     """A folder of Parquet parts with the embeddings of one model. Opening it needs no model.
 
+    As a context manager it is locked, and cleared of what a killed run has left behind.
+
     Args:
         folder: created if missing.
-        model: hub id or path of the model; a path is made absolute, so that it means the same everywhere.
+        model: hub id or path of the model, noted in the parts; a path is made absolute.
+        overwrite: everything in the folder is to be replaced: it is taken away when the first part is written.
 
     Attributes:
-        done: paths, as text, that have an embedding already.
+        changed: paths, as text, that `remaining` left out although the files have changed since.
+        repaired: how many doubled rows were found and taken out.
 
     Raises:
-        InputError: if the folder cannot be created or written, holds a part that cannot be read, or
-            holds embeddings of another model.
+        InputError: if the folder cannot be created or written, or holds a part that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, model: str | Path) -> None:
+    def __init__(self, folder: str | Path, model: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(folder)
         self.model = os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
-        self.done: set[str] = set()
-        self._failed: dict[Path, set[str]] = {}
-        self._preprocess: dict[Path, str] = {}
+        self.changed: list[str] = []
+        self.repaired = 0
+        self._overwrite = overwrite
+        self._lock = FolderLock(self.path)
+        self._entered = 0
+        self._rows: dict[str, _Row] = {}
+        self._doubled: dict[Path, list[int]] = {}
+        self._identities: dict[Path, tuple[str, Identity | None]] = {}
+        self._seen: list[tuple[str, int, int]] = []
+        self._created: list[Path] = []
+        self._make()
+        self._read()
+
+    def _make(self) -> None:
         try:
+            self._created = self._created or [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise InputError(f"output folder {path_text(folder)!r} cannot be written: {reason}") from error
-        for part in sorted(self.path.glob("part-*.parquet")):
-            self._read(part)
+            raise InputError(f"output folder {path_text(self.path)!r} cannot be written: {reason}") from error
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise InputError(f"output folder {path_text(self.path)!r} cannot be written: no permission, or read-only")
 
-    def _read(self, part: Path) -> None:
+    def __enter__(self) -> EmbeddingFolder:
+        if not self._entered:
+            self._make()
+            self._lock.acquire()
+            try:
+                self._clean()
+            except BaseException:
+                self._lock.release()
+                raise
+        self._entered += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self._lock.release()
+            with contextlib.suppress(OSError):  # one that is not empty
+                for path in self._created:
+                    path.rmdir()
+
+    def _clean(self) -> None:
+        """Take away unfinished parts and doubled rows."""
+        for pattern in _UNFINISHED:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+        self._read()
+        for part, numbers in self._doubled.items():
+            keep = np.ones(pq.read_metadata(part).num_rows, bool)
+            keep[numbers] = False
+            self._rewrite(part, keep)
+            self.repaired += len(numbers)
+        if self._doubled:
+            self._read()
+
+    def _read(self) -> None:
+        """Read which rows there are, unless nothing has changed since they were read."""
+        if self._overwrite:
+            return
+        for _ in range(10):  # a run that is writing may take a part away between one step and the next
+            with contextlib.suppress(FileNotFoundError):
+                seen = sorted((p.name, s.st_mtime_ns, s.st_size) for p in self.path.glob(_PARTS) for s in [p.stat()])
+                if seen == self._seen:
+                    return
+                self._rows, self._doubled, self._identities = {}, {}, {}
+                for name, *_ in seen:
+                    self._read_part(self.path / name)
+                self._seen = seen
+                return
+        raise InputError(f"output folder {path_text(self.path)!r} is changed all the time: another run writes it")
+
+    def _read_part(self, part: Path) -> None:
         try:
-            table = pq.read_table(part, columns=["path", "status"])
+            schema = pq.read_schema(part)
+            columns = ["path", "status", *(c for c in ("file_size", "file_mtime_ns") if c in schema.names)]
+            table = pq.read_table(part, columns=columns)
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path_text(part)!r} is not a readable part of an embedding folder: {error}") from error
-        metadata = table.schema.metadata or {}
-        model = metadata.get(_MODEL, b"").decode()
-        if model != self.model:
-            raise InputError(
-                f"output folder {path_text(self.path)!r} holds embeddings of {model or 'an unknown model'!r}, "
-                f"not of {self.model!r}: choose another folder"
-            )
-        self._preprocess[part] = metadata.get(_PREPROCESS, b"").decode()
-        ok = pc.equal(table["status"], OK)
-        self.done.update(table["path"].filter(ok).to_pylist())
-        if failed := set(table["path"].filter(pc.invert(ok)).to_pylist()):
-            self._failed[part] = failed
+        metadata = schema.metadata or {}
+        self._identities[part] = metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))
+        unknown = [None] * len(table)
+        values = [table[c].to_pylist() if c in columns else unknown for c in ("file_size", "file_mtime_ns")]
+        rows = zip(table["path"].to_pylist(), pc.equal(table["status"], OK).to_pylist(), *values, strict=True)
+        for number, (path, ok, size, mtime_ns) in enumerate(rows):
+            row, other = _Row(ok, part, number, size, mtime_ns), self._rows.get(path)
+            if other is not None:
+                worse, row = sorted((row, other), key=lambda r: r[:3])  # parts are named by their time
+                self._doubled.setdefault(worse.part, []).append(worse.number)
+            self._rows[path] = row
 
-    def remaining(self, paths: Iterable[Path]) -> list[Path]:
-        """The paths that have no embedding yet; images that failed before are tried again."""
-        return [path for path in paths if path_text(path) not in self.done]
+    @property
+    def done(self) -> set[str]:
+        """Paths, as text, that have an embedding."""
+        return {path for path, row in self._rows.items() if row.ok}
 
-    def check_preprocess(self, preprocess: str) -> None:
-        """Raise InputError if the folder's embeddings were made with other preprocessing."""
-        for part, other in self._preprocess.items():
-            if other != preprocess:
-                raise InputError(f"{path_text(part)!r} was made with preprocessing {other}, not {preprocess}")
+    def remaining(self, paths: Iterable[Path], *, refresh: bool = False, content: bool = False) -> list[Path]:
+        """The paths that have no embedding yet; images that failed before are tried again.
 
-    def write_part(self, results: Sequence[Result], dimension: int, preprocess: str) -> Path:
-        """Write one part: under a hidden name first, then renamed, so that it appears complete."""
-        schema = pa.schema(
-            [("path", pa.string()), ("embedding", pa.list_(pa.float32(), dimension)), ("status", pa.string())],
-            metadata={_MODEL: self.model, _PREPROCESS: preprocess},
-        )
-        good = np.array([r.embedding is not None for r in results])
-        rows = np.zeros((len(results), dimension), np.float32)
-        for row, result in zip(rows, results, strict=True):
-            if result.embedding is not None:
-                row[:] = result.embedding
-        embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), dimension, mask=pa.array(~good))
-        texts = [path_text(r.path) for r in results]
-        table = pa.table([pa.array(texts), embeddings, pa.array([r.status for r in results])], schema=schema)
-        part = self.path / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
-        _write_whole(table, part)
-        self.done.update(text for text, ok in zip(texts, good, strict=True) if ok)
-        return part
-
-    def drop_retried(self, retried: set[str]) -> None:
-        """Take rows of earlier failures out of old parts, for paths that have a newer row."""
-        for part, failed in self._failed.items():
-            if gone := {path for path in failed if path in retried or path in self.done}:
-                table = pq.read_table(part)
-                stale = pc.and_(pc.is_in(table["path"], pa.array(sorted(gone))), pc.not_equal(table["status"], OK))
-                kept = table.filter(pc.invert(stale))
-                if kept.num_rows:
-                    _write_whole(kept, part)
+        Args:
+            paths: all that should have one.
+            refresh: take those, too, whose file has another size or modification time than when it was embedded.
+            content: with `refresh`, compare the files' contents instead.
+        """
+        hashes = self._hashes() if refresh and content else {}
+        todo, self.changed = [], []
+        for path in paths:
+            text = path_text(path)
+            row = self._rows.get(text)
+            if row is None or not row.ok:
+                todo.append(path)
+            elif _differs(path, row, hashes.get(text)):
+                if refresh:
+                    todo.append(path)
                 else:
-                    part.unlink()
+                    self.changed.append(text)
+        return todo
+
+    def _hashes(self) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for part in self._identities:
+            if "file_sha256" in pq.read_schema(part).names:
+                table = pq.read_table(part, columns=["path", "file_sha256"])
+                found.update(zip(table["path"].to_pylist(), table["file_sha256"].to_pylist(), strict=True))
+        return found
+
+    def check(self, identity: Identity) -> None:
+        """Refuse embeddings of another identity than the folder's.
+
+        Raises:
+            InputError: with what differs, and both values.
+        """
+        for model, other in self._identities.values():
+            if other == identity:
+                continue
+            why = ["settings that it does not state"] if other is None else other.differences(identity)
+            raise InputError(
+                f"output folder {path_text(self.path)!r} holds embeddings of {model or 'an unknown model'!r} with "
+                f"{'; '.join(why)}: choose another folder, or replace them all with --overwrite (overwrite=True)"
+            )
+
+    def new_part(self) -> Path:
+        """A name for a part, later than all others."""
+        return self.path / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
+
+    def write_part(self, part: Path, results: Sequence[Result], dimension: int, identity: Identity) -> None:
+        """Write or replace a part as a whole. Rows that other parts have of the same paths are taken out first.
+
+        Raises:
+            OutputError: if that cannot be done; what the folder held is still there.
+        """
+        table = table_of(results, dimension, {_MODEL: self.model, _IDENTITY: identity.to_json()})
+        try:
+            with finished(table, part) as hidden:
+                stale = list(self.path.glob(_PARTS)) if self._overwrite else []
+                self._overwrite = False
+                for old in stale:
+                    old.unlink()
+                self._drop(table["path"], part)
+                os.replace(hidden, part)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(f"output folder {path_text(self.path)!r} cannot be written: {reason}") from error
+        for number, (path, result) in enumerate(zip(table["path"].to_pylist(), results, strict=True)):
+            self._rows[path] = _Row(result.status == OK, part, number, None, None)
+
+    def _drop(self, paths: pa.ChunkedArray, part: Path) -> None:
+        """Take the rows of these paths out of all parts but `part`."""
+        rows = (self._rows.get(path) for path in paths.to_pylist())
+        for old in {row.part for row in rows if row is not None and row.part != part}:
+            if old.exists():  # not if an interruption came after it had been taken away
+                found = pq.read_table(old, columns=["path"])["path"]
+                self._rewrite(old, ~np.isin(found.to_numpy(), paths.to_numpy()))
+
+    def _rewrite(self, part: Path, keep: np.ndarray) -> None:
+        """Leave only these rows in a part."""
+        if keep.any():
+            with finished(pq.read_table(part).filter(pa.array(keep)), part) as hidden:
+                os.replace(hidden, part)
+        else:
+            part.unlink()
 
 
-def _write_whole(table: pa.Table, part: Path) -> None:
-    hidden = part.with_name(f".{part.name}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        pq.write_table(table, hidden)
-        os.replace(hidden, part)
-    finally:
-        hidden.unlink(missing_ok=True)
+@dataclass
+class Summary:
+    """What a run did. `failed` maps path to reason, `notes` path to what was done to an unusual picture; `skipped` were
+    done before, and `changed` of them have changed since; `repaired` doubled rows were taken out; seconds is wall-clock
+    time from the first image to the last part; parts are the files written."""
+
+    done: int = 0
+    skipped: int = 0
+    changed: list[str] = field(default_factory=list)
+    repaired: int = 0
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
 
 
 def write_parquet(
@@ -164,49 +298,100 @@ def write_parquet(
 ) -> Summary:
     """Write results as they come; what was done is kept even if the iteration breaks off.
 
+    Every PART_SECONDS the last part is written anew with what has come since, until it has PART_ROWS rows.
+
     Args:
         results: from `embed_images`.
-        folder: where to.
-        engine: the model, for the width of the embedding and the preprocessing noted in the parts.
+        folder: where to; locked meanwhile.
+        engine: the model, for the width of the embedding and the identity noted in the parts.
         exif_orientation: as given to `embed_images`.
         on_result: called after each result, for a progress bar.
         summary: filled in as the run goes, so that it can be read after an interruption.
 
     Raises:
-        InputError: if the folder's older parts were made with other preprocessing.
+        InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
+            dtype or version.
+        OutputError: if a part cannot be written, the disk being full for example; earlier rows are kept.
         ValueError: if the engine knows no preprocessing.
     """
-    if engine.preprocess is None:
-        raise ValueError("the engine knows no preprocessing, and the parts say with which they were made")
     summary = Summary() if summary is None else summary
     dimension = engine.config.projection_dim or engine.config.width
-    described = json.dumps({**asdict(engine.preprocess), "exif_orientation": exif_orientation}, sort_keys=True)
-    folder.check_preprocess(described)
-    started = part_started = time.perf_counter()
-    rows: list[Result] = []
-    written: set[str] = set()
+    identity = Identity.of(engine, exif_orientation)
+    rows: dict[str, Result] = {}
+    part, unwritten = folder.new_part(), 0
+    started = written = time.perf_counter()
 
     def flush() -> None:
-        nonlocal rows, part_started
-        if rows:
-            summary.parts.append(path_text(folder.write_part(rows, dimension, described)))
-            written.update(path_text(row.path) for row in rows)
-        rows, part_started = [], time.perf_counter()
+        nonlocal part, unwritten, written
+        if unwritten:
+            folder.write_part(part, list(rows.values()), dimension, identity)
+            if (name := path_text(part)) not in summary.parts:
+                summary.parts.append(name)
+            if len(rows) >= PART_ROWS:
+                part = folder.new_part()
+                rows.clear()
+            unwritten = 0
+        written = time.perf_counter()
 
-    try:
-        for result in results:
-            rows.append(Result(result.path, result.status, result.embedding))
-            if result.status == OK:
-                summary.done += 1
-            else:
-                summary.failed[path_text(result.path)] = result.status
-            if on_result is not None:
-                on_result(result)
-            if len(rows) >= PART_ROWS or time.perf_counter() - part_started >= PART_SECONDS:
+    with folder:
+        folder.check(identity)
+        summary.repaired = folder.repaired
+        try:
+            for result in results:
+                text = path_text(result.path)
+                rows[text] = replace(result, logits=None)
+                unwritten += 1
+                if result.status == OK:
+                    summary.done += 1
+                else:
+                    summary.failed[text] = result.status
+                if result.note:
+                    summary.notes[text] = result.note
+                if on_result is not None:
+                    on_result(result)
+                if len(rows) >= PART_ROWS or time.perf_counter() - written >= PART_SECONDS:
+                    flush()
+        finally:
+            try:
                 flush()
-    finally:
-        flush()
-        folder.drop_retried(written)
-        summary.seconds = time.perf_counter() - started
-        summary.images_per_second = (summary.done + len(summary.failed)) / max(summary.seconds, 1e-9)
+            except KeyboardInterrupt:  # it came in the last moment
+                flush()
+                raise
+            summary.seconds = time.perf_counter() - started
+            summary.images_per_second = (summary.done + len(summary.failed)) / max(summary.seconds, 1e-9)
     return summary
+
+
+def _differs(path: Path, row: _Row, digest: bytes | None) -> bool:
+    """Whether a file is not the one that a row was made from; by its content if that is known."""
+    try:
+        if digest is None:
+            status = path.stat()
+            return row.size is not None and (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns)
+        with regular_file(path) as file:
+            return sha256(file) != digest
+    except (OSError, ImageError):
+        return False  # gone or unreadable: what is known of it stays
+
+
+def read_embeddings(folder: str | Path) -> pa.Table:
+    """All rows of an embedding folder, as columns (see this module).
+
+    Raises:
+        InputError: if it holds no parts, a part that cannot be read, two rows of one path, or rows of two identities.
+    """
+    parts = sorted(Path(folder).glob(_PARTS))
+    try:
+        tables = [pq.read_table(part) for part in parts]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path_text(folder)!r} is not a readable embedding folder: {error}") from error
+    if not tables:
+        raise InputError(f"{path_text(folder)!r} holds no embeddings")
+    if len({(table.schema.metadata or {}).get(_IDENTITY) for table in tables}) > 1:
+        raise InputError(f"{path_text(folder)!r} mixes embeddings of different models or settings")
+    table = pa.concat_tables(tables)
+    if doubled := len(table) - len(pc.unique(table["path"])):
+        raise InputError(
+            f"{path_text(folder)!r} has more than one row for {doubled} paths; the next run that writes it repairs that"
+        )
+    return table

@@ -1,0 +1,31 @@
+"""A hash that says which model an engine runs: two agree in it only if architecture and weights are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from vitfast.models.config import ViTConfig
+
+
+def fingerprint(config: ViTConfig, weights: Mapping[str, Tensor]) -> str:
+    """The first 32 hex digits of a SHA-256 over the architecture and the canonical weights as they are stored.
+
+    The model's name plays no part, nor where it lies, nor in what it is computed. It takes a pass over the weights.
+    """
+    whole = hashlib.sha256(repr(sorted((k, v) for k, v in asdict(config).items() if k != "name")).encode())
+    names = sorted(weights)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for name, digest in zip(names, pool.map(lambda name: _digest(weights[name]), names), strict=True):
+            whole.update(f"{name} {weights[name].dtype} {list(weights[name].shape)} ".encode() + digest)
+    return whole.hexdigest()[:32]
+
+
+def _digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()

@@ -1,0 +1,66 @@
+"""What embeddings were made with: those of two identities must not meet in one folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vitfast.version import __version__
+
+if TYPE_CHECKING:
+    from vitfast.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides an embedding besides the picture.
+
+    Attributes:
+        weights: a hash of architecture and weights (`Engine.fingerprint`).
+        preprocess: the fields of `Preprocess`, and whether EXIF orientation is heeded.
+        dtype: what the model computes in, and which products of an 8-bit model are left in bf16.
+        version: of vitfast.
+    """
+
+    weights: str
+    preprocess: dict[str, Any]
+    dtype: str
+    version: str = __version__
+
+    @classmethod
+    def of(cls, engine: Engine, exif_orientation: bool = True) -> Identity:
+        """The identity of embeddings that this engine makes.
+
+        Raises:
+            ValueError: if it knows no preprocessing.
+        """
+        if engine.preprocess is None:
+            raise ValueError("the engine knows no preprocessing, which is part of what embeddings are")
+        preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
+        kept = ", ".join(sorted(engine.plan.keep))
+        dtype = f"{engine.precision} with {kept} in bf16" if kept else engine.precision
+        return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype)
+
+    @classmethod
+    def from_json(cls, text: bytes | None) -> Identity | None:
+        """What `to_json` wrote; None for anything else."""
+        try:
+            content = json.loads(text or b"")
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def to_json(self) -> bytes:
+        """As it is noted in the metadata of a part."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    def differences(self, other: Identity) -> list[str]:
+        """What of this is not as in `other`, each with both values."""
+        mine, theirs = ({**asdict(one), **one.preprocess} for one in (self, other))
+        names = [name for name in {**mine, **theirs} if name != "preprocess"]
+        return [
+            f"{name} {mine.get(name)!r}, not {theirs.get(name)!r}"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+        ]
