@@ -167,6 +167,12 @@ def test_a_picture_that_is_bad_now_loses_its_embedding(photos, tmp_path):
     assert len(rows) == 13
 
 
+def test_an_engine_without_preprocessing_is_refused(tmp_path):
+    folder = EmbeddingFolder(tmp_path / "out", "a/model")
+    with pytest.raises(ValueError, match="knows no preprocessing"):
+        write_parquet([], folder, FakeEngine(preprocess=None))
+
+
 def test_model_path_is_made_absolute(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)

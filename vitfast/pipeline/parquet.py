@@ -312,6 +312,7 @@ def write_parquet(
         InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
             dtype or version.
         OutputError: if a part cannot be written, the disk being full for example; earlier rows are kept.
+        ValueError: if the engine knows no preprocessing.
     """
     summary = Summary() if summary is None else summary
     dimension = engine.config.projection_dim or engine.config.width
