@@ -45,17 +45,16 @@ def runs_eager(setting: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Calls:
-    """How a forward calls its attention function: the keywords, and the name of the eager function."""
+    """How a forward calls its attention function: the keywords, and the name of the eager function in its file."""
 
     keywords: tuple[tuple[str, ast.expr], ...]
-    eager: Any
+    eager: str
 
 
 @functools.cache
 def _calls(forward: Any) -> _Calls:
-    forward = inspect.unwrap(forward)
     tree = ast.parse(textwrap.dedent(source(forward)))
-    names, eager = set(), None
+    names, eager = set(), ""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
@@ -63,7 +62,7 @@ def _calls(forward: Any) -> _Calls:
         functions = [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name) and "eager" in n.id]
         if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.value) or functions:
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
-            eager = next((forward.__globals__.get(name) for name in functions), eager)
+            eager = next(iter(functions), eager)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     keywords = [(k.arg, k.value) for call in calls if call.func.id in names for k in call.keywords]  # type: ignore[attr-defined]
     return _Calls(tuple((name, value) for name, value in keywords if name is not None), eager)
@@ -85,7 +84,8 @@ def _value(layer: Any, expression: ast.expr) -> Any:
 
 def _compare(layer: Any, calls: _Calls) -> str:
     """Run the layer's eager function and plain attention on small numbers, without a mask and with one."""
-    if calls.eager is None:
+    eager = inspect.unwrap(type(layer).forward).__globals__.get(calls.eager)
+    if eager is None:
         return "its eager attention function was not found in its forward, so that it cannot be compared"
     device = next((tensor.device for tensor in layer.parameters()), torch.device("cpu"))
     if device.type == "meta":
@@ -96,7 +96,7 @@ def _compare(layer: Any, calls: _Calls) -> str:
     for q, k, v, mask in _examples(layer, device):
         try:
             with torch.no_grad():
-                theirs, _ = calls.eager(layer, q, k, v, mask, dropout=0.0, scaling=scale or q.shape[-1] ** -0.5)
+                theirs, _ = eager(layer, q, k, v, mask, dropout=0.0, scaling=scale or q.shape[-1] ** -0.5)
         except Exception as error:  # it is another library's code; what it raises is reported
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
             continue
