@@ -141,8 +141,11 @@ def matches(module: nn.Module) -> bool:
     )
 
 
-def from_module(module: Any) -> Checkpoint:
+def from_module(module: Any, where: str | None = None) -> Checkpoint:
     """Translate a live module, of any dtype and device.
+
+    Args:
+        where: the file that its `pretrained_cfg` is from, for messages.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, the part that is not timm's own, or the
@@ -159,7 +162,7 @@ def from_module(module: Any) -> Checkpoint:
     source = Source(module.state_dict(), name)
     _read(module, config, source)
     weights = source.finish(config)
-    found = from_timm(settings, config, tuple(module.patch_embed.img_size), name)
+    found = from_timm(settings, config, tuple(module.patch_embed.img_size), where or f"pretrained_cfg of {name}")
     return Checkpoint(config, weights, found, _labels(settings, config))
 
 
