@@ -40,7 +40,7 @@ def ptxas_warnings(ptx: str, ptxas: Path) -> list[str]:
 
 
 def accumulator_conversions(ttgir: str, elements: int) -> int:
-    """How often a large part of a tensor core's sums changes its layout: it goes through shared memory, behind barriers.
+    """How often a large part of the sums of products changes its layout: through shared memory, behind barriers.
 
     Args:
         ttgir: Triton's GPU dialect of the kernel. elements: of the tile; parts of a quarter and more count.
