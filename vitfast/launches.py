@@ -213,8 +213,9 @@ def _product(
         name = f"hidden_{site}" if site in ("fc1", "fc2") else f"mixed_{site}" if mixed else f"quantized_{site}"
         group = {"hidden_fc2": quantized_linear.SCALE_GROUP, "mixed_proj": config.head_dim}.get(name, k)
         problem = quantized_linear.Problem(
-            m, out, k, quantized, gated, requantize=name == "hidden_fc1", group=group if group < k else 0
-        )
+            m, out, k, quantized, gated, requantize=name == "hidden_fc1", group=group if group < k else 0,
+            tma=card.capability >= (9, 0) and k % 16 == 0 and out % 16 == 0,
+        )  # fmt: skip
         tile = quantized_linear.pick_config(problem, card.multiprocessors)
         x_scales = _covering(k, group)
         moved = around + m * k + n * k + 4 * (m * x_scales + n)  # operands and their scales
