@@ -359,3 +359,31 @@ def test_a_bomb_and_a_truncated_file_give_one_line_each(tmp_path, engine, monkey
     assert "too many pixels: 90x90, the limit is 5000" in result.stdout
     assert len(result.stdout.splitlines()) == 2
     assert "Warning" not in result.output
+
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "int8": "int8"}
+
+
+@pytest.mark.parametrize(("given", "short"), DTYPES.items())
+def test_dtypes_go_by_both_names(given, short, engine, tmp_path, photos):
+    run("embed", photos, "-m", "m", "-o", tmp_path / "out", "--dtype", given, "--allow-pickle")
+    assert engine.loaded == [("m", {"device": None, "dtype": short, "allow_pickle": True})]
+
+
+def test_a_near_miss_is_named():
+    result = run("embed", "a.png", "-m", "m", "-o", "o", "--dtype", "flaot32")
+    assert result.exit_code == 2
+    assert "did you mean" in " ".join(result.stderr.split())
+    result = run("inspect", "-m", "vit_base_patch16_244")
+    assert "did you mean 'vit_base_patch16_224'" in result.stderr
+
+
+def test_errors_name_options_that_exist(tmp_path, photos):
+    weights = tmp_path / "model.bin"
+    weights.write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    for command in (["classify", "", "-m"], ["doctor", "--plan"], ["verify"]):
+        command = [str(photos / "p0.png") if part == "" else part for part in command]
+        result = run(*command, weights)
+        assert "--allow-pickle" in result.stderr, result.stderr
+        assert "allow_pickle" not in result.stderr

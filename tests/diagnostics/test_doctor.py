@@ -211,6 +211,9 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
         assert entry["uses"] not in entry["refused"]
         everything = {entry["uses"], *entry["ms"], *entry["refused"]}
         assert everything >= {"torch", "native"}, entry  # each backend is chosen, timed or refused with a reason
+    able = {(e["op"], e["device"], e["dtype"]): e["engine"] for e in doctor.report()["backends"]}
+    for entry in found["sites"]:  # what the report says that an engine takes is what the plan has taken
+        assert entry["uses"] in able[entry["op"], "cpu", "float32"]
     again = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
     assert again == found  # read from the cache, measurements included
     result = CliRunner().invoke(app, ["doctor", "--plan", str(tmp_path / "model"), "--device", "cpu", "--json"])
@@ -223,11 +226,14 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
     quantized = {entry["site"]: entry for entry in doctor.plan(tmp_path / "model", device="cpu", dtype="fp8")["sites"]}
     assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
-    assert "it has no scale groups" in quantized["hidden_fc2"]["refused"]["torch._scaled_mm"]
+    assert "it has no scale groups" in quantized["fc2_group_scales"]["refused"]["torch._scaled_mm"]
     assert "torch._scaled_mm" not in quantized["quantize"]["refused"]
-    assert (quantized["mixed_attention"]["op"], quantized["mixed_proj"]["op"]) == ("attention", "quantized_linear")
-    assert "it has no scale groups of 64" in quantized["mixed_proj"]["refused"]["torch._scaled_mm"]
-    native = quantized["mixed_attention"]["refused"]["native"]
+    assert (quantized["attention_quantize"]["op"], quantized["proj_head_scales"]["op"]) == (
+        "attention",
+        "quantized_linear",
+    )
+    assert "it has no scale groups of 64" in quantized["proj_head_scales"]["refused"]["torch._scaled_mm"]
+    native = quantized["attention_quantize"]["refused"]["native"]
     assert native == "it has no float8_e4m3fn output" or "not built" in native
 
 

@@ -26,7 +26,7 @@ class FakeEngine:
     batches: list[int] = field(default_factory=list)
     fingerprint: str = "weights of a fake"
     precision: str = "float32"
-    plan: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(keep=frozenset()))
+    plan: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(skip_quantize=frozenset()))
 
     @property
     def config(self):

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from vitfast import ops
 from vitfast.ops import BackendError, QKNorm, Rope, Spec, checks, heads
+from vitfast.ops.names import did_you_mean
 from vitfast.ops.registry import backend, candidates, device_capability
 
 __all__ = ["Route", "attention_backend", "explain", "scaled_dot_product_attention"]
@@ -66,7 +67,7 @@ def attention_backend(name: str) -> Iterator[None]:
         ValueError: if there is no such choice.
     """
     if name not in CHOICES:
-        raise ValueError(f"attention backend must be one of {CHOICES}, got {name!r}")
+        raise ValueError(f"attention backend must be one of {CHOICES}, got {name!r}{did_you_mean(name, CHOICES)}")
     entry = [name]  # a list, to be told from the others by identity
     with _lock:
         _entered.append(entry)

@@ -115,9 +115,9 @@ def command(context: typer.Context, as_json: bool) -> Iterator[Answer]:
     except KeyboardInterrupt as error:
         fail("interrupted", exit_code(error), context.obj, as_json)
     except (ValueError, FileNotFoundError) as error:
-        fail(str(error), 2, context.obj, as_json)
+        fail(_in_options(str(error), context), 2, context.obj, as_json)
     except Exception as error:  # whatever else goes wrong in there, the user gets a message
-        fail(f"{type(error).__name__}: {error}", 1, context.obj, as_json)
+        fail(_in_options(f"{type(error).__name__}: {error}", context), 1, context.obj, as_json)
     for remark in answer.remarks:
         write(sys.stderr, f"{escaped(remark)}\n")
     problem = write(sys.stdout, json.dumps(answer.json, indent=2) + "\n" if as_json else _rendered(answer.text))
@@ -125,6 +125,13 @@ def command(context: typer.Context, as_json: bool) -> Iterator[Answer]:
         write(sys.stderr, f"vitfast: the answer cannot be written: {problem.strerror or problem}\n")
         raise typer.Exit(answer.code or 1)
     raise typer.Exit(answer.code)
+
+
+def _in_options(message: str, context: typer.Context) -> str:
+    """A library's message with the command's own flags in place of the arguments that they set."""
+    for parameter in context.command.params:
+        message = message.replace(f"{parameter.name}=True", parameter.opts[0])
+    return message
 
 
 def _rendered(text: Any) -> str:

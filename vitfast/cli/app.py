@@ -42,14 +42,18 @@ app = App(
 app.add_typer(bench.app, name="bench")
 
 
-class Dtype(str, Enum):
-    """What --dtype takes."""
+def dtype_name(text: str) -> str:
+    """What --dtype takes, by its short name.
 
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp8 = "fp8"
-    int8 = "int8"
+    Raises:
+        typer.BadParameter: for anything else.
+    """
+    from vitfast.engine import dtypes
+
+    try:
+        return dtypes.dtype_name(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 class BackendName(str, Enum):
@@ -75,7 +79,13 @@ WeightsKey = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="What to compute in. [default: bf16 on a GPU, else fp32]")
+    str | None,
+    typer.Option(
+        "--dtype",
+        parser=dtype_name,
+        metavar="[fp32|fp16|bf16|fp8|int8]",
+        help="What to compute in; float32 and its like mean the same. [default: bf16 on a GPU, else fp32]",
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
 MaxPixels = Annotated[
@@ -239,6 +249,7 @@ def doctor(
     ] = None,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Show what would run here, and every reason why not."""
@@ -246,11 +257,11 @@ def doctor(
         from vitfast.diagnostics import doctor as module
 
         if plan is not None:
-            answer.json = module.plan(plan, device=device, dtype=dtype and dtype.value)
+            answer.json = module.plan(plan, device=device, dtype=dtype, allow_pickle=allow_pickle)
             answer.text = module.render_plan(answer.json)
             return
-        if device or dtype:
-            raise ValueError("--device and --dtype go with --plan MODEL")
+        if device or dtype or allow_pickle:
+            raise ValueError("--device, --dtype and --allow-pickle go with --plan MODEL")
         answer.json = module.report()
         answer.text = module.render(answer.json)
 
@@ -271,7 +282,12 @@ def inspect(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="With --model: images.")] = 256,
     chip: Annotated[str, typer.Option(help="With --model: a100, l40s, h100, h200 or b200.")] = "h100",
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="With --model: what to compute in.")] = Dtype.bf16,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", parser=dtype_name, metavar="[fp32|fp16|bf16|fp8|int8]", help="With --model: what to compute in."
+        ),
+    ] = "bf16",
     as_json: Json = False,
 ) -> None:
     """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU.
@@ -290,13 +306,15 @@ def inspect(
             raise ValueError("--arch and --kernel compile kernels, --model predicts: give one or the other")
         from vitfast.diagnostics import predict
         from vitfast.models.config import NAMED
+        from vitfast.ops.names import did_you_mean
 
         if model not in NAMED:
-            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}")
+            near = did_you_mean(model, NAMED)
+            raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}{near}")
         from vitfast.benchmarks import predicted
 
-        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype.value)
-        predict.add_occupancy(answer.json, NAMED[model])
+        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
+        predict.add_occupancy(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 
@@ -314,6 +332,7 @@ def verify(
     ] = None,
     device: Device = None,
     dtype: DtypeOption = None,
+    allow_pickle: AllowPickle = False,
     backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
     as_json: Json = False,
 ) -> None:
@@ -325,20 +344,24 @@ def verify(
     with command(context, as_json) as answer:
         from vitfast.diagnostics.verify import render, verify_model
 
-        name = None if dtype is None else dtype.value
         report = verify_model(
-            model, against=against, images=images or (), device=device, dtype=name, backend=backend.value
+            model,
+            against=against,
+            images=images or (),
+            device=device,
+            dtype=dtype,
+            backend=backend.value,
+            allow_pickle=allow_pickle,
         )
         answer.code = 0 if report.ok else 1
         answer.json = report.to_dict()
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None, allow_pickle: bool, weights_key: str | None) -> Any:
+def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool, weights_key: str | None) -> Any:
     from vitfast.engine.load import load
 
-    name = None if dtype is None else dtype.value
-    return load(model, device=device, dtype=name, allow_pickle=allow_pickle, weights_key=weights_key)
+    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
 
 
 def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:

@@ -294,9 +294,11 @@ def report(
 
 
 def _check(option: str, given: Any, allowed: Any) -> None:
+    from vitfast.ops.names import did_you_mean
+
     for name in given:
         if name not in allowed:
-            raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {name!r}")
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {name!r}{did_you_mean(name, allowed)}")
 
 
 def _named(providers: list[str] | None, peers: list[str] | None) -> list[str]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    pass
-
+from vitfast.ops.names import did_you_mean
 
 DTYPES = {
     "float32": torch.float32,
@@ -23,6 +19,25 @@ QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """8-bit products; everything around them is bf16."""
 
 
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def dtype_name(dtype: str) -> str:
+    """The short name, "fp32", of what may also be called "float32"; of "fp8" and "int8" themselves.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    if dtype not in DTYPES and dtype not in QUANTIZED:
+        raise ValueError(_unknown(dtype))
+    return SHORT.get(dtype, dtype)
+
+
+def _unknown(dtype: object) -> str:
+    names = (*DTYPES, *QUANTIZED)
+    return f"dtype must be one of {', '.join(names)}, got {dtype!r}{did_you_mean(dtype, names)}"
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the GPU if there is one, else the CPU.
 
@@ -34,7 +49,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}: {error}") from None
+        near = did_you_mean(device, ("cpu", "cuda", "cuda:0"))
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}: {error}{near}") from None
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, but this torch sees no CUDA device")
@@ -57,5 +73,5 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in set(DTYPES.values()):
-        raise ValueError(f"dtype must be one of {', '.join((*DTYPES, *QUANTIZED))}, got {dtype!r}")
+        raise ValueError(_unknown(dtype))
     return resolved

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from vitfast.ops import native, reference
+from vitfast.ops.names import did_you_mean
 
 QUANTIZED_OPS = ("quantize", "quantized_linear")
 OPS = (
@@ -136,7 +137,7 @@ def backend(op: str, name: str) -> Backend:
         ValueError: if there is no such op or backend.
     """
     if op not in OPS:
-        raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}")
+        raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}{did_you_mean(op, OPS)}")
     if name == "torch":
         dtypes = _QUANTIZED if op in QUANTIZED_OPS else (*_FLOATS, "float64")
         features = reference.FEATURES.get(op, ())
@@ -145,7 +146,8 @@ def backend(op: str, name: str) -> Backend:
         return _triton(op)
     if name == "native":
         return _native(op)
-    raise ValueError(f"no backend named {name!r}; the backends are {', '.join(BACKENDS)}")
+    near = did_you_mean(name, BACKENDS)
+    raise ValueError(f"no backend named {name!r}; the backends are {', '.join(BACKENDS)}{near}")
 
 
 def _absent(name: str, op: str, why: str) -> Backend:

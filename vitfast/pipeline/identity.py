@@ -38,8 +38,8 @@ class Identity:
         if engine.preprocess is None:
             raise ValueError("the engine knows no preprocessing, which is part of what embeddings are")
         preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
-        kept = ", ".join(sorted(engine.plan.keep))
-        dtype = f"{engine.precision} with {kept} in bf16" if kept else engine.precision
+        skipped = ", ".join(sorted(engine.plan.skip_quantize))
+        dtype = f"{engine.precision} with {skipped} in bf16" if skipped else engine.precision
         return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype)
 
     @classmethod

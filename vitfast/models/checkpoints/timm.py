@@ -19,6 +19,7 @@ from vitfast.models.checkpoints import files, live, state_dicts
 from vitfast.models.checkpoints.preprocess import TimmSettings, from_timm
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, Source, read_settings, require
 from vitfast.models.config import Channels, Classes, Depth, Heads, ViTConfig, Width
+from vitfast.ops.names import did_you_mean
 
 REFUSED = {
     "Eva": "rotary position embedding (RoPE) and EVA blocks",
@@ -377,7 +378,8 @@ def hub_id(name: str) -> str:
     timm = _timm(f"{name!r}, which is no file, directory or hub id (org/name), as a timm model name")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise CheckpointError(f"{name!r} is no file, directory or hub id (org/name), and timm has no such model")
+        near = did_you_mean(architecture, timm.list_models())
+        raise CheckpointError(f"{name!r} is no file, directory or hub id (org/name), and timm has no such model{near}")
     try:
         settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
