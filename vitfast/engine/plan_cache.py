@@ -115,7 +115,7 @@ def _fault(plan: Any) -> str:
         if name not in registry.BACKENDS:
             return f"it names the backend {name!r} for {site}; the backends are {', '.join(registry.BACKENDS)}"
     for site, record in plan["measured"].items():
-        times, reasons = (record.get("ms"), record.get("refused")) if isinstance(record, dict) else (None, None)
+        times, reasons = (record.get(part) if isinstance(record, dict) else None for part in ("ms", "refused"))
         if not isinstance(times, dict) or not isinstance(reasons, dict):
             return f"what it measured of {site} is {record!r}, no object with the objects ms and refused"
         if not all(isinstance(ms, int | float) for ms in times.values()):

@@ -98,6 +98,9 @@ def prepare_weights(
         tensor = weights[name].detach().to(device)
         return tensor if factor == 1.0 else tensor.double() * factor
 
+    def exact_bias(name: str, factor: float = 1.0) -> Tensor | None:
+        return exact(name, factor) if name in weights else None
+
     def cast(name: str, factor: float = 1.0) -> Tensor:
         made = exact(name, factor).to(dtype).contiguous()
         return made.clone() if made.data_ptr() == weights[name].data_ptr() else made
@@ -127,15 +130,14 @@ def prepare_weights(
     def normed(name: str, before: str, site: str, factor: float = 1.0) -> Dense:
         if not plan.fold_norm:
             return dense(name, site, factor, factor)
-        weight = exact(f"{name}.weight", factor)
-        bias = exact(f"{name}.bias", factor) if f"{name}.bias" in weights else None
+        weight, bias = exact(f"{name}.weight", factor), exact_bias(f"{name}.bias", factor)
         folded, total, shift = fold_norm(weight, bias, exact(f"{before}.weight"), exact(f"{before}.bias"), dtype=dtype)
         return Dense(pack(site, folded), shift, total)
 
     def embed(*, uint8: bool, channels_last: bool) -> Dense:
         weight, shift = pack_patch_embed(
             exact("patch_embed.weight"),
-            exact("patch_embed.bias"),
+            exact_bias("patch_embed.bias"),
             mean=mean if uint8 else None,
             std=std if uint8 else None,
             dtype=dtype,
