@@ -138,10 +138,9 @@ def gapped(m: Maker, t: Tensor) -> Tensor:
 
 def misaligned(m: Maker, t: Tensor) -> Tensor:
     data = t.contiguous().view(torch.uint8).flatten()
-    buffer = bytearray(data.numel() + 8)
-    flat = torch.frombuffer(buffer, dtype=torch.uint8, offset=m.random.choice((1, 2, 4)), count=data.numel())
-    flat.copy_(data)
-    return torch.frombuffer(buffer, dtype=t.dtype, offset=flat.storage_offset(), count=t.numel()).view(t.shape)
+    buffer, offset = bytearray(data.numel() + 8), m.random.choice((1, 2, 4))
+    torch.frombuffer(buffer, dtype=torch.uint8, offset=offset, count=data.numel()).copy_(data)
+    return torch.frombuffer(buffer, dtype=t.dtype, offset=offset, count=t.numel()).view(t.shape)
 
 
 def other_dtype(m: Maker, t: Tensor) -> Tensor:

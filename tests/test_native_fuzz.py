@@ -171,7 +171,7 @@ def test_a_packed_weight_of_bytes_is_whole_and_aligned():
 
 
 def test_small_operands_need_no_alignment():
-    """They are copied anyway, unless they are contiguous already."""
+    """A weight or bias that is not aligned is copied, as one that is not contiguous is."""
     x, weight, bias = torch.randn(5, 8), misaligned(4, 8), misaligned(4)
     weight.copy_(torch.randn(4, 8)), bias.copy_(torch.randn(4))
     torch.testing.assert_close(ops.linear(x, weight, bias, backend="native"), reference.linear(x, weight, bias))
