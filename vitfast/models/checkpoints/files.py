@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,19 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     return content
 
 
-def download(hub_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+def download(
+    hub_id: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    check: Callable[[Path], None] = lambda directory: None,
+) -> Path:
     """The local directory of a Hugging Face hub model: settings and safetensors, nothing else.
 
     Pickled weights are fetched only if allowed and the model has no others.
+
+    Args:
+        check: is given the directory with the settings alone, and may raise before any weights are fetched.
 
     Raises:
         CheckpointError: if the package is absent, or the hub cannot be reached or refuses.
@@ -153,6 +162,7 @@ def download(hub_id: str, *, revision: str | None = None, allow_pickle: bool = F
                 f"cannot get {hub_id!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}"
             ) from error
 
+    check(fetch(*_SETTINGS))
     directory = fetch(*_SETTINGS, *_SAFE)
     if allow_pickle and not any(path.suffix == ".safetensors" for path in directory.iterdir()):
         directory = fetch(*_SETTINGS, *_PICKLED)

@@ -79,8 +79,19 @@ def from_state(
     for family in FAMILIES:
         if family.matches(architecture):
             return family.translate(config, state, architecture, name)
+    raise _refused(architecture, name)
+
+
+def check(config: Mapping[str, Any], name: str) -> None:
+    """Raise CheckpointError for an architecture that config.json names and that is not supported."""
+    named = config.get("architectures")
+    if named and not any(family.matches(str(named[0])) for family in FAMILIES):
+        raise _refused(str(named[0]), name)
+
+
+def _refused(architecture: str, name: str) -> CheckpointError:
     reason = REFUSED.get(architecture)
-    raise CheckpointError(
+    return CheckpointError(
         f"{name}: transformers architecture {architecture!r} is not supported"
         f"{f': {reason}' if reason else ''}. Supported: {', '.join(supported())}"
     )
