@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vitfast.benchmarks.result_file import read, results_folder
-from vitfast.benchmarks.shapes import quantized_site_dims, site_dims
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.models.config import ViTConfig
 
@@ -31,17 +30,13 @@ def add_measured(
     measured_images_per_s (of the engine) with measured_in, the name of its file.
     """
     precision, batch = prediction["dtype"], prediction["batch"]
-    sites = site_dims(config, batch)
-    if precision in QUANTIZED:
-        sites |= quantized_site_dims(config, batch, precision)
     for path, result in results:
         for row in filter(_ours, result["rows"]):
             if "op" in row:
                 for launch in prediction["launches"]:
-                    case = sites.get(launch["site"])
-                    in_8_bits = case is not None and "precision" in case[1]
+                    in_8_bits = "precision" in launch["dims"]
                     dtype = DTYPES[precision if in_8_bits or precision not in QUANTIZED else "bf16"]
-                    if (row["op"], row["dims"]) == case and row["dtype"] == dtype:
+                    if (row["op"], row["dims"], row["dtype"]) == (launch["op"], launch["dims"], dtype):
                         launch["measured_us"] = row["median_ms"] * 1e3
             elif (row["model"], row["batch"], row["dtype"]) == (config.name, batch, DTYPES[precision]):
                 prediction["measured_images_per_s"], prediction["measured_in"] = row["images_per_s"], path.name

@@ -129,18 +129,15 @@ for _op in OPS.keys() - {"attention_backward"}:
 
 def _packed(op: str, name: str, call: Call) -> Thunk:
     """linear or patch_embed on a weight that was packed once, as the engine runs it on a CPU."""
-    x, weight, *rest = call.args
+    x, weight = call.args[:2]
     entry, spec = backend(op, name), registry.Spec.of(op, x, weight.dtype)
     if reasons := entry.why_not(spec):
         raise Absent("; ".join(reasons))
-    packed = planner.packed_op(entry, spec)
-    if packed is None:
+    if planner.packed_op(entry, spec) is None:
         raise Absent("packs weights in fp32 on a CPU only")
-    pack, run = packed
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
-    layout = call.kwargs | {"uint8": x.dtype == torch.uint8} if op == "patch_embed" else {}
-    return functools.partial(run, x, pack(weight, **layout), *rest, **call.kwargs)
+    return planner.planned_call(entry, spec, call)
 
 
 PROVIDERS["linear"]["oneDNN packed"] = Provider("oneDNN packed", functools.partial(_packed, "linear", "torch"))
@@ -187,12 +184,12 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     plan = planner.build(config, device=x.device, dtype=x.dtype, backend=choice, batch=batch)
     named = {f"blocks.0.{name}": weight for name, weight in weights.items()}
     named["patch_embed.weight"] = x.new_zeros(width, 3, 1, 1)  # not part of a block
-    arranged = prepare_weights(config, named, plan, device=x.device, dtype=x.dtype)
-    wanted = plan.fold_norm and not plan.fuse_attention
-    stats = plan.calls["row_stats"](x) if wanted else None  # in a model, the block before writes them
+    prepared = prepare_weights(config, named, plan, device=x.device, dtype=x.dtype)
+    run_block = vit.fused_block if plan.fused else vit.folded_block
+    stats = vit.first_stats(plan, x)  # in a model, the block before writes them
 
     def run() -> Tensor:
-        return vit.run_block(config, arranged.activation, arranged.blocks[0], x, stats, plan, last=False)[0]
+        return run_block(config, prepared.activation, prepared.blocks[0], x, stats, plan, last=False)[0]
 
     return run
 

@@ -36,7 +36,7 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8) if kind == "cuda" else (dtype,):
         name = str(kind_of).removeprefix("torch.")
         try:
-            call = _product(side, where, kind_of)
+            call = _square_gemm(side, where, kind_of)
             call()
             calls[name] = call
         except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -58,7 +58,7 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     }
 
 
-def _product(side: int, device: torch.device, dtype: torch.dtype) -> Any:
+def _square_gemm(side: int, device: torch.device, dtype: torch.dtype) -> Any:
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     if dtype == torch.int8:
         return functools.partial(torch._int_mm, a.mul(32).to(dtype), b.mul(32).to(dtype).t())

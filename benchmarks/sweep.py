@@ -26,7 +26,8 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE, Provider, Thunk, providers_of
 from vitfast.benchmarks.result_file import write
-from vitfast.engine.planner import FUSED_MAX_WIDTH, FUSED_SITES
+from vitfast.engine.planner import FUSED_MAX_WIDTH
+from vitfast.models.plan import SITES
 
 OURS = "vitfast triton"
 OPS = (
@@ -66,7 +67,8 @@ def sweep(
     """
     swept: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
-    cases = [case for case in cases if case.op not in FUSED_SITES or case.dims["width"] <= FUSED_MAX_WIDTH]
+    fused = {site.op for site in SITES.values() if site.fused}
+    cases = [case for case in cases if case.op not in fused or case.dims["width"] <= FUSED_MAX_WIDTH]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             choices = decide(swept)  # what was cut short is proven for nothing

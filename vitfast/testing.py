@@ -6,7 +6,9 @@ Nothing at run time imports this file. What is right is said in `vitfast.ops.acc
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -182,3 +184,21 @@ def random_weights(config: ViTConfig, seed: int = 0) -> dict[str, Tensor]:
         else:
             weights[name] = 0.1 * values
     return weights
+
+
+_IN_ACCURACY = (
+    "E4M3_PRODUCTS", "EIGHT_BIT_RMS", "MODEL_TOLERANCES", "PEER_TOLERANCE", "TOLERANCES", "ModelTolerance", "Tolerance",
+    "Tolerances", "assert_close", "tolerances_for", "why_not_close", "why_not_close_in_8_bits",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What stood here in 0.1.0, from where it is now, with a DeprecationWarning."""
+    if name == "import_peer":
+        place, now = "vitfast.models.libraries", "import_library"
+    elif name in _IN_ACCURACY:
+        place, now = "vitfast.ops.accuracy", name
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"vitfast.testing.{name} has moved to {place}.{now}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(place), now)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 
 import vitfast
 from vitfast.cli.app import app
+from vitfast.pipeline.parquet import read_embeddings
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Stands for the model: `vitfast.load` gives it, and notes what it was asked for."""
+    """Stands for the model: `load` gives it, and notes what it was asked for."""
     fake = FakeEngine(labels=["red", "green", "blue"])
     fake.loaded = []
 
@@ -58,7 +58,8 @@ def test_embed(photos, tmp_path, engine):
     out = tmp_path / "out"
     result = run("embed", photos, "-m", "hub/model", "-o", out, "--batch-size", 3, "--dtype", "bf16", "--device", "cpu")
     assert result.exit_code == 1  # three are bad
-    assert engine.loaded == [("hub/model", {"device": "cpu", "dtype": "bf16", "allow_pickle": False})]
+    asked = {"device": "cpu", "dtype": "bf16", "allow_pickle": False, "weights_key": None}
+    assert engine.loaded == [("hub/model", asked)]
     assert max(engine.batches) == 3
     assert "10 done, 3 failed, 0 skipped" in result.stdout
     assert "img/s" in result.stdout
@@ -81,13 +82,78 @@ def test_embed_json_and_resume(photos, tmp_path, engine):
     assert (answer(second)["done"], answer(second)["failed"], answer(second)["skipped"]) == (3, [], 10)
 
 
-def test_embed_with_nothing_left_loads_no_model(photos, tmp_path, engine):
+def test_embed_with_nothing_left_still_knows_a_changed_model(photos, tmp_path, engine):
+    """The same path may hold other weights by now, and "done before" would then be wrong."""
     arguments = ["embed", photos / "p0.png", "-m", "hub/model", "-o", tmp_path / "out"]
     assert run(*arguments).exit_code == 0
     again = run(*arguments)
     assert again.exit_code == 0
     assert "0 done, 0 failed, 1 skipped" in again.stdout
-    assert len(engine.loaded) == 1
+    engine.fingerprint = "retrained"
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "'weights of a fake', not 'retrained'" in refused.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert read_embeddings(tmp_path / "out").num_rows == 1
+
+
+def test_changed_pictures_are_said_and_refreshed(photos, tmp_path, engine):
+    arguments = ["embed", *photos.glob("*.png"), "-m", "m", "-o", tmp_path / "out"]
+    run(*arguments)
+    save(photos / "p3.png", 99)
+    skipped = run(*arguments)
+    assert f"skipped (--refresh embeds them): 1 file: {photos / 'p3.png'}" in skipped.stdout
+    assert answer(run(*arguments, "--json"))["skipped_changed"] == [str(photos / "p3.png")]
+    assert "1 done, 0 failed, 9 skipped" in run(*arguments, "--refresh").stdout
+    os.utime(photos / "p4.png", ns=(1, 1))
+    assert "0 done, 0 failed, 10 skipped" in run(*arguments, "--refresh", "--checksum").stdout
+    assert "1 done, 0 failed, 9 skipped" in run(*arguments, "--refresh").stdout
+    assert run(*arguments, "--checksum").exit_code == 2
+
+
+def test_what_is_left_out_or_unusual_is_said(photos, tmp_path, engine):
+    (photos / "list.txt").write_text("")
+    Image.new("RGB", (8, 8)).save(photos / "q.tga")
+    for command, out in (("embed", ["-o", tmp_path / "out"]), ("classify", [])):
+        result = run(command, photos, "-m", "m", *out)
+        assert f"left out: no known ending of an image: 1 file: {photos / 'list.txt'}" in result.output
+        assert f"note: taken for TGA by its ending: 1 file: {photos / 'q.tga'}" in result.output
+    found = answer(run("embed", photos, "-m", "m", "-o", tmp_path / "two", "--json"))
+    assert found["left_out"] == {
+        "count": 1,
+        "files": [{"path": str(photos / "list.txt"), "reason": "no known ending of an image"}],
+    }
+    assert found["notes"] == [{"path": str(photos / "q.tga"), "note": "taken for TGA by its ending"}]
+
+
+def test_limits_are_options(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    Image.new("RGB", (90, 90)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (90, 90)).save(tmp_path / "photo.jpg")
+    result = run("classify", tmp_path, "-m", "m")
+    assert "bomb.png: failed: too many pixels" in result.stdout
+    assert "read at 1/2 of its 90x90 pixels" in result.stderr
+    assert run("classify", tmp_path, "-m", "m", "--max-pixels", 9000).exit_code == 0
+    Image.new("RGB", (900, 900)).save(tmp_path / "photo.jpg")
+    assert "limit is 1 MiB" in run("classify", tmp_path, "-m", "m", "--max-pixels", 10**6, "--decode-memory", 1).stdout
+
+
+def test_an_unreadable_folder_fails_the_run(photos, tmp_path, engine, monkeypatch):
+    (photos / "closed").mkdir()
+    original = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for name in ("b00.jpg", "b99.jpg", "p45.jpg"):
+        save(photos / name)
+    result = run("embed", photos, "-m", "m", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"failed: {photos / 'closed'}: cannot read folder: Permission denied" in result.stdout
+    assert "13 done" in result.stdout
 
 
 def test_many_failures_are_not_all_printed(tmp_path, engine):
@@ -126,13 +192,6 @@ def test_bad_input_is_said_before_any_model_is_loaded(source, out, message, as_j
         assert result.stdout == ""
 
 
-def test_embeddings_of_another_model_are_not_mixed(photos, tmp_path, engine):
-    run("embed", photos, "-m", "one", "-o", tmp_path / "out")
-    result = run("embed", photos, "-m", "two", "-o", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "'one'" in result.stderr
-
-
 def test_a_model_that_fails(photos, tmp_path, monkeypatch):
     def wrong(*_, **__):
         raise ValueError("no such model: 'm'")
@@ -146,6 +205,7 @@ def test_a_model_that_fails(photos, tmp_path, monkeypatch):
         assert result.exit_code == code
         assert result.stderr.startswith(message)
         assert "error" in answer(result)
+        assert not (tmp_path / "out").exists()  # a model that is refused leaves no empty folder
     debug = CliRunner().invoke(app, ["--debug", "embed", str(photos), "-m", "m", "-o", str(tmp_path / "out")])
     assert "Traceback" in debug.stderr
     assert debug.exit_code == 1
@@ -168,50 +228,6 @@ def test_interrupted(photos, tmp_path, engine, monkeypatch):
     result = answer(run(*arguments))
     assert result["done"] + result["skipped"] == 10
     assert pq.read_table(tmp_path / "out").num_rows == 13
-
-
-SLOW_MODEL = """
-import sys, time
-sys.path.insert(0, {tests!r})
-import vitfast.engine.load
-from helpers.photos import FakeEngine
-from vitfast.cli.app import app
-
-class Slow(FakeEngine):
-    def __call__(self, images, *, preprocessed):
-        time.sleep(0.05)
-        print("batch", file=sys.stderr, flush=True)
-        return super().__call__(images, preprocessed=preprocessed)
-
-vitfast.engine.load.load = lambda *_, **__: Slow()
-app(["embed", {photos!r}, "-m", "m", "-o", {out!r}, "--batch-size", "1", "--json"])
-"""
-
-
-def test_ctrl_c_leaves_whole_parts(tmp_path):
-    for i in range(200):
-        save(tmp_path / "photos" / f"{i:03}.png", i)
-    out = tmp_path / "out"
-    code = SLOW_MODEL.format(tests=str(Path(__file__).parents[1]), photos=str(tmp_path / "photos"), out=str(out))
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path.cwd(),
-        env=env(),
-    ) as process:
-        for _ in range(5):
-            line = process.stderr.readline()
-            assert "batch" in line
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    summary = json.loads(stdout)
-    assert summary["interrupted"]
-    assert 0 < summary["done"] < 200
-    assert pq.read_table(out).num_rows == summary["done"]
-    assert all(path.name.startswith("part-") for path in out.iterdir())
 
 
 # --- classify ---
@@ -351,7 +367,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "int8": "int8"}
 @pytest.mark.parametrize(("given", "short"), DTYPES.items())
 def test_dtypes_go_by_both_names(given, short, engine, tmp_path, photos):
     run("embed", photos, "-m", "m", "-o", tmp_path / "out", "--dtype", given, "--allow-pickle")
-    assert engine.loaded == [("m", {"device": None, "dtype": short, "allow_pickle": True})]
+    asked = {"device": None, "dtype": short, "allow_pickle": True, "weights_key": None}
+    assert engine.loaded == [("m", asked)]
 
 
 def test_a_near_miss_is_named():

@@ -136,8 +136,8 @@ def test_a_model_packs_for_the_images_it_gets(level, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path)
     checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL), PREPROCESS)
     small = vitfast.Engine(checkpoint, device="cpu", dtype="fp32", backend="native")
-    assert small._weights.embed_uint8.weight.dtype == torch.int8
-    assert small._weights.embed_float.weight.dtype == torch.float32
+    assert small.runner.weights.embed_uint8.weight.dtype == torch.int8
+    assert small.runner.weights.embed_float.weight.dtype == torch.float32
     plain = vitfast.Engine(checkpoint, device="cpu", dtype="fp32", backend="torch")
     pixels = torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8)
     torch.testing.assert_close(small(pixels).tokens, plain(pixels).tokens, rtol=1e-4, atol=1e-4)

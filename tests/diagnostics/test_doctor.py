@@ -39,9 +39,8 @@ def shown(report):
 def report_without(*modules, **environment):
     """The report of a process in which these modules cannot be imported; of packages, only triton."""
     code = "import json, sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in modules)
-    code += (
-        "from vitfast import doctor\ndoctor.OPTIONAL = {'triton': 'the kernels'}\nprint(json.dumps(doctor.report()))"
-    )
+    code += "from vitfast.diagnostics import doctor\ndoctor.OPTIONAL = {'triton': 'the kernels'}\n"
+    code += "print(json.dumps(doctor.report()))"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     result = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -227,11 +226,14 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
     quantized = {entry["site"]: entry for entry in doctor.plan(tmp_path / "model", device="cpu", dtype="fp8")["sites"]}
     assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
-    assert "it has no scale groups" in quantized["hidden_fc2"]["refused"]["torch._scaled_mm"]
+    assert "it has no scale groups" in quantized["fc2_group_scales"]["refused"]["torch._scaled_mm"]
     assert "torch._scaled_mm" not in quantized["quantize"]["refused"]
-    assert (quantized["mixed_attention"]["op"], quantized["mixed_proj"]["op"]) == ("attention", "quantized_linear")
-    assert "it has no scale groups of 64" in quantized["mixed_proj"]["refused"]["torch._scaled_mm"]
-    native = quantized["mixed_attention"]["refused"]["native"]
+    assert (quantized["attention_quantize"]["op"], quantized["proj_head_scales"]["op"]) == (
+        "attention",
+        "quantized_linear",
+    )
+    assert "it has no scale groups of 64" in quantized["proj_head_scales"]["refused"]["torch._scaled_mm"]
+    native = quantized["attention_quantize"]["refused"]["native"]
     assert native == "it has no float8_e4m3fn output" or "not built" in native
 
 

@@ -1,5 +1,6 @@
 """The command `vitfast verify` and verify_model behind it: exit codes, pure JSON, and wrong engines found."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_a_backend_that_is_wrong_is_found(saved, monkeypatch):
     def wrong(config, chosen, *, packed, **options):
         plan = assemble(config, chosen, packed=packed, **options)
         if packed:  # the engine under test is planned with "auto", the one it is compared with is not
-            plan.calls["attention"] = lambda *args, **kwargs: right(*args, **kwargs) * 1.5
+            return dataclasses.replace(plan, attention=lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
         return plan
 
     monkeypatch.setattr(planner, "assemble", wrong)

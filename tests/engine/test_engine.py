@@ -13,6 +13,7 @@ from vitfast.engine import plan_cache, planner
 from vitfast.engine.engine import Engine
 from vitfast.images.preprocess import preprocess_batch
 from vitfast.models import vit, weights
+from vitfast.models.plan import SITES
 from vitfast.models.weights import prepare_weights
 from vitfast.ops import accuracy
 
@@ -36,22 +37,25 @@ def oracle(config, images):
     return vit.forward(config, weights, weights.position, images, plan)
 
 
-def all_calls(plan):
-    """A plan's calls, and attention_block's, which only a measurement puts among them."""
-    return {**plan.calls, "attention_block": vitfast.ops.registry.backend("attention_block", "triton").call}
+def changed(plan, fused=(), fold_norm=None):
+    """A plan that fuses these halves on Triton, and no others; what only a measurement puts into a plan, too."""
+    calls = {site: vitfast.ops.registry.backend(site, "triton").call for site in fused}
+    fold_norm = plan.fold_norm if fold_norm is None else fold_norm
+    return dataclasses.replace(plan, **{"attention_block": None, "mlp": None} | calls, fold_norm=fold_norm)
 
 
 def check(config, images, dtype, backend, **plan_changes):
     """Every output of a backend against float64, measured against the torch backend's own error."""
     candidate, baseline = engine(config, dtype=dtype, backend=backend), engine(config, dtype=dtype, backend="torch")
     if plan_changes:
-        candidate.plan = dataclasses.replace(candidate.plan, calls=all_calls(candidate.plan), **plan_changes)
-        candidate._weights = prepare_weights(
+        runner = candidate.runner
+        runner.plan = changed(runner.plan, **plan_changes)
+        runner.weights = prepare_weights(
             config,
             testing.random_weights(config),
-            candidate.plan,
-            device=candidate.device,
-            dtype=candidate.dtype,
+            runner.plan,
+            device=runner.device,
+            dtype=runner.dtype,
             mean=PREPROCESS.mean,
             std=PREPROCESS.std,
         )
@@ -75,7 +79,7 @@ def test_triton_forward_of_every_family(family, dtype):
 def test_triton_forward_of_vit_tiny(dtype):
     """A real ViT-Ti/16 at 224, from uint8 pixels, twelve blocks, norms folded: five launches a block."""
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8, device=testing.device())
-    check(TINY, pixels, dtype, "triton", fuse_mlp=False, fold_norm=True)
+    check(TINY, pixels, dtype, "triton", fold_norm=True)
 
 
 @pytest.mark.parametrize("side", [112, pytest.param(224, marks=pytest.mark.full)])
@@ -84,7 +88,7 @@ def test_triton_forward_of_vit_tiny_in_two_launches_a_block(dtype, side):
     """Two blocks of a ViT-Ti/16, held to the same as unfused."""
     config = dataclasses.replace(TINY, image_size=(side, side), depth=2)
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, device=testing.device())
-    check(config, pixels, dtype, "triton", fuse_attention=True, fuse_mlp=True, fold_norm=True)
+    check(config, pixels, dtype, "triton", fused=("attention_block", "mlp"), fold_norm=True)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +96,8 @@ def test_triton_forward_of_vit_tiny_in_two_launches_a_block(dtype, side):
     [
         ([], "fp32", ["qkv", "attention", "proj", "fc1", "fc2"]),
         (["mlp"], "bf16", ["qkv", "attention", "proj", "mlp"]),
-        (["attention"], "bf16", ["attention_block", "fc1", "fc2"]),
-        (["attention", "mlp"], "bf16", ["attention_block", "mlp"]),
+        (["attention_block"], "bf16", ["attention_block", "fc1", "fc2"]),
+        (["attention_block", "mlp"], "bf16", ["attention_block", "mlp"]),
     ],
 )
 def test_a_folded_block_is_five_launches_or_two(fused, dtype, block):
@@ -102,27 +106,29 @@ def test_a_folded_block_is_five_launches_or_two(fused, dtype, block):
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
 
-    calls = {site: counted(site, call) for site, call in all_calls(small.plan).items()}
-    options = {f"fuse_{half}": half in fused for half in ("attention", "mlp")}
-    small.plan = dataclasses.replace(small.plan, calls=calls, fold_norm=True, **options)
+    plan = changed(small.plan, fused, fold_norm=True)
+    calls = {site: getattr(plan, site) for site in SITES if not SITES[site].quantized}
+    calls = {site: counted(site, call) for site, call in calls.items() if call is not None}
+    small.runner.plan = dataclasses.replace(plan, **calls)
     checkpoint = testing.random_weights(SMALL)
-    small._weights = prepare_weights(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
+    small.runner.weights = prepare_weights(SMALL, checkpoint, small.plan, device=small.device, dtype=small.dtype)
     small.run(testing.make(1, 3, 32, 48))
-    before = ["patch_embed", "row_stats"] if "attention" not in fused else ["patch_embed"]
+    before = ["patch_embed", "row_stats"] if "attention_block" not in fused else ["patch_embed"]
     assert launches == [*before, *block * SMALL.depth, "layer_norm", "head"]
 
 
 @pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
 def test_plan_variants_agree(fold_norm, fuse_mlp):
     for dtype in (torch.float32, torch.bfloat16):
-        check(SMALL, testing.make(2, 3, 32, 48), dtype, "triton", fold_norm=fold_norm, fuse_mlp=fuse_mlp)
+        fused = ("mlp",) if fuse_mlp else ()
+        check(SMALL, testing.make(2, 3, 32, 48), dtype, "triton", fold_norm=fold_norm, fused=fused)
 
 
 @pytest.mark.parametrize(("fold_norm", "fuse_mlp"), [(False, False), (True, False), (False, True), (True, True)])
 def test_plan_variants_with_fused_attention_agree(fold_norm, fuse_mlp):
     config = dataclasses.replace(SMALL, layer_scale=True)
-    changes = {"fuse_attention": True, "fold_norm": fold_norm, "fuse_mlp": fuse_mlp}
-    check(config, testing.make(2, 3, 32, 48), torch.bfloat16, "triton", **changes)
+    fused = ("attention_block", *(["mlp"] if fuse_mlp else []))
+    check(config, testing.make(2, 3, 32, 48), torch.bfloat16, "triton", fold_norm=fold_norm, fused=fused)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
@@ -137,15 +143,16 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     monkeypatch.setattr(
         planner,
         "measure",
-        lambda call, able, device: (
+        lambda case, able, device, timed: (
             next((e for e in able if e.name == backend), able[0]),
-            {"ms": dict.fromkeys(("torch", "native"), 1.0)},
+            {"ms": dict.fromkeys(("torch", "native"), 1.0), "refused": {}},
         ),
     )
     config = dataclasses.replace(SMALL, **FAMILIES[family])
     checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
     small = Engine(checkpoint, device="cpu", dtype="fp32")
-    assert {small.plan.calls[site] for site in planner.LINEAR_SITES} == {packed[1]}
+    linear = [name for name, site in SITES.items() if site.op == "linear"]
+    assert {getattr(small.plan, site) for site in linear} == {packed[1]}
     assert ("patch_embed" in small.plan.packs) == (backend == "native")
     got = small(testing.make(2, 3, 32, 48).cpu())
     want = oracle(config, testing.make(2, 3, 32, 48))

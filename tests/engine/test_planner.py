@@ -1,48 +1,174 @@
-"""Plans: what is chosen by which measurement, what is fused and folded, what is kept on disk."""
+"""Plans: what is chosen by which measurement, what is fused and folded."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 import vitfast
 from vitfast import testing
-from vitfast.engine import plan_cache, planner, sites
-from vitfast.models import plan
+from vitfast.engine import cases, plan_cache, planner
+from vitfast.engine.sites import HEAD_ROWS, plan_sites, site_case, site_spec
+from vitfast.models.plan import PRODUCTS, SITES, Plan
+from vitfast.ops import registry
 
 SMALL = vitfast.ViTConfig((32, 48), (16, 16), width=64, depth=2, heads=2, mlp_dim=128, num_classes=10, name="small")
+WIDE = dataclasses.replace(SMALL, width=128, head_dim=64, mlp_dim=256, name="heads of 64")
+LINEAR = tuple(name for name, site in SITES.items() if site.op == "linear")
 
 
-def test_a_small_models_plan_may_fuse_halves_of_a_block(monkeypatch):
-    """Measured faster than its parts together, the one launch is chosen, and norms are folded all the same."""
-    monkeypatch.setattr(planner, "candidates", lambda spec: ([vitfast.ops.registry.backend(spec.op, "triton")] * 2, {}))
-    cost = {"mlp": 1.0, "linear": 0.6, "attention": 0.2, "attention_block": 1.5}
-    monkeypatch.setattr(
-        planner, "measure", lambda call, able, device: (able[0], {"ms": {"triton": cost.get(call.op, 0.1)}})
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path / "plans")
+    return tmp_path / "plans"
+
+
+def norm_case(dtype=torch.float32):
+    return site_case(SMALL, SITES["layer_norm"], 1, testing.device(), dtype)
+
+
+# --- the table ---
+
+
+def test_every_site_is_a_field_of_the_plan_and_names_sites_only():
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    for name, site in SITES.items():
+        assert name == site.name and name in fields
+        assert site.op in registry.OPS and site.op in cases.OPS
+        assert {*site.parts, *filter(None, (site.passes_to, site.product))} <= SITES.keys()
+        assert not site.parts or site.optional
+        assert not site.product or SITES[site.product].op == "linear"
+        assert site.quantized or not site.op.startswith("quantize")
+    assert PRODUCTS == ("qkv", "proj", "fc1", "fc2")
+    assert {name for name, site in SITES.items() if site.fused} == {"attention_block", "mlp"}
+
+
+def test_which_sites_a_model_has():
+    def names(config, quantized=None, skip=()):
+        return {site.name for site in plan_sites(config, quantized, frozenset(skip))}
+
+    plain = {name for name, site in SITES.items() if not site.quantized}
+    assert names(SMALL) == plain
+    kept = {"patch_embed", "layer_norm", "attention", "head"}
+    in_8_bits = {name for name, site in SITES.items() if site.quantized}
+    assert names(WIDE, torch.int8) == kept | in_8_bits
+    assert names(SMALL, torch.int8) == kept | in_8_bits - {"attention_quantize", "proj_head_scales"}
+    assert names(WIDE, torch.int8, ["blocks.1.fc2"]) == kept | in_8_bits | {"fc2"}
+
+
+BATCH, ROWS = 3, 3 * 7
+SIZES = {
+    "patch_embed": {"width": 128, "patch": 768},
+    "layer_norm": {"width": 128},
+    "row_stats": {"width": 128},
+    "qkv": {"rows": ROWS, "inner": 128, "width": 3 * 128},
+    "attention": {"head_dim": 64, "queries": 7, "keys": 7},
+    "proj": {"rows": ROWS, "inner": 128, "width": 128},
+    "attention_block": {"tokens": 7, "width": 128, "head_dim": 64},
+    "fc1": {"rows": ROWS, "inner": 128, "width": 512},
+    "fc2": {"rows": ROWS, "inner": 256, "width": 128},
+    "mlp": {"rows": ROWS, "width": 128, "hidden": 512},
+    "head": {"rows": HEAD_ROWS, "inner": 128, "width": 10},
+    "quantize": {"rows": ROWS, "width": 256},
+}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_sizes_of_every_site_by_hand(site):
+    """With heads of 64, and SwiGLU: fc1 has 2 * 256 rows."""
+    config = dataclasses.replace(WIDE, activation="swiglu")
+    quantized = torch.int8 if SITES[site].quantized else None
+    spec = site_spec(config, SITES[site], BATCH, torch.device("cpu"), torch.bfloat16, quantized)
+    assert dict(spec.dims) == SIZES[SITES[site].product or ("attention" if site == "attention_quantize" else site)]
+    features = {
+        "quantized_fc1": ("swiglu",),
+        "fc1_requantize": ("swiglu", "scale groups"),
+        "fc2_group_scales": ("scale groups",),
+        "proj_head_scales": ("scale groups of 64",),
+        "attention_quantize": ("int8 output",),
+    }
+    assert spec.features == features.get(site, ())
+    assert spec.dtype == (torch.int8 if SITES[site].op.startswith("quantize") else torch.bfloat16)
+
+
+ODD = vitfast.ViTConfig(
+    (32, 48), (16, 8), width=72, depth=1, heads=3, mlp_dim=40, in_channels=4, prefix_tokens=5, activation="swiglu",
+    layer_scale=True, num_classes=1,
+)  # fmt: skip
+
+
+def dequantized(answer):
+    """The numbers that a result stands for; its first tensor, where it has statistics, too."""
+    values, scales = answer if isinstance(answer, tuple) else (answer, None)
+    if values.dtype != torch.int8:
+        return values.double()
+    scales = scales.view(*values.shape[:-1], -1)
+    return values.double() * scales.repeat_interleave(-(-values.shape[-1] // scales.shape[-1]), dim=-1)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("config", [WIDE, ODD], ids=["heads of 64", "odd"])
+def test_every_site_is_tried_on_arguments_of_its_real_shapes_and_scale(config, site):
+    """A product of K terms near 1 would be near sqrt(K), and its epilogue would be lost beside it."""
+    found = SITES[site]
+    case = site_case(config, found, 2, torch.device("cpu"), torch.bfloat16 if found.quantized else torch.float32,
+                     torch.int8 if found.quantized else None)  # fmt: skip
+    call, run = case.inputs(), case.table[case.op].reference
+    want, got = (dequantized(run(*call.args, **call.kwargs, upcast=upcast)) for upcast in (True, False))
+    assert got.isfinite().all()
+    error = (got - want).square().mean() / want.square().mean()
+    assert error.sqrt() < 1e-2, "bf16 and int8 differ from float64 by less"
+    if site != "row_stats":
+        assert 0.2 < want.std() < 5, f"{site} gives numbers of size {want.std():.3g}"
+    if found.op in ("linear", "quantized_linear"):
+        at = 1 if found.op == "linear" else 2
+        weight = call.args[at].double() * (1 if at == 1 else call.args[3][:, None])
+        assert (
+            tuple(weight.shape)
+            == config.weight_shapes()[f"blocks.0.{found.product}.weight" if found.product else "head.weight"][0]
+        )
+        product = weight.std() * weight.shape[1] ** 0.5
+        assert 0.7 < product < 1.4, f"a product of {site} is {product:.3g} times as large as its input"
+    assert ("layer_scale" in call.kwargs and call.kwargs["layer_scale"] is not None) == (
+        found.fused or ("residual" in found.features and config.layer_scale)
     )
 
-    def planned(config=SMALL):
-        found = planner._site_backends(config, torch.device("cuda"), torch.bfloat16, "auto", 1)[0]
-        return planner.assemble(config, found, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
 
-    monkeypatch.setattr(planner, "site_call", lambda config, site, *rest: planner.Call(
-        "linear" if site in planner.LINEAR_SITES else site, None, (), {}))  # fmt: skip
-    monkeypatch.setattr(sites, "device_capability", lambda device: (9, 0))
+# --- what is measured ---
+
+
+def planned(monkeypatch, cost, config=SMALL, **options):
+    """The plan on a GPU that is not here, where Triton's calls take so many milliseconds by op."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(planner, "candidates", lambda spec: ([registry.backend(spec.op, "triton")] * 2, {}))
+    monkeypatch.setattr(cases, "device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(plan_cache, "plan_key", lambda *args: {"costs": dict(cost)})
+
+    def measure(case, able, device, timed):
+        return able[0], {"ms": {"triton": cost.get(case.op, 0.1)}, "refused": {}}
+
+    monkeypatch.setattr(planner, "measure", measure)
+    return planner.build(config, device=cuda, dtype=torch.bfloat16, batch=1, **options)
+
+
+def test_a_small_models_plan_may_fuse_halves_of_a_block(monkeypatch, folder):
+    """Measured faster than its parts together, the one launch is chosen, and norms are folded all the same."""
+    cost = {"linear": 0.6, "attention": 0.2}
     for mlp, attention in ((1.0, 1.5), (1.3, 1.5), (1.0, 1.3), (1.3, 1.3)):  # of parts that cost 1.2 and 1.4
-        cost |= {"mlp": mlp, "attention_block": attention}
-        assert (planned().fuse_mlp, planned().fuse_attention) == (mlp < 1.2, attention < 1.4)
-        assert planned().fold_norm
-    cost |= {"mlp": 0.0, "attention_block": 0.0}
-    wide = planned(dataclasses.replace(SMALL, width=448, heads=7))  # wider than one launch goes
-    assert not wide.fuse_mlp and not wide.fuse_attention
+        found = planned(monkeypatch, cost | {"mlp": mlp, "attention_block": attention})
+        assert (found.mlp is not None, found.attention_block is not None) == (mlp < 1.2, attention < 1.4)
+        assert found.fused == (mlp < 1.2 or attention < 1.4) and found.fold_norm
+    free = cost | {"mlp": 0.0, "attention_block": 0.0}
+    wide = planned(monkeypatch, free, dataclasses.replace(SMALL, width=448, heads=7))  # wider than one launch goes
+    assert wide.mlp is None and wide.attention_block is None
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_no_unmeasured_plan_fuses_attention(backend):
-    plan = planner.build(SMALL, device=testing.device(), dtype=torch.bfloat16, backend=backend)
-    assert plan.fuse_mlp == (backend == "triton") and not plan.fuse_attention
-    assert "attention_block" not in plan.backends
+    found = planner.build(SMALL, device=testing.device(), dtype=torch.bfloat16, backend=backend)
+    assert (found.mlp is not None) == (backend == "triton") and found.attention_block is None
+    assert "attention_block" not in found.backends
 
 
 @pytest.mark.parametrize(
@@ -57,84 +183,114 @@ def test_no_unmeasured_plan_fuses_attention(backend):
     ],
 )
 def test_norms_are_folded_where_all_that_need_it_are_triton(fused, torchs, folds):
-    sites_of_plan = ("row_stats", "qkv", "attention", "proj", "fc1", "fc2", *fused)
-    op = dict.fromkeys(planner.LINEAR_SITES, "linear")
-    chosen = {
-        site: vitfast.ops.registry.backend(op.get(site, site), "torch" if site in torchs else "triton")
-        for site in sites_of_plan
-    }
-    plan = planner.assemble(SMALL, chosen, device=testing.device(), dtype=torch.bfloat16, packed=True)
-    assert plan.fold_norm == folds
+    needed = ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "head", *fused)
+    chosen = {site: registry.backend(SITES[site].op, "torch" if site in torchs else "triton") for site in needed}
+    found = planner.assemble(SMALL, chosen, device=testing.device(), dtype=torch.bfloat16, packed=True)
+    assert found.fold_norm == folds
 
 
 def test_measure_refuses_a_wrong_backend_and_keeps_the_fastest(monkeypatch):
-    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
-    right = vitfast.ops.registry.backend("layer_norm", "torch")
+    right = registry.backend("layer_norm", "torch")
     slow = dataclasses.replace(right, name="native", call=lambda *a, **k: right.call(*a, **k))
     wrong = dataclasses.replace(right, name="triton", call=lambda *a, **k: right.call(*a, **k) * 1.01)
     monkeypatch.setattr(planner, "time_calls", lambda calls, device: [2.0, 1.0][: len(calls)])
-    best, record = planner.measure(call, [right, slow, wrong], testing.device())
+    best, record = planner.measure(norm_case(), [right, slow, wrong], testing.device())
     assert best.name == "native"
     assert record["ms"] == {"torch": 2.0, "native": 1.0}
     assert "exceeds" in record["refused"]["triton"]
     with pytest.raises(planner.PlanError, match="exceeds"):
-        planner.measure(call, [wrong], testing.device())
+        planner.measure(norm_case(), [wrong], testing.device())
 
 
-def test_choices_survive_on_disk(tmp_path):
-    path, key = tmp_path / "plans" / "a.json", {"device": "a", "torch": "2"}
-    assert plan_cache.load_plan(path, key) is None
-    saved = {"qkv": "torch"}, {"qkv": {"ms": {"torch": 1.0}, "refused": {}}}
-    plan_cache.save_plan(path, key, *saved)
-    assert plan_cache.load_plan(path, key) == saved
+class PTXASError(Exception):
+    """Triton's errors derive from Exception."""
 
 
-def test_a_plan_made_elsewhere_is_refused_with_the_reason_and_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path / "plans")
-    asked = {"config": SMALL, "device": testing.device(), "dtype": torch.float32}
-    first = planner.build(**asked)
-    (path,) = (tmp_path / "plans").iterdir()
-    measured = []
-    monkeypatch.setattr(planner, "_site_backends", lambda *args: measured.append(args) or planner_choices)
-    planner_choices = (
-        {
-            site: vitfast.ops.registry.backend(site if site not in planner.LINEAR_SITES else "linear", name)
-            for site, name in first.backends.items()
-        },
-        {},
+@pytest.mark.parametrize("error", [PTXASError("no ptxas"), KeyError("BLOCK_M"), TypeError("an argument"), OSError("x")])
+def test_any_error_of_a_backend_is_a_recorded_refusal(error):
+    right = registry.backend("layer_norm", "torch")
+
+    def broken(*args, **kwargs):
+        raise error
+
+    best, record = planner.measure(
+        norm_case(), [dataclasses.replace(right, name="triton", call=broken), right], testing.device()
     )
-    assert planner.build(**asked).backends == first.backends
-    assert not measured  # read, not measured
-    plan = json.loads(path.read_text())
-    plan["key"]["device"] = "another chip"
-    path.write_text(json.dumps(plan))
-    with pytest.warns(UserWarning, match=r"measured again, it was made for device 'another chip', here '"):
-        assert planner.build(**asked).backends == first.backends
-    assert len(measured) == 1
-    assert json.loads(path.read_text())["key"]["device"] != "another chip"
+    assert best.name == "torch" and set(record["ms"]) == {"torch"} and "out_of_memory" not in record
+    assert record["refused"]["triton"] == f"{type(error).__name__}: {error}"
 
 
-def test_a_head_that_is_not_there_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path / "plans")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("no more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("whose", ["one backend's", "all backends'", "the reference's"])
+def test_want_of_memory_is_no_refusal_and_not_kept(error, whose, folder, monkeypatch):
+    """The next load measures again."""
+    right = registry.backend("layer_norm", "torch")
+    state = {"short": True}
+
+    def hungry(*args, **kwargs):
+        if state["short"]:
+            raise error
+        return right.call(*args, **kwargs)
+
+    entries = [right, dataclasses.replace(right, name="native", call=hungry)]
+    if whose == "all backends'":
+        entries[0] = dataclasses.replace(right, call=hungry)
+    if whose == "the reference's":
+        starved = dataclasses.replace(cases.OPS["layer_norm"], reference=hungry)
+        monkeypatch.setitem(cases.OPS, "layer_norm", starved)
+    plain = registry.candidates
+    monkeypatch.setattr(planner, "candidates", lambda spec: (entries, {}) if spec.op == "layer_norm" else plain(spec))
+    asked = {"config": SMALL, "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.warns(UserWarning, match="memory was too short to measure layer_norm"):
+        found = planner.build(**asked)
+    # Of those that are able the first in the CPU's order, native, runs where nothing could be measured.
+    assert found.backends["layer_norm"] == ("torch" if whose == "one backend's" else "native")
+    assert not list(folder.glob("*")), "kept"
+    state["short"] = False
+    monkeypatch.setattr(planner, "time_calls", lambda calls, device: [9.0, *[1.0] * (len(calls) - 1)])
+    again = planner.build(**asked)
+    assert again.backends["layer_norm"] == "torch" and set(again.measured["layer_norm"]["ms"]) == {"torch", "native"}
+    assert len(list(folder.glob("*"))) == 1
+
+
+def test_a_tie_keeps_the_first(monkeypatch):
+    first = registry.backend("layer_norm", "torch")
+    second = dataclasses.replace(first, name="native")
+    for ratio, winner in ((0.9, "torch"), (0.8, "native")):
+        monkeypatch.setattr(planner, "time_calls", lambda calls, device, ratio=ratio: [1.0, ratio])
+        assert planner.measure(norm_case(), [first, second], testing.device())[0].name == winner
+
+
+def test_a_head_that_is_not_there_is_not_measured(folder):
     headless = planner.build(dataclasses.replace(SMALL, num_classes=0), device=testing.device(), dtype=torch.float32)
     assert "head" not in headless.measured
-    if testing.device().type == "cuda" or not vitfast.ops.registry.backend("linear", "native").missing:
+    if testing.device().type == "cuda" or not registry.backend("linear", "native").missing:
         assert "fc1" in headless.measured
     planner.build(dataclasses.replace(SMALL, num_classes=1), device=testing.device(), dtype=torch.float32, batch=1)
 
 
-def test_a_tie_keeps_the_first(monkeypatch):
-    call = planner.site_call(SMALL, "layer_norm", 1, testing.device(), torch.float32)
-    first = vitfast.ops.registry.backend("layer_norm", "torch")
-    second = dataclasses.replace(first, name="native")
-    for ratio, winner in ((0.9, "torch"), (0.8, "native")):
-        monkeypatch.setattr(planner, "time_calls", lambda calls, device, ratio=ratio: [1.0, ratio])
-        assert planner.measure(call, [first, second], testing.device())[0].name == winner
-
-
-def test_every_site_has_a_right_example_call():
-    for site in plan.SITES:
-        call = planner.site_call(SMALL, site, 2, testing.device(), torch.float32)
-        result = getattr(vitfast.ops.reference, call.op)(*call.args, **call.kwargs)
-        assert result.isfinite().all()
-        assert call.spec.op == call.op
+@pytest.mark.parametrize("quantized", [None, torch.int8])
+def test_a_deterministic_plan_asks_no_clock_and_keeps_nothing(quantized, folder, monkeypatch):
+    """The first right backend of the fixed order; a wrong one is left out all the same."""
+    monkeypatch.setattr(planner, "time_calls", lambda *args: pytest.fail("a clock was asked"))
+    asked = {"device": torch.device("cpu"), "dtype": torch.bfloat16 if quantized else torch.float32}
+    found = planner.build(SMALL, **asked, quantized=quantized, deterministic=True)
+    for site, name in found.backends.items():
+        able, _ = registry.candidates(site_spec(SMALL, SITES[site], 1, *asked.values(), quantized))
+        assert name == ("native" if "native" in {entry.name for entry in able} else "torch"), site
+    assert not folder.exists()
+    right, plain = registry.backend("layer_norm", "torch"), registry.candidates
+    wrong = dataclasses.replace(right, name="native", call=lambda x, *rest: x)
+    monkeypatch.setattr(
+        planner, "candidates", lambda spec: ([wrong, right], {}) if spec.op == "layer_norm" else plain(spec)
+    )
+    again = planner.build(SMALL, **asked, quantized=quantized, deterministic=True)
+    assert again.backends["layer_norm"] == "torch"

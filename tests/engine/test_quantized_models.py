@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import vitfast
 from vitfast import ops, testing
 from vitfast.cli.app import app
-from vitfast.engine import planner, sites
+from vitfast.engine import plan_cache, planner, sites
 from vitfast.engine.engine import Engine
-from vitfast.models import plan
+from vitfast.models.plan import SITES
 from vitfast.ops import registry
 
 PRECISIONS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -41,10 +41,12 @@ def test_every_family_stays_near_bf16(family, precision):
     want, got = plain(images(config, batch)), quantized(images(config, batch))
     assert got.tokens.dtype == got.embedding.dtype == torch.bfloat16
     assert not torch.equal(got.tokens, want.tokens)
-    together = (*plan.HIDDEN_SITES, *plan.MIXED_SITES)
-    assert set(together) - set(quantized.plan.calls) == (set() if family == WIDE.name else set(plan.MIXED_SITES))
-    calls = {site: call for site, call in quantized.plan.calls.items() if site not in together}
-    quantized.plan = dataclasses.replace(quantized.plan, calls=calls)
+    heads = {"attention_quantize", "proj_head_scales"}
+    together = {"fc1_requantize", "fc2_group_scales"} | (heads if family == WIDE.name else set())
+    assert together == {name for name, site in SITES.items() if site.quantized and site.optional} & set(
+        quantized.plan.backends
+    )
+    quantized.runner.plan = dataclasses.replace(quantized.plan, fc1_requantize=None, attention_quantize=None)
     apart = quantized(images(config, batch))
     loss, loss_apart = (
         1 - torch.cosine_similarity(out.tokens.double(), want.tokens.double(), dim=-1).mean() for out in (got, apart)
@@ -56,55 +58,58 @@ def test_every_family_stays_near_bf16(family, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_are_quantised_and_the_rest_is_not(precision):
     made = engine(dtype=precision, backend="torch")
-    for block in made._weights.blocks:
+    for block in made.runner.weights.blocks:
         for dense in (block.qkv, block.proj, block.fc1, block.fc2):
             assert dense.weight.dtype == PRECISIONS[precision]
             assert dense.scale.shape == dense.weight.shape[:1]
-    assert made._weights.head.weight.dtype == made._weights.embed_float.weight.dtype == torch.bfloat16
+    assert made.runner.weights.head.weight.dtype == made.runner.weights.embed_float.weight.dtype == torch.bfloat16
     assert not {"qkv", "proj", "fc1", "fc2", "mlp", "row_stats"} & set(made.plan.backends)
 
 
-@pytest.mark.parametrize(("keep", "mlp"), [
-    ((), ["quantize", "hidden_fc1", "hidden_fc2"]),
+@pytest.mark.parametrize(("skip", "mlp"), [
+    ((), ["quantize", "fc1_requantize", "fc2_group_scales"]),
     (("fc2",), ["quantize", "quantized_fc1", "fc2"]),
     (("fc1",), ["layer_norm", "fc1", "quantize", "quantized_fc2"]),
-    (("proj",), ["quantize", "hidden_fc1", "hidden_fc2"]),
+    (("proj",), ["quantize", "fc1_requantize", "fc2_group_scales"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("head_dim", [64, 32])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_quantised_block_is_seven_launches(precision, head_dim, keep, mlp):
+def test_a_quantised_block_is_seven_launches(precision, head_dim, skip, mlp):
     """Neither the hidden rows nor what attention gives are read by a pass of their own; these where heads allow it."""
     config = {64: WIDE, 32: SMALL}[head_dim]
-    small, launches = engine(config, dtype=precision, keep=keep, backend="triton" if not keep else "auto"), []
+    small, launches = engine(config, dtype=precision, skip_quantize=skip, backend="auto" if skip else "triton"), []
 
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
 
-    calls = {site: counted(site, call) for site, call in small.plan.calls.items()}
-    small.plan = dataclasses.replace(small.plan, calls=calls)
+    calls = {site: counted(site, getattr(small.plan, site)) for site in small.plan.backends}
+    small.runner.plan = dataclasses.replace(small.plan, **calls)
     small.run(images(SMALL, 1).bfloat16())
-    mixed = {64: ["mixed_attention", "mixed_proj"], 32: ["attention", "quantize", "quantized_proj"]}[head_dim]
-    block = ["quantize", "quantized_qkv", *(["attention", "proj"] if keep == ("proj",) else mixed), *mlp]
-    assert len(block) == {64: 7, 32: 8}[head_dim] or keep
+    heads = {64: ["attention_quantize", "proj_head_scales"], 32: ["attention", "quantize", "quantized_proj"]}[head_dim]
+    block = ["quantize", "quantized_qkv", *(["attention", "proj"] if skip == ("proj",) else heads), *mlp]
+    assert len(block) == {64: 7, 32: 8}[head_dim] or skip
     assert launches == ["patch_embed", *block * config.depth, "layer_norm", "head"]
 
 
-@pytest.mark.parametrize("pair", planner.APART)
+@pytest.mark.parametrize("pair", [("fc1_requantize", "fc2_group_scales"), ("attention_quantize", "proj_head_scales")])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_sites_that_pass_8_bits_on_are_left_out_where_a_plan_measures_them_slower(precision, pair, monkeypatch):
+def test_sites_that_pass_8_bits_on_are_left_out_where_a_plan_measures_them_slower(
+    precision, pair, monkeypatch, tmp_path
+):
     milliseconds = {"quantize": 1.0, "quantized_linear": 2.0}
 
-    def measure(call, entries, device, slow):
-        groups = {"hidden_fc1": "scale groups", "mixed_attention": "scale groups of 64"}[pair[0]]
-        milli = 9.0 if slow and groups in call.spec.features else milliseconds.get(call.op, 1.0)
+    def measure(case, entries, device, slow, timed):
+        groups = {"fc1_requantize": "scale groups", "attention_quantize": "scale groups of 64"}[pair[0]]
+        milli = 9.0 if slow and groups in case.spec.features else milliseconds.get(case.op, 1.0)
         return entries[0], {"ms": {"torch": milli}, "refused": {}}
 
     monkeypatch.setattr(planner, "candidates", lambda spec: ([registry.backend(spec.op, "torch")] * 2, {}))
-    together = {*plan.HIDDEN_SITES, *plan.MIXED_SITES}
+    together = {name for name, site in SITES.items() if site.quantized and site.optional}
     for slow in (False, True):
         monkeypatch.setattr(planner, "measure", functools.partial(measure, slow=slow))
         options = {"device": testing.device(), "dtype": torch.bfloat16, "quantized": PRECISIONS[precision]}
-        chosen, _ = planner._site_backends(WIDE, backend="auto", batch=1, **options)
+        monkeypatch.setattr(plan_cache, "plans_dir", lambda folder=tmp_path / str(slow): folder)
+        chosen = planner.build(WIDE, batch=1, **options).backends
         assert together & set(chosen) == together - (set(pair) if slow else set())
 
 
@@ -112,33 +117,34 @@ def test_fp8_weights_are_widened_once_on_the_cpu():
     """A planned model keeps them in fp32, which gives the same bits; forced, PyTorch widens them at every call."""
     checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL), PREPROCESS)
     kept, plain = (Engine(checkpoint, device="cpu", dtype="fp8", backend=name) for name in ("auto", "torch"))
-    for block, its in zip(kept._weights.blocks, plain._weights.blocks, strict=True):
+    for block, its in zip(kept.runner.weights.blocks, plain.runner.weights.blocks, strict=True):
         assert its.fc2.weight.dtype == torch.float8_e4m3fn and block.fc2.weight.dtype == torch.float32
         x = ops.quantize(testing.make(5, SMALL.mlp_dim).cpu(), dtype=torch.float8_e4m3fn)
-        run, again = (made.plan.calls["quantized_fc2"] for made in (kept, plain))
+        run, again = (made.plan.quantized_fc2 for made in (kept, plain))
         assert torch.equal(run(*x, block.fc2.weight, block.fc2.scale), again(*x, its.fc2.weight, its.fc2.scale))
-    call = sites.site_call(SMALL, "quantized_fc2", 1, torch.device("cpu"), torch.float8_e4m3fn)
-    timed = planner._runner(registry.backend("quantized_linear", "torch"), call)
+    cpu, fp8 = torch.device("cpu"), torch.float8_e4m3fn
+    case = sites.site_case(SMALL, SITES["quantized_fc2"], 1, cpu, torch.bfloat16, fp8)
+    timed = planner.planned_call(registry.backend("quantized_linear", "torch"), case.spec, case.inputs())
     assert [t.dtype for t in timed.args[:4]] == [torch.float8_e4m3fn, *3 * [torch.float32]], "timed as it will run"
 
 
-def test_kept_products_stay_as_they_are():
-    made, plain = engine(dtype="fp8", keep=("fc2", "blocks.1.qkv")), engine(dtype="bf16", backend="torch")
-    first, second = made._weights.blocks
+def test_skipped_products_stay_as_they_are():
+    made, plain = engine(dtype="fp8", skip_quantize=("fc2", "blocks.1.qkv")), engine(dtype="bf16", backend="torch")
+    first, second = made.runner.weights.blocks
     assert first.qkv.scale is not None and second.qkv.scale is None
     assert first.fc2.scale is None and second.fc2.scale is None
-    assert torch.equal(first.fc2.weight, plain._weights.blocks[0].fc2.weight)
-    everything = engine(dtype="fp8", keep=("qkv", "proj", "fc1", "fc2"), backend="torch")
+    assert torch.equal(first.fc2.weight, plain.runner.weights.blocks[0].fc2.weight)
+    everything = engine(dtype="fp8", skip_quantize=("qkv", "proj", "fc1", "fc2"), backend="torch")
     assert torch.equal(everything(images(SMALL)).tokens, plain(images(SMALL)).tokens)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp8", "keep": ("fc3",)}, "got 'fc3'"),
-        ({"dtype": "fp8", "keep": ("blocks.2.fc2",)}, "blocks.0 to 1, got 'blocks.2.fc2'"),
-        ({"dtype": "int8", "keep": "fc2"}, "keep is a tuple"),
-        ({"dtype": "bf16", "keep": ("fc2",)}, "'fp8' or 'int8'"),
+        ({"dtype": "fp8", "skip_quantize": ("fc3",)}, "got 'fc3'"),
+        ({"dtype": "fp8", "skip_quantize": ("blocks.2.fc2",)}, "blocks.0 to 1, got 'blocks.2.fc2'"),
+        ({"dtype": "int8", "skip_quantize": "fc2"}, "skip_quantize is a tuple"),
+        ({"dtype": "bf16", "skip_quantize": ("fc2",)}, "'fp8' or 'int8'"),
         ({"dtype": "fp4"}, "fp8, int8, got 'fp4'"),
     ],
 )
@@ -163,19 +169,19 @@ def test_gpus_without_such_products_refuse(precision, capability):
 def test_every_site_is_measured_on_arguments_of_its_own(precision):
     """What the planner would do on a GPU: check both backends at every quantised site, and time them."""
     quantized = PRECISIONS[precision]
-    for site in plan.QUANTIZED_SITES:
-        call = sites.site_call(WIDE, site, 1, testing.device(), quantized)
-        entries = [registry.backend(call.op, name) for name in ("torch", "triton")]
-        _, record = planner.measure(call, entries, testing.device())
+    for site in filter(lambda site: site.quantized, SITES.values()):
+        case = sites.site_case(WIDE, site, 1, testing.device(), torch.bfloat16, quantized)
+        entries = [registry.backend(case.op, name) for name in ("torch", "triton")]
+        _, record = planner.measure(case, entries, testing.device())
         assert set(record["ms"]) == {"torch", "triton"}, record
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_gated_fc1_asks_for_swiglu(activation):
     config = dataclasses.replace(SMALL, activation=activation)
-    for site in plan.QUANTIZED_SITES:
-        spec = sites.site_spec(config, site, 1, testing.device(), torch.int8)
-        assert ("swiglu" in spec.features) == (activation == "swiglu" and site.endswith("fc1")), site
+    for site in filter(lambda site: site.quantized, SITES.values()):
+        spec = sites.site_spec(config, site, 1, testing.device(), torch.bfloat16, torch.int8)
+        assert ("swiglu" in spec.features) == (activation == "swiglu" and site.product == "fc1"), site
 
 
 def test_a_nan_stays_in_its_image():

@@ -44,14 +44,16 @@ class Queues:
     def __init__(self, config=SMALL, buckets=(1, 2, 4), **options):
         self.cuda, self.engine = QueuedCuda(**options), engine(config)
         self.mode = Queueing(self.cuda)
-        self.engine._forward = self.cuda.forward(self.engine._forward)
-        self.engine._graphs = cuda_graphs.Graphs(self.engine, buckets, cuda=self.cuda) if buckets else None
+        runner = self.engine.runner
+        runner.forward = self.cuda.forward(runner.forward)
+        self.engine._graphs = cuda_graphs.Graphs(runner, buckets, cuda=self.cuda) if buckets else None
 
     def stream(self, batches, preprocessed=True, tokens=True):
         upload, download = self.cuda.Stream(), self.cuda.Stream()
         self.lanes = [
             streaming.GpuLane(
-                self.engine, upload, download, preprocessed=preprocessed, tokens=tokens, cuda=self.cuda
+                self.engine.runner, self.engine.run_into, upload, download,
+                preprocessed=preprocessed, tokens=tokens, cuda=self.cuda,
             )
             for _ in range(streaming.LANES)
         ]  # fmt: skip
@@ -262,7 +264,7 @@ def test_memory_of_graphs_and_lanes():
 
 def test_graphs_are_few_share_a_pool_and_keep_what_they_read(monkeypatch):
     """More image sizes than position embeddings are kept for: a graph still reads its own."""
-    monkeypatch.setattr(cuda_graphs, "KEEP", 10)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 10)
     config = dataclasses.replace(SMALL, dynamic_size=True)
     plain, queues = engine(config), Queues(config)
     batches = [testing.make(1, 3, 16 * (1 + i), 16, seed=i).cpu() for i in range(12)]
@@ -273,9 +275,24 @@ def test_graphs_are_few_share_a_pool_and_keep_what_they_read(monkeypatch):
                 queues.cuda.drain()
             same(output, plain(batch))
     captured = queues.engine._graphs._captured
-    assert len(captured) == 10 and len(queues.engine._positions) <= 8
+    assert len(captured) == 10 and len(queues.engine.runner.positions) <= 8
     assert all(graph.position is not None for graph in captured.values())
     assert len(queues.cuda.pools) == 1
+
+
+def test_the_least_recently_used_graph_goes_first(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    queues = Queues()
+    for size in (1, 2, 1, 4):  # when 4 comes, 1 was used after 2
+        with queues.mode:
+            queues.engine(pixels(size)[0])
+            queues.cuda.drain()
+    assert [bucket for bucket, *_ in queues.engine._graphs._captured] == [1, 4]
+    assert queues.cuda.log.count("capture") == 3
+    with queues.mode:
+        queues.engine(pixels(1)[0])
+        queues.cuda.drain()
+    assert queues.cuda.log.count("capture") == 3
 
 
 def test_buckets_are_positive():

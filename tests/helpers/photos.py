@@ -20,12 +20,13 @@ class FakeEngine:
 
     preprocess: Preprocess | None = PREPROCESS
     labels: list[str] | None = None
+    problem_type: str | None = None
     classes: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: list[int] = field(default_factory=list)
     fingerprint: str = "weights of a fake"
     precision: str = "float32"
-    plan: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(keep=frozenset()))
+    plan: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(skip_quantize=frozenset()))
 
     @property
     def config(self):

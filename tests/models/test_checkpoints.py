@@ -157,7 +157,11 @@ def test_index_may_not_leave_its_directory(directory):
         ({"architectures": ["DINOv3ViTModel"]}, r"DINOv3ViTModel.*RoPE"),
         ({"architectures": None, "model_type": "swin"}, r"'swin' is not supported\. Supported: ViTModel"),
         ({"hidden_act": "relu"}, r"hidden_act='relu'"),
-        ({"image_size": 30}, r"30x30 is not a positive multiple"),
+        ({"image_size": 30}, r"(?s)gives position \[16, 48\], expected \[9, 48\].*image_size=30"),
+        (
+            {"image_size": 7},
+            r"(?s)image_size must be at least one patch, got \(7, 7\).*config\.json says",
+        ),
     ],
 )
 def test_transformers_refused_by_name(directory, change, reason):

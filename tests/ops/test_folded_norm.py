@@ -84,9 +84,9 @@ def forward(checkpoint, images, dtype, *, fold=False, **calls):
     if dtype != torch.float32:
         calls |= {"row_stats": reference.row_stats} | dict.fromkeys(("qkv", "proj", "fc1", "fc2"), as_the_kernel)
     engine = vitfast.Engine(checkpoint, device=testing.device(), dtype=dtype, backend="torch")
-    engine.plan = dataclasses.replace(engine.plan, calls=dict(engine.plan.calls) | calls, fold_norm=fold)
+    engine.runner.plan = dataclasses.replace(engine.plan, **calls, fold_norm=fold)
     preprocess = checkpoint.preprocess
-    engine._weights = prepare_weights(
+    engine.runner.weights = prepare_weights(
         checkpoint.config, checkpoint.weights, engine.plan, device=engine.device, dtype=dtype,
         mean=preprocess and preprocess.mean, std=preprocess and preprocess.std,
     )  # fmt: skip

@@ -148,6 +148,12 @@ def test_forced_backend_that_cannot_run_gives_every_reason(monkeypatch):
     assert entry.why_not(spec)[0] == "compute capability 8.6 is below 9.0"
 
 
+def test_limits_include_both_ends():
+    entry = ops.Backend("native", "linear", lambda: None, limits={"width": (2, 10)})
+    for width, reasons in {1: 1, 2: 0, 10: 0, 11: 1}.items():
+        assert len(entry.why_not(ops.Spec("linear", "cpu", torch.float32, dims={"width": width}))) == reasons, width
+
+
 def test_unknown_backend_and_op_are_named():
     with pytest.raises(ValueError, match=r"'cudnn'.*torch, triton, native"):
         ops.choose(ops.Spec("linear", "cpu", torch.float32), "cudnn")

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from vitfast import ops, testing
 from vitfast.engine import planner, sites
+from vitfast.models.plan import SITES
 from vitfast.ops import reference, registry, scaled_mm
 from vitfast.testing import check_op, make
 
@@ -20,8 +21,12 @@ FP8 = torch.float8_e4m3fn
 TORCH = registry.backend("quantized_linear", "torch")
 
 
+def case_of(site, dtype=FP8):
+    return sites.site_case(SMALL, SITES[site], 1, torch.device("cpu"), torch.bfloat16, dtype)
+
+
 def spec(site="quantized_fc1", dtype=FP8, capability=(9, 0), device="cuda", **dims):
-    plain = sites.site_spec(SMALL, site, 1, torch.device("cpu"), dtype)
+    plain = case_of(site, dtype).spec
     return dataclasses.replace(plain, device=device, capability=capability, dims={**plain.dims, **dims})
 
 
@@ -55,7 +60,7 @@ def test_torchs_checks_for_cuda_take_the_arguments():
         ({"dtype": torch.int8}, ["dtype int8 is not among float8_e4m3fn"]),
         ({"capability": (8, 6)}, ["compute capability 8.6 is below 8.9"]),
         ({"inner": 40, "width": 24}, ["inner 40 is no multiple of 16", "width 24 is no multiple of 16"]),
-        ({"site": "hidden_fc2"}, ["it has no scale groups"]),
+        ({"site": "fc2_group_scales"}, ["it has no scale groups"]),
     ],
 )
 def test_every_reason_against_it(changes, reasons):
@@ -72,17 +77,19 @@ def test_bad_arguments(dtype, groups):
         scaled_mm.linear(x[0], x[1].view(16, *groups), *weight, dtype=dtype)
 
 
-def test_a_plan_measures_it_and_a_forced_torch_does_not_take_it():
+def test_a_plan_measures_it_and_a_forced_torch_does_not_take_it(monkeypatch):
     """With arguments on the CPU, described as they would be on a GPU."""
     for site in ("quantized_qkv", "quantized_proj", "quantized_fc1"):
-        call = sites.site_call(SMALL, site, 1, torch.device("cpu"), FP8)
-        call = dataclasses.replace(call, spec=spec(site))
+        case = case_of(site)
         entries = [TORCH, registry.backend("quantized_linear", "triton")]
         if not torch.cuda.is_available():
-            _, record = planner.measure(call, entries, torch.device("cpu"))
+            monkeypatch.setattr(type(case), "spec", spec(site))
+            _, record = planner.measure(case, entries, torch.device("cpu"))
+            monkeypatch.undo()
             assert set(record["ms"]) == {"torch", "triton"}, record
-    chosen = {site: ops.choose(sites.site_spec(SMALL, site, 1, testing.device(), FP8), "torch") for site in
-              ("quantized_qkv", *sites.HIDDEN_SITES)}  # fmt: skip
+    where = testing.device(), torch.bfloat16, FP8
+    needed = ("patch_embed", "layer_norm", "attention", "head", "quantized_qkv", "fc1_requantize", "fc2_group_scales")
+    chosen = {site: ops.choose(sites.site_spec(SMALL, SITES[site], 1, *where), "torch") for site in needed}
     assemble = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "quantized": FP8}
     plan = planner.assemble(SMALL, chosen, packed=False, **assemble)
-    assert plan.calls["quantized_qkv"] is reference.quantized_linear and not plan.packs
+    assert plan.quantized_qkv is reference.quantized_linear and not plan.packs

@@ -1,6 +1,10 @@
-"""vitfast.pipeline.embed: finding images, the pipeline and classes."""
+"""vitfast.pipeline.embed: the pipeline and classes."""
 
+import os
+import struct
 import threading
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -8,47 +12,16 @@ import torch
 from helpers.photos import FakeEngine, expected, make_photos, save
 from PIL import Image
 
-import vitfast.pipeline.embed
-from vitfast.images.files import InputError, collect
+from vitfast.images.files import collect
 from vitfast.images.preprocess import Preprocess
+from vitfast.pipeline import embed
 from vitfast.pipeline.embed import classify_images, embed_images
+from vitfast.pipeline.memory import Memory, default_limit
 
 
 @pytest.fixture
 def photos(tmp_path):
     return make_photos(tmp_path / "photos")
-
-
-# --- collect ---
-
-
-def test_collect_folders_files_and_patterns(tmp_path):
-    a, b = save(tmp_path / "x" / "a.png"), save(tmp_path / "x" / "deep" / "b.JPG")
-    odd = tmp_path / "odd.bin"
-    odd.write_bytes(a.read_bytes())
-    save(tmp_path / "x" / ".hidden" / "c.png")
-    save(tmp_path / "x" / "._a.png")
-    (tmp_path / "x" / "notes.txt").write_text("no image")
-    assert collect([str(tmp_path / "x")]) == [a, b]
-    assert collect([tmp_path / "x", str(a), str(tmp_path / "x" / "." / "a.png")]) == [a, b]
-    assert collect([str(odd)]) == [odd]
-    assert collect([str(tmp_path / "**" / "*.JPG")]) == [b]
-    assert collect([str(tmp_path / "x" / "*")]) == [a, tmp_path / "x" / "notes.txt"]
-
-
-def test_collect_gives_absolute_paths_and_knows_brackets(tmp_path, monkeypatch):
-    strange = save(tmp_path / "a[1].png")
-    monkeypatch.chdir(tmp_path)
-    assert collect(["a[1].png"]) == [strange]
-
-
-@pytest.mark.parametrize("source", ["empty", "missing", "empty/*.png", "missing.png"])
-def test_collect_names_what_it_cannot_find(source, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "readme.txt").write_text("")
-    with pytest.raises(InputError, match="no ") as caught:
-        collect([str(tmp_path / source)])
-    assert str(tmp_path / source) in str(caught.value)
 
 
 # --- the pipeline ---
@@ -92,7 +65,6 @@ def test_an_image_that_cannot_be_resized_is_only_its_own_problem(photos):
     assert "12x16" in results["a.png"]
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_only_its_own_problem(photos, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
     Image.new("RGB", (100, 100)).save(photos / "bomb.png")
@@ -116,19 +88,139 @@ def test_output_that_is_not_finite_is_said(photos):
 def test_decoding_stays_a_bounded_way_ahead(photos, monkeypatch):
     """A folder of millions must not be decoded into memory while the model is busy."""
     started = []
-    original = vitfast.pipeline.embed.open_image
+    original = embed.regular_file
 
-    def counting(path, **kwargs):
+    def counting(path):
         started.append(path)
-        return original(path, **kwargs)
+        return original(path)
 
-    monkeypatch.setattr(vitfast.pipeline.embed, "open_image", counting)
+    monkeypatch.setattr(embed, "regular_file", counting)
     results = embed_images(FakeEngine(), [photos / "p0.png"] * 500, batch_size=4, workers=2)
     next(results)
     assert len(started) < 40
     before = threading.active_count()
     results.close()
     assert threading.active_count() < before
+
+
+class Unkind(Exception):
+    def __str__(self):
+        return "two\nlines"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), "MemoryError: there is not enough memory"),
+        (ValueError("too small"), "too small"),
+        (Unkind(), "Unkind: two lines"),
+        (BaseException("a panic in Rust"), "BaseException: a panic in Rust"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_whatever_goes_wrong_with_one_image_is_its_status(error, status, photos, monkeypatch):
+    original = embed.resize_and_crop
+
+    def failing(image, preprocess):
+        if image.size == (5, 5):
+            raise error
+        return original(image, preprocess)
+
+    Image.new("RGB", (5, 5)).save(photos / "odd.png")
+    monkeypatch.setattr(embed, "resize_and_crop", failing)
+    results = {r.path.name: r for r in embed_images(FakeEngine(), collect([photos]), batch_size=2)}
+    assert results["odd.png"].status.startswith(status)
+    assert results["odd.png"].embedding is None
+    assert sum(r.status == "ok" for r in results.values()) == 10
+
+
+def test_a_pipe_and_a_lie_about_the_size_stop_nothing(photos):
+    os.mkfifo(photos / "x.jpg")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 89 * 10**6, 8, 2, 0, 0, 0))
+    (photos / "tall.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(400))) + chunk(b"IEND", b"")
+    )
+    engine = FakeEngine(preprocess=Preprocess((8, 8), (9, 9)))
+    results = {r.path.name: r.status for r in embed_images(engine, collect([photos]), decode_memory=1 << 30)}
+    assert "named pipe" in results["x.jpg"]
+    assert "MiB of memory, the limit is 1024 MiB" in results["tall.png"]
+    assert sum(status == "ok" for status in results.values()) == 10
+
+
+def test_decoding_threads_share_a_limit_of_memory(tmp_path, monkeypatch):
+    """However many threads there are, no more is decoded at once than fits; what can never fit is refused."""
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(12)]
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    held, peak, lock = [], [], threading.Lock()
+    original = embed.resize_and_crop
+
+    def watched(image, preprocess):
+        with lock:
+            held.append(1)
+            peak.append(len(held))
+        time.sleep(0.01)
+        with lock:
+            held.pop()
+        return original(image, preprocess)
+
+    monkeypatch.setattr(embed, "resize_and_crop", watched)
+    one = 8 * 12 * 16 + embed.memory(FakeEngine().preprocess, 16, 12)  # four bytes a pixel decoded, four turned
+    for room, together in ((1, 1), (2, 2), (100, 6)):
+        peak.clear()
+        results = list(embed_images(FakeEngine(), paths, workers=6, decode_memory=room * one))
+        assert all(r.status == "ok" for r in results)
+        assert 1 <= max(peak) <= together
+    status = next(embed_images(FakeEngine(), [tmp_path / "large.png"], decode_memory=one)).status
+    assert "the limit is 0 MiB" in status
+
+
+def test_memory_is_given_back_after_an_error():
+    memory = Memory(10)
+    for _ in range(3):
+        with pytest.raises(KeyError), memory.reserve(10):
+            raise KeyError
+    with pytest.raises(ValueError, match="memory"), memory.reserve(11):
+        pass
+    assert 256 << 20 <= default_limit() <= 4 << 30
+
+
+def test_large_jpegs_and_16_bits_are_noted(tmp_path):
+    Image.new("RGB", (40, 30), (9, 90, 200)).save(tmp_path / "large.jpg")
+    Image.fromarray(np.full((20, 40), 40000, np.uint16)).save(tmp_path / "scan.png")
+    save(tmp_path / "plain.png")
+    results = {r.path.name: r for r in embed_images(FakeEngine(), collect([tmp_path]), max_pixels=1000)}
+    assert "scaled to 8 bits" in results["scan.png"].note
+    assert results["scan.png"].embedding == pytest.approx([40000 >> 8] * 4)
+    assert results["plain.png"].note == ""
+    assert "read at 1/2" in results["large.jpg"].note
+    assert results["large.jpg"].embedding[:3] == pytest.approx([9, 90, 200], abs=4)
+
+
+def test_batches_on_a_cpu_take_no_longer_than_can_be_lost(photos, monkeypatch):
+    monkeypatch.setattr(embed, "BATCH_SECONDS", 0.02)
+
+    class Slow(FakeEngine):
+        def __call__(self, images, *, preprocessed):
+            time.sleep(0.01 * len(images))
+            return super().__call__(images, preprocessed=preprocessed)
+
+    engine = Slow()
+    assert len(list(embed_images(engine, [photos / "p0.png"] * 40, batch_size=64, workers=2))) == 40
+    assert engine.batches[0] == 8
+    assert max(engine.batches[2:]) <= 4
+    quick = FakeEngine()
+    assert len(list(embed_images(quick, [photos / "p0.png"] * 100, batch_size=32))) == 100
+    assert quick.batches[:3] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "decode_memory"])
+def test_limits_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        embed_images(FakeEngine(), [], **{name: 0})
 
 
 @pytest.mark.parametrize("kwargs", [{"batch_size": 0}, {"workers": 0}])

@@ -1,10 +1,16 @@
 """vitfast.pipeline.parquet: a Parquet folder that survives interruptions."""
 
+import fcntl
+import hashlib
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +24,9 @@ from vitfast.images.preprocess import Preprocess
 from vitfast.ops import accuracy
 from vitfast.pipeline import parquet
 from vitfast.pipeline.embed import classify_images, embed_images
-from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
+from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.lock import FolderLock
+from vitfast.pipeline.parquet import EmbeddingFolder, OutputError, Summary, read_embeddings, write_parquet
 
 
 @pytest.fixture
@@ -38,11 +46,16 @@ def test_parquet_columns_types_and_values(photos, tmp_path):
     assert (summary.done, len(summary.failed), len(summary.parts)) == (10, 3, 1)
     assert summary.images_per_second == pytest.approx(13 / summary.seconds)
     table = pq.read_table(tmp_path / "deep" / "out")
-    assert table.schema.names == ["path", "embedding", "status"]
+    assert table.schema.names == ["path", "embedding", "status", "note", "file_size", "file_mtime_ns", "file_sha256"]
     assert table.schema.field("path").type == pa.string()
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 4)
     assert table.schema.metadata[b"vitfast.model"] == b"m"
+    assert read_embeddings(tmp_path / "deep" / "out").equals(table)
     for row in table.to_pylist():
+        content = Path(row["path"]).read_bytes()
+        assert row["file_size"] == len(content)
+        assert row["file_mtime_ns"] == Path(row["path"]).stat().st_mtime_ns
+        assert row["file_sha256"] == hashlib.sha256(content).digest()
         if row["status"] == "ok":
             np.testing.assert_allclose(row["embedding"], expected(row["path"]), rtol=1e-5)
         else:
@@ -68,14 +81,90 @@ def test_resume_skips_what_is_done_and_retries_what_failed(photos, tmp_path):
     assert len(pq.read_table(out)) == 14
 
 
-def test_other_model_or_preprocessing_is_refused(photos, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (FakeEngine(fingerprint="others"), "weights 'weights of a fake', not 'others'"),
+        (FakeEngine(precision="int8"), "dtype 'float32', not 'int8'"),
+        (FakeEngine(plan=SimpleNamespace(keep=frozenset({"fc2"}))), "dtype 'float32', not 'float32 with fc2 in bf16'"),
+        (FakeEngine(preprocess=Preprocess((8, 8), 8)), "'m' with resize 9, not 8:"),
+    ],
+)
+def test_what_another_model_or_setting_made_is_refused(engine, message, photos, tmp_path):
     run(photos, tmp_path / "out")
-    with pytest.raises(InputError, match=r"'m'.*'other'"):
-        run(photos, tmp_path / "out", model="other")
-    with pytest.raises(InputError, match="preprocessing"):
-        run(photos, tmp_path / "out", FakeEngine(preprocess=Preprocess((8, 8), 8)))
-    with pytest.raises(InputError, match="preprocessing"):
+    before = pq.read_table(tmp_path / "out")
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run(photos, tmp_path / "out", engine)
+    assert "--overwrite" in str(caught.value)
+    assert read_embeddings(tmp_path / "out").equals(before)
+    with pytest.raises(InputError, match="exif_orientation True, not False"):
         run(photos, tmp_path / "out", exif_orientation=False)
+    with EmbeddingFolder(tmp_path / "out", "m", overwrite=True) as folder:
+        paths = folder.remaining(collect([photos]))
+        assert len(paths) == 13
+        write_parquet(embed_images(engine, paths), folder, engine)
+    assert len(read_embeddings(tmp_path / "out")) == 13
+
+
+def test_another_version_is_refused(photos, tmp_path, monkeypatch):
+    run(photos, tmp_path / "out")
+    later = replace(Identity.of(FakeEngine()), version="9.9")
+    monkeypatch.setattr(Identity, "of", lambda *_: later)
+    with pytest.raises(InputError, match=r"version '0.1.0', not '9.9'"):
+        run(photos, tmp_path / "out")
+
+
+def test_a_model_that_moved_is_the_same_model(photos, tmp_path):
+    run(photos, tmp_path / "out", model="here")
+    save(photos / "q.png", 51)
+    assert run(photos, tmp_path / "out", model="there").done == 1
+
+
+def test_overwriting_takes_nothing_away_before_there_is_something_new(photos, tmp_path):
+    run(photos, tmp_path / "out")
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error), EmbeddingFolder(tmp_path / "out", "m", overwrite=True) as folder:
+            write_parquet((_ for _ in ()).throw(error), folder, FakeEngine(fingerprint="others"))
+    assert len(read_embeddings(tmp_path / "out")) == 13
+    (tmp_path / "out" / "part-9.parquet").write_bytes(b"damaged")
+    with EmbeddingFolder(tmp_path / "out", "m", overwrite=True) as folder:
+        write_parquet(embed_images(FakeEngine(), [photos / "p0.png"]), folder, FakeEngine())
+    assert len(read_embeddings(tmp_path / "out")) == 1
+
+
+def test_refresh_embeds_what_has_changed(photos, tmp_path):
+    run(photos, tmp_path / "out")
+    save(photos / "p1.png", 77)  # other content
+    os.utime(photos / "p2.png", ns=(1, 1))  # other time only
+    (photos / "p3.png").unlink()
+    bad = ["b00.jpg", "b99.jpg", "p45.jpg"]
+    paths = [photos / name for name in [*bad, *(f"p{i}.png" for i in range(10))]]
+
+    with EmbeddingFolder(tmp_path / "out", "m") as folder:
+        assert [p.name for p in folder.remaining(paths)] == bad
+        assert folder.changed == [str(photos / "p1.png"), str(photos / "p2.png")]
+        assert [p.name for p in folder.remaining(paths, refresh=True)] == [*bad, "p1.png", "p2.png"]
+        assert folder.changed == []
+        assert [p.name for p in folder.remaining(paths, refresh=True, content=True)] == [*bad, "p1.png"]
+        todo = folder.remaining(paths, refresh=True)
+        write_parquet(embed_images(FakeEngine(), todo), folder, FakeEngine())
+    rows = {row["path"]: row for row in read_embeddings(tmp_path / "out").to_pylist()}
+    assert len(rows) == 13
+    np.testing.assert_allclose(rows[str(photos / "p1.png")]["embedding"], expected(photos / "p1.png"), rtol=1e-5)
+    assert rows[str(photos / "p2.png")]["file_mtime_ns"] == 1
+    assert EmbeddingFolder(tmp_path / "out", "m").remaining(paths[3:], refresh=True) == []
+
+
+def test_a_picture_that_is_bad_now_loses_its_embedding(photos, tmp_path):
+    run(photos, tmp_path / "out")
+    (photos / "p1.png").write_bytes(b"no longer")
+    with EmbeddingFolder(tmp_path / "out", "m") as folder:
+        write_parquet(
+            embed_images(FakeEngine(), folder.remaining(collect([photos]), refresh=True)), folder, FakeEngine()
+        )
+    rows = {Path(row["path"]).name: row for row in read_embeddings(tmp_path / "out").to_pylist()}
+    assert rows["p1.png"]["embedding"] is None
+    assert len(rows) == 13
 
 
 def test_model_path_is_made_absolute(tmp_path, monkeypatch):
@@ -97,9 +186,18 @@ def test_parts_are_written_as_the_run_goes(photos, tmp_path, monkeypatch):
     assert len(pq.read_table(out)) == 13
 
 
-def test_parts_are_written_by_the_clock(photos, tmp_path, monkeypatch):
+def test_a_part_grows_by_the_clock(photos, tmp_path, monkeypatch):
+    """It is one file, written anew: a run that is killed loses seconds, and one of days leaves few files."""
     monkeypatch.setattr(parquet, "PART_SECONDS", 0.0)
-    assert len(run(photos, tmp_path / "out").parts) == 13
+    seen = []
+    out = tmp_path / "out"
+
+    def look(_):
+        seen.append(sum(pq.read_metadata(part).num_rows for part in out.glob("part-*.parquet")))
+
+    assert len(run(photos, out, on_result=look).parts) == 1
+    assert seen == list(range(13))
+    assert len(read_embeddings(out)) == 13
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -122,18 +220,132 @@ def test_an_interrupted_run_keeps_what_was_done(photos, tmp_path, error, monkeyp
     assert len({row["path"] for row in rows}) == len(rows) == 13
 
 
-def test_a_killed_run_leaves_nothing_half_written(photos, tmp_path, monkeypatch):
-    """Killed inside the write itself: the hidden file stays, readers and the next run pass over it."""
+def test_what_a_killed_run_left_is_taken_away(photos, tmp_path):
     out = tmp_path / "out"
-    monkeypatch.setattr(parquet.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    monkeypatch.setattr(parquet.Path, "unlink", lambda *_, **__: None)
-    with pytest.raises(OSError, match="killed"):
-        run(photos, out)
-    monkeypatch.undo()
-    assert any(path.suffix == ".tmp" for path in out.iterdir())
-    assert list(out.glob("*.parquet")) == []
+    out.mkdir()
+    (out / ".part-1.parquet-abc.tmp").write_bytes(b"half")
+    (out / ".probe-1").write_bytes(b"")
+    (out / ".lock").write_text("{")
+    (out / "notes.txt").write_text("the user's own")
     assert run(photos, out).done == 10
-    assert len(pq.read_table(out)) == 13
+    assert sorted(path.name[:5] for path in out.iterdir()) == ["notes", "part-"]
+
+
+def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(photos, out)
+    save(photos / "b00.jpg", 50)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"out' cannot be written: No space left on device"):
+        run(photos, out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    monkeypatch.undo()
+    assert run(photos, out).done == 1
+
+
+def double(out):
+    """What two runs at once made of a folder, before there was a lock."""
+    part = next(out.glob("part-*.parquet"))
+    later = part.with_name("part-99999999999999999999-x.parquet")
+    table = pq.read_table(part)
+    names = pa.array([Path(path).name for path in table["path"].to_pylist()])
+    statuses = [
+        "worse" if name == "p1.png" else s
+        for name, s in zip(names.to_pylist(), table["status"].to_pylist(), strict=True)
+    ]
+    table = table.set_column(table.schema.get_field_index("status"), "status", pa.array(statuses))
+    pq.write_table(table.filter(pc.is_in(names, pa.array(["p1.png", "p2.png", "b00.jpg"]))), later)
+    return later
+
+
+def test_doubled_rows_are_noticed_and_repaired(photos, tmp_path):
+    out = tmp_path / "out"
+    run(photos, out)
+    later = double(out)
+    with pytest.raises(InputError, match="more than one row for 3 paths"):
+        read_embeddings(out)
+    summary = run(photos, out)
+    assert summary.repaired == 3
+    rows = {Path(row["path"]).name: row["status"] for row in read_embeddings(out).to_pylist()}
+    assert len(rows) == 13
+    assert rows["p1.png"] == "ok"  # the good one stays
+    assert [Path(path).name for path in pq.read_table(later)["path"].to_pylist()] == ["p2.png"]  # of two the newer
+    assert run(photos, out).repaired == 0
+
+
+def test_rows_that_must_not_meet_are_noticed(photos, tmp_path):
+    run(photos, tmp_path / "a")
+    run(photos, tmp_path / "b", FakeEngine(fingerprint="others"))
+    part = next((tmp_path / "b").glob("part-*"))
+    os.rename(part, tmp_path / "a" / part.name)
+    with pytest.raises(InputError, match="mixes"):
+        read_embeddings(tmp_path / "a")
+    with pytest.raises(InputError, match="holds no embeddings"):
+        read_embeddings(tmp_path / "b")
+
+
+# --- two runs at once ---
+
+
+def test_a_locked_folder_names_its_owner(photos, tmp_path):
+    out = tmp_path / "out"
+    with EmbeddingFolder(out, "m") as folder:
+        with pytest.raises(InputError, match=rf"is being written by process {os.getpid()} on .* since 20\d\d-"):
+            run(photos, out)
+        write_parquet(embed_images(FakeEngine(), folder.remaining(collect([photos]))), folder, FakeEngine())
+        assert (out / ".lock").exists()
+    assert not (out / ".lock").exists()
+    assert len(read_embeddings(out)) == 13
+
+
+def test_rows_that_another_run_wrote_meanwhile_are_replaced(photos, tmp_path):
+    """Both asked what remains before either wrote."""
+    folders = [EmbeddingFolder(tmp_path / "out", "m") for _ in range(2)]
+    todo = [folder.remaining(collect([photos])) for folder in folders]
+    for folder, paths in zip(folders, todo, strict=True):
+        write_parquet(embed_images(FakeEngine(), paths), folder, FakeEngine())
+    assert len(read_embeddings(tmp_path / "out")) == 13
+
+
+def test_a_path_given_twice_has_one_row(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "PART_ROWS", 2)
+    paths = [photos / "p0.png", photos / "p0.png", photos / "p1.png", photos / "p2.png", photos / "p0.png"]
+    folder = EmbeddingFolder(tmp_path / "out", "m")
+    write_parquet(embed_images(FakeEngine(), paths), folder, FakeEngine())
+    assert len(read_embeddings(tmp_path / "out")) == 3
+
+
+def test_a_lock_file_that_was_given_up_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Its owner takes it away between another's opening and locking it: the other must not hold a file that is gone."""
+    lock, original, once = FolderLock(tmp_path), os.open, []
+
+    def late(path, *rest):
+        descriptor = original(path, *rest)
+        if not once:
+            once.append(os.unlink(path))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", late)
+    lock.acquire()
+    assert (tmp_path / ".lock").exists()
+    with pytest.raises(InputError, match="is being written"):
+        FolderLock(tmp_path).acquire()
+    lock.release()
+    FolderLock(tmp_path).acquire()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks .No locks available."), EmbeddingFolder(tmp_path, "m"):
+        pass
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
@@ -145,11 +357,8 @@ def test_output_that_cannot_be_written_is_said_at_once(where, tmp_path):
 
 
 def test_output_on_a_read_only_place_is_said_at_once(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(parquet.Path, "touch", refuse)
-    with pytest.raises(InputError, match="Read-only"):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="read-only"):
         EmbeddingFolder(tmp_path / "out", "m")
 
 
@@ -158,8 +367,8 @@ def test_a_foreign_or_damaged_part_is_said(tmp_path):
     with pytest.raises(InputError, match=r"part-1\.parquet"):
         EmbeddingFolder(tmp_path, "m")
     pq.write_table(pa.table({"path": ["a"], "status": ["ok"]}), tmp_path / "part-1.parquet")
-    with pytest.raises(InputError, match="an unknown model"):
-        EmbeddingFolder(tmp_path, "m")
+    with pytest.raises(InputError, match=r"an unknown model.*does not state"):
+        write_parquet([], EmbeddingFolder(tmp_path, "m"), FakeEngine())
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -172,10 +381,13 @@ def test_names_that_are_not_utf8(tmp_path):
     assert run(folder, tmp_path / "out").done == 0
 
 
-def test_no_rows_no_part(tmp_path):
-    folder = EmbeddingFolder(tmp_path / "out", "m")
+def test_no_rows_no_part_and_no_folder(tmp_path):
+    folder = EmbeddingFolder(tmp_path / "deep" / "out", "m")
     assert write_parquet([], folder, FakeEngine()).parts == []
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    write_parquet([], EmbeddingFolder(tmp_path / "mine", "m"), FakeEngine())
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
 # --- with a real model ---

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers.scripts import ROOT, python
+
+from vitfast import testing
 
 FLOORS = (
     {"version"},
@@ -287,3 +290,17 @@ def test_moved_modules_are_the_new_ones_and_say_so(old, new):
         f"print(old is new, new.__spec__.name, [w.category.__name__ for w in told], told[0].message)"
     )
     assert python(code) == f"True {new} ['DeprecationWarning'] {old} has moved to {new}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import_peer", "vitfast.models.libraries.import_library"),
+        ("TOLERANCES", "vitfast.ops.accuracy.TOLERANCES"),
+    ],
+)
+def test_moved_names_of_testing_are_the_new_ones_and_say_so(old, new):
+    place, _, name = new.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=rf"vitfast\.testing\.{old} has moved to {new}"):
+        found = getattr(testing, old)
+    assert found is getattr(importlib.import_module(place), name)

@@ -66,7 +66,13 @@ class BackendName(str, Enum):
 
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or .safetensors file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
@@ -79,7 +85,7 @@ DtypeOption = Annotated[
     ),
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Also read pickled weights (.bin, .pth), as weights only.")
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
 MaxPixels = Annotated[
@@ -125,6 +131,7 @@ def embed(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -154,7 +161,7 @@ def embed(
         with EmbeddingFolder(out, model, overwrite=overwrite) as folder:
             todo = folder.remaining(found.images, refresh=refresh, content=checksum)
             summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
-            engine = _load(model, device, dtype, allow_pickle)
+            engine = _load(model, device, dtype, allow_pickle, weights_key)
             with _progress("embedding", len(todo)) as advance:
 
                 def on_result(_: Any) -> None:
@@ -200,6 +207,7 @@ def classify(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -211,7 +219,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
 
         found = find_images(sources)
-        engine = _load(model, device, dtype, allow_pickle)
+        engine = _load(model, device, dtype, allow_pickle, weights_key)
         options = _decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
         with _progress("classifying", len(found.images)) as advance:
@@ -306,7 +314,7 @@ def inspect(
         from vitfast.benchmarks import predicted
 
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
-        predict.add_occupancy(answer.json, NAMED[model])
+        predict.add_occupancy(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 
@@ -350,10 +358,10 @@ def verify(
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool) -> Any:
+def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool, weights_key: str | None) -> Any:
     from vitfast.engine.load import load
 
-    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
+    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
 
 
 def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:

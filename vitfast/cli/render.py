@@ -49,7 +49,8 @@ def classes(row: Classified) -> list[str]:
     name = escaped(path_text(row.path))
     if row.status != "ok":
         return [f"{name}: failed: {row.status}"]
-    return [name, *(f"  {c['probability']:7.2%}  {c['label']}" for c in row.classes)]
+    shown = [f"{c['probability']:7.2%}" if "probability" in c else f"{c['value']:10.4g}" for c in row.classes]
+    return [name, *(f"  {score}  {c['label']}" for score, c in zip(shown, row.classes, strict=True))]
 
 
 def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 SUSTAINED_MATH = 0.80
 SUSTAINED_MEMORY = 0.90
@@ -52,8 +47,6 @@ CHIPS = {
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-"""The products of the blocks in 8 bits, all else in bf16, as `vitfast.load` has it."""
 
 
 def peak_tflops(card: Chip, dtype: torch.dtype) -> float | None:

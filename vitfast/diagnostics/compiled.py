@@ -28,8 +28,8 @@ DEFAULT_ARCHS = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
-class Chip:
-    """What one multiprocessor has: resident warps and blocks, shared memory in bytes."""
+class Multiprocessor:
+    """What one multiprocessor of an architecture has: resident warps and blocks, shared memory in bytes."""
 
     warps: int
     blocks: int
@@ -42,12 +42,12 @@ class Chip:
         return self.shared - RESERVED_SHARED
 
 
-CHIPS = {
-    "sm_80": Chip(warps=64, blocks=32, shared=164 * 1024),
-    "sm_86": Chip(warps=48, blocks=16, shared=100 * 1024),
-    "sm_89": Chip(warps=48, blocks=24, shared=100 * 1024),
-    "sm_90": Chip(warps=64, blocks=32, shared=228 * 1024),
-    "sm_100": Chip(warps=64, blocks=32, shared=228 * 1024, tensor_memory_columns=512),
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(warps=64, blocks=32, shared=164 * 1024),
+    "sm_86": Multiprocessor(warps=48, blocks=16, shared=100 * 1024),
+    "sm_89": Multiprocessor(warps=48, blocks=24, shared=100 * 1024),
+    "sm_90": Multiprocessor(warps=64, blocks=32, shared=228 * 1024),
+    "sm_100": Multiprocessor(warps=64, blocks=32, shared=228 * 1024, tensor_memory_columns=512),
 }
 """CUDA C++ Programming Guide, compute capabilities, table of technical specifications; tensor memory
 from the PTX ISA, tcgen05. The allocation rules below are those of the occupancy calculator
@@ -83,7 +83,7 @@ def inspect(archs: Sequence[str] = DEFAULT_ARCHS, kernels: Sequence[str] | None 
         RuntimeError: if Triton is missing or interpreting, a tool is missing or a case does not compile.
     """
     for arch in archs:
-        _chip(arch)
+        _multiprocessor(arch)
     modules = _kernel_modules(kernels)
     return [
         {"file": name, **inspect_case(case, arch)}
@@ -103,7 +103,7 @@ def find_case(file: str, kernel: str, config: str, arch: str, **constexprs: Any)
     Raises:
         ValueError, RuntimeError: as `inspect`.
     """
-    _chip(arch)
+    _multiprocessor(arch)
     number = _number(arch)
     for case in _kernel_modules([file])[file].compile_cases():
         fits = {number, number // 10 * 10} & set(case.archs)
@@ -129,7 +129,7 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
         ValueError: for an unknown chip, or a case that does not give every argument of the kernel.
         RuntimeError: as `inspect`.
     """
-    chip = _chip(arch)
+    chip = _multiprocessor(arch)
     compiled = _compile(case, _number(arch))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -172,7 +172,7 @@ def compute_occupancy(
     Returns:
         blocks_per_sm; fraction: its warps / the chip's; limited_by: the scarcest resource.
     """
-    chip = _chip(arch)
+    chip = _multiprocessor(arch)
     registers_per_warp = _round_up(registers * WARP_SIZE, REGISTER_GRANULARITY)
     block_registers = registers_per_warp * _round_up(num_warps, SUB_PARTITIONS)
     warps_by_registers = REGISTERS // SUB_PARTITIONS // registers_per_warp * SUB_PARTITIONS
@@ -258,10 +258,10 @@ def _number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-def _chip(arch: str) -> Chip:
-    if arch not in CHIPS:
-        raise ValueError(f"no chip named {arch!r}; the chips are {', '.join(CHIPS)}")
-    return CHIPS[arch]
+def _multiprocessor(arch: str) -> Multiprocessor:
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"no chip named {arch!r}; the chips are {', '.join(MULTIPROCESSORS)}")
+    return MULTIPROCESSORS[arch]
 
 
 def _round_up(value: int, multiple: int) -> int:

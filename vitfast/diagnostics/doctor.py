@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vitfast.engine.sites import site_spec
+from vitfast.models.config import NAMED
+from vitfast.models.plan import SITES
 from vitfast.ops import registry, scaled_mm
 from vitfast.version import __version__
 
@@ -45,20 +48,18 @@ OPTIONAL = {
 REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall` of vitfast's sources"
 MINIMUM = {"torch": (2, 11), "triton": (3, 6)}
 
-# ViT-B/16 on eight images of 224 pixels: the sizes for which backends are asked, by op.
-ROWS = 8 * 197
-DIMS: dict[str, dict[str, int]] = {
-    "patch_embed": {"width": 768, "patch": 768},
-    "layer_norm": {"width": 768},
-    "add_layer_norm": {"width": 768},
-    "row_stats": {"width": 768},
-    "linear": {"rows": ROWS, "inner": 768, "width": 2304},
-    "attention": {"head_dim": 64, "queries": 197, "keys": 197},
-    "attention_block": {"tokens": 197, "width": 768, "head_dim": 64},
-    "mlp": {"rows": ROWS, "width": 768, "hidden": 3072},
-    "quantize": {"width": 3072},
-    "quantized_linear": {"rows": ROWS, "inner": 768, "width": 2304},
-}
+
+def _dims() -> dict[str, dict[str, int]]:
+    """The sizes of ViT-B/16 on eight images of 224 pixels, for which backends are asked, by op."""
+    config, cpu = NAMED["vit_base_patch16_224"], torch.device("cpu")
+    dims: dict[str, dict[str, int]] = {}
+    for site in SITES.values():
+        spec = site_spec(config, site, 8, cpu, torch.bfloat16, torch.int8 if site.quantized else None)
+        dims.setdefault(site.op, dict(spec.dims))
+    return {op: dims["layer_norm" if op == "add_layer_norm" else op] for op in registry.OPS}
+
+
+DIMS = _dims()
 DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(DIMS, (torch.float32, torch.float16, torch.bfloat16))
 DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)))
 
@@ -94,7 +95,7 @@ def report() -> dict[str, Any]:
         for op in registry.OPS
         for dtype in DTYPES[op]
     ]
-    found: dict[str, Any] = {
+    answers: dict[str, Any] = {
         "versions": versions,
         "platform": {
             "system": platform.platform(),
@@ -107,8 +108,8 @@ def report() -> dict[str, Any]:
         "backends": backends,
         "packages": packages,
     }
-    found["warnings"] = _warnings(found)
-    return found
+    answers["warnings"] = _warnings(answers)
+    return answers
 
 
 def plan(
@@ -127,13 +128,11 @@ def plan(
         As `vitfast.load`.
     """
     from vitfast.engine import load
-    from vitfast.engine.sites import site_dtype, site_spec
 
     made = load.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle)
     sites = []
     for site, uses in made.plan.backends.items():
-        dtype_there = site_dtype(site, made.dtype, made.plan.quantized)
-        spec = site_spec(made.config, site, 1, made.device, dtype_there)
+        spec = site_spec(made.config, SITES[site], 1, made.device, made.dtype, made.plan.quantized)
         measured = made.plan.measured.get(site, {"ms": {}, "refused": {}})
         _, unable = registry.candidates(spec)
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
@@ -178,11 +177,11 @@ print("\\n" + json.dumps({name: _version(name) for name in json.loads(sys.argv[1
 
 def _packages() -> dict[str, dict[str, str | None]]:
     """Optional packages: those this process has, then the others, imported in a child process."""
-    found = {name: _version(name) for name in OPTIONAL if name == "triton" or name in sys.modules}
-    rest = [name for name in OPTIONAL if name not in found]
+    versions = {name: _version(name) for name in OPTIONAL if name == "triton" or name in sys.modules}
+    rest = [name for name in OPTIONAL if name not in versions]
     if rest:
-        found |= _versions_in_child(rest)
-    return {name: {**found[name], "for": OPTIONAL[name]} for name in OPTIONAL}
+        versions |= _versions_in_child(rest)
+    return {name: {**versions[name], "for": OPTIONAL[name]} for name in OPTIONAL}
 
 
 def _versions_in_child(names: list[str]) -> dict[str, dict[str, str | None]]:
@@ -241,8 +240,8 @@ def _backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, An
     }
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
-    versions, packages, devices = found["versions"], found["packages"], found["devices"]
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    versions, packages, devices = report["versions"], report["packages"], report["devices"]
     warnings = []
     for name, minimum in MINIMUM.items():
         if versions[name] and _numbers(versions[name]) < minimum:
@@ -274,7 +273,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     elif devices and (state := _cuda_kernels()).startswith("not built: "):
         reason = state.removeprefix("not built: ")
         warnings.append(f"the C++ extension has no CUDA kernels ({reason}); once that is mended, {REBUILD} builds them")
-    for entry in found["backends"]:
+    for entry in report["backends"]:
         if entry["uses"] is None:
             warnings.append(f"nothing can run {entry['op']} in {entry['dtype']} on {entry['device']}")
     for name, package in packages.items():
@@ -291,33 +290,33 @@ def _cuda_kernels() -> str:
 
 def _numbers(version: str) -> tuple[int, int]:
     """Major and minor number of "2.13.0+cpu" and its like; (0, 0) if there are none."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def render(found: Mapping[str, Any]) -> RenderableType:
+def render(report: Mapping[str, Any]) -> RenderableType:
     """A `report` for the terminal; ops that agree in all dtypes share one line."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     facts = Table(title="versions and platform", show_header=False, title_justify="left")
-    for name, value in {**found["versions"], **found["platform"]}.items():
+    for name, value in {**report["versions"], **report["platform"]}.items():
         facts.add_row(name, "none" if value is None else str(value))
-    for device in found["devices"]:
+    for device in report["devices"]:
         facts.add_row(
             device["device"],
             f"{device['name']}, compute capability {device['capability']}, {device['memory'] / 2**30:.0f} GiB, "
             f"{device['multiprocessors']} multiprocessors",
         )
-    if not found["devices"]:
+    if not report["devices"]:
         facts.add_row("devices", "no CUDA device; the CPU only")
 
     columns = ("device", "op", "dtypes", "a call uses", "an engine uses", "why not the others")
     backends = Table(*columns, title="backends, for ViT-B/16 at batch 8")
     backends.title_justify = "left"
     lines: dict[tuple[str, ...], list[str]] = {}
-    for entry in found["backends"]:
+    for entry in report["backends"]:
         reasons = "\n".join(f"{name}: {'; '.join(why)}" for name, why in entry["others"].items())
         engine = " or ".join(entry["engine"]) or "nothing"
         engine += ", as measured" if len(entry["engine"]) > 1 else ""
@@ -328,23 +327,23 @@ def render(found: Mapping[str, Any]) -> RenderableType:
         backends.add_row(device, op, shown, uses, engine, Text(reasons))
 
     packages = Table("package", "version", "for", title="packages", title_justify="left")
-    for name, package in found["packages"].items():
+    for name, package in report["packages"].items():
         packages.add_row(name, Text(package["version"] or f"none: {package['reason']}"), package["for"])
 
-    warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in found["warnings"]]
+    warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in report["warnings"]]
     return Group(facts, backends, packages, *(warnings or [Text("no warnings", style="green")]))
 
 
-def render_plan(found: Mapping[str, Any]) -> RenderableType:
+def render_plan(plan: Mapping[str, Any]) -> RenderableType:
     """A `plan` for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    title = f"plan of {found['model'] or 'the model'} on {found['device']} in {found['dtype']}"
+    title = f"plan of {plan['model'] or 'the model'} on {plan['device']} in {plan['dtype']}"
     table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
-    table.caption = f"{found['memory']['weights'] / 2**20:.1f} MiB of weights"
+    table.caption = f"{plan['memory']['weights'] / 2**20:.1f} MiB of weights"
     table.caption_justify = "left"
-    for entry in found["sites"]:
+    for entry in plan["sites"]:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))
         reasons = "\n".join(f"{name}: {why}" for name, why in entry["refused"].items())
         table.add_row(entry["site"], entry["op"], entry["uses"], times or "no other was able", Text(reasons))

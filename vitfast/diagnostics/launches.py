@@ -5,8 +5,9 @@ What `vitfast.diagnostics.predict` adds up; it says what the model is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +20,11 @@ from vitfast.diagnostics.chips import (
     Chip,
     peak_tflops,
 )
-from vitfast.engine.sites import scales_heads, site_spec
+from vitfast.engine.cases import OPS, Dims
+from vitfast.engine.dtypes import QUANTIZED
+from vitfast.engine.sites import scales_heads, site_dims
 from vitfast.models.config import ViTConfig
+from vitfast.models.plan import SITES
 
 if TYPE_CHECKING:
     from vitfast.kernels._parts.launch import Config
@@ -28,15 +32,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """The prediction for one kind of launch. Times in microseconds, for one launch; `count` in the forward."""
+    """The prediction for one kind of launch. Times in microseconds, for one launch; `count` in the forward.
+
+    `site` names the place in the forward, `op` and `dims` the case of `vitfast.engine.cases` that it is.
+    """
 
     site: str
     count: int
+    op: str
+    dims: Dims
     flops: int
     bytes: int
     config: str
-    tile_share: float
-    wave_share: float
+    tile_efficiency: float
+    wave_efficiency: float
     math_us: float
     memory_us: float
     exp_us: float
@@ -53,66 +62,77 @@ class Launch:
         return max(self.math_us, self.memory_us, self.exp_us) + LAUNCH_US
 
 
-def launches(
-    config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype, quantized: torch.dtype | None = None
-) -> list[Launch]:
-    """Every kind of launch of the forward, in order: with folded norms, or with quantised products."""
+@dataclass(frozen=True)
+class _Step:
+    """A place in the forward: its name, how often it comes, the op there and its sizes."""
+
+    name: str
+    count: int
+    op: str
+    dims: Dims
+
+
+def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
+    """The forward in order: with folded norms, or with products in 8 bits ("fp8" or "int8")."""
+
+    def step(site: str, count: int = 1, name: str = "", **changes: Any) -> _Step:
+        found = SITES[site]
+        dims = site_dims(config, found, batch, precision=precision if found.quantized else "", folded=True)
+        return _Step(name or site, count, found.op, {**dims, **changes})
+
     depth = config.depth
-    rows = [_patch_embed(config, batch, card, dtype)]
+    yield step("patch_embed")
     if config.pre_norm:
-        rows.append(_pass(config, "norm_pre", 1, batch, card, dtype, passes=2))
-    if quantized is None:
-        rows.append(_pass(config, "row_stats", 1, batch, card, dtype, passes=1))
-    for site in ("qkv", "proj", "fc1", "fc2"):
-        handed_on = site == "fc2" or (site == "proj" and scales_heads(config))  # fc1 or attention has written 8 bits
-        if quantized is not None and not handed_on:
-            rows.append(_quantize(config, site, depth, batch, card, dtype, norm=site in ("qkv", "fc1")))
-        epilogue = {"residual": site in ("proj", "fc2"), "gated": site == "fc1" and config.gated}
-        rows.append(_product(config, site, depth, batch, card, dtype, quantized, **epilogue))
-        if site == "qkv":
-            rows.append(_attention(config, depth, batch, card, dtype, quantized))
+        yield step("layer_norm", name="norm_pre")
+    if not precision:
+        yield step("row_stats")
+        yield from (step(site, depth) for site in ("qkv", "attention", "proj", "fc1", "fc2"))
+    else:
+        yield step("quantize", depth, "quantize_qkv")
+        yield step("quantized_qkv", depth)
+        if scales_heads(config):
+            yield from (step("attention_quantize", depth), step("proj_head_scales", depth))
+        else:
+            yield step("attention", depth)
+            yield step("quantize", depth, "quantize_proj", width=config.heads * config.head_dim, norm="")
+            yield step("quantized_proj", depth)
+        yield step("quantize", depth, "quantize_fc1")
+        yield from (step("fc1_requantize", depth), step("fc2_group_scales", depth))
     if config.final_norm:
-        rows.append(_pass(config, "norm", 1, batch, card, dtype, passes=2))
+        yield step("layer_norm", name="norm")
     if config.projection_dim or config.num_classes:
-        rows.append(_product(config, "head", 1, batch, card, dtype))
-    return [launch for row in rows for launch in _with_sum(config, row, batch, card, dtype)]
+        yield step("head")
 
 
-def _with_sum(config: ViTConfig, row: Launch, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
+def launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype, precision: str = "") -> list[Launch]:
+    """Every kind of launch of the forward, in order; `precision`: "fp8" or "int8" where products are in 8 bits."""
+    rows = [_PREDICTED[step.op](step, card, dtype) for step in _steps(config, batch, precision)]
+    return [launch for row in rows for launch in _with_sum(row, card, dtype)]
+
+
+def _with_sum(row: Launch, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """A launch; where it is a product with K in parts, also the one that adds these up and does the epilogue."""
     from vitfast.kernels.linear import CONFIGS, SUM_CONFIG, split_of
 
     split = next((split_of(tile) for tile in CONFIGS if tile.name == row.config), 1)
-    if split == 1:
+    if row.op != "linear" or split == 1:
         return [row]
-    dims = site_spec(config, row.site, batch, torch.device("cpu"), dtype).dims
-    partial = 4 * split * dims["rows"] * dims["width"]
-    operands = dtype.itemsize * dims["inner"] * (dims["rows"] + dims["width"])
+    m, k, n = row.dims["rows"], row.dims["inner"], row.dims["width"]
+    partial = 4 * split * m * n
+    operands = dtype.itemsize * k * (m + n)
     moved = row.bytes - operands + partial  # what the epilogue moves, and the parts once more
-    sums = Launch(f"{row.site}_sum", row.count, 0, moved, SUM_CONFIG.name, 1, 1, 0, _memory_us(card, moved), 0)
+    sums = Launch(
+        f"{row.site}_sum", row.count, "linear_sum", row.dims, 0, moved, SUM_CONFIG.name, 1, 1, 0,
+        _memory_us(card, moved), 0,
+    )  # fmt: skip
     return [replace(row, bytes=operands + partial, memory_us=_memory_us(card, operands + partial)), sums]
 
 
-def flops(config: ViTConfig, site: str, batch: int) -> int:
-    """FLOPs (two per multiply-add) that one call of a site needs; padding does not count, nor do passes."""
-    dims = site_spec(config, site, batch, torch.device("cpu"), torch.float32).dims
-    tokens = config.tokens()
-    if "inner" in dims:
-        return 2 * dims["rows"] * dims["inner"] * dims["width"]
-    if site == "mlp":
-        return 2 * dims["rows"] * dims["width"] * (dims["hidden"] + config.mlp_dim)
-    if site == "attention":
-        return 4 * batch * config.heads * tokens * tokens * config.head_dim
-    if site == "patch_embed":
-        return 2 * batch * (tokens - config.prefix_tokens) * dims["patch"] * dims["width"]
-    return 0
-
-
-def _math_us(card: Chip, dtype: torch.dtype, work: float, share: float) -> float:
+def _math_us(card: Chip, dtype: torch.dtype, work: float, efficiency: float) -> float:
     peak, sustained = peak_tflops(card, dtype), SUSTAINED_EIGHT if dtype.itemsize == 1 else SUSTAINED_MATH
     if peak is None:
         raise ValueError(f"{card.name} has no products in {dtype}")
-    return work / (peak * 1e6 * sustained * share)
+    return work / (peak * 1e6 * sustained * efficiency)
 
 
 def _memory_us(card: Chip, moved: int) -> float:
@@ -123,139 +143,148 @@ def _covering(extent: int, block: int) -> int:
     return -(-extent // block)
 
 
-def _wave_share(tiles: int, slots: int) -> float:
+def _wave_efficiency(tiles: int, slots: int) -> float:
     return tiles / (_covering(tiles, slots) * slots)
 
 
-def _tiled(
-    site: str, count: int, work: int, moved: int, m: int, n: int, tile: Config, card: Chip, dtype: torch.dtype
-) -> Launch:
+def _tiled(step: _Step, moved: int, m: int, n: int, tile: Config, card: Chip, dtype: torch.dtype) -> Launch:
     """A product whose [m, n] output is cut into tiles; tiles of 4 warps run two to a multiprocessor."""
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
-    tiles = _covering(m, block_m) * _covering(n, block_n)
-    tile_share = m * n / (tiles * block_m * block_n)
-    wave_share = _wave_share(tiles * tile.blocks.get("SPLIT_K", 1), card.multiprocessors * (8 // tile.num_warps))
+    tiles, work = _covering(m, block_m) * _covering(n, block_n), OPS[step.op].flops(step.dims)
+    tile_efficiency = m * n / (tiles * block_m * block_n)
+    slots = card.multiprocessors * (8 // tile.num_warps)
+    wave_efficiency = _wave_efficiency(tiles * tile.blocks.get("SPLIT_K", 1), slots)
     return Launch(
-        site=site,
-        count=count,
+        site=step.name,
+        count=step.count,
+        op=step.op,
+        dims=step.dims,
         flops=work,
         bytes=moved,
         config=tile.name,
-        tile_share=tile_share,
-        wave_share=wave_share,
-        math_us=_math_us(card, dtype, work, tile_share * wave_share),
+        tile_efficiency=tile_efficiency,
+        wave_efficiency=wave_efficiency,
+        math_us=_math_us(card, dtype, work, tile_efficiency * wave_efficiency),
         memory_us=_memory_us(card, moved),
         exp_us=0.0,
     )
 
 
-def _product(
-    config: ViTConfig,
-    site: str,
-    count: int,
-    batch: int,
-    card: Chip,
-    dtype: torch.dtype,
-    quantized: torch.dtype | None = None,
-    *,
-    residual: bool = False,
-    gated: bool = False,
-) -> Launch:
-    from vitfast.kernels import linear, quantized_linear
+def _linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    from vitfast.kernels import linear
 
-    dims = site_spec(config, site, batch, torch.device("cpu"), dtype).dims
-    m, k, n = dims["rows"], dims["inner"], dims["width"]
-    out = n // 2 if gated else n
-    around = dtype.itemsize * (n + (m * out if residual else 0))  # bias and residual
-    if quantized is not None:
-        mixed = site == "proj" and scales_heads(config)
-        name = f"hidden_{site}" if site in ("fc1", "fc2") else f"mixed_{site}" if mixed else f"quantized_{site}"
-        group = {"hidden_fc2": quantized_linear.SCALE_GROUP, "mixed_proj": config.head_dim}.get(name, k)
-        problem = quantized_linear.Problem(
-            m, out, k, quantized, gated, requantize=name == "hidden_fc1", group=group if group < k else 0
-        )
-        tile = quantized_linear.pick_config(problem, card.multiprocessors)
-        x_scales = _covering(k, group)
-        moved = around + m * k + n * k + 4 * (m * x_scales + n)  # operands and their scales
-        if name == "hidden_fc1":
-            moved += m * out + 4 * m * _covering(out, quantized_linear.SCALE_GROUP)
-        else:
-            moved += dtype.itemsize * m * out
-        return _tiled(name, count, flops(config, site, batch), moved, m, out, tile, card, quantized)
+    m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
+    gated, residual = "swiglu" in epilogue, "residual" in epilogue
+    n = 2 * out if gated else out
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
     tile = linear.pick_config(linear.Problem(m, out, k, dtype, tma, gated, residual), card.multiprocessors)
-    moved = around + dtype.itemsize * (m * k + n * k + m * out)
-    return _tiled(site, count, flops(config, site, batch), moved, m, out, tile, card, dtype)
+    moved = dtype.itemsize * (m * k + n * k + n + m * out + (m * out if residual else 0))
+    return _tiled(step, moved, m, out, tile, card, dtype)
 
 
-def _quantize(
-    config: ViTConfig, site: str, count: int, batch: int, card: Chip, dtype: torch.dtype, *, norm: bool
-) -> Launch:
-    """The pass that quantises the rows before a product: read in `dtype`, written in 8 bits with a scale each."""
-    from vitfast.kernels.layer_norm import pick_config
+def _quantized_linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    from vitfast.kernels import quantized_linear
 
-    dims = site_spec(config, site, batch, torch.device("cpu"), dtype).dims
-    m, k = dims["rows"], dims["inner"]
-    moved = m * k * (dtype.itemsize + 1) + 4 * m + (2 * k * dtype.itemsize if norm else 0)
-    return Launch(f"quantize_{site}", count, 0, moved, pick_config(k).name, 1.0, 1.0, 0.0, _memory_us(card, moved), 0.0)
+    m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
+    gated, requantize = "swiglu" in epilogue, "requantize" in epilogue
+    n = 2 * out if gated else out
+    group = quantized_linear.SCALE_GROUP if "groups" in epilogue else 64 if "heads" in epilogue else k
+    kind = QUANTIZED[step.dims["precision"]]
+    problem = quantized_linear.Problem(m, out, k, kind, gated, requantize=requantize, group=group if group < k else 0)
+    tile = quantized_linear.pick_config(problem, card.multiprocessors)
+    moved = m * k + n * k + 4 * (m * _covering(k, group) + n)  # operands and their scales
+    moved += dtype.itemsize * (n + (m * out if "residual" in epilogue else 0))
+    if requantize:
+        moved += m * out + 4 * m * _covering(out, quantized_linear.SCALE_GROUP)
+    else:
+        moved += dtype.itemsize * m * out
+    return _tiled(step, moved, m, out, tile, card, kind)
 
 
-def _patch_embed(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype) -> Launch:
+def _patch_embed(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     from vitfast.kernels.patch_embed import pick_config
 
-    height, width = config.image_size
-    patches = config.tokens() - config.prefix_tokens
-    inner = config.in_channels * config.patch_size[0] * config.patch_size[1]
-    tile = pick_config(batch * patches, config.width, torch.uint8, dtype, card.multiprocessors)
-    moved = batch * height * width * config.in_channels + dtype.itemsize * (
-        config.width * (inner + 1) + (patches + batch * config.tokens()) * config.width
-    )
-    work = flops(config, "patch_embed", batch)
-    return _tiled("patch_embed", 1, work, moved, batch * patches, config.width, tile, card, dtype)
+    op, batch, width = OPS[step.op], step.dims["batch"], step.dims["width"]
+    inner = op.spec(step.dims)["patch"]
+    patches = op.flops(step.dims) // (2 * batch * inner * width)
+    tile = pick_config(batch * patches, width, torch.uint8, dtype, card.multiprocessors)
+    tokens = patches + step.dims.get("prefix", 1)
+    moved = batch * patches * inner + dtype.itemsize * width * (inner + 1 + patches + batch * tokens)
+    return _tiled(step, moved, batch * patches, width, tile, card, dtype)
 
 
-def _attention(
-    config: ViTConfig, count: int, batch: int, card: Chip, dtype: torch.dtype, quantized: torch.dtype | None = None
-) -> Launch:
-    """With quantised products and a head dim that allows it, in 8 bits and with a scale for each head of a row."""
+def _attention(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    """In 8 bits with a scale for each head of a row, where the next product reads that."""
     from vitfast.kernels._parts.attention_arguments import Problem, head_chunks
     from vitfast.kernels.attention import pick_config
 
-    tokens, heads = config.tokens(), config.heads
+    batch, tokens, heads, head_dim = (step.dims[name] for name in ("batch", "tokens", "heads", "head_dim"))
     kind = "fp32" if dtype == torch.float32 else "half"
-    tile = pick_config(Problem(config.head_dim, tokens, tokens, dtype, card.capability, kind))
+    tile = pick_config(Problem(head_dim, tokens, tokens, dtype, card.capability, kind))
     block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
     whole, left = divmod(tokens, block_n)
     keys = whole * block_n + (max(16, 1 << (left - 1).bit_length()) if left else 0)
     programs = _covering(tokens, block_m) * batch * heads
     queries = _covering(tokens, block_m) * block_m
-    tile_share = tokens * tokens * config.head_dim / (queries * keys * sum(head_chunks(config.head_dim)))
-    wave_share = _wave_share(programs, card.multiprocessors * (8 // tile.num_warps))
-    mixed = quantized is not None and scales_heads(config)
-    rows, width = batch * tokens, heads * config.head_dim
-    moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if mixed else dtype.itemsize * width))
-    work = flops(config, "attention", batch)
+    tile_efficiency = tokens * tokens * head_dim / (queries * keys * sum(head_chunks(head_dim)))
+    wave_efficiency = _wave_efficiency(programs, card.multiprocessors * (8 // tile.num_warps))
+    rows, width = batch * tokens, heads * head_dim
+    in_8_bits = bool(step.dims.get("variant"))
+    moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if in_8_bits else dtype.itemsize * width))
+    work = OPS["attention"].flops(step.dims)
     exponentials = batch * heads * queries * keys
     return Launch(
-        site="mixed_attention" if mixed else "attention",
-        count=count,
+        site=step.name,
+        count=step.count,
+        op=step.op,
+        dims=step.dims,
         flops=work,
         bytes=moved,
         config=tile.name,
-        tile_share=tile_share,
-        wave_share=wave_share,
-        math_us=_math_us(card, dtype, work, tile_share * wave_share),
+        tile_efficiency=tile_efficiency,
+        wave_efficiency=wave_efficiency,
+        math_us=_math_us(card, dtype, work, tile_efficiency * wave_efficiency),
         memory_us=_memory_us(card, moved),
         exp_us=exponentials / (card.multiprocessors * EXP_PER_CLOCK * card.clock_ghz * 1e3),
     )
 
 
-def _pass(
-    config: ViTConfig, site: str, count: int, batch: int, card: Chip, dtype: torch.dtype, *, passes: int
-) -> Launch:
-    """A launch that reads all tokens once, and writes them if `passes` is 2."""
-    from vitfast.kernels.layer_norm import STATS_CONFIG, pick_config
+def _along_rows(step: _Step, moved: int, config: str, card: Chip) -> Launch:
+    """A launch that only moves rows."""
+    return Launch(
+        step.name, step.count, step.op, step.dims, 0, moved, config, 1.0, 1.0, 0.0, _memory_us(card, moved), 0.0
+    )
 
-    moved = dtype.itemsize * passes * batch * config.tokens() * config.width
-    tile = STATS_CONFIG if site == "row_stats" else pick_config(config.width)
-    return Launch(site, count, 0, moved, tile.name, 1.0, 1.0, 0.0, _memory_us(card, moved), 0.0)
+
+def _layer_norm(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    from vitfast.kernels.layer_norm import pick_config
+
+    rows, width = step.dims["rows"], step.dims["width"]
+    return _along_rows(step, 2 * dtype.itemsize * rows * width, pick_config(width).name, card)
+
+
+def _row_stats(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    from vitfast.kernels.layer_norm import STATS_CONFIG
+
+    return _along_rows(step, dtype.itemsize * step.dims["rows"] * step.dims["width"], STATS_CONFIG.name, card)
+
+
+def _quantize(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    """The pass that quantises rows before a product: read in `dtype`, written in 8 bits with a scale each."""
+    from vitfast.kernels.layer_norm import pick_config
+
+    rows, width = step.dims["rows"], step.dims["width"]
+    moved = rows * width * (dtype.itemsize + 1) + 4 * rows + (2 * width * dtype.itemsize if step.dims["norm"] else 0)
+    return _along_rows(step, moved, pick_config(width).name, card)
+
+
+_PREDICTED = {
+    "patch_embed": _patch_embed,
+    "layer_norm": _layer_norm,
+    "row_stats": _row_stats,
+    "linear": _linear,
+    "attention": _attention,
+    "quantize": _quantize,
+    "quantized_linear": _quantized_linear,
+}
+"""Of each op of a step, what predicts its launch."""

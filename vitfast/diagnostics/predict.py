@@ -2,12 +2,12 @@
 
 A launch takes the longest of three times, plus a constant for starting it:
 
-    math     FLOPs / (peak * SUSTAINED_MATH) / tile share / wave share; SUSTAINED_EIGHT of 8-bit operands
+    math     FLOPs / (peak * SUSTAINED_MATH) / tile efficiency / wave efficiency; SUSTAINED_EIGHT of 8-bit operands
     memory   bytes / (bandwidth * SUSTAINED_MEMORY), each operand and result moved once
     exp      exponentials / (multiprocessors * 16 per clock), in attention only
 
-Tile share is the useful part of the tiles that cover the output; wave share the part of the last
-round of tiles in which multiprocessors have work. The three are taken to overlap perfectly and L2
+Tile efficiency is the useful part of the tiles that cover the output; wave efficiency the part of all rounds of tiles
+in which multiprocessors have work. The three are taken to overlap perfectly and L2
 to serve every reread, so a prediction is a bound from below for these tiles, not for the hardware.
 (The roofline of Williams, Waterman, Patterson 2009, with quantisation.)
 """
@@ -25,14 +25,13 @@ from vitfast.diagnostics.chips import (
     DTYPES,
     EXP_PER_CLOCK,
     LAUNCH_US,
-    QUANTIZED,
     SUSTAINED_EIGHT,
     SUSTAINED_MATH,
     SUSTAINED_MEMORY,
     peak_tflops,
 )
 from vitfast.diagnostics.launches import launches
-from vitfast.engine.dtypes import dtype_name
+from vitfast.engine.dtypes import QUANTIZED, dtype_name
 from vitfast.models.config import ViTConfig
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     peak = peak_tflops(card, quantized or DTYPES[dtype])
     if peak is None:
         raise ValueError(f"dtype {dtype!r}: {card.name} has no such products")
-    rows = launches(config, batch, card, DTYPES.get(dtype, torch.bfloat16), quantized)
+    rows = launches(config, batch, card, DTYPES.get(dtype, torch.bfloat16), dtype if quantized else "")
     total = sum(launch.count * launch.time_us for launch in rows)
     flops = sum(launch.count * launch.flops for launch in rows)
     return {
@@ -90,7 +89,7 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     }  # fmt: skip
 
 
-def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
+def add_occupancy(prediction: dict[str, Any]) -> None:
     """Compile each launch's kernel for the chip; add to its row `occupancy`, as `compiled.compute_occupancy`, or None.
 
     The compile case with the launch's config is taken, and with the epilogue nearest to its own. `occupancy_note`
@@ -104,7 +103,7 @@ def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
         row["occupancy"] = None
     for row in prediction["launches"]:
         try:
-            file, kernel, name, constexprs = _compiled(row, config, prediction["dtype"])
+            file, kernel, name, constexprs = _compile_case(row)
             case = compiled.find_case(file, kernel, name, arch, **constexprs)
         except RuntimeError as error:
             prediction["occupancy_note"] = str(error)
@@ -115,35 +114,33 @@ def add_occupancy(prediction: dict[str, Any], config: ViTConfig) -> None:
             row["occupancy"] = compiled.inspect_case(case, arch)["occupancy"]
 
 
-def _compiled(row: dict[str, Any], config: ViTConfig, dtype: str) -> tuple[str, str, str, dict[str, Any]]:
+_LINEAR_CASES = {"bias": "gelu", "norm": "norm_gelu", "residual stats": "residual_stats", "norm swiglu": "norm_swiglu"}
+"""Epilogue of a launch -> of its compile case, the nearest that there is; of all others norm_gelu."""
+
+
+def _compile_case(row: dict[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
     """File, kernel and name of a launch's compile case, and constexprs that it must have."""
-    site, name = row["site"], row["config"]
-    if site in ("norm", "norm_pre", "row_stats"):
-        return "layer_norm", "row_stats" if site == "row_stats" else "layer_norm", name, {}
-    if site == "patch_embed":
-        return site, site, f"{name}_uint8_nhwc_{config.patch_size[0]}", {}
-    if site in ("attention", "mixed_attention"):
-        plain = {"HEAD_DIM": config.head_dim, "bias": None, "mask": None, "max_out": None}
-        if site == "attention":
-            return site, site, name, plain | {"out_scale": None}
-        return "attention", "attention", f"{name}_in_8_bits", plain
-    kind = {"fp8": "fp8e4nv", "int8": "i8"}.get(dtype, "")
-    if site.startswith("quantize_"):
-        return "quantize", "quantize", f"{name}_{kind}" + "_norm" * (site != "quantize_proj"), {}
-    if site.startswith(("quantized_", "hidden_", "mixed_")):
-        first = "swiglu_requantize" if config.gated else "gelu_requantize"
-        epilogues = {"quantized_qkv": "bias", "quantized_proj": "residual", "hidden_fc2": "residual_groups"}
-        epilogues["mixed_proj"] = "residual_heads" if config.head_dim == 64 else "residual_groups"
-        return "quantized_linear", "quantized_linear", f"{name}_{kind}_{epilogues.get(site, first)}", {}
-    product = site.removesuffix("_sum")
-    epilogue = {"proj": "residual_stats", "fc2": "residual_stats", "head": "gelu"}.get(product, "norm_gelu")
-    if site != product:
-        return "linear", "linear_sum", f"{name}_{epilogue}", {}
-    if "_split" in name:
+    op, name, dims = row["op"], row["config"], row["dims"]
+    kind = {"fp8": "fp8e4nv", "int8": "i8"}.get(dims.get("precision", ""), "")
+    if op in ("layer_norm", "row_stats"):
+        return "layer_norm", op, name, {}
+    if op == "patch_embed":
+        return op, op, f"{name}_uint8_nhwc_{dims['patch']}", {}
+    if op == "attention":
+        plain = {"HEAD_DIM": dims["head_dim"], "bias": None, "mask": None, "max_out": None}
+        in_8_bits = bool(dims.get("variant"))
+        return (op, op, f"{name}_in_8_bits", plain) if in_8_bits else (op, op, name, plain | {"out_scale": None})
+    if op == "quantize":
+        return op, op, f"{name}_{kind}" + ("_norm" if dims["norm"] else ""), {}
+    if op == "quantized_linear":
+        first, *rest = dims["epilogue"].split()
+        scales = first if first in ("groups", "heads") else ""
+        epilogue = "_".join([*rest, scales] if scales else [first, *rest])
+        return op, op, f"{name}_{kind}_{epilogue}", {}
+    epilogue = _LINEAR_CASES.get(dims["epilogue"], "norm_gelu")
+    if op == "linear" and "_split" in name:
         epilogue = "part"
-    if site == "fc1" and config.gated:
-        epilogue = "norm_swiglu"
-    return "linear", "linear", f"{name}_{epilogue}", {}
+    return "linear", op, f"{name}_{epilogue}", {}
 
 
 def render(prediction: dict[str, Any]) -> list[RenderableType]:
@@ -178,8 +175,8 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
     why: dict[str, Callable[[dict[str, Any]], str]] = {
         "launch": lambda row: row["site"],
         "config": lambda row: row["config"],
-        "tile": lambda row: f"{row['tile_share']:.0%}",
-        "wave": lambda row: f"{row['wave_share']:.0%}",
+        "tile": lambda row: f"{row['tile_efficiency']:.0%}",
+        "wave": lambda row: f"{row['wave_efficiency']:.0%}",
         "blocks an SM": blocks,
         "math µs": lambda row: f"{row['math_us']:.1f}",
         "memory µs": lambda row: f"{row['memory_us']:.1f}",

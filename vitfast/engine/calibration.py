@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 TARGET = 0.998
 """Mean cosine of a quantised model's embeddings to bf16's that a calibration asks for: what CLIP ViT-B/16 has of
-photos in fp8 and int8 with nothing kept."""
+photos in fp8 and int8 with every product quantised."""
 
 
 @dataclass(frozen=True)
@@ -17,23 +18,32 @@ class Calibration:
     Attributes:
         precision: "fp8" or "int8". images: how many. target: mean cosine asked for.
         alone: product -> mean cosine of the embeddings to bf16's with this product alone quantised, worst first.
-        kept: the products left in bf16, those of `keep=` first, then by `alone`.
-        before, after: mean cosine with everything but `keep=` quantised, and with all of `kept` in bf16.
+        skip_quantize: the products left in bf16, those that were asked for first, then by `alone`; what
+            `vitfast.load(..., skip_quantize=)` takes.
+        before, after: mean cosine with everything quantised but what was asked for, and with all of `skip_quantize` in
+            bf16.
     """
 
     precision: str
     images: int
     target: float
     alone: Mapping[str, float]
-    kept: tuple[str, ...]
+    skip_quantize: tuple[str, ...]
     before: float
     after: float
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The name that `skip_quantize` had in 0.1.0."""
+        warnings.warn("Calibration.kept is now Calibration.skip_quantize", DeprecationWarning, stacklevel=2)
+        return self.skip_quantize
+
     def __str__(self) -> str:
-        rows = [f"{name:<20} {cosine:.6f}{'  kept' * (name in self.kept)}" for name, cosine in self.alone.items()]
+        skipped = self.skip_quantize
+        rows = [f"{name:<20} {cosine:.6f}{'  in bf16' * (name in skipped)}" for name, cosine in self.alone.items()]
         return "\n".join([
             f"cosine to bf16 on {self.images} images, each product alone in {self.precision}:",
             *rows,
-            f"all in {self.precision}: {self.before:.6f}; {len(self.kept)} kept in bf16: {self.after:.6f}, "
+            f"all in {self.precision}: {self.before:.6f}; {len(skipped)} left in bf16: {self.after:.6f}, "
             f"asked for {self.target}",
         ])  # fmt: skip

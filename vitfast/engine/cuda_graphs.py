@@ -1,4 +1,4 @@
-"""CUDA graphs of an engine's forward: one per (batch bucket, image size and dtype), all in one memory pool.
+"""CUDA graphs of a runner's forward: one per (batch bucket, image size and dtype), all in one memory pool.
 
 A batch is copied into its bucket's static input, the graph is replayed, and the outputs are copied out:
 the next replay of any graph of the pool may overwrite them. Graphs of different engines share nothing, so
@@ -10,18 +10,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitfast.engine.runner import Runner
 from vitfast.models.output import Output
 
-if TYPE_CHECKING:
-    from vitfast.engine.engine import Engine
-
-KEEP = 16
-"""Graphs kept by an engine; the least recently used goes first."""
+MAX_GRAPHS = 16
+"""Graphs that an engine keeps; the least recently used goes first."""
 
 _capture_lock = threading.Lock()
 """One capture at a time in the process: beginning one synchronises the device, which would break another's."""
@@ -41,27 +39,28 @@ class Graphs:
     """The graphs of one engine.
 
     Args:
+        runner: whose forward is captured.
         buckets: batch sizes to capture for; a larger batch runs in pieces.
         cuda: torch.cuda; tests pass another.
     """
 
-    def __init__(self, engine: Engine, buckets: tuple[int, ...], *, cuda: Any = torch.cuda) -> None:
+    def __init__(self, runner: Runner, buckets: tuple[int, ...], *, cuda: Any = torch.cuda) -> None:
         if not buckets or any(b < 1 for b in buckets):
             raise ValueError(f"buckets must be positive batch sizes, got {buckets}")
-        self._engine, self._cuda = engine, cuda
+        self._runner, self._cuda = runner, cuda
         self._buckets = sorted(buckets)
         self._captured: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = cuda.graph_pool_handle()
         # A stream of this engine's own for warm-up and capture: torch's default one for captures belongs to
         # whichever device captured first, and cuBLAS keeps a workspace for each stream.
-        self._stream: Any = cuda.Stream(engine.device)
+        self._stream: Any = cuda.Stream(runner.device)
         self._done: Any = cuda.Event()
 
     def __call__(self, images: Tensor, out: Output) -> None:
         """Run any number of images and write their outputs, all on the current stream."""
         largest = self._buckets[-1]
-        with self._lock, self._cuda.device(self._engine.device):
+        with self._lock, self._cuda.device(self._runner.device):
             stream = self._cuda.current_stream()
             stream.wait_event(self._done)  # the last replay may have been on another stream
             try:
@@ -85,7 +84,7 @@ class Graphs:
         key = (bucket, images.shape[1:], images.dtype)
         if key not in self._captured:
             self._captured[key] = self._capture(images, bucket)
-            while len(self._captured) > KEEP:
+            while len(self._captured) > MAX_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
         captured = self._captured[key]
@@ -100,11 +99,11 @@ class Graphs:
             with cuda.stream(self._stream):
                 # Allocated on this stream, so that freed memory is not given out on one that has not waited.
                 static = images.new_zeros(bucket, *images.shape[1:])
-                position = self._engine._position(self._engine._size(static))
-                self._engine._forward(static, position)  # compiles kernels and fills caches outside the capture
+                position = self._runner.position(self._runner.size(static))
+                self._runner.forward(static, position)  # compiles kernels and fills caches outside the capture
             current.wait_stream(self._stream)
             graph = cuda.CUDAGraph()
             # "thread_local": what other threads do, allocate or pin memory, does not break the capture.
             with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = self._engine._forward(static, position)
+                output = self._runner.forward(static, position)
         return _Graph(graph, static, position, output)

@@ -1,31 +1,26 @@
-"""Engine: a checkpoint, a plan and packed weights, ready to run on batches of images."""
+"""Engine: a runner with CUDA graphs and streams around it, ready to run on batches of images."""
 
 from __future__ import annotations
 
+import functools
 import html
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitfast.engine import planner, streaming
+from vitfast.engine import streaming
+from vitfast.engine.calibration import Calibration
 from vitfast.engine.cuda_graphs import Graphs
-from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
 from vitfast.engine.fingerprint import fingerprint
-from vitfast.engine.sites import kept_products
-from vitfast.images.preprocess import preprocess_batch
-from vitfast.models import vit
+from vitfast.engine.isolation import isolated
+from vitfast.engine.runner import Runner
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
-from vitfast.models.weights import prepare_weights, resize_position
-
-if TYPE_CHECKING:
-    from vitfast.engine.calibration import Calibration
+from vitfast.models.plan import Plan
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
@@ -36,9 +31,10 @@ class Engine:
 
     Attributes:
         config: the architecture. preprocess: the model's own preprocessing, or None if unknown.
-        labels: class names, or None. device, dtype: where and in what the model computes.
+        labels: class names, or None. problem_type: what the logits are for (see `vitfast.Checkpoint`).
+        device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
-        plan: which backend runs each part (see `vitfast.engine.planner`).
+        plan: which backend runs each part (see `vitfast.engine.planner`). runner: what runs the forward.
         fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
@@ -46,6 +42,7 @@ class Engine:
     wait): it makes that image's outputs NaN, and no other image's.
     """
 
+    @isolated
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -55,78 +52,83 @@ class Engine:
         backend: str = "auto",
         graphs: bool = True,
         buckets: tuple[int, ...] = BUCKETS,
-        keep: tuple[str, ...] = (),
+        skip_quantize: tuple[str, ...] = (),
+        deterministic: bool = False,
     ) -> None:
-        self.calibration: Calibration | None = None
-        self.config = checkpoint.config
-        self.preprocess = checkpoint.preprocess
-        self.labels = checkpoint.labels
+        """Arguments and errors: as for `vitfast.load`.
+
+        Args:
+            graphs: on a GPU, run batches through CUDA graphs. buckets: the batch sizes to capture them for.
+        """
+        options: dict[str, Any] = {
+            "backend": backend, "skip_quantize": skip_quantize, "deterministic": deterministic,
+        }  # fmt: skip
+        self._made_of = (checkpoint, {**options, "graphs": graphs, "buckets": buckets})
+        self.runner = Runner(checkpoint, device=device, dtype=dtype, **options)
         self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
-        self.device = resolve_device(device)
-        quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
-        self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
-        self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
-        self.plan = planner.build(
-            self.config,
-            device=self.device,
-            dtype=self.dtype,
-            backend=backend,
-            quantized=quantized,
-            keep=kept_products(self.config.depth, keep, quantized),
-        )
-        mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
-        self._weights = prepare_weights(
-            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
-        )
-        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._graphs = Graphs(self, buckets) if graphs and self.device.type == "cuda" else None
+        self.config, self.preprocess, self.labels = checkpoint.config, checkpoint.preprocess, checkpoint.labels
+        self.problem_type = checkpoint.problem_type
+        self.device, self.dtype, self.precision = self.runner.device, self.runner.dtype, self.runner.precision
+        self.calibration: Calibration | None = None
+        self._graphs = Graphs(self.runner, buckets) if graphs and self.device.type == "cuda" else None
         self._lanes: weakref.WeakSet[streaming.GpuLane] = weakref.WeakSet()
         self._lanes_lock = threading.Lock()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
     def __repr__(self) -> str:
-        weights = f"{self._weight_bytes() / 2**20:.1f} MiB of weights"
+        weights = f"{self.runner.nbytes() / 2**20:.1f} MiB of weights"
         return f"Engine({self.config.name or 'ViT'}, {self.device}, {self.precision}, {self.backend}, {weights})"
 
     def _repr_html_(self) -> str:
         return f"<b>{html.escape(repr(self))}</b><br>{self.plan._repr_html_()}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of, the checkpoint's weights: the copy plans and packs anew."""
+        checkpoint, options = self._made_of
+        made = {"device": str(self.device), "dtype": self.precision, **options}
+        return _remade, (checkpoint, made), {"calibration": self.calibration}
+
+    @property
+    def plan(self) -> Plan:
+        """Which backend runs each part."""
+        return self.runner.plan
 
     @property
     def backend(self) -> str:
         """The backends at work, e.g. "triton" or "torch+triton"."""
         return "+".join(sorted(set(self.plan.backends.values())))
 
-    @torch.inference_mode()
+    @isolated
     def __call__(self, images: Tensor, *, preprocessed: bool = False) -> Output:
         """Run the model.
 
         Args:
             images: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
                 (resize, crop, normalise); or floating point [B, 3, H, W], already normalised, of the model's size
-                (or any multiple of the patch size, if the model allows it). Moved to the engine's
-                device if elsewhere.
+                or any other size if the model allows it: multiples of the patch size, and what is no multiple is
+                cropped or padded where the model's family does so. Moved to the engine's device if elsewhere.
             preprocessed: uint8 images have been resized and cropped already, and are only normalised.
 
         Returns:
             Output with tokens, embedding and logits in the engine's dtype, on its device. An empty
-            batch gives empty outputs.
+            batch gives empty outputs. They are ordinary tensors without gradients, whatever autograd, inference or
+            autocast mode the caller is in.
 
         Raises:
             ValueError: for a wrong number of axes, channel count, dtype or size.
         """
         if not isinstance(images, Tensor):
             raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        self._check(images.shape, images.dtype)
-        images = self._prepare(images.to(self.device, non_blocking=True), preprocessed)
-        size = self._size(images)
+        runner = self.runner
+        runner.check(images.shape, images.dtype)
+        images = runner.prepare(images.to(self.device, non_blocking=True), preprocessed)
+        size = runner.size(images)
         if images.shape[0] == 0:
-            return self._outputs(0, size)
+            return runner.outputs(0, size)
         if self._graphs is not None:
-            output = self._outputs(images.shape[0], size)
+            output = runner.outputs(images.shape[0], size)
             self._graphs(images, output)
             return output
-        return self.run(images)
+        return runner.forward(images, runner.position(size))
 
     def stream(
         self, batches: Iterable[streaming.Batch], *, preprocessed: bool = False, tokens: bool = False
@@ -155,11 +157,14 @@ class Engine:
             ValueError: as `__call__` does, with the number of the batch before the message. This, and what
                 `batches` raises, comes after the outputs of the batches before.
         """
-        options = {"preprocessed": preprocessed, "tokens": tokens}
         if self.device.type == "cpu":
-            return streaming.run([streaming.CpuLane(self, **options)], batches)
+            call = functools.partial(self, preprocessed=preprocessed)
+            return streaming.run([streaming.CpuLane(call, tokens=tokens)], batches)
         upload, download = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        lanes = [streaming.GpuLane(self, upload, download, **options) for _ in range(streaming.LANES)]
+        lanes = [
+            streaming.GpuLane(self.runner, self.run_into, upload, download, preprocessed=preprocessed, tokens=tokens)
+            for _ in range(streaming.LANES)
+        ]
         with self._lanes_lock:
             self._lanes.update(lanes)
         return streaming.run(lanes, batches)
@@ -175,117 +180,23 @@ class Engine:
         with self._lanes_lock:
             lanes = [lane.memory() for lane in self._lanes]
         return {
-            "weights": self._weight_bytes(),
+            "weights": self.runner.nbytes(),
             "graphs": self._graphs.memory() if self._graphs is not None else 0,
             "staging": sum(device for device, _ in lanes),
             "pinned": sum(pinned for _, pinned in lanes),
         }
 
-    def _weight_bytes(self) -> int:
-        tensors = {id(t): t.numel() * t.element_size() for t in _tensors((self._weights, *self._positions.values()))}
-        return sum(tensors.values())
-
     def run(self, images: Tensor) -> Output:
         """The forward itself on checked images of the model's size, without graphs or chunks."""
-        return self._forward(images, self._position(self._size(images)))
+        return self.runner.forward(images, self.runner.position(self.runner.size(images)))
 
-    def _forward(self, images: Tensor, position: Tensor | None) -> Output:
-        return vit.forward(self.config, self._weights, position, images, self.plan)
-
-    def _run_into(self, images: Tensor, output: Output) -> None:
-        """Run, and write the outputs where the caller wants them."""
+    def run_into(self, images: Tensor, output: Output) -> None:
+        """Run prepared images (see `Runner.prepare`), and write the outputs where the caller wants them."""
         if self._graphs is not None:
             self._graphs(images, output)
         elif images.shape[0]:
             output.copy_(self.run(images))
 
-    def _check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Raise ValueError for images that no model of this kind could take."""
-        shape, channels = tuple(shape), self.config.in_channels
-        if len(shape) != 4:
-            raise ValueError(
-                f"images must be uint8 [B, H, W, {channels}] or float [B, {channels}, H, W], got shape {shape}"
-            )
-        if dtype == torch.uint8:
-            if shape[3] != channels:
-                raise ValueError(
-                    f"uint8 images must be [B, H, W, {channels}], got {shape[3]} channels in shape {shape}"
-                )
-            if self.preprocess is None:
-                raise ValueError(
-                    "the checkpoint does not say how its images are normalised, so uint8 images cannot be "
-                    "preprocessed; pass normalised float images [B, C, H, W]"
-                )
-            if shape[0] and 0 in shape[1:3]:
-                raise ValueError(f"images have no pixels: shape {shape}")
-            return
-        if not dtype.is_floating_point:
-            raise ValueError(f"images must be uint8 or floating point, got {dtype}")
-        if shape[1] != channels:
-            raise ValueError(f"float images must be [B, {channels}, H, W], got {shape[1]} channels in shape {shape}")
 
-    def _prepare(self, images: Tensor, preprocessed: bool) -> Tensor:
-        """Checked images, on the device, as the forward takes them: resized and cropped, or in the model's dtype."""
-        if images.dtype != torch.uint8:
-            return images.to(self.dtype)
-        if preprocessed:
-            return images
-        assert self.preprocess is not None
-        if not images.shape[0]:
-            return images.new_empty(0, *self.preprocess.size, self.config.in_channels)
-        return preprocess_batch(images, self.preprocess)
-
-    def _size(self, images: Tensor) -> tuple[int, int]:
-        """(height, width) of the images, checked against what the model takes."""
-        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
-        size, native = (height, width), self.config.image_size
-        if size != native and not self.config.dynamic_size:
-            raise ValueError(f"image size {height}x{width}: this model takes {native[0]}x{native[1]} only")
-        self.config.grid(size)
-        return size
-
-    def _position(self, size: tuple[int, int]) -> Tensor | None:
-        """The position embedding for an image size; the last few sizes are kept."""
-        weights = self._weights
-        if weights.position is None or size == self.config.image_size:
-            return weights.position
-        position = self._positions.get(size)
-        if position is None:
-            position = resize_position(
-                weights.position,
-                self.config.grid(self.config.image_size),
-                self.config.grid(size),
-                antialias=self.config.position_antialias,
-                offset=self.config.position_offset,
-            )
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
-            self._positions[size] = position
-            while len(self._positions) > 8:
-                self._positions.popitem(last=False)
-        return position
-
-    def _outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
-        """Uninitialised outputs, on the engine's device or in pinned host memory."""
-        config = self.config
-
-        def empty(*shape: int) -> Tensor:
-            device = "cpu" if pinned else self.device
-            return torch.empty(batch, *shape, dtype=self.dtype, device=device, pin_memory=pinned)
-
-        return Output(
-            tokens=empty(config.tokens(size), config.width) if tokens else None,
-            embedding=empty(config.projection_dim or config.width),
-            logits=empty(config.num_classes) if config.num_classes else None,
-        )
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a tree of dataclasses and tuples."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif is_dataclass(tree):
-        yield from _tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
-    elif isinstance(tree, tuple):
-        for branch in tree:
-            yield from _tensors(branch)
+def _remade(checkpoint: Checkpoint, options: dict[str, Any]) -> Engine:
+    return Engine(checkpoint, **options)

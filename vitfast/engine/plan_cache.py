@@ -9,6 +9,7 @@ import platform
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def _cpu_name() -> str:
     return f"{match[1] if match else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def digest(key: dict[str, Any]) -> str:
+def digest(key: Mapping[str, Any]) -> str:
     """A short name for a key."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -63,22 +64,86 @@ def plans_dir() -> Path:
     return cache_dir() / "plans"
 
 
-def load_plan(path: Path, key: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
-    """Choices and measurements that `save_plan` saved; None if there are none or, with a warning, for another key."""
-    if not path.is_file():
+def plan_path(key: Mapping[str, Any]) -> Path | None:
+    """The file of the plan for a key; None, with a warning, where the user has no home to keep it in."""
+    try:
+        return plans_dir() / f"{digest(key)}.json"
+    except RuntimeError as error:
+        warnings.warn(f"plans are not kept: {error}; VITFAST_CACHE can name a folder for them", stacklevel=2)
         return None
-    plan = json.loads(path.read_text())
-    made_for = plan.get("key", {})
+
+
+def warn_of(key: Mapping[str, Any], reason: str) -> None:
+    """Say that the plan for a key cannot be used, and why."""
+    warnings.warn(f"the plan {plan_path(key)} is measured again: {reason}", stacklevel=2)
+
+
+def load_plan(key: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """Choices and measurements that `save_plan` saved; None if there are none or, with a warning, if of no use.
+
+    Of no use is a file that cannot be read or is damaged, in which something else stands for a name or a number, which
+    names a backend that there is not, or which was made for another key.
+    """
+    path = plan_path(key)
+    if path is None:
+        return None
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        warn_of(key, f"it cannot be read ({type(error).__name__}: {error})")
+        return None
+    if reason := _fault(plan):
+        warn_of(key, reason)
+        return None
+    made_for = plan["key"]
     if differing := sorted(name for name in {*key, *made_for} if key.get(name) != made_for.get(name)):
         told = "; ".join(f"{name} {made_for.get(name)!r}, here {key.get(name)!r}" for name in differing)
-        warnings.warn(f"the plan {path} is measured again, it was made for {told}", stacklevel=2)
+        warn_of(key, f"it was made for {told}")
         return None
     return plan["choices"], plan["measured"]
 
 
-def save_plan(path: Path, key: dict[str, Any], choices: dict[str, str], measured: dict[str, Any]) -> None:
-    """Write choices, what they were made for and their measurements as JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump({"key": key, "choices": choices, "measured": measured}, file, indent=1)
-    os.replace(file.name, path)
+def _fault(plan: Any) -> str:
+    """What is wrong with a plan's form; "" if nothing is."""
+    if not isinstance(plan, dict) or not all(
+        isinstance(plan.get(part), dict) for part in ("key", "choices", "measured")
+    ):
+        return "it is no object with the objects key, choices and measured"
+    for site, name in plan["choices"].items():
+        if name not in registry.BACKENDS:
+            return f"it names the backend {name!r} for {site}; the backends are {', '.join(registry.BACKENDS)}"
+    for site, record in plan["measured"].items():
+        parts = [record.get(part) if isinstance(record, dict) else None for part in ("ms", "refused")]
+        if not all(isinstance(part, dict) for part in parts):
+            return f"what it measured of {site} is {record!r}, no object with the objects ms and refused"
+        times, reasons = parts
+        if not all(isinstance(ms, int | float) for ms in times.values()):
+            return f"it has the times {times!r} for {site}, which are no numbers"
+        if not all(isinstance(reason, str) for reason in reasons.values()):
+            return f"it has the reasons {reasons!r} for {site}, which are no text"
+    return ""
+
+
+def save_plan(key: Mapping[str, Any], choices: Mapping[str, str], measured: Mapping[str, Any]) -> None:
+    """Write choices, what they were made for and their measurements as JSON, atomically; warn where that cannot be."""
+    path = plan_path(key)
+    if path is None:
+        return
+    content = json.dumps({"key": key, "choices": choices, "measured": measured}, indent=1)
+    part: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp", encoding="utf-8") as file:
+            part = file.name
+            file.write(content)
+        os.replace(part, path)
+    except OSError as error:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+        warnings.warn(
+            f"the plan cannot be kept in {path} ({error}), so the next load measures again; VITFAST_CACHE can name "
+            "another folder",
+            stacklevel=2,
+        )

@@ -11,27 +11,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
-from vitfast.engine import progress
-from vitfast.engine.plan_cache import digest, load_plan, plan_key, plans_dir, save_plan
-from vitfast.engine.sites import (
-    FUSED_SITES,
-    LINEAR_SITES,
-    OPTIONAL_SITES,
-    QUANTIZED_PRODUCTS,
-    Call,
-    plan_sites,
-    site_call,
-    site_dtype,
-    site_spec,
-)
+from vitfast.engine import plan_cache, progress
+from vitfast.engine.cases import Call, Case
+from vitfast.engine.sites import plan_sites, site_case, site_spec
 from vitfast.models.config import ViTConfig
-from vitfast.models.plan import HIDDEN_SITES, MIXED_SITES, Plan
+from vitfast.models.plan import SITES, Plan, Site
 from vitfast.ops import accuracy, mkldnn, native, reference, registry, scaled_mm
 from vitfast.ops.registry import Backend, BackendError, Spec, candidates, choose
 
@@ -43,13 +34,6 @@ CPU_ROWS = 1600
 TIE = 0.15
 """A backend takes the place of one before it only if it is faster by this share; less is within the noise of
 a busy machine. On the CPU native comes first: its sums err less than torch's (docs/numerics.md)."""
-
-APART = {
-    HIDDEN_SITES: ("quantized_fc1", "quantized_fc2", "quantize"),
-    MIXED_SITES: ("attention", "quantized_proj", "quantize"),
-}
-"""Sites of a quantised model that pass 8 bits on, and what they take the place of; a plan keeps the faster. quantize is
-measured at the model's width, which hidden rows exceed."""
 
 
 class PlanError(RuntimeError):
@@ -104,97 +88,165 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() else None
 
 
-def _runner(entry: Backend, call: Call) -> Callable[[], Any]:
-    """The call as a planned model makes it."""
+def planned_call(entry: Backend, spec: Spec, call: Call) -> Callable[[], Any]:
+    """The call as a planned model makes it: on a packed weight, where the backend has that for this spec."""
     run, args = cast(Any, entry.call), call.args
-    if packed := packed_op(entry, call.spec):
+    if packed := packed_op(entry, spec):
         pack, run = packed
-        layout = call.kwargs | {"uint8": args[0].dtype == torch.uint8} if call.op == "patch_embed" else {}
-        at = 2 if call.op == "quantized_linear" else 1  # the weight's place: after x, or x and its scales
+        layout = call.kwargs | {"uint8": args[0].dtype == torch.uint8} if spec.op == "patch_embed" else {}
+        at = 2 if spec.op == "quantized_linear" else 1  # the weight's place: after x, or x and its scales
         args = (*args[:at], pack(args[at], **layout), *args[at + 1 :])
     return functools.partial(run, *args, **call.kwargs)
 
 
-def measure(call: Call, entries: Sequence[Backend], device: torch.device) -> tuple[Backend, dict[str, Any]]:
-    """Check each backend on the call against the reference, time the right ones, keep the fastest (see TIE).
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short at that moment, which is no property of a backend."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def measure(
+    case: Case, entries: Sequence[Backend], device: torch.device, *, timed: bool = True
+) -> tuple[Backend, dict[str, Any]]:
+    """Check each backend on the case against the reference, time the right ones, keep the fastest (see TIE).
+
+    Any error of a backend is a reason to leave it out; but one for want of memory holds for this measurement only.
+
+    Args:
+        timed: if False, the first right one is kept.
 
     Returns:
-        The winner, and a record: milliseconds by backend, and the reason for each one left out.
+        The winner, and a record: milliseconds by backend, and the reason for each one left out; `out_of_memory`,
+        which backends were left out for want of memory.
 
     Raises:
         PlanError: if none is right.
+        torch.OutOfMemoryError, MemoryError, RuntimeError: if memory is too short for the reference, or for all.
     """
-    oracle = getattr(reference, call.op)(*call.args, **call.kwargs, upcast=True)
-    baseline = getattr(reference, call.op)(*call.args, **call.kwargs)
+    call, right, wrong = case.inputs(), [], {}
+    starved: dict[str, Exception] = {}
+    answers = [case.table[case.op].reference(*call.args, **call.kwargs, upcast=upcast) for upcast in (True, False)]
     tolerances = accuracy.tolerances_for(call.args)
-    right, wrong = [], {}
-    run = {entry.name: _runner(entry, call) for entry in entries}
+    runs: dict[str, Callable[[], Any]] = {}
     for entry in entries:
         try:
-            accuracy.assert_close(run[entry.name](), oracle, baseline, what=call.op, tolerances=tolerances)
-            right.append(entry)
-        except (AssertionError, RuntimeError, ValueError) as error:
+            run = planned_call(entry, case.spec, call)
+            accuracy.assert_close(run(), answers[0], answers[1], what=case.op, tolerances=tolerances)
+        except Exception as error:  # a compiler's errors, a kernel's, a wrong result: all are reasons
             wrong[entry.name] = f"{type(error).__name__}: {error}"
-    del oracle, baseline
+            if _out_of_memory(error):
+                starved[entry.name] = error
+        else:
+            right.append(entry)
+            runs[entry.name] = run
+    del answers
+    if not right and starved:
+        raise next(iter(starved.values()))
     if not right:
-        raise PlanError(f"no backend is right for {call.op} on {device}: {wrong}")
-    times = time_calls([run[entry.name] for entry in right], device)
+        raise PlanError(f"no backend is right for {case.op} on {device}: {wrong}")
+    record: dict[str, Any] = {"ms": {}, "refused": wrong} | ({"out_of_memory": list(starved)} if starved else {})
+    if not timed:
+        return right[0], record
+    times = time_calls([runs[entry.name] for entry in right], device)
     median = dict(zip((entry.name for entry in right), times, strict=True))
     best = right[0]
     for entry in right[1:]:
         if median[entry.name] < (1 - TIE) * median[best.name]:
             best = entry
-    return best, {"ms": median, "refused": wrong}
+    return best, record | {"ms": median}
 
 
-def _site_backends(
-    config: ViTConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    batch: int,
-    quantized: torch.dtype | None = None,
-    keep: frozenset[str] = frozenset(),
-) -> tuple[dict[str, Backend], dict[str, Any]]:
-    """The backend of every site, and what was measured to choose it."""
+@dataclass(frozen=True)
+class _Request:
+    """For what a plan is asked."""
+
+    config: ViTConfig
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    batch: int
+    quantized: torch.dtype | None
+    skip_quantize: frozenset[str]
+    deterministic: bool
+
+    def sites(self) -> tuple[Site, ...]:
+        return plan_sites(self.config, self.quantized, self.skip_quantize)
+
+    def spec(self, site: Site) -> Spec:
+        return site_spec(self.config, site, self.batch, self.device, self.dtype, self.quantized)
+
+    def case(self, site: Site) -> Case:
+        return site_case(self.config, site, self.batch, self.device, self.dtype, self.quantized)
+
+
+def _forced(asked: _Request) -> dict[str, Backend]:
+    """The named backend for every site, but for optional ones that it cannot run."""
+    chosen: dict[str, Backend] = {}
+    for site in asked.sites():
+        if site.name == "attention_block" or (site.fused and asked.config.width > FUSED_MAX_WIDTH):
+            continue  # no measurement says that attention_block is worth having
+        spec = asked.spec(site)
+        if not site.optional or not registry.backend(spec.op, asked.backend).why_not(spec):
+            chosen[site.name] = choose(spec, asked.backend)
+    return _without_idle_sites(chosen)
+
+
+def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
+    """The fastest right backend of every site, and what was measured to choose it."""
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
-    sites = plan_sites(config, quantized, keep)
+    config, device, sites = asked.config, asked.device, asked.sites()
     what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
     for site in progress.said(sites, len(sites), what):
-        if site in FUSED_SITES and config.width > FUSED_MAX_WIDTH:
+        if site.fused and config.width > FUSED_MAX_WIDTH:
             continue
-        its_dtype = site_dtype(site, dtype, quantized)
-        spec = site_spec(config, site, batch, device, its_dtype)
-        if backend != "auto":
-            if site == "attention_block":
-                continue  # no measurement says that it is worth having
-            if site not in OPTIONAL_SITES or not registry.backend(spec.op, backend).why_not(spec):
-                chosen[site] = choose(spec, backend)
-            continue
-        able, refused = candidates(spec)
+        able, refused = candidates(asked.spec(site))
         if not able:
-            raise BackendError(f"no backend can run {site}: {refused}")
+            raise BackendError(f"no backend can run {site.name}: {refused}")
         if device.type == "cpu":  # where Triton would be its interpreter, for tests
             able = sorted((e for e in able if e.name != "triton"), key=lambda e: e.name != "native")
-        if len(able) == 1 or (site == "head" and not config.num_classes and not config.projection_dim):
-            chosen[site] = able[0]
-        else:
-            chosen[site], record[site] = measure(site_call(config, site, batch, device, its_dtype), able, device)
-    for site, parts in FUSED_SITES.items():
-        slower = site in record and _best(record, site) > sum(_best(record, part) for part in parts)
-        if site in chosen and (slower or chosen[site].name == "torch"):  # which runs the parts one by one
-            del chosen[site]
-    for pair, apart in APART.items():
-        if pair[0] in record and sum(_best(record, s) for s in pair) > sum(_best(record, s) for s in apart):
-            for site in pair:
-                del chosen[site]
-    return chosen, record
+        chosen[site.name] = able[0]
+        if len(able) == 1 or (site.name == "head" and not config.num_classes and not config.projection_dim):
+            continue
+        try:
+            chosen[site.name], record[site.name] = measure(
+                asked.case(site), able, device, timed=not asked.deterministic
+            )
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            record[site.name] = {"ms": {}, "refused": {}, "out_of_memory": [entry.name for entry in able]}
+    for site in SITES.values():
+        together = (site, *([SITES[site.passes_to]] if site.passes_to else []))
+        if not site.parts or site.name not in chosen or not any(member.name in record for member in together):
+            continue
+        parts = [part for member in together for part in member.parts]
+        if not _faster(record, [member.name for member in together], parts):
+            for member in together:
+                chosen.pop(member.name, None)
+    return _without_idle_sites(chosen), record
 
 
-def _best(record: dict[str, Any], site: str) -> float:
-    """Fastest measured milliseconds at a site; 0 where there was nothing to choose from."""
-    return min(record[site]["ms"].values()) if site in record else 0.0
+def _faster(record: Mapping[str, Any], together: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether sites were measured to take no longer than those whose work they do.
+
+    quantize is measured at the model's width, which hidden rows exceed.
+    """
+
+    def best(site: str) -> float:  # 0 where there was nothing to choose from
+        return min(record[site]["ms"].values(), default=0.0) if site in record else 0.0
+
+    timed = all(record[site]["ms"] for site in together if site in record)
+    return timed and sum(map(best, together)) <= sum(map(best, parts))
+
+
+def _without_idle_sites(chosen: dict[str, Backend]) -> dict[str, Backend]:
+    """Choices less those that would only seem to fuse, as torch runs the parts one by one, and halves of pairs."""
+    idle = {site.name for site in SITES.values() if site.fused and site.name in chosen
+            and chosen[site.name].name == "torch"}  # fmt: skip
+    for site in SITES.values():
+        if site.passes_to and not {site.name, site.passes_to} <= chosen.keys():
+            idle |= {site.name, site.passes_to}
+    return {name: entry for name, entry in chosen.items() if name not in idle}
 
 
 def build(
@@ -205,78 +257,116 @@ def build(
     backend: str = "auto",
     batch: int | None = None,
     quantized: torch.dtype | None = None,
-    keep: frozenset[str] = frozenset(),
+    skip_quantize: frozenset[str] = frozenset(),
+    deterministic: bool = False,
 ) -> Plan:
     """Choose an implementation for every site.
 
     Args:
         backend: "auto", or one of "torch" (its plain ops), "triton", "native" for all sites.
         batch: the batch size whose shapes are measured; by default see GPU_BATCH.
-        quantized, keep: as in `Plan`.
+        quantized, skip_quantize: as in `Plan`.
+        deterministic: with "auto", take the first right backend in default order instead of the fastest, so that
+            the choice does not depend on a clock; nothing is read from the cache or kept there.
 
     Raises:
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
     batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
+    asked = _Request(config, device, dtype, backend, batch, quantized, skip_quantize, deterministic)
+    measured: dict[str, Any] = {}
     if backend != "auto":
-        chosen, _ = _site_backends(config, device, dtype, backend, batch, quantized, keep)
-        packed = backend != "torch"
-        return assemble(config, chosen, device=device, dtype=dtype, packed=packed, quantized=quantized, keep=keep)
-    key = plan_key(config, device, dtype, batch)
-    if quantized:
-        key |= {"quantized": str(quantized), "sites": list(plan_sites(config, quantized, keep))}
-    path = plans_dir() / f"{digest(key)}.json"
-    saved = load_plan(path, key)
-    if saved is None:
-        chosen, measured = _site_backends(config, device, dtype, backend, batch, quantized, keep)
-        save_plan(path, key, {site: entry.name for site, entry in chosen.items()}, measured)
+        chosen = _forced(asked)
+    elif deterministic:
+        chosen, measured = _measured(asked)
     else:
-        names, measured = saved
-        chosen = {}
-        for site, name in names.items():
-            chosen[site] = choose(site_spec(config, site, batch, device, site_dtype(site, dtype, quantized)), name)
-    plan = assemble(config, chosen, device=device, dtype=dtype, packed=True, quantized=quantized, keep=keep)
+        chosen, measured = _remembered(asked) or _remember(asked)
+    plan = assemble(
+        config, chosen, device=device, dtype=dtype, packed=backend != "torch", quantized=quantized,
+        skip_quantize=skip_quantize,
+    )  # fmt: skip
     return replace(plan, measured=measured)
+
+
+def _key(asked: _Request) -> dict[str, Any]:
+    key = plan_cache.plan_key(asked.config, asked.device, asked.dtype, asked.batch)
+    if asked.quantized:
+        key |= {"quantized": str(asked.quantized), "sites": [site.name for site in asked.sites()]}
+    return key
+
+
+def _remembered(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]] | None:
+    """The choices of an earlier measurement; None if there is none or, with a warning, if they cannot be used."""
+    key = _key(asked)
+    saved = plan_cache.load_plan(key)
+    if saved is None:
+        return None
+    names, measured = saved
+    sites = {site.name: site for site in asked.sites()}
+    try:
+        if unknown := names.keys() - sites.keys():
+            raise BackendError(f"this model has no {', '.join(sorted(unknown))}")
+        if missing := {name for name, site in sites.items() if not site.optional} - names.keys():
+            raise BackendError(f"it says nothing of {', '.join(sorted(missing))}")
+        chosen = {name: choose(asked.spec(sites[name]), backend) for name, backend in names.items()}
+        if _without_idle_sites(chosen).keys() != chosen.keys():
+            raise BackendError("it has half of a pair of sites, or a fused one on torch")
+    except BackendError as error:
+        plan_cache.warn_of(key, str(error))
+        return None
+    return chosen, measured
+
+
+def _remember(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
+    """Measure, and keep the choices, unless memory was too short to measure them all."""
+    chosen, measured = _measured(asked)
+    starved = [f"{site} ({', '.join(r['out_of_memory'])})" for site, r in measured.items() if "out_of_memory" in r]
+    if starved:
+        warnings.warn(
+            f"memory was too short to measure {', '.join(starved)}: this plan takes the first able backend there, and "
+            "is not kept",
+            stacklevel=2,
+        )
+    else:
+        plan_cache.save_plan(_key(asked), {site: entry.name for site, entry in chosen.items()}, measured)
+    return chosen, measured
 
 
 def assemble(
     config: ViTConfig,
-    chosen: dict[str, Backend],
+    chosen: Mapping[str, Backend],
     *,
     device: torch.device,
     dtype: torch.dtype,
     packed: bool,
     quantized: torch.dtype | None = None,
-    keep: frozenset[str] = frozenset(),
+    skip_quantize: frozenset[str] = frozenset(),
 ) -> Plan:
     """Make a Plan of chosen backends: fold norms where every product is Triton, pack weights on the CPU.
 
     Args:
         packed: whether packed weights may be used. Not by a forced "torch": it runs the plain ops, and
             gives the bits that the model's own library gives.
-        quantized, keep: as in `Plan`.
+        quantized, skip_quantize: as in `Plan`.
     """
     names = {site: entry.name for site, entry in chosen.items()}
     calls = {site: cast(Any, entry.call) for site, entry in chosen.items()}
     packs = {}
-    for site in (site for site in ("patch_embed", *LINEAR_SITES, *QUANTIZED_PRODUCTS) if packed and site in chosen):
-        spec = site_spec(config, site, 1, device, site_dtype(site, dtype, quantized))
+    for site in chosen if packed else ():
+        spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
         if found := packed_op(chosen[site], spec):
             packs[site], calls[site] = found
-    fuse_attention, fuse_mlp = (names.get(site) in ("triton", "native") for site in FUSED_SITES)
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
-    folding = {"attention_block"} if fuse_attention else {"row_stats", "qkv"}
-    folding |= {"mlp"} if fuse_mlp else {"fc1"} if fuse_attention else {"proj", "fc1", "fc2"}
+    folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}
+    folding |= {"mlp"} if "mlp" in chosen else {"fc1"} if "attention_block" in chosen else {"proj", "fc1", "fc2"}
     return Plan(
-        calls=calls,
+        **calls,
         backends=names,
         fold_norm=on_triton >= folding,
-        fuse_attention=fuse_attention,
-        fuse_mlp=fuse_mlp,
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
         quantized=quantized,
-        keep=keep,
+        skip_quantize=skip_quantize,
     )

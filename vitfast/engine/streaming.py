@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitfast.engine.isolation import isolated
+from vitfast.engine.runner import Runner
 from vitfast.models.output import Output
-
-if TYPE_CHECKING:
-    from vitfast.engine.engine import Engine
 
 Batch: TypeAlias = "Tensor | Sequence[np.ndarray]"
 """What `Engine.__call__` takes, or images uint8 [H, W, C] of one size, to be stacked."""
@@ -34,10 +33,14 @@ LANES = 2
 
 
 class CpuLane:
-    """A batch on the CPU: computed when it is started."""
+    """A batch on the CPU: computed when it is started.
 
-    def __init__(self, engine: Engine, *, preprocessed: bool, tokens: bool) -> None:
-        self._engine, self._preprocessed, self._tokens = engine, preprocessed, tokens
+    Args:
+        run: an engine, called on a batch. tokens: whether they are part of the output.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Output], *, tokens: bool) -> None:
+        self._run, self._tokens = run, tokens
         self._output: Output | None = None
 
     def start(self, batch: Batch) -> None:
@@ -45,7 +48,7 @@ class CpuLane:
         if not isinstance(batch, Tensor):
             _shape_of_list(batch)
             batch = torch.from_numpy(np.stack(batch))
-        output = self._engine(batch, preprocessed=self._preprocessed)
+        output = self._run(batch)
         self._output = output if self._tokens else Output(None, output.embedding, output.logits)
 
     def finish(self) -> Output:
@@ -54,7 +57,7 @@ class CpuLane:
         assert output is not None
         return output
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is ever left under way."""
 
 
@@ -62,14 +65,24 @@ class GpuLane:
     """A batch on its way through a GPU, and its buffers.
 
     Args:
+        runner: checks and prepares batches. run_into: computes prepared images, and writes where it is told.
         upload, download: streams, shared by the lanes of one run.
         cuda: torch.cuda; tests pass another.
     """
 
     def __init__(
-        self, engine: Engine, upload: Any, download: Any, *, preprocessed: bool, tokens: bool, cuda: Any = torch.cuda
+        self,
+        runner: Runner,
+        run_into: Callable[[Tensor, Output], None],
+        upload: Any,
+        download: Any,
+        *,
+        preprocessed: bool,
+        tokens: bool,
+        cuda: Any = torch.cuda,
     ) -> None:
-        self._engine, self._preprocessed, self._tokens, self._cuda = engine, preprocessed, tokens, cuda
+        self._runner, self._run_into, self._cuda = runner, run_into, cuda
+        self._preprocessed, self._tokens = preprocessed, tokens
         self._upload, self._download = upload, download
         self._uploaded, self._computed = cuda.Event(), cuda.Event()
         self._returned = cuda.Event(blocking=True)  # a waiting host leaves its core to the decoding threads
@@ -85,15 +98,15 @@ class GpuLane:
         pinned = [self._pinned, *(self._result.tensors() if self._result else ())]
         return sum(t.nbytes for t in device if t is not None), sum(t.nbytes for t in pinned if t is not None)
 
-    @torch.inference_mode()
+    @isolated
     def start(self, batch: Batch) -> None:
         """Send a batch on its way; returns before it has arrived."""
-        engine, cuda = self._engine, self._cuda
-        with cuda.device(engine.device):
+        runner, cuda = self._runner, self._cuda
+        with cuda.device(runner.device):
             stream = cuda.current_stream()
-            images = engine._prepare(self._send(batch, stream), self._preprocessed)
-            output, result = self._room_for_results(images.shape[0], engine._size(images))
-            engine._run_into(images, output)
+            images = runner.prepare(self._send(batch, stream), self._preprocessed)
+            output, result = self._room_for_results(images.shape[0], runner.size(images))
+            self._run_into(images, output)
             self._computed.record(stream)
             with cuda.stream(self._download):
                 self._download.wait_event(self._computed)
@@ -101,29 +114,29 @@ class GpuLane:
                 self._returned.record(self._download)
             self._batch = images.shape[0]
 
-    @torch.inference_mode()
+    @isolated
     def finish(self) -> Output:
         """Wait for the batch that was started; its output, the caller's own, in ordinary memory."""
         self._returned.synchronize()
         assert self._result is not None
         return self._result[: self._batch].clone()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for whatever is under way, so that the buffers may go."""
         self._upload.synchronize()
         self._returned.synchronize()
 
     def _send(self, batch: Batch, stream: Any) -> Tensor:
         """The batch on the device, there by the time that the current stream reads it."""
-        engine = self._engine
+        runner = self._runner
         if isinstance(batch, Tensor):
-            engine._check(batch.shape, batch.dtype)
+            runner.check(batch.shape, batch.dtype)
             if batch.device.type == "cuda":
-                return batch.to(engine.device, non_blocking=True)
-            shape, dtype = tuple(batch.shape), torch.uint8 if batch.dtype == torch.uint8 else engine.dtype
+                return batch.to(runner.device, non_blocking=True)
+            shape, dtype = tuple(batch.shape), torch.uint8 if batch.dtype == torch.uint8 else runner.dtype
         else:
             shape, dtype = _shape_of_list(batch), torch.uint8
-            engine._check(shape, dtype)
+            runner.check(shape, dtype)
         pinned, pixels = self._room_for_pixels(shape, dtype, stream)
         if not isinstance(batch, Tensor):
             np.stack(batch, out=pinned.numpy())
@@ -139,7 +152,7 @@ class GpuLane:
 
     def _room_for_pixels(self, shape: Sequence[int], dtype: torch.dtype, stream: Any) -> tuple[Tensor, Tensor]:
         """The pinned and the device buffer of a batch's pixels, made anew if it does not fit."""
-        batch, device = shape[0], self._engine.device
+        batch, device = shape[0], self._runner.device
         if not _fits(self._pixels, batch, shape[1:], dtype):
             self._pinned = torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
             self._pixels = torch.empty(tuple(shape), dtype=dtype, device=device)
@@ -149,12 +162,12 @@ class GpuLane:
 
     def _room_for_results(self, batch: int, size: tuple[int, int]) -> tuple[Output, Output]:
         """The device and the pinned buffers of a batch's outputs, made anew if they do not fit."""
-        engine = self._engine
+        runner = self._runner
         tokens = self._output.tokens if self._output else None
         enough = self._output is not None and self._output.embedding.shape[0] >= batch
-        if not enough or (tokens is not None and tokens.shape[1] != engine.config.tokens(size)):
-            self._output = engine._outputs(batch, size, tokens=self._tokens)
-            self._result = engine._outputs(batch, size, tokens=self._tokens, pinned=True)
+        if not enough or (tokens is not None and tokens.shape[1] != runner.config.tokens(size)):
+            self._output = runner.outputs(batch, size, tokens=self._tokens)
+            self._result = runner.outputs(batch, size, tokens=self._tokens, pinned=True)
         assert self._output is not None and self._result is not None
         return self._output[:batch], self._result[:batch]
 
@@ -207,7 +220,7 @@ def run(lanes: Sequence[CpuLane] | Sequence[GpuLane], batches: Iterable[Batch]) 
             raise failed
     finally:
         for lane in lanes:
-            lane.settle()
+            lane.synchronize()
 
 
 def _start(lane: CpuLane | GpuLane, batch: Batch, index: int) -> None:

@@ -29,6 +29,9 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from vitfast.models import schema
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
 """gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up."""
@@ -39,6 +42,23 @@ tokens; the mean of CLS and distillation token (the embedding of a distilled Dei
 (then `embedding` is the CLS token)."""
 
 
+OFF_GRID = ("refuse", "crop", "pad")
+"""What becomes of an image whose sides are no multiples of the patch's: it is refused (torchvision; timm without
+dynamic_img_pad); rows and columns past the last whole patch are cut off (transformers); or it is padded with zeros, at
+the bottom and on the right, to the next whole patch (timm's dynamic_img_pad)."""
+
+Sides = Annotated[tuple[int, int], schema.sides(1, 65_536)]
+Width = Annotated[int, schema.whole(1, 65_536)]
+Depth = Annotated[int, schema.whole(1, 1_024)]
+Heads = Annotated[int, schema.whole(1, 4_096)]
+Hidden = Annotated[int, schema.whole(1, 1_048_576)]
+Channels = Annotated[int, schema.whole(1, 1_024)]
+Tokens = Annotated[int, schema.whole(0, 65_536)]
+Classes = Annotated[int, schema.whole(0, 10_000_000)]
+Eps = Annotated[float, schema.number(0, 1)]
+Flag = Annotated[bool, schema.FLAG]
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """Architecture of one Vision Transformer encoder. Sizes are in pixels or in tokens' channels.
@@ -47,55 +67,55 @@ class ViTConfig:
         ValueError: if a field is out of its domain; the message names field, value and domain.
     """
 
-    image_size: tuple[int, int]
-    """Native (height, width); `position` has one row per patch of this size."""
-    patch_size: tuple[int, int]
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int
-    in_channels: int = 3
-    head_dim: int = 0
+    image_size: Sides
+    """Native (height, width), on the patch grid; `position` has one row per patch of this size."""
+    patch_size: Sides
+    width: Width
+    depth: Depth
+    heads: Heads
+    mlp_dim: Hidden
+    in_channels: Channels = 3
+    head_dim: Annotated[int, schema.whole(0, 65_536)] = 0
     """0 means width // heads."""
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    prefix_tokens: int = 1
+    activation: Annotated[str, schema.one_of(*ACTIVATIONS)] = "gelu"
+    norm_eps: Eps = 1e-6
+    prefix_tokens: Tokens = 1
     """CLS + distillation + register tokens."""
-    class_token: bool = True
-    position: bool = True
-    pre_norm: bool = False
+    class_token: Flag = True
+    position: Flag = True
+    pre_norm: Flag = False
     """A LayerNorm between embedding and blocks (CLIP)."""
-    layer_scale: bool = False
-    final_norm: bool = True
-    pool: str = "cls"
-    pool_norm: bool = False
-    distilled: bool = False
-    projection_dim: int = 0
-    num_classes: int = 0
-    head_concat_mean: bool = False
+    layer_scale: Flag = False
+    final_norm: Flag = True
+    pool: Annotated[str, schema.one_of(*POOLS)] = "cls"
+    pool_norm: Flag = False
+    distilled: Flag = False
+    projection_dim: Annotated[int, schema.whole(0, 65_536)] = 0
+    num_classes: Classes = 0
+    head_concat_mean: Flag = False
     """The head reads [CLS, mean of patch tokens] of width 2C (DINOv2 classifiers)."""
-    dynamic_size: bool = False
+    dynamic_size: Flag = False
     """Whether images of another size are accepted, the position embedding being resized."""
-    position_antialias: bool = True
+    off_grid: Annotated[str, schema.one_of(*OFF_GRID)] = "refuse"
+    position_antialias: Flag = True
     """timm resizes with antialiasing, transformers and the original DINOv2 without."""
-    position_offset: float = 0.0
+    position_offset: Annotated[float, schema.number(0, 1)] = 0.0
     """Added to the target grid before the scale factor is computed (original DINOv2: 0.1)."""
-    name: str = ""
+    name: Annotated[str, schema.TEXT] = ""
 
     def __post_init__(self) -> None:
+        if found := schema.problems(ViTConfig, vars(self), "ViTConfig."):
+            raise ValueError("; ".join(found))
         if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", self.width // max(self.heads, 1))
-        for field in ("width", "depth", "heads", "mlp_dim", "in_channels", "head_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"ViTConfig.{field} must be at least 1, got {getattr(self, field)}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"ViTConfig.activation must be one of {ACTIVATIONS}, got {self.activation!r}")
-        if self.pool not in POOLS:
-            raise ValueError(f"ViTConfig.pool must be one of {POOLS}, got {self.pool!r}")
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        if self.head_dim == 0:
+            raise ValueError(f"ViTConfig.heads must be at most the width {self.width}, got {self.heads}")
         if self.class_token and self.prefix_tokens < 1:
             raise ValueError("ViTConfig.class_token needs prefix_tokens >= 1, got 0")
         if not self.class_token and self.pool in ("cls", "cls_dist", "none"):
             raise ValueError(f"ViTConfig.pool={self.pool!r} needs a class token")
+        if self.pool == "cls_dist" and self.prefix_tokens < 2:
+            raise ValueError(f"ViTConfig.pool='cls_dist' needs prefix_tokens >= 2, got {self.prefix_tokens}")
         self.grid(self.image_size)
 
     @property
@@ -110,11 +130,25 @@ class ViTConfig:
             ValueError: if a side is not a positive multiple of the patch side.
         """
         (height, width), (ph, pw) = image_size, self.patch_size
-        if ph < 1 or pw < 1:
-            raise ValueError(f"patch size must be positive, got {ph}x{pw}")
         if height < ph or width < pw or height % ph or width % pw:
             raise ValueError(f"image size {height}x{width} is not a positive multiple of the patch size {ph}x{pw}")
         return height // ph, width // pw
+
+    def fit(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) on the patch grid that an image of (height, width) is cropped or padded to.
+
+        Raises:
+            ValueError: if the model refuses sizes off the grid, or nothing is left.
+        """
+        (height, width), (ph, pw) = image_size, self.patch_size
+        if self.off_grid == "crop":
+            height, width = height // ph * ph, width // pw * pw
+        elif self.off_grid == "pad":
+            height, width = -(-height // ph) * ph, -(-width // pw) * pw
+        if height < 1 or width < 1:
+            raise ValueError(f"image size {image_size[0]}x{image_size[1]} is less than one patch of {ph}x{pw}")
+        self.grid((height, width))
+        return height, width
 
     def tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Sequence length N (prefix and patches) for an image size, the native one by default."""

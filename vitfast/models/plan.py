@@ -1,59 +1,240 @@
-"""What runs each part of the forward: the sites, and a plan that has an implementation for each."""
+"""What runs each part of the forward: the table of its sites, and a plan that has an implementation for each."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-SITES = (
-    "patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "attention_block", "fc1", "fc2", "mlp",
-    "head",
-)  # fmt: skip
-"""Where the forward calls an op; qkv, proj, fc1, fc2 and head are all `linear`, at their own shapes."""
 
-PRODUCTS = ("qkv", "proj", "fc1", "fc2")
+@dataclass(frozen=True)
+class Site:
+    """A place where the forward calls an op. Its sizes are those of `vitfast.engine.sites.site_dims`.
+
+    Attributes:
+        name: as plans and predictions have it; the field of `Plan`. op: a name in `vitfast.ops.OPS`.
+        product: the product of a block ("qkv", "proj", "fc1", "fc2") whose weights it reads, or "".
+        quantized: whether it reads or writes 8 bits; only a quantised model has it.
+        parts: the sites whose work it does in one launch, or without a pass that quantises.
+        passes_to: the site that reads what it writes; a plan has both or neither.
+        optional: a forward can do without it; others then do its work.
+        features: what it asks of its op: norm (folded), activation, residual, stats, requantize (8 bits out), group
+            scales or head scales (of the rows that it reads).
+    """
+
+    name: str
+    op: str
+    product: str = ""
+    quantized: bool = False
+    parts: tuple[str, ...] = ()
+    passes_to: str = ""
+    optional: bool = False
+    features: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is half a block in one launch."""
+        return bool(self.parts) and not self.quantized
+
+
+SITES: dict[str, Site] = {
+    site.name: site
+    for site in (
+        Site("patch_embed", "patch_embed"),
+        Site("layer_norm", "layer_norm"),
+        Site("row_stats", "row_stats", optional=True),
+        Site("qkv", "linear", "qkv", features=("norm",)),
+        Site("attention", "attention"),
+        Site("proj", "linear", "proj", features=("residual", "stats")),
+        Site("attention_block", "attention_block", parts=("qkv", "attention", "proj"), optional=True),
+        Site("fc1", "linear", "fc1", features=("norm", "activation")),
+        Site("fc2", "linear", "fc2", features=("residual", "stats")),
+        Site("mlp", "mlp", parts=("fc1", "fc2"), optional=True),
+        Site("head", "linear"),
+        Site("quantize", "quantize", quantized=True, features=("norm",)),
+        Site("quantized_qkv", "quantized_linear", "qkv", quantized=True),
+        Site("quantized_proj", "quantized_linear", "proj", quantized=True, features=("residual",)),
+        Site("quantized_fc1", "quantized_linear", "fc1", quantized=True, features=("activation",)),
+        Site("quantized_fc2", "quantized_linear", "fc2", quantized=True, features=("residual",)),
+        Site(
+            "fc1_requantize", "quantized_linear", "fc1", quantized=True, optional=True,
+            parts=("quantized_fc1", "quantize"), passes_to="fc2_group_scales", features=("activation", "requantize"),
+        ),
+        Site(
+            "fc2_group_scales", "quantized_linear", "fc2", quantized=True, optional=True,
+            parts=("quantized_fc2",), features=("group scales", "residual"),
+        ),
+        Site(
+            "attention_quantize", "attention", quantized=True, optional=True,
+            parts=("attention", "quantize"), passes_to="proj_head_scales", features=("requantize",),
+        ),
+        Site(
+            "proj_head_scales", "quantized_linear", "proj", quantized=True, optional=True,
+            parts=("quantized_proj",), features=("head scales", "residual"),
+        ),
+    )
+}  # fmt: skip
+"""Where the forward calls an op, by name. All else that is said of sites is derived from this table."""
+
+PRODUCTS = tuple(site.name for site in SITES.values() if site.product == site.name)
 """The products of a block: those that can be quantised."""
-HIDDEN_SITES = ("hidden_fc1", "hidden_fc2")
-"""fc1 and fc2 of a quantised MLP that hands its hidden rows on in 8 bits, with scales of groups: no pass between."""
-MIXED_SITES = ("mixed_attention", "mixed_proj")
-"""attention and proj of a quantised model whose attention writes 8 bits, with a scale for each head: no pass between.
-Where the head dim is one of `ops.SCALE_GROUPS`."""
-QUANTIZED_SITES = ("quantize", *(f"quantized_{site}" for site in PRODUCTS), *HIDDEN_SITES, *MIXED_SITES)
-"""Where the forward of a quantised model calls an op; the products are `quantized_linear`."""
+
+
+class PatchEmbedOp(Protocol):
+    """`vitfast.ops.patch_embed`, on a weight that `Plan.packs` may have packed."""
+
+    def __call__(
+        self, images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None, /,
+        *, patch_size: tuple[int, int], channels_last: bool,
+    ) -> Tensor:  # fmt: skip
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class LayerNormOp(Protocol):
+    """`vitfast.ops.layer_norm`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, /) -> Tensor:
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class RowStatsOp(Protocol):
+    """`vitfast.ops.row_stats`."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class LinearOp(Protocol):
+    """`vitfast.ops.linear`, on a weight that `Plan.packs` may have packed. A Tensor; with `stats` a pair of them."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, /, *, activation: str | None = None,
+        layer_scale: Tensor | None = None, residual: Tensor | None = None, row_stats: Tensor | None = None,
+        weight_sum: Tensor | None = None, eps: float = 1e-6, stats: bool = False,
+    ) -> Any:  # fmt: skip
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class AttentionOp(Protocol):
+    """`vitfast.ops.attention` of q, k and v [B, N, H, D]. A Tensor; with `quantize` values and scales."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, /, *, quantize: torch.dtype | None = None) -> Any:
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class AttentionBlockOp(Protocol):
+    """`vitfast.ops.attention_block`. A Tensor; with `stats` a pair of them."""
+
+    def __call__(
+        self, x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, /,
+        *, heads: int, layer_scale: Tensor | None, residual: Tensor, weight_sum: Tensor | None = None,
+        eps: float = 1e-6, stats: bool = False,
+    ) -> Any:  # fmt: skip
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class MlpOp(Protocol):
+    """`vitfast.ops.mlp`. A Tensor; with `stats` a pair of them."""
+
+    def __call__(
+        self, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, /,
+        *, activation: str, layer_scale: Tensor | None, residual: Tensor, weight_sum: Tensor | None = None,
+        eps: float = 1e-6, stats: bool = False,
+    ) -> Any:  # fmt: skip
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class QuantizeOp(Protocol):
+    """`vitfast.ops.quantize`: values in 8 bits and their scales."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        /,
+        *,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Shapes, dtypes and errors are those of the op."""
+
+
+class QuantizedLinearOp(Protocol):
+    """`vitfast.ops.quantized_linear`. A Tensor; with `requantize` values in 8 bits and their scales."""
+
+    def __call__(
+        self, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, /, *,
+        activation: str | None = None, layer_scale: Tensor | None = None, residual: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16, requantize: bool = False,
+    ) -> Any:  # fmt: skip
+        """Shapes, dtypes and errors are those of the op."""
+
+
+def absent(*args: Any, **kwargs: Any) -> Any:
+    """Stands in a plan for a product that no block of the model has: plain ones, or quantised ones.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("the forward called a site that its plan does not have")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The implementation of each site, and how the forward is put together.
+    """The implementation of each site, by its name, and how the forward is put together.
 
-    Every callable has the signature of the op's reference. `packs` turn the [N, K] weights of some
-    sites into the form that the site's callable wants; patch_embed's is told of the images, too.
-    `fold_norm`: LayerNorm is applied as a correction inside the following product, from statistics
-    the previous product wrote.
-    `fuse_attention`: qkv, attention and proj run as the one op `attention_block`, likewise with `fold_norm`.
-    `fuse_mlp`: fc1, activation and fc2 run as the one op `mlp`, norm and statistics included if `fold_norm`.
-    `quick_gelu_as_silu`: the 1.702 of x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends
-    that fuse SiLU only.
-    `quantized`: the dtype in which the products of the blocks are computed, None for that of the model;
-    the products named in `keep` ("blocks.3.fc2") are left as they are.
-    `measured`: what the choices were made by, for each site that had one (see `vitfast.engine.planner.measure`).
+    Attributes:
+        row_stats ... proj_head_scales: as the op they are typed for; None where an optional one is not in use.
+            `attention_block` and `mlp` take the place of their parts; `fc1_requantize` and `attention_quantize` pass
+            8 bits on to `fc2_group_scales` and `proj_head_scales`.
+        backends: site -> "torch", "triton" or "native", of all sites in use.
+        fold_norm: LayerNorm is a correction inside the following product, from statistics that the previous wrote.
+        quick_gelu_as_silu: the 1.702 of x * sigmoid(1.702 x) moves into fc1 and its inverse into fc2, for backends
+            that fuse SiLU only.
+        packs: of some sites, what turns their weight [N, K] into the form that they read; patch_embed's is told of
+            the images, too.
+        quantized: the dtype in which the products of the blocks are computed, None for that of the model;
+            those named in `skip_quantize` ("blocks.3.fc2") are left as they are.
+        measured: what the choices were made by, for each site that had one (see `vitfast.engine.planner.measure`).
     """
 
-    calls: Mapping[str, Callable[..., Tensor]]
+    patch_embed: PatchEmbedOp
+    layer_norm: LayerNormOp
+    attention: AttentionOp
+    head: LinearOp
     backends: Mapping[str, str]
+    qkv: LinearOp = absent
+    proj: LinearOp = absent
+    fc1: LinearOp = absent
+    fc2: LinearOp = absent
+    row_stats: RowStatsOp | None = None
+    attention_block: AttentionBlockOp | None = None
+    mlp: MlpOp | None = None
+    quantize: QuantizeOp = absent
+    quantized_qkv: QuantizedLinearOp = absent
+    quantized_proj: QuantizedLinearOp = absent
+    quantized_fc1: QuantizedLinearOp = absent
+    quantized_fc2: QuantizedLinearOp = absent
+    fc1_requantize: QuantizedLinearOp | None = None
+    fc2_group_scales: QuantizedLinearOp = absent
+    attention_quantize: AttentionOp | None = None
+    proj_head_scales: QuantizedLinearOp = absent
     fold_norm: bool = False
-    fuse_attention: bool = False
-    fuse_mlp: bool = False
     quick_gelu_as_silu: bool = False
     packs: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     quantized: torch.dtype | None = None
-    keep: frozenset[str] = frozenset()
+    skip_quantize: frozenset[str] = frozenset()
     measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> bool:
+        """Whether half a block is one launch, or each half."""
+        return self.attention_block is not None or self.mlp is not None
 
     def __repr__(self) -> str:
         lines = [f"  {site}: {name}{f' (ms: {times})' if times else ''}" for site, name, times in self._rows()]

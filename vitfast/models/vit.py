@@ -9,15 +9,18 @@ register tokens, SwiGLU). `Weights` is what the forward reads: canonical weights
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vitfast.models.config import ViTConfig
 from vitfast.models.output import Output
-from vitfast.models.plan import Plan
+from vitfast.models.plan import LinearOp, Plan, QuantizedLinearOp
 from vitfast.models.weights import Block, Dense, Norm, Weights
+
+State: TypeAlias = "tuple[Tensor, Tensor | None]"
+"""The residual stream [B, N, C], and its row statistics where the next product wants them."""
 
 
 def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images: Tensor, plan: Plan) -> Output:
@@ -26,130 +29,149 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
     Args:
         position: [L, C] for this image size (`weights.position`, or that resized).
     """
-    embed = weights.embed_uint8 if images.dtype == torch.uint8 else weights.embed_float
-    x = plan.calls["patch_embed"](
-        images,
-        embed.weight,
-        embed.bias,
-        position,
-        weights.prefix,
-        patch_size=config.patch_size,
-        channels_last=images.dtype == torch.uint8,
+    uint8 = images.dtype == torch.uint8
+    embed = weights.embed_uint8 if uint8 else weights.embed_float
+    assert embed is not None, "uint8 images need a known normalisation; Runner.check has seen to it"
+    x = plan.patch_embed(
+        images, embed.weight, embed.bias, position, weights.prefix, patch_size=config.patch_size, channels_last=uint8
     )
     if weights.norm_pre:
-        x = plan.calls["layer_norm"](x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
-    stats = plan.calls["row_stats"](x) if plan.fold_norm and not plan.fuse_attention else None
+        x = plan.layer_norm(x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
+    run_block: Callable[..., State] = fused_block if plan.fused else folded_block
+    if plan.quantized is not None:
+        run_block = quantized_block
+    stats = first_stats(plan, x)
     for i, block in enumerate(weights.blocks):
-        last = i == config.depth - 1
-        x, stats = run_block(config, weights.activation, block, x, stats, plan, last=last)
+        x, stats = run_block(config, weights.activation, block, x, stats, plan, last=i == config.depth - 1)
     if weights.norm:
-        x = plan.calls["layer_norm"](x, weights.norm.weight, weights.norm.bias, config.norm_eps)
+        x = plan.layer_norm(x, weights.norm.weight, weights.norm.bias, config.norm_eps)
     return _head(config, weights, x, plan)
 
 
-def run_block(
+def first_stats(plan: Plan, x: Tensor) -> Tensor | None:
+    """Row statistics for the first block; later ones have them from the block before."""
+    return plan.row_stats(x) if plan.row_stats and plan.fold_norm and not plan.attention_block else None
+
+
+def folded_block(
     config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block; five launches with folded norms, two to four if a half is one launch, seven in 8 bits."""
-    x, stats = _attention_half(config, block, x, stats, plan)
-    return _mlp_half(config, activation, block, x, stats, plan, last=last)
+) -> State:
+    """A launch for each op: five with folded norms, seven where the plan has norms of their own."""
+    x, stats = _attention_half(config, block, x, stats, plan, want_stats=plan.fold_norm)
+    return _mlp_half(config, activation, block, x, stats, plan, want_stats=plan.fold_norm and not last)
+
+
+def fused_block(
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
+) -> State:
+    """One half in one launch, or each: two to four with folded norms. A fused half finds its row statistics itself."""
+    want_stats = plan.fold_norm and plan.mlp is None
+    if plan.attention_block is None:
+        x, stats = _attention_half(config, block, x, stats, plan, want_stats=want_stats)
+    else:
+        normed, folded = _normed(config, plan, x, block.norm1, block.qkv)
+        qkv, proj = block.qkv, block.proj
+        made = plan.attention_block(
+            normed, qkv.weight, qkv.bias, proj.weight, proj.bias, heads=config.heads, layer_scale=block.layer_scale1,
+            residual=x, stats=want_stats, **folded,
+        )  # fmt: skip
+        x, stats = made if want_stats else (made, None)
+    want_stats = plan.fold_norm and plan.attention_block is None and not last
+    if plan.mlp is None:
+        return _mlp_half(config, activation, block, x, stats, plan, want_stats=want_stats)
+    normed, folded = _normed(config, plan, x, block.norm2, block.fc1)
+    fc1, fc2 = block.fc1, block.fc2
+    made = plan.mlp(
+        normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation, layer_scale=block.layer_scale2,
+        residual=x, stats=want_stats, **folded,
+    )  # fmt: skip
+    return made if want_stats else (made, None)
+
+
+def quantized_block(
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
+) -> State:
+    """Products in 8 bits, but for those left alone: seven launches where attention and fc1 write 8 bits themselves."""
+    qkv = _either(config, plan, plan.quantized_qkv, plan.qkv, x, block.qkv, block.norm1)
+    q, k, v = _split(config, qkv)
+    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x}
+    proj, fc1, fc2 = block.proj, block.fc1, block.fc2
+    if plan.attention_quantize is not None and proj.scale is not None:
+        values, scale = plan.attention_quantize(q, k, v, quantize=plan.quantized)
+        values = values.view(*x.shape[:2], -1)
+        x = plan.proj_head_scales(values, scale, proj.weight, proj.scale, proj.bias, dtype=x.dtype, **epilogue)
+    else:
+        mixed = plan.attention(q, k, v).view(*x.shape[:2], -1)
+        x = _either(config, plan, plan.quantized_proj, plan.proj, mixed, proj, **epilogue)
+    epilogue = {"layer_scale": block.layer_scale2, "residual": x}
+    if plan.fc1_requantize is not None and fc1.scale is not None and fc2.scale is not None:
+        values, scale = _quantize(config, plan, x, block.norm2)
+        values, scale = plan.fc1_requantize(
+            values, scale, fc1.weight, fc1.scale, fc1.bias, dtype=x.dtype, activation=activation, requantize=True
+        )
+        x = plan.fc2_group_scales(values, scale, fc2.weight, fc2.scale, fc2.bias, dtype=x.dtype, **epilogue)
+    else:
+        hidden = _either(config, plan, plan.quantized_fc1, plan.fc1, x, fc1, block.norm2, activation=activation)
+        x = _either(config, plan, plan.quantized_fc2, plan.fc2, hidden, fc2, **epilogue)
+    return x, None
 
 
 def _attention_half(
-    config: ViTConfig, block: Block, x: Tensor, stats: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor | None]:
-    """Attention with its products, and the statistics that fc1 wants."""
-    calls = plan.calls
-    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_mlp else {}
-    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1}
-    if plan.fuse_attention:
-        options = {"heads": config.heads, **epilogue, **want_stats}
-        return _fused(config, plan, "attention_block", x, block.norm1, block.qkv, block.proj, **options)
-    qkv = _product(config, plan, "qkv", x, block.qkv, block.norm1, stats)
-    q, k, v = qkv.view(*x.shape[:2], 3, config.heads, config.head_dim).unbind(2)
-    if "mixed_attention" in calls and block.proj.scale is not None:
-        mixed, scale = calls["mixed_attention"](q, k, v, quantize=plan.quantized)
-        mixed = mixed.view(*x.shape[:2], -1)
-        return _quantized_product(calls["mixed_proj"], mixed, scale, block.proj, x.dtype, **epilogue, residual=x), None
-    mixed = calls["attention"](q, k, v).view(*x.shape[:2], -1)
-    made = _product(config, plan, "proj", mixed, block.proj, **epilogue, residual=x, **want_stats)
+    config: ViTConfig, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, want_stats: bool
+) -> State:
+    """Attention with its products; `want_stats`: also the row statistics that fc1 wants."""
+    normed, folded = _normed(config, plan, x, block.norm1, block.qkv)
+    if plan.fold_norm:
+        folded["row_stats"] = stats
+    q, k, v = _split(config, plan.qkv(normed, block.qkv.weight, block.qkv.bias, **folded))
+    mixed = plan.attention(q, k, v).view(*x.shape[:2], -1)
+    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x, "stats": want_stats}
+    made = plan.proj(mixed, block.proj.weight, block.proj.bias, **epilogue)
     return made if want_stats else (made, None)
 
 
 def _mlp_half(
-    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The feed-forward network, and the statistics that the next block's qkv wants."""
-    calls = plan.calls
-    want_stats: dict[str, Any] = {"stats": True} if plan.fold_norm and not plan.fuse_attention and not last else {}
-    if plan.fuse_mlp:
-        options = {"activation": activation, "layer_scale": block.layer_scale2, **want_stats}
-        return _fused(config, plan, "mlp", x, block.norm2, block.fc1, block.fc2, **options)
-    if "hidden_fc1" in calls and block.fc1.scale is not None and block.fc2.scale is not None:
-        values, scale = _quantized(config, plan, x, block.norm2)
-        values, scale = _quantized_product(
-            calls["hidden_fc1"], values, scale, block.fc1, x.dtype, activation=activation, requantize=True
-        )
-        run, epilogue = calls["hidden_fc2"], {"layer_scale": block.layer_scale2, "residual": x}
-        return _quantized_product(run, values, scale, block.fc2, x.dtype, **epilogue), None
-    hidden = _product(config, plan, "fc1", x, block.fc1, block.norm2, stats, activation=activation)
-    made = _product(config, plan, "fc2", hidden, block.fc2, layer_scale=block.layer_scale2, residual=x, **want_stats)
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, want_stats: bool
+) -> State:
+    """The feed-forward network; `want_stats`: also the row statistics that the next block's qkv wants."""
+    normed, folded = _normed(config, plan, x, block.norm2, block.fc1)
+    if plan.fold_norm:
+        folded["row_stats"] = stats
+    hidden = plan.fc1(normed, block.fc1.weight, block.fc1.bias, activation=activation, **folded)
+    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale2, "residual": x, "stats": want_stats}
+    made = plan.fc2(hidden, block.fc2.weight, block.fc2.bias, **epilogue)
     return made if want_stats else (made, None)
 
 
-def _fused(
-    config: ViTConfig, plan: Plan, site: str, x: Tensor, norm: Norm, first: Dense, second: Dense, **options: Any
-) -> Any:
-    """Half a block as one op: a LayerNorm, folded or before it, two products and what is between, the residual."""
-    normed = x
+def _normed(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm, first: Dense) -> tuple[Tensor, dict[str, Any]]:
+    """x after its LayerNorm; or, where that is folded into the product `first`, x and what tells the product so."""
     if plan.fold_norm:
-        options |= {"weight_sum": first.weight_sum, "eps": config.norm_eps}
-    else:
-        normed = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
-    made = plan.calls[site](normed, first.weight, first.bias, second.weight, second.bias, residual=x, **options)
-    return made if "stats" in options else (made, None)
+        return x, {"weight_sum": first.weight_sum, "eps": config.norm_eps}
+    return plan.layer_norm(x, norm.weight, norm.bias, config.norm_eps), {}
 
 
-def _quantized(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def _split(config: ViTConfig, qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v [B, N, H, D] of packed rows [B, N, 3 * H * D], as views."""
+    return qkv.view(*qkv.shape[:2], 3, config.heads, config.head_dim).unbind(2)
+
+
+def _quantize(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """The rows of x, or of its LayerNorm, in 8 bits."""
     affine = (norm.weight, norm.bias) if norm else (None, None)
-    values, scale = plan.calls["quantize"](x, *affine, config.norm_eps, dtype=plan.quantized)
-    return values, scale
+    return plan.quantize(x, *affine, config.norm_eps, dtype=plan.quantized)
 
 
-def _quantized_product(
-    run: Callable[..., Any], values: Tensor, scale: Tensor, dense: Dense, dtype: torch.dtype, **epilogue: Any
-) -> Any:
-    return run(values, scale, dense.weight, dense.scale, dense.bias, dtype=dtype, **epilogue)
-
-
-def _product(
-    config: ViTConfig,
-    plan: Plan,
-    site: str,
-    x: Tensor,
-    dense: Dense,
-    norm: Norm | None = None,
-    row_stats: Tensor | None = None,
-    **epilogue: Any,
-) -> Any:
-    """A product, after a LayerNorm if there is one: folded, quantised with the rows, or before it."""
+def _either(
+    config: ViTConfig, plan: Plan, quantized: QuantizedLinearOp, plain: LinearOp,
+    x: Tensor, dense: Dense, norm: Norm | None = None, **epilogue: Any,
+) -> Tensor:  # fmt: skip
+    """A product, after a LayerNorm if there is one: in 8 bits where its weight is, else plain."""
     if dense.scale is not None:
-        values, scale = _quantized(config, plan, x, norm)
-        return _quantized_product(plan.calls[f"quantized_{site}"], values, scale, dense, x.dtype, **epilogue)
-    if plan.fold_norm and norm:
-        return plan.calls[site](
-            x,
-            dense.weight,
-            dense.bias,
-            row_stats=row_stats,
-            weight_sum=dense.weight_sum,
-            eps=config.norm_eps,
-            **epilogue,
-        )
+        values, scale = _quantize(config, plan, x, norm)
+        return quantized(values, scale, dense.weight, dense.scale, dense.bias, dtype=x.dtype, **epilogue)
     if norm:
-        x = plan.calls["layer_norm"](x, norm.weight, norm.bias, config.norm_eps)
-    return plan.calls[site](x, dense.weight, dense.bias, **epilogue)
+        x = plan.layer_norm(x, norm.weight, norm.bias, config.norm_eps)
+    return plain(x, dense.weight, dense.bias, **epilogue)
 
 
 def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
@@ -164,16 +186,15 @@ def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Ou
     else:
         pooled = tokens[:, 0].contiguous()
     if weights.pool_norm:
-        pooled = plan.calls["layer_norm"](pooled, weights.pool_norm.weight, weights.pool_norm.bias, config.norm_eps)
-    linear = plan.calls["head"]
-    embedding = linear(pooled, weights.projection.weight, None) if weights.projection else pooled
+        pooled = plan.layer_norm(pooled, weights.pool_norm.weight, weights.pool_norm.bias, config.norm_eps)
+    embedding = plan.head(pooled, weights.projection.weight, None) if weights.projection else pooled
     logits = None
     if weights.head:
         features = torch.cat([pooled, patches.mean(dim=1)], dim=1) if config.head_concat_mean else pooled
         if weights.head_dist:
-            first = linear(tokens[:, 0].contiguous(), weights.head.weight, weights.head.bias)
-            second = linear(tokens[:, 1].contiguous(), weights.head_dist.weight, weights.head_dist.bias)
+            first = plan.head(tokens[:, 0].contiguous(), weights.head.weight, weights.head.bias)
+            second = plan.head(tokens[:, 1].contiguous(), weights.head_dist.weight, weights.head_dist.bias)
             logits = (first + second) / 2
         else:
-            logits = linear(features, weights.head.weight, weights.head.bias)
+            logits = plan.head(features, weights.head.weight, weights.head.bias)
     return Output(tokens, embedding, logits)

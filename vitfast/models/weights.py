@@ -51,7 +51,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Weights:
-    """Canonical weights arranged for one plan, dtype and device."""
+    """Canonical weights prepared for one plan, dtype and device."""
 
     activation: str
     """The config's, or "silu" where the plan turned quick_gelu into it."""
@@ -61,6 +61,9 @@ class Weights:
     """For normalised float [B, Cin, H, W]."""
     prefix: Tensor | None
     position: Tensor | None
+    """Of the native image size, in the model's dtype."""
+    exact_position: Tensor | None
+    """The same in fp32, to be resized and then rounded; None if the model takes one size only."""
     norm_pre: Norm | None
     blocks: tuple[Block, ...]
     norm: Norm | None
@@ -68,6 +71,10 @@ class Weights:
     projection: Dense | None
     head: Dense | None
     head_dist: Dense | None
+
+
+QUICK_GELU = 1.702
+"""x * sigmoid(1.702 x) = silu(1.702 x) / 1.702: the factors may move into the products around it."""
 
 
 def prepare_weights(
@@ -80,11 +87,26 @@ def prepare_weights(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Weights:
-    """Cast, move, fold and pack canonical weights once. Folding is done in float64, before the cast."""
+    """Cast, move, fold and pack canonical weights once; the result shares no memory with them.
 
-    def get(name: str) -> Tensor | None:
+    Whatever is scaled or folded is so in fp32 at least, and rounded once to `dtype`, whichever dtype the weights are
+    stored in.
+    """
+
+    def exact(name: str, factor: float = 1.0) -> Tensor | None:
+        """A weight on the device, times a factor, not yet rounded to `dtype`."""
         tensor = weights.get(name)
-        return None if tensor is None else tensor.detach().to(device, dtype).contiguous()
+        if tensor is None:
+            return None
+        tensor = tensor.detach().to(device)
+        return tensor if factor == 1.0 else tensor.double() * factor
+
+    def get(name: str, factor: float = 1.0) -> Tensor | None:
+        tensor = exact(name, factor)
+        if tensor is None:
+            return None
+        made = tensor.to(dtype).contiguous()
+        return made.clone() if made.data_ptr() == weights[name].data_ptr() else made
 
     def norm(name: str) -> Norm | None:
         weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
@@ -93,32 +115,25 @@ def prepare_weights(
     def pack(site: str, weight: Tensor, **layout: Any) -> Tensor:
         return plan.packs[site](weight, **layout) if site in plan.packs else weight
 
-    def dense(name: str, site: str) -> Dense | None:
-        weight = get(f"{name}.weight")
-        if plan.quantized and site in PRODUCTS and name not in plan.keep:
-            exact = weights[f"{name}.weight"].detach().to(device, torch.float32)
-            values, scale = quantize(exact, dtype=plan.quantized, backend="torch")
-            return Dense(pack(f"quantized_{site}", values), get(f"{name}.bias"), scale=scale)
-        return None if weight is None else Dense(pack(site, weight), get(f"{name}.bias"))
+    def dense(name: str, site: str, factor: float = 1.0, bias_factor: float = 1.0) -> Dense | None:
+        bias = get(f"{name}.bias", bias_factor)
+        if plan.quantized and site in PRODUCTS and name not in plan.skip_quantize:
+            values, scale = quantize(exact(f"{name}.weight", factor).float(), dtype=plan.quantized, backend="torch")
+            return Dense(pack(f"quantized_{site}", values), bias, scale=scale)
+        weight = get(f"{name}.weight", factor)
+        return None if weight is None else Dense(pack(site, weight), bias)
 
-    def normed(name: str, before: str, site: str) -> Dense | None:
+    def normed(name: str, before: str, site: str, factor: float = 1.0) -> Dense | None:
         if not plan.fold_norm:
-            return dense(name, site)
-        bias = weights.get(f"{name}.bias")
-        folded, total, shift = fold_norm(
-            weights[f"{name}.weight"].detach().to(device, torch.float32),
-            None if bias is None else bias.detach().to(device, torch.float32),
-            weights[f"{before}.weight"].detach().to(device, torch.float32),
-            weights[f"{before}.bias"].detach().to(device, torch.float32),
-            dtype=dtype,
-        )
+            return dense(name, site, factor, factor)
+        weight, bias = exact(f"{name}.weight", factor), exact(f"{name}.bias", factor)
+        folded, total, shift = fold_norm(weight, bias, exact(f"{before}.weight"), exact(f"{before}.bias"), dtype=dtype)
         return Dense(pack(site, folded), shift, total)
 
     def embed(*, uint8: bool, channels_last: bool) -> Dense:
-        bias = weights.get("patch_embed.bias")
         weight, shift = pack_patch_embed(
-            weights["patch_embed.weight"].detach().to(device),
-            None if bias is None else bias.detach().to(device),
+            exact("patch_embed.weight"),
+            exact("patch_embed.bias"),
             mean=mean if uint8 else None,
             std=std if uint8 else None,
             dtype=dtype,
@@ -128,9 +143,8 @@ def prepare_weights(
         layout = {"patch_size": config.patch_size, "channels_last": channels_last, "uint8": uint8}
         return Dense(pack("patch_embed", weight, **layout), shift)
 
-    activation = config.activation
-    if activation == "quick_gelu" and plan.quick_gelu_as_silu:
-        activation, weights = "silu", _quick_gelu_as_silu(config, weights)
+    as_silu = config.activation == "quick_gelu" and plan.quick_gelu_as_silu
+    factor = QUICK_GELU if as_silu else 1.0
     blocks = tuple(
         Block(
             norm1=norm(f"blocks.{i}.norm1"),
@@ -138,18 +152,22 @@ def prepare_weights(
             proj=dense(f"blocks.{i}.proj", "proj"),
             layer_scale1=get(f"blocks.{i}.layer_scale1"),
             norm2=norm(f"blocks.{i}.norm2"),
-            fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2", "fc1"),
-            fc2=dense(f"blocks.{i}.fc2", "fc2"),
+            fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2", "fc1", factor),
+            fc2=dense(f"blocks.{i}.fc2", "fc2", 1 / factor),
             layer_scale2=get(f"blocks.{i}.layer_scale2"),
         )
         for i in range(config.depth)
     )
+    position, resized = get("position"), None
+    if position is not None and config.dynamic_size:
+        resized = position if dtype in (torch.float32, torch.float64) else exact("position").float().clone()
     return Weights(
-        activation=activation,
+        activation="silu" if as_silu else config.activation,
         embed_uint8=embed(uint8=True, channels_last=True) if mean and std else None,
         embed_float=embed(uint8=False, channels_last=False),
         prefix=get("prefix"),
-        position=get("position"),
+        position=position,
+        exact_position=resized,
         norm_pre=norm("norm_pre"),
         blocks=blocks,
         norm=norm("norm"),
@@ -160,22 +178,10 @@ def prepare_weights(
     )
 
 
-def _quick_gelu_as_silu(config: ViTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, the factors moved into the products around it."""
-    scaled = dict(weights)
-    for i in range(config.depth):
-        for name in (f"blocks.{i}.fc1.weight", f"blocks.{i}.fc1.bias"):
-            if name in weights:
-                scaled[name] = (weights[name].double() * 1.702).to(weights[name].dtype)
-        name = f"blocks.{i}.fc2.weight"
-        scaled[name] = (weights[name].double() / 1.702).to(weights[name].dtype)
-    return scaled
-
-
 def resize_position(
     position: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool, offset: float = 0.0
 ) -> Tensor:
-    """Resample a position embedding [rows * columns, C] to another grid, bicubic, in fp32.
+    """Resample a position embedding [rows * columns, C] to another grid, bicubic, in fp32; in its own dtype.
 
     Args:
         antialias: timm's convention if True; transformers' and the original DINOv2's if False.

@@ -228,8 +228,8 @@ def _results(batch: list[_Decoded], output: Any) -> Iterator[Result]:
 
 @dataclass
 class Classified:
-    """The likeliest classes of one image, best first: dicts of "index", "label" and "probability"
-    (softmax over all classes, 0..1). Empty where status is not "ok"."""
+    """The likeliest classes of one image, best first: dicts of "index", "label" and "probability" (0..1; the value
+    itself under "value" for a model that regresses). Empty where status is not "ok"."""
 
     path: Path
     status: str
@@ -240,8 +240,9 @@ class Classified:
 def classify_images(engine: Engine, paths: Iterable[str | Path], *, k: int = 5, **options: Any) -> Iterator[Classified]:
     """The k likeliest classes (or all, if there are fewer) of each image, in the order given.
 
-    Labels are the engine's; without any, the class index stands for itself. Options and errors
-    are those of `embed_images`.
+    Probabilities are the softmax over all classes, but of each class by itself (sigmoid) where the model's
+    `problem_type` is multi_label_classification, or it has one class only, as transformers' pipeline has it. Labels are
+    the engine's; without any, the class index stands for itself. Options and errors are those of `embed_images`.
 
     Raises:
         ValueError: if the model has no classification head, or k is below 1.
@@ -251,15 +252,25 @@ def classify_images(engine: Engine, paths: Iterable[str | Path], *, k: int = 5, 
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     results = embed_images(engine, paths, **options)
-    return (Classified(r.path, r.status, _top_classes(r.logits, k, engine.labels), r.note) for r in results)
+    labels, problem_type = engine.labels, engine.problem_type
+    return (Classified(r.path, r.status, _top_classes(r.logits, k, labels, problem_type), r.note) for r in results)
 
 
-def _top_classes(logits: np.ndarray | None, k: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+def _top_classes(
+    logits: np.ndarray | None, k: int, labels: Sequence[str] | None, problem_type: str | None
+) -> list[dict[str, Any]]:
     if logits is None:
         return []
-    weights = np.exp(logits.astype(np.float64) - logits.max())
-    best = np.argsort(-weights, kind="stable")[:k]
-    return [
-        {"index": int(i), "label": labels[i] if labels else str(i), "probability": float(weights[i] / weights.sum())}
-        for i in best
-    ]
+    name, scores = _scores(logits.astype(np.float64), problem_type)
+    best = np.argsort(-scores, kind="stable")[:k]
+    return [{"index": int(i), "label": labels[i] if labels else str(i), name: float(scores[i])} for i in best]
+
+
+def _scores(logits: np.ndarray, problem_type: str | None) -> tuple[str, np.ndarray]:
+    """What the logits of one image say of its classes, and what that is called."""
+    if problem_type == "regression":
+        return "value", logits
+    if problem_type == "multi_label_classification" or len(logits) == 1:
+        return "probability", 1 / (1 + np.exp(-np.clip(logits, -700, None)))
+    weights = np.exp(logits - logits.max())
+    return "probability", weights / weights.sum()

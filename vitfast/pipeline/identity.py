@@ -32,8 +32,8 @@ class Identity:
     def of(cls, engine: Engine, exif_orientation: bool = True) -> Identity:
         """The identity of embeddings that this engine makes."""
         preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
-        kept = ", ".join(sorted(engine.plan.keep))
-        dtype = f"{engine.precision} with {kept} in bf16" if kept else engine.precision
+        skipped = ", ".join(sorted(engine.plan.skip_quantize))
+        dtype = f"{engine.precision} with {skipped} in bf16" if skipped else engine.precision
         return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype)
 
     @classmethod

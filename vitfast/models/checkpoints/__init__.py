@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from vitfast.images.preprocess import Preprocess
-from vitfast.models.checkpoints import files, hf, timm, torchvision
-from vitfast.models.checkpoints.source import CheckpointError
-from vitfast.models.config import ViTConfig
+from vitfast.models.checkpoints import files, hf, live, timm, torchvision
+from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "load"]
 
@@ -29,55 +27,51 @@ SUPPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A translated model.
-
-    Attributes:
-        config: the architecture.
-        weights: canonical name (see `vitfast.models.config`) -> tensor, in the dtype they are stored in. They may
-            share memory with the model they come from.
-        preprocess: how its images are prepared; None where the source does not say.
-        labels: the classes' names, one per row of the head; None where the source does not say.
-    """
-
-    config: ViTConfig
-    weights: Mapping[str, Tensor]
-    preprocess: Preprocess | None = None
-    labels: tuple[str, ...] | None = None
-
-
 def load(
-    source: str | os.PathLike[str] | nn.Module, *, allow_pickle: bool = False, revision: str | None = None
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    weights_key: str | None = None,
 ) -> Checkpoint:
     """Load a model of a supported family.
 
     Args:
         source: one of
-            - a live module of timm, transformers or torchvision (its evaluation-mode behaviour counts);
+            - a live module of timm, transformers or torchvision (its evaluation-mode behaviour counts), also inside
+              the wrappers of torch.compile, DataParallel, DistributedDataParallel and averaging;
             - a directory with config.json and model.safetensors (or shards with their index), as
               transformers' `save_pretrained` and timm's `save_for_hf` write it;
             - a .safetensors file beside its config.json;
             - a Hugging Face hub id, "org/name", with or without "hf_hub:";
             - the name of a timm model, "vit_tiny_patch16_224", whose weights timm keeps on the hub.
             The timm forms need timm installed: their config.json names an architecture, it does not describe it.
-        allow_pickle: also accept .bin, .pth and .pt files, read with `torch.load(weights_only=True)`.
+        allow_pickle: also accept .bin, .pth, .pt, .ckpt and .pth.tar files, read with
+            `torch.load(weights_only=True)`.
         revision: branch, tag or commit of a hub id.
+        weights_key: which of a training checkpoint's state dicts, "state_dict" or "model.ema"; by default the one
+            that timm's own loader takes: state_dict_ema, model_ema, state_dict, model, then DINO's teacher. Or what
+            all names of one of several models in a file begin with.
 
     Raises:
         CheckpointError: (a ValueError) naming the source and every reason.
+
+    Warns:
+        UserWarning: which weights are taken where a file has several; which prefix came off their names; why the
+            preprocessing is unknown.
     """
     if isinstance(source, nn.Module):
-        _no_revision(revision, type(source).__name__)
+        _for_files(revision, weights_key, type(source).__name__)
         return _from_module(source)
     name = os.fspath(source)
     path = Path(name).expanduser()
+    options: dict[str, Any] = {"allow_pickle": allow_pickle, "weights_key": weights_key}
     if path.is_dir():
-        _no_revision(revision, name)
-        return _from_files(path, files.find_weights(path, allow_pickle=allow_pickle), allow_pickle)
+        _for_files(revision, None, name)
+        return _from_files(path, files.find_weights(path, allow_pickle=allow_pickle), **options)
     if path.is_file():
-        _no_revision(revision, name)
-        return _from_files(path.parent, [path], allow_pickle)
+        _for_files(revision, None, name)
+        return _from_files(path.parent, [path], **options)
     hub_id = name
     for scheme in ("hf_hub:", "hf-hub:"):
         hub_id = hub_id.removeprefix(scheme)
@@ -89,7 +83,7 @@ def load(
         )
     check = functools.partial(_check_settings, hub_id)
     directory = files.download(hub_id, revision=revision, allow_pickle=allow_pickle, check=check)
-    return _from_files(directory, files.find_weights(directory, allow_pickle=allow_pickle), allow_pickle, hub_id)
+    return _from_files(directory, files.find_weights(directory, allow_pickle=allow_pickle), name=hub_id, **options)
 
 
 def _check_settings(name: str, directory: Path) -> None:
@@ -99,27 +93,44 @@ def _check_settings(name: str, directory: Path) -> None:
         raise CheckpointError(f"{name} has no config.json, which would say what the architecture is")
     config = files.read_json(settings)
     if "model_type" in config:
-        hf.check(config, name)
+        hf.check(config, f"{name}/config.json")
 
 
-def _no_revision(revision: str | None, name: str) -> None:
+def _for_files(revision: str | None, weights_key: str | None, name: str) -> None:
     if revision is not None:
         raise CheckpointError(f"revision={revision!r} applies to hub ids only, and {name} is not one")
+    if weights_key is not None:
+        raise CheckpointError(f"weights_key={weights_key!r} applies to files only, and {name} is a live module")
 
 
 def _from_module(module: nn.Module) -> Checkpoint:
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    module = live.unwrap(module)
     for family in (timm, hf, torchvision):
         if family.matches(module):
-            return Checkpoint(*family.from_module(module))
+            return _snapshot(family.from_module(module), module)
     kind = type(module)
     reason = timm.REFUSED.get(kind.__name__) or hf.REFUSED.get(kind.__name__)
+    inside = live.loadable_parts(module, lambda part: any(f.matches(part) for f in (timm, hf, torchvision)))
+    hint = f". Its part {' or '.join(inside)} can be loaded by itself" if inside and not reason else ""
     raise CheckpointError(
-        f"{kind.__module__}.{kind.__name__} is not supported{f': {reason}' if reason else ''}. Supported: {SUPPORTED}"
+        f"{kind.__module__}.{kind.__name__} is not supported{f': {reason}' if reason else ''}{hint}. "
+        f"Supported: {SUPPORTED}"
     )
 
 
-def _from_files(directory: Path, weights: list[Path], allow_pickle: bool, name: str | None = None) -> Checkpoint:
+def _snapshot(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
+    """A checkpoint in memory of its own, on the CPU: what becomes of the module later changes nothing in it."""
+    shared = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    weights = {
+        name: tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in shared)
+        for name, tensor in checkpoint.weights.items()
+    }
+    return replace(checkpoint, weights=weights)
+
+
+def _from_files(
+    directory: Path, weights: list[Path], *, allow_pickle: bool, weights_key: str | None, name: str | None = None
+) -> Checkpoint:
     name = name or str(directory)
     settings = directory / "config.json"
     if not settings.is_file():
@@ -129,10 +140,9 @@ def _from_files(directory: Path, weights: list[Path], allow_pickle: bool, name: 
         )
     config = files.read_json(settings)
     if "model_type" in config:
-        state = files.read_weights(weights, allow_pickle=allow_pickle)
-        ours, tensors = hf.from_state(config, state, name)
-        return Checkpoint(ours, tensors, hf.read_preprocess(directory, config, ours), hf.labels(config, ours))
+        state = files.read_weights(weights, allow_pickle=allow_pickle, weights_key=weights_key)
+        return hf.from_state(config, state, name, f"{name}/config.json", directory)
     if "architecture" in config:
-        module = timm.build(directory, weights, name=name, allow_pickle=allow_pickle)
-        return _from_module(module)
+        module = timm.build(directory, weights, name=name, allow_pickle=allow_pickle, weights_key=weights_key)
+        return timm.from_module(module)
     raise CheckpointError(f"{settings} has neither 'model_type' (transformers) nor 'architecture' (timm)")

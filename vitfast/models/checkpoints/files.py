@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitfast.models import schema
+from vitfast.models.checkpoints import state_dicts
 from vitfast.models.checkpoints.source import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PICKLES = (".bin", ".pth", ".pt")
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pth.tar", ".pt.tar")
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
@@ -29,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
@@ -50,7 +53,7 @@ def find_weights(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
             return [directory / name]
         if (directory / f"{name}.index.json").is_file():
             return _shards(directory / f"{name}.index.json")
-        lone = sorted(path for path in directory.iterdir() if path.suffix in suffixes)
+        lone = sorted(path for path in directory.iterdir() if path.name.endswith(suffixes))
         if len(lone) == 1:
             return lone
         if lone:
@@ -58,21 +61,24 @@ def find_weights(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
                 f"{directory} has no {name} but several other weight files: {', '.join(p.name for p in lone)}; "
                 "give the path of one"
             )
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in directory.iterdir() if path.name.endswith(PICKLES))
     if pickles:
         raise CheckpointError(
             f"{directory} has no .safetensors file, only pickles ({', '.join(pickles)}); "
-            "convert them, or pass allow_pickle=True to read them with torch.load(weights_only=True)"
+            "convert them, or pass allow_pickle=True (--allow-pickle) to read them with torch.load(weights_only=True)"
         )
-    hint = "" if allow_pickle else " (a hub model that has only pickled weights needs allow_pickle=True)"
+    hint = (
+        "" if allow_pickle else " (a hub model that has only pickled weights needs allow_pickle=True, --allow-pickle)"
+    )
     raise CheckpointError(f"{directory} has no weights: expected {kinds[-1][0]} or {kinds[-1][0]}.index.json{hint}")
 
 
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        shown = schema.shown(weight_map)
+        raise CheckpointError(f"{index}: weight_map must be an object, tensor name -> file name, got {shown}")
+    names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}")
@@ -82,16 +88,24 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(paths: Sequence[Path], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+def read_weights(
+    paths: Sequence[Path], *, allow_pickle: bool = False, weights_key: str | None = None
+) -> dict[str, Tensor]:
     """All tensors of some weight files, on the CPU, as stored.
 
     Raises:
         CheckpointError: for a damaged file, a pickle that is not allowed or holds more than tensors,
-            or a tensor that two files hold.
+            a tensor that two files hold, or a `weights_key` that a file does not have.
+
+    Warns:
+        UserWarning: which of a training checkpoint's state dicts is taken, where it has several.
     """
     state: dict[str, Tensor] = {}
     for path in paths:
-        part = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
+        if path.suffix == ".safetensors":
+            part = state_dicts.named(_read_safetensors(path), weights_key, str(path))
+        else:
+            part = state_dicts.choose(_read_pickle(path, allow_pickle), weights_key, str(path))
         twice = sorted(state.keys() & part.keys())
         if twice:
             raise CheckpointError(f"{path} repeats tensors of another shard: {', '.join(twice)}")
@@ -111,24 +125,20 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if path.suffix not in PICKLES:
+def _read_pickle(path: Path, allow_pickle: bool) -> Any:
+    if not path.name.endswith(PICKLES):
         raise CheckpointError(f"{path}: unknown weight file, expected .safetensors or one of {', '.join(PICKLES)}")
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True to read it with "
-            "torch.load(weights_only=True)"
+            f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True (--allow-pickle) to read it "
+            "with torch.load(weights_only=True)"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Trainers (timm, DeiT, MAE) put their arguments beside the weights: a bag of attributes, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler and the archive reader raise
         raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no state dict of tensors")
-    return content
 
 
 def download(

@@ -14,11 +14,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitfast.images.preprocess import Preprocess
-from vitfast.models.checkpoints import files, hf_clip, hf_dinov2, hf_vit, preprocess
-from vitfast.models.checkpoints.source import CheckpointError
+from vitfast.models import schema
+from vitfast.models.checkpoints import (
+    files,
+    hf_clip,
+    hf_common,
+    hf_dinov2,
+    hf_live,
+    hf_vit,
+    live,
+    preprocess,
+    state_dicts,
+)
+from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, read_settings
 from vitfast.models.config import ViTConfig
 
-FAMILIES = (hf_vit, hf_dinov2, hf_clip)
+FAMILIES: tuple[Any, ...] = (hf_vit, hf_dinov2, hf_clip)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -49,77 +60,92 @@ def matches(module: nn.Module) -> bool:
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in supported()
 
 
-def from_module(module: Any) -> tuple[ViTConfig, dict[str, Tensor], Preprocess | None, tuple[str, ...] | None]:
+def from_module(module: Any) -> Checkpoint:
     """Translate a live module, of any dtype and device.
 
     The preprocessing is found where the module was loaded from: a directory, or a hub id whose
     processor settings are in the local cache. It is None otherwise.
 
     Raises:
-        CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
+        CheckpointError: naming the feature that cannot be represented, the part that is not what the module's class
+            makes of its config, or the tensors that do not fit.
     """
-    config = module.config.to_dict() | {"architectures": [type(module).__name__]}
+    kind = type(module).__name__
+    hf_live.check(module)
+    config = module.config.to_dict() | {"architectures": [kind]}
+    state = {name: t for name, t in module.state_dict().items() if name.partition(".")[0] not in hf_live.NO_SAY}
+    for head in hf_live.HEADS:
+        if hasattr(module, head):  # which may have been replaced without a word to the config
+            linear, inner = live.linear_head(getattr(module, head), f"{kind}.{head}")
+            classes = 0 if linear is None else linear.out_features
+            state = {name.replace(f"{head}.{inner}", f"{head}.", 1): tensor for name, tensor in state.items()}
+            config |= {"num_labels": classes}
+            if len(config.get("id2label") or {}) != classes:
+                config |= {"id2label": None}
     origin = str(getattr(module.config, "_name_or_path", "") or "")
-    ours, weights = from_state(config, module.state_dict(), origin or type(module).__name__)
     cached = next((path for name in PROCESSOR_FILES if (path := files.cached(origin, name))), None)
-    found = read_preprocess(cached.parent, config, ours) if cached else None
-    return ours, weights, found, labels(config, ours)
+    return from_state(config, state, origin or kind, f"the config of {origin or kind}", cached and cached.parent)
 
 
 def from_state(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], name: str
-) -> tuple[ViTConfig, dict[str, Tensor]]:
+    config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, where: str, directory: Path | None
+) -> Checkpoint:
     """Translate the contents of config.json and of the weight files.
 
+    Args:
+        name: of the model. where: of the config, for messages. directory: what may hold processor settings.
+
     Raises:
-        CheckpointError: for an architecture that is not supported or not representable, or tensors
-            that do not fit it.
+        CheckpointError: for settings out of their domain, an architecture that is not supported or not
+            representable, or tensors that do not fit it.
     """
-    architecture = _architecture(config, state)
-    for family in FAMILIES:
-        if family.matches(architecture):
-            return family.translate(config, state, architecture, name)
-    raise _refused(architecture, name)
+    architecture = _architecture(config, state, where)
+    family = next((family for family in FAMILIES if family.matches(architecture)), None)
+    if family is None:
+        raise _refused(architecture, where)
+    labels = read_settings(hf_common.Labels, config, where)
+    facts = family.read(config, architecture, where)
+    marked = [prefix + family.MARKER for prefix in family.prefixes(architecture)]
+    state = state_dicts.strip_prefix(state, marked, name)
+    try:
+        ours, weights = family.translate(facts, labels.classes, state, architecture, name)
+    except ValueError as error:  # the settings may be to blame as well as the tensors
+        said = ", ".join(f"{key}={schema.shown(value)}" for key, value in vars(facts).items())
+        raise CheckpointError(f"{error}\n({where} says {said}, {labels.classes} classes)") from error
+    found = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
+    return Checkpoint(ours, weights, found, labels.names(ours.num_classes), labels.problem_type)
 
 
-def check(config: Mapping[str, Any], name: str) -> None:
+def check(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for an architecture that config.json names and that is not supported."""
-    named = config.get("architectures")
-    if named and not any(family.matches(str(named[0])) for family in FAMILIES):
-        raise _refused(str(named[0]), name)
+    named = read_settings(hf_common.Origin, config, where).architectures
+    if named and not any(family.matches(named[0]) for family in FAMILIES):
+        raise _refused(named[0], where)
 
 
-def _refused(architecture: str, name: str) -> CheckpointError:
+def _refused(architecture: str, where: str) -> CheckpointError:
     reason = REFUSED.get(architecture)
     return CheckpointError(
-        f"{name}: transformers architecture {architecture!r} is not supported"
+        f"{where}: transformers architecture {schema.shown(architecture)} is not supported"
         f"{f': {reason}' if reason else ''}. Supported: {', '.join(supported())}"
     )
 
 
-def _architecture(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+def _architecture(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> str:
     """The class a checkpoint was saved from; where the file does not say, what its keys make it."""
-    named = config.get("architectures")
-    if named:
-        return str(named[0])
-    kind = str(config.get("model_type"))
+    origin = read_settings(hf_common.Origin, config, where)
+    if origin.architectures:
+        return origin.architectures[0]
     for family in FAMILIES:
-        if kind in family.BY_MODEL_TYPE:
-            return family.BY_MODEL_TYPE[kind](state)
-    return kind
+        if origin.model_type in family.BY_MODEL_TYPE:
+            return family.BY_MODEL_TYPE[origin.model_type](state)
+    return origin.model_type
 
 
-def labels(config: Mapping[str, Any], ours: ViTConfig) -> tuple[str, ...] | None:
-    """The class names of config.json; None if it has none but the library's placeholders."""
-    names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
-    if not ours.num_classes or set(names) != set(range(ours.num_classes)):
-        return None
-    listed = tuple(names[i] for i in range(ours.num_classes))
-    return None if listed == tuple(f"LABEL_{i}" for i in range(ours.num_classes)) else listed
-
-
-def read_preprocess(directory: Path, config: Mapping[str, Any], ours: ViTConfig) -> Preprocess | None:
-    """The preprocessing that a directory's processor settings describe; None if it has none.
+def read_preprocess(
+    directory: Path, config: Mapping[str, Any], ours: ViTConfig, size: tuple[int, int]
+) -> Preprocess | None:
+    """The preprocessing that a directory's processor settings describe, for a native size; None if it has none.
 
     Raises:
         CheckpointError: for a damaged file.
@@ -127,5 +153,6 @@ def read_preprocess(directory: Path, config: Mapping[str, Any], ours: ViTConfig)
     for name in PROCESSOR_FILES:
         path = directory / name
         if path.is_file():
-            return preprocess.from_transformers(files.read_json(path), str(config.get("model_type")), ours, str(path))
+            model_type = str(config.get("model_type"))
+            return preprocess.from_transformers(files.read_json(path), model_type, ours, size, str(path))
     return None

@@ -9,13 +9,15 @@ CLS token (`pooler_output`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from vitfast.models import schema
 from vitfast.models.checkpoints import hf_common as common
-from vitfast.models.checkpoints.source import Source
-from vitfast.models.config import ViTConfig
+from vitfast.models.checkpoints.source import Source, read_settings
+from vitfast.models.config import Eps, Hidden, ViTConfig
 
 ARCHITECTURES = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel")
 BY_MODEL_TYPE = {
@@ -24,20 +26,30 @@ BY_MODEL_TYPE = {
         "CLIPVisionModelWithProjection" if "visual_projection.weight" in state else "CLIPVisionModel"
     ),
 }
+MARKER = "embeddings.patch_embedding.weight"
 IGNORABLE = (r"text_model\..*", r"text_projection\.weight", r"logit_scale", r".*embeddings\.position_ids")
 
-_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "projection_dim": 512,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
-}
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """config.json of the tower."""
+
+    hidden_act: Annotated[str, schema.TEXT] = "quick_gelu"
+    layer_norm_eps: Eps = 1e-5
+    patch_size: common.SideOrSides = 32
+    intermediate_size: Hidden = 3072
+    projection_dim: Annotated[int, schema.whole(1, 65_536)] = 512
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """config.json of a whole CLIP, of which we take one tower."""
+
+    vision_config: Annotated[Mapping[str, Any] | None, schema.OBJECT] = None
+    vision_config_dict: Annotated[Mapping[str, Any] | None, schema.OBJECT] = None
+    projection_dim: Annotated[int, schema.whole(1, 65_536)] = 512
+
+
 _NAMES = common.BlockNames(
     block="encoder.layers.{}.",
     norm1="layer_norm1.",
@@ -54,41 +66,45 @@ def matches(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
+def prefixes(architecture: str) -> tuple[str, str]:
+    """What may stand before the encoder's names: in the class's own files, and in others that hold the encoder."""
+    return ("", "vision_model.") if architecture == "CLIPVisionModel" else ("vision_model.", "")
+
+
+def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
+    """The tower's settings, out of a whole CLIP's if need be.
+
+    Raises:
+        CheckpointError: with each field that is out of its domain.
+    """
+    whole = read_settings(_Whole, config, where)
+    tower: Mapping[str, Any] = config
+    inside = whole.vision_config is not None or whole.vision_config_dict is not None
+    if inside:
+        tower = {**(whole.vision_config or {}), **(whole.vision_config_dict or {})}
+    facts = read_settings(Settings, tower, where, "vision_config." if inside else "")
+    return replace(facts, projection_dim=whole.projection_dim) if architecture == "CLIPModel" else facts
+
+
 def translate(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: str, name: str
+    facts: Settings, classes: int, state: Mapping[str, Tensor], architecture: str, name: str
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """Config dict and state dict, of files or of a module, to ours.
+    """Settings and state dict, of files or of a module, to ours; there is no classifier.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
-    tower = dict(config)
-    if "vision_config" in config or "vision_config_dict" in config:  # a whole CLIP, of which we take one tower
-        tower = (config.get("vision_config") or {}) | (config.get("vision_config_dict") or {})
-    facts = _DEFAULTS | {key: value for key, value in tower.items() if value is not None}
-    projection = facts["projection_dim"]
-    if architecture == "CLIPModel":
-        projection = config.get("projection_dim") or _DEFAULTS["projection_dim"]
-    elif architecture == "CLIPVisionModel":
-        projection = 0
+    del classes
+    projection = 0 if architecture == "CLIPVisionModel" else facts.projection_dim
     ours = ViTConfig(
-        image_size=common.pair(facts["image_size"]),
-        patch_size=common.pair(facts["patch_size"]),
-        width=facts["hidden_size"],
-        depth=facts["num_hidden_layers"],
-        heads=facts["num_attention_heads"],
-        mlp_dim=facts["intermediate_size"],
-        in_channels=facts["num_channels"],
-        activation=common.activation(facts["hidden_act"], name),
-        norm_eps=facts["layer_norm_eps"],
+        **facts.common(name),
+        mlp_dim=facts.intermediate_size,
         pre_norm=True,
         projection_dim=projection,
-        dynamic_size=True,
         position_antialias=False,
         name=name,
     )
-    prefixes = ("", "vision_model.") if architecture == "CLIPVisionModel" else ("vision_model.", "")
-    prefix = common.find_prefix(state, prefixes, "embeddings.patch_embedding.weight")
+    prefix = common.find_prefix(state, prefixes(architecture), MARKER)
     source = Source(state, name)
     source.dense("patch_embed", f"{prefix}embeddings.patch_embedding.", bias=False)
     token, position = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding.weight"

@@ -4,12 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from vitfast.models import config, schema
 from vitfast.models.checkpoints.source import CheckpointError, Source
 from vitfast.models.config import ViTConfig
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+"""What a classifier's logits are for, in transformers' words."""
+
+SideOrSides = Annotated[int | Sequence[int], schema.side_or_sides(1, 65_536)]
+
+
+def _names_of_classes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and (isinstance(index, int) or (isinstance(index, str) and index.isdecimal()))
+        for index, name in value.items()
+    )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a config.json was saved from; null and absent are the same in every setting."""
+
+    architectures: Annotated[Sequence[str], schema.TEXTS] = ()
+    model_type: Annotated[str, schema.TEXT] = ""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The part of a config.json that is about classes."""
+
+    id2label: Annotated[
+        Mapping[int | str, str] | None, schema.Domain("an object: class number -> name", _names_of_classes)
+    ] = None
+    num_labels: config.Classes = 2
+    problem_type: Annotated[str | None, schema.one_of(*PROBLEM_TYPES)] = None
+
+    @property
+    def classes(self) -> int:
+        """Classes of a classifier: as many as there are labels, and 2 (the library's default) if none are listed."""
+        return self.num_labels if self.id2label is None else len(self.id2label)
+
+    def names(self, classes: int) -> tuple[str, ...] | None:
+        """The class names; None if there are none but the library's placeholders, or they do not number the classes."""
+        named = {int(index): name for index, name in (self.id2label or {}).items()}
+        if not classes or set(named) != set(range(classes)):
+            return None
+        listed = tuple(named[i] for i in range(classes))
+        return None if listed == tuple(f"LABEL_{i}" for i in range(classes)) else listed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The architecture in a config.json, with the defaults of the configuration classes."""
+
+    hidden_size: config.Width = 768
+    num_hidden_layers: config.Depth = 12
+    num_attention_heads: config.Heads = 12
+    head_dim: Annotated[int, schema.whole(1, 65_536)] = 0
+    hidden_act: Annotated[str, schema.TEXT] = "gelu"
+    layer_norm_eps: config.Eps = 1e-12
+    image_size: SideOrSides = 224
+    patch_size: SideOrSides = 16
+    num_channels: config.Channels = 3
+
+    def common(self, where: str) -> dict[str, Any]:
+        """The fields of ViTConfig that all transformers families have.
+
+        Raises:
+            CheckpointError: for an activation that the forward does not have.
+        """
+        patch, image = pair(self.patch_size), pair(self.image_size)
+        grid = [side // p for side, p in zip(image, patch, strict=True)]
+        if 0 in grid:
+            raise CheckpointError(f"{where}: image_size must be at least one patch, got {image} and patch_size={patch}")
+        return {
+            # Their patch convolution leaves out what is past the last whole patch.
+            "image_size": (grid[0] * patch[0], grid[1] * patch[1]),
+            "off_grid": "crop",
+            "patch_size": patch,
+            "width": self.hidden_size,
+            "depth": self.num_hidden_layers,
+            "heads": self.num_attention_heads,
+            "head_dim": self.head_dim,
+            "in_channels": self.num_channels,
+            "activation": activation(self.hidden_act, where),
+            "norm_eps": self.layer_norm_eps,
+            "dynamic_size": True,
+        }
+
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -39,12 +125,6 @@ def activation(name: str, where: str) -> str:
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def num_labels(config: Mapping[str, Any]) -> int:
-    """Classes of a classifier: as many as there are labels, and 2 (the library's default) if none are listed."""
-    labels = config.get("id2label")
-    return len(labels) if labels is not None else int(config.get("num_labels", 2))
 
 
 def find_prefix(state: Mapping[str, Tensor], prefixes: Sequence[str], marker: str) -> str:

@@ -8,14 +8,15 @@ and with it in those with registers, as transformers does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from vitfast.models import schema
 from vitfast.models.checkpoints import hf_common as common
-from vitfast.models.checkpoints.source import Source
-from vitfast.models.config import ViTConfig
+from vitfast.models.checkpoints.source import Source, read_settings
+from vitfast.models.config import Eps, Flag, Tokens, ViTConfig
 
 ARCHITECTURES = (
     "Dinov2Model",
@@ -29,22 +30,22 @@ BY_MODEL_TYPE = {
         "Dinov2WithRegistersForImageClassification" if "classifier.weight" in state else "Dinov2WithRegistersModel"
     ),
 }
+MARKER = "embeddings.patch_embeddings.projection.weight"
 IGNORABLE = (r".*embeddings\.mask_token",)
 
-_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "mlp_ratio": 4,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-    "image_size": 224,
-    "patch_size": 14,
-    "num_channels": 3,
-    "qkv_bias": True,
-    "use_swiglu_ffn": False,
-    "num_register_tokens": 4,
-}
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """config.json of both."""
+
+    layer_norm_eps: Eps = 1e-6
+    patch_size: common.SideOrSides = 14
+    mlp_ratio: Annotated[float, schema.number(0, 64)] = 4
+    qkv_bias: Flag = True
+    use_swiglu_ffn: Flag = False
+    num_register_tokens: Tokens = 4
+
+
 _FILE = common.BlockNames(
     block="encoder.layer.{}.",
     norm1="norm1.",
@@ -65,50 +66,53 @@ def matches(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
+def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
+    """The settings in a config.json.
+
+    Raises:
+        CheckpointError: with each field that is out of its domain.
+    """
+    del architecture
+    return read_settings(Settings, config, where)
+
+
+def prefixes(architecture: str) -> tuple[str, str]:
+    """What may stand before the encoder's names: in the class's own files, and in others that hold the encoder."""
+    base = "dinov2_with_registers." if "WithRegisters" in architecture else "dinov2."
+    return (base, "") if architecture.endswith("ForImageClassification") else ("", base)
+
+
 def translate(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: str, name: str
+    facts: Settings, classes: int, state: Mapping[str, Tensor], architecture: str, name: str
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """Config dict and state dict, of files or of a module, to ours.
+    """Settings and state dict, of files or of a module, to ours; `classes` is how many a classifier has.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
-    facts = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    registers = facts["num_register_tokens"] if "WithRegisters" in architecture else 0
-    classifies = architecture.endswith("ForImageClassification")
-    hidden = int(facts["hidden_size"] * facts["mlp_ratio"])
-    if facts["use_swiglu_ffn"]:
+    registers = facts.num_register_tokens if "WithRegisters" in architecture else 0
+    classes = classes if architecture.endswith("ForImageClassification") else 0
+    hidden = int(facts.hidden_size * facts.mlp_ratio)
+    if facts.use_swiglu_ffn:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # two thirds, rounded up to a multiple of 8
     ours = ViTConfig(
-        image_size=common.pair(facts["image_size"]),
-        patch_size=common.pair(facts["patch_size"]),
-        width=facts["hidden_size"],
-        depth=facts["num_hidden_layers"],
-        heads=facts["num_attention_heads"],
-        head_dim=facts.get("head_dim", 0),
+        **facts.common(name) | ({"activation": "swiglu"} if facts.use_swiglu_ffn else {}),
         mlp_dim=hidden,
-        in_channels=facts["num_channels"],
-        activation="swiglu" if facts["use_swiglu_ffn"] else common.activation(facts["hidden_act"], name),
-        norm_eps=facts["layer_norm_eps"],
         prefix_tokens=1 + registers,
         layer_scale=True,
-        num_classes=common.num_labels(config) if classifies else 0,
-        head_concat_mean=classifies,
-        dynamic_size=True,
+        num_classes=classes,
+        head_concat_mean=architecture.endswith("ForImageClassification"),
         position_antialias="WithRegisters" in architecture,
         name=name,
     )
-    base = "dinov2_with_registers." if "WithRegisters" in architecture else "dinov2."
-    prefix = common.find_prefix(
-        state, (base, "") if classifies else ("", base), "embeddings.patch_embeddings.projection.weight"
-    )
+    prefix = common.find_prefix(state, prefixes(architecture), MARKER)
     source = Source(state, name)
     source.dense("patch_embed", f"{prefix}embeddings.patch_embeddings.projection.")
     tokens = [f"{prefix}embeddings.cls_token", *([f"{prefix}embeddings.register_tokens"] if registers else [])]
     source.tokens(ours, tokens, f"{prefix}embeddings.position_embeddings", covered=1)
-    candidates = (_FILE_SWIGLU, _MEMORY_SWIGLU) if facts["use_swiglu_ffn"] else (_FILE, _MEMORY)
+    candidates = (_FILE_SWIGLU, _MEMORY_SWIGLU) if facts.use_swiglu_ffn else (_FILE, _MEMORY)
     names = common.layout(state, prefix, *candidates)
-    names.read(source, ours, prefix, qkv_bias=facts["qkv_bias"])
+    names.read(source, ours, prefix, qkv_bias=facts.qkv_bias)
     source.norm("norm", f"{prefix}layernorm.")
     if ours.num_classes:
         source.dense("head", "classifier.")

@@ -8,13 +8,14 @@ classifiers, it is the mean of the normalised CLS and distillation tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from vitfast.models.checkpoints import hf_common as common
-from vitfast.models.checkpoints.source import Source
-from vitfast.models.config import ViTConfig
+from vitfast.models.checkpoints.source import Source, read_settings
+from vitfast.models.config import Flag, Hidden, ViTConfig
 
 ARCHITECTURES = (
     "ViTModel",
@@ -33,20 +34,18 @@ BY_MODEL_TYPE = {
         else "DeiTModel"
     ),
 }
+MARKER = "embeddings.patch_embeddings.projection.weight"
 IGNORABLE = (r".*pooler\.dense\.(weight|bias)", r".*embeddings\.mask_token")
 
-_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """config.json of both."""
+
+    intermediate_size: Hidden = 3072
+    qkv_bias: Flag = True
+
+
 _FILE = common.BlockNames(
     block="encoder.layer.{}.",
     norm1="layernorm_before.",
@@ -72,47 +71,49 @@ def matches(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
+def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
+    """The settings in a config.json.
+
+    Raises:
+        CheckpointError: with each field that is out of its domain.
+    """
+    del architecture
+    return read_settings(Settings, config, where)
+
+
+def prefixes(architecture: str) -> tuple[str, str]:
+    """What may stand before the encoder's names: in the class's own files, and in others that hold the encoder."""
+    base = "deit." if architecture.startswith("DeiT") else "vit."
+    return ("", base) if architecture.endswith("Model") else (base, "")
+
+
 def translate(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: str, name: str
+    facts: Settings, classes: int, state: Mapping[str, Tensor], architecture: str, name: str
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """Config dict and state dict, of files or of a module, to ours.
+    """Settings and state dict, of files or of a module, to ours; `classes` is how many a classifier has.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
-    facts = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
     deit, with_teacher = architecture.startswith("DeiT"), architecture.endswith("WithTeacher")
-    classes = common.num_labels(config) if "ForImageClassification" in architecture else 0
+    classes = classes if "ForImageClassification" in architecture else 0
     ours = ViTConfig(
-        image_size=common.pair(facts["image_size"]),
-        patch_size=common.pair(facts["patch_size"]),
-        width=facts["hidden_size"],
-        depth=facts["num_hidden_layers"],
-        heads=facts["num_attention_heads"],
-        head_dim=facts.get("head_dim", 0),
-        mlp_dim=facts["intermediate_size"],
-        in_channels=facts["num_channels"],
-        activation=common.activation(facts["hidden_act"], name),
-        norm_eps=facts["layer_norm_eps"],
+        **facts.common(name),
+        mlp_dim=facts.intermediate_size,
         prefix_tokens=2 if deit else 1,
         pool="cls_dist" if with_teacher else "cls",
         distilled=with_teacher and classes > 0,
         num_classes=classes,
-        dynamic_size=True,
         position_antialias=False,
         name=name,
     )
-    prefix = common.find_prefix(
-        state,
-        ("", "deit." if deit else "vit.") if architecture.endswith("Model") else ("deit." if deit else "vit.", ""),
-        "embeddings.patch_embeddings.projection.weight",
-    )
+    prefix = common.find_prefix(state, prefixes(architecture), MARKER)
     source = Source(state, name)
     source.dense("patch_embed", f"{prefix}embeddings.patch_embeddings.projection.")
     tokens = [f"{prefix}embeddings.cls_token", *([f"{prefix}embeddings.distillation_token"] if deit else [])]
     source.tokens(ours, tokens, f"{prefix}embeddings.position_embeddings", covered=len(tokens))
     names = common.layout(state, prefix, _FILE, _MEMORY)
-    names.read(source, ours, prefix, qkv_bias=facts["qkv_bias"])
+    names.read(source, ours, prefix, qkv_bias=facts.qkv_bias)
     source.norm("norm", f"{prefix}layernorm.")
     if classes:
         source.dense("head", "cls_classifier." if with_teacher else "classifier.")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
 from vitfast.images.preprocess import Preprocess
-from vitfast.models.config import ViTConfig
+from vitfast.models import schema
+from vitfast.models.checkpoints.source import read_settings
+from vitfast.models.config import Flag, ViTConfig
 
 _PROCESSORS = {
     "vit": "ViTImageProcessor",
@@ -25,25 +28,103 @@ _PROCESSORS = {
 """The processor of a transformers model type, for old files that name none."""
 
 
-def from_transformers(settings: Mapping[str, Any], model_type: str, config: ViTConfig, what: str) -> Preprocess | None:
-    """From a preprocessor_config.json or processor_config.json.
+_PIXELS = schema.whole(1, 65_536)
+_EDGES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(name in _EDGES and (side is None or _PIXELS.holds(side)) for name, side in value.items())
+    if isinstance(value, (list, tuple)):
+        return len(value) == 2 and all(map(_PIXELS.holds, value))
+    return _PIXELS.holds(value)
+
+
+def _channels(low: float, high: float) -> schema.Domain:
+    one = schema.number(low, high)
+    return schema.Domain(
+        f"{one.words}, or a list of such, one a channel",
+        lambda v: all(map(one.holds, v)) and len(v) > 0 if isinstance(v, (list, tuple)) else one.holds(v),
+    )
+
+
+_INPUT = schema.Domain(
+    "[channels, height, width]",
+    lambda v: isinstance(v, (list, tuple)) and len(v) == 3 and all(map(_PIXELS.holds, v)),
+)
+_Size: TypeAlias = Annotated[
+    Any, schema.Domain(f"{_PIXELS.words}, two of them, or an object of {', '.join(_EDGES)}", _is_size)
+]
+_Means: TypeAlias = Annotated[Any, _channels(-1e6, 1e6)]
+_Stds: TypeAlias = Annotated[Any, _channels(1e-6, 1e6)]
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What is read of a transformers processor's settings; the processor's own defaults fill in the rest."""
+
+    image_processor: Annotated[Any, schema.OBJECT] = None
+    image_processor_type: Annotated[str, schema.TEXT] = ""
+    feature_extractor_type: Annotated[str, schema.TEXT] = ""
+    do_resize: Flag = True
+    size: _Size = None
+    resample: Annotated[int, schema.whole(0, 5)] = 0
+    do_center_crop: Flag = True
+    crop_size: _Size = None
+    do_rescale: Flag = True
+    rescale_factor: Annotated[float, schema.number(1e-9, 1e9)] = 1 / 255
+    do_normalize: Flag = True
+    image_mean: _Means = 0.0
+    image_std: _Stds = 1.0
+
+
+@dataclass(frozen=True)
+class TimmSettings:
+    """What is read of timm's `pretrained_cfg`."""
+
+    input_size: Annotated[Any, _INPUT] = None
+    interpolation: Annotated[str, schema.TEXT] = ""
+    crop_pct: Annotated[float, schema.number(0.01, 10)] = 0.875
+    crop_mode: Annotated[str, schema.TEXT] = ""
+    mean: _Means = 0.0
+    std: _Stds = 1.0
+    num_classes: Annotated[int, schema.whole(-1, 10_000_000)] = 0
+    label_names: Annotated[Any, schema.TEXTS] = ()
+    label_descriptions: Annotated[Any, schema.OBJECT] = None
+
+
+def from_transformers(
+    settings: Mapping[str, Any], model_type: str, config: ViTConfig, image_size: tuple[int, int], what: str
+) -> Preprocess | None:
+    """From a preprocessor_config.json or processor_config.json, for a model of this native size.
+
+    Raises:
+        CheckpointError: for settings that no processor would take; it names field, value and what is allowed.
 
     Warns:
         UserWarning: with the reason, if it cannot be expressed; None is returned then.
     """
+    inner = settings.get("image_processor")
+    read_settings(_Processor, inner if isinstance(inner, Mapping) else settings, what)
     processor = _PROCESSORS.get(model_type)
-    return _attempt(lambda: Preprocess.from_transformers(settings, config.image_size, processor), config, what)
+    return _attempt(lambda: Preprocess.from_transformers(settings, image_size, processor), config, what)
 
 
-def from_timm(settings: Mapping[str, Any], config: ViTConfig, what: str) -> Preprocess | None:
+def from_timm(
+    settings: Mapping[str, Any], config: ViTConfig, image_size: tuple[int, int], what: str
+) -> Preprocess | None:
     """From timm's `pretrained_cfg`, but at the size the model was built for; None if it is empty.
+
+    Raises:
+        CheckpointError: for settings that timm could not use; it names field, value and what is allowed.
 
     Warns:
         UserWarning: with the reason, if it cannot be expressed; None is returned then.
     """
     if not settings:
         return None
-    sized = {**settings, "input_size": (config.in_channels, *config.image_size)}
+    read_settings(TimmSettings, settings, f"pretrained_cfg of {what}")
+    sized = {**settings, "input_size": (config.in_channels, *image_size)}
     return _attempt(lambda: Preprocess.from_timm(sized), config, what)
 
 

@@ -1,23 +1,53 @@
-"""`Source`: a state dict on its way to canonical weights, with every key accounted for.
+"""`Checkpoint`, and `Source`: a state dict on its way to canonical weights, with every key accounted for.
 
 A translation names each tensor it wants. What it names must be there; what it does not name, and
 is not on the family's short list of ignorable keys, is an error. So a checkpoint either is
-understood entirely or is refused with the whole list of what does not fit.
+understood entirely or is refused with the whole list of what does not fit. Shapes come first: no value is
+read, and nothing is put together, of a checkpoint whose shapes or dtypes do not fit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitfast.images.preprocess import Preprocess
+from vitfast.models import schema
 from vitfast.models.config import ViTConfig
+
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that weights may be stored in."""
+
+Settings = TypeVar("Settings")
 
 
 class CheckpointError(ValueError):
     """A model that cannot be loaded: the message says which one and every reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A translated model.
+
+    Attributes:
+        config: the architecture.
+        weights: canonical name (see `vitfast.models.config`) -> tensor, in the dtype they are stored in.
+        preprocess: how its images are prepared; None where the source does not say.
+        labels: the classes' names, one per row of the head; None where the source does not say.
+        problem_type: what the logits are for, in transformers' words: "single_label_classification",
+            "multi_label_classification" or "regression"; None where the source does not say.
+    """
+
+    config: ViTConfig
+    weights: Mapping[str, Tensor]
+    preprocess: Preprocess | None = None
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
 
 
 def require(condition: bool, feature: str, where: str) -> None:
@@ -30,8 +60,29 @@ def require(condition: bool, feature: str, where: str) -> None:
         raise CheckpointError(f"{where}: {feature} is not supported")
 
 
+def read_settings(kind: type[Settings], values: Mapping[str, Any], where: str, prefix: str = "") -> Settings:
+    """Settings of a file as a dataclass; what is absent or null takes the field's default.
+
+    Raises:
+        CheckpointError: with each field that is out of its domain (see `vitfast.models.schema`), and its value.
+    """
+    given = {name: value for name, value in values.items() if isinstance(name, str) and value is not None}
+    if found := schema.problems(kind, given, prefix):
+        raise CheckpointError("\n  ".join([f"{where} cannot be used:", *found]))
+    known = getattr(kind, "__dataclass_fields__", {})
+    return kind(**{name: value for name, value in given.items() if name in known})
+
+
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
+
+
+class _Part(NamedTuple):
+    """A canonical weight that is still in its source's tensors."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    """Puts it together, which reads the values."""
 
 
 class Source:
@@ -47,7 +98,7 @@ class Source:
     def __init__(self, state: Mapping[str, Tensor], what: str) -> None:
         self.state = state
         self.what = what
-        self.weights: dict[str, Tensor] = {}
+        self._parts: dict[str, _Part] = {}
         self._origins: dict[str, tuple[str, ...]] = {}
         self._missing: dict[str, str] = {}  # source name -> canonical name
         self._misshapen: list[str] = []
@@ -63,9 +114,10 @@ class Source:
         if len(found) < len(names):
             return
         if len(found) == 1:
-            self.weights[canonical] = found[0]
+            self._parts[canonical] = _Part(tuple(found[0].shape), lambda: found[0])
         elif len({(part.shape[1:], part.dtype) for part in found}) == 1 and found[0].ndim:
-            self.weights[canonical] = torch.cat(found)
+            rows = sum(part.shape[0] for part in found)
+            self._parts[canonical] = _Part((rows, *found[0].shape[1:]), lambda: torch.cat(found))
         else:
             listed = ", ".join(f"{n} {_shape(p)} {p.dtype}" for n, p in zip(names, found, strict=True))
             self._misshapen.append(f"{listed}: parts of {canonical} that do not fit together")
@@ -85,9 +137,8 @@ class Source:
     def swap_halves(self, canonical: str) -> None:
         """Exchange the two halves of a dense layer's rows (a gate that the source keeps last)."""
         for name in (f"{canonical}.weight", f"{canonical}.bias"):
-            if name in self.weights:
-                rows = self.weights[name]
-                self.weights[name] = rows.roll(len(rows) // 2, dims=0)
+            if name in self._parts:
+                self._parts[name] = _Part(self._parts[name].shape, _rolled(self._parts[name].make))
 
     def tokens(self, config: ViTConfig, prefix: Sequence[str], position: str | None, covered: int) -> None:
         """Take prefix tokens and position embedding; the first `covered` positions belong to prefix tokens.
@@ -103,16 +154,22 @@ class Source:
         if position is not None:
             table = self._rows("position", position, config.width)
             if table is not None:
-                head, self.weights["position"] = table[:covered], table[covered:]
+                head, patches = table[:covered], table[covered:]
+                self._parts["position"] = _Part(tuple(patches.shape), lambda: patches)
                 self._origins["position"] = (position,)
-        if not prefix or any(part is None for part in rows) or (covered and head is None):
+        found = [part for part in rows if part is not None]
+        if not prefix or len(found) < len(rows) or (covered and head is None):
             return
-        tokens = torch.cat([part for part in rows if part is not None])
-        if covered and head is not None and len(head) <= len(tokens):
-            # Summed in fp32 and rounded once to the stored dtype, as the source's own addition is.
-            added = tokens[: len(head)].float() + head.float()
-            tokens = torch.cat([added.to(tokens.dtype), tokens[len(head) :]])
-        self.weights["prefix"] = tokens
+
+        def tokens() -> Tensor:
+            made = torch.cat(found)
+            if not covered or head is None or len(head) > len(made):
+                return made
+            # In fp32 at least: a sum rounded to the stored dtype would be rounded again to that of the model.
+            made = made.to(torch.promote_types(made.dtype, torch.float32))
+            return torch.cat([made[: len(head)] + head, made[len(head) :]])
+
+        self._parts["prefix"] = _Part((sum(len(part) for part in found), config.width), tokens)
 
     def finish(self, config: ViTConfig, ignorable: Sequence[str] = ()) -> dict[str, Tensor]:
         """Compare with `config.weight_shapes()` and return the canonical weights.
@@ -133,22 +190,25 @@ class Source:
             if required and canonical not in self._origins and canonical not in self._missing.values():
                 problems.append(f"missing: nothing gives {canonical} {list(size)}")
         problems += [f"wrong shape: {line}" for line in self._misshapen]
-        for canonical, tensor in self.weights.items():
+        for canonical, part in self._parts.items():
             parts = ", ".join(f"{name} {_shape(self.state[name])}" for name in self._origins[canonical])
             if canonical not in shapes:
                 problems.append(f"unexpected: {parts} (the architecture has no {canonical})")
-            elif tuple(tensor.shape) != shapes[canonical][0]:
+            elif part.shape != shapes[canonical][0]:
                 wanted = list(shapes[canonical][0])
-                problems.append(f"wrong shape: {parts} gives {canonical} {_shape(tensor)}, expected {wanted}")
+                problems.append(f"wrong shape: {parts} gives {canonical} {list(part.shape)}, expected {wanted}")
         ignored = re.compile("|".join(f"(?:{pattern})" for pattern in ignorable)) if ignorable else None
         for name in self.state.keys() - self._used:
             if ignored is None or not ignored.fullmatch(name):
                 problems.append(f"unexpected: {name} {_shape(self.state[name])}")
-        problems += [f"unusable: {name} {reason}" for name in sorted(self._used) if (reason := self._unusable(name))]
+        for unusable in (_unreadable, _not_finite):  # the values last, and only of weights that fit
+            if not problems:
+                reasons = {name: unusable(self.state[name]) for name in sorted(self._used)}
+                problems += [f"unusable: {name} {reason}" for name, reason in reasons.items() if reason]
         if problems:
             listed = "\n  ".join(sorted(problems))
             raise CheckpointError(f"{self.what} does not fit its architecture, {len(problems)} problem(s):\n  {listed}")
-        return {canonical: self.weights[canonical] for canonical in shapes if canonical in self.weights}
+        return {canonical: self._parts[canonical].make() for canonical in shapes if canonical in self._parts}
 
     def _fetch(self, canonical: str, name: str) -> Tensor | None:
         tensor = self.state.get(name)
@@ -172,11 +232,30 @@ class Source:
             return None
         return tensor
 
-    def _unusable(self, name: str) -> str:
-        tensor = self.state[name]
-        if tensor.device.type == "meta":
-            return "is on the meta device, without data"
-        if not tensor.is_floating_point():
-            return f"has dtype {tensor.dtype}, a floating-point one is needed"
-        finite = torch.isfinite(tensor.detach()).sum().item()
-        return "" if finite == tensor.numel() else f"holds {tensor.numel() - finite} NaN or infinite value(s)"
+
+def _rolled(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def rolled() -> Tensor:
+        rows = make()
+        return rows.roll(len(rows) // 2, dims=0)
+
+    return rolled
+
+
+def _unreadable(tensor: Tensor) -> str:
+    """Why a tensor cannot be a weight, judged without its values."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return f"is a {type(tensor).__name__}, a plain tensor is needed"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}, a dense one is needed"
+    if tensor.device.type == "meta":
+        return "is on the meta device, without data"
+    if tensor.dtype not in STORED:
+        return f"has dtype {tensor.dtype}, one of {', '.join(map(str, STORED))} is needed"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"repeats its memory: {_shape(tensor)} with strides {list(tensor.stride())} (clone it)"
+    return ""
+
+
+def _not_finite(tensor: Tensor) -> str:
+    finite = torch.isfinite(tensor.detach()).sum().item()
+    return "" if finite == tensor.numel() else f"holds {tensor.numel() - finite} NaN or infinite value(s)"

@@ -7,16 +7,18 @@ known is refused. timm's files carry only an architecture's name, so timm builds
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 from torch import nn
 
-from vitfast.images.preprocess import Preprocess
-from vitfast.models.checkpoints import files
-from vitfast.models.checkpoints.preprocess import from_timm
-from vitfast.models.checkpoints.source import CheckpointError, Source, require
-from vitfast.models.config import ViTConfig
+from vitfast.models import libraries, schema
+from vitfast.models.checkpoints import files, live, state_dicts
+from vitfast.models.checkpoints.preprocess import TimmSettings, from_timm
+from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, Source, read_settings, require
+from vitfast.models.config import Channels, Classes, Depth, Heads, ViTConfig, Width
 from vitfast.ops.names import did_you_mean
 
 REFUSED = {
@@ -28,8 +30,106 @@ REFUSED = {
 }
 """timm classes that are near enough to be tried, with what the forward lacks for them."""
 
+_DROP = ("Dropout", "Identity")
+_PATH = ("DropPath", "Identity")
+_NORM = ("LayerNorm", "Identity")
+_ACTS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish")
+_MLP = {
+    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), ("Linear",)),
+    **dict.fromkeys(("drop1", "drop2"), _DROP),
+    "act": _ACTS,
+    "norm": ("Identity",),
+}
+_WHOLE = {
+    "patch_embed": ("PatchEmbed", "PatchEmbedWithSize"),
+    "pos_drop": _DROP,
+    "patch_drop": ("PatchDropout", "Identity"),
+    "norm_pre": _NORM,
+    "blocks": ("Sequential",),
+    "norm": _NORM,
+    "fc_norm": _NORM,
+    "head_drop": _DROP,
+}
+_BLOCKS = {"*": ("Block",)}
+_ANATOMY: live.Anatomy = {
+    "VisionTransformer": _WHOLE,
+    "VisionTransformerDistilled": _WHOLE,
+    "PatchEmbed": {"proj": ("Conv2d",), "norm": ("Identity",)},
+    "PatchEmbedWithSize": {"proj": ("Conv2d",), "norm": ("Identity",)},
+    **dict.fromkeys((f"{whole}.blocks" for whole in ("VisionTransformer", "VisionTransformerDistilled")), _BLOCKS),
+    "Block": {
+        **dict.fromkeys(("norm1", "norm2"), ("LayerNorm",)),
+        **dict.fromkeys(("ls1", "ls2"), ("LayerScale", "Identity")),
+        **dict.fromkeys(("drop_path1", "drop_path2"), _PATH),
+        "attn": ("Attention",),
+        "mlp": ("Mlp", "GluMlp", "SwiGLU"),
+    },
+    "Attention": {
+        **dict.fromkeys(("qkv", "proj"), ("Linear",)),
+        **dict.fromkeys(("q_norm", "k_norm", "norm"), ("Identity",)),
+        **dict.fromkeys(("attn_drop", "proj_drop"), _DROP),
+    },
+    **dict.fromkeys(("Mlp", "GluMlp", "SwiGLU"), _MLP),
+}
+"""What timm's modules are made of, as far as it can be run here. Finer points are read from the parts."""
+
 _ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "Swish": "silu"}
 _POOLS = {"token": "cls", "avg": "avg", "": "none"}
+
+
+_Count = Annotated[int, schema.whole(0, 65_536)]
+_Rate = Annotated[float, schema.number(0, 1)]
+
+
+@dataclass(frozen=True)
+class _ModelArgs:
+    """What config.json may say of a VisionTransformer's sizes; other arguments are for timm to judge."""
+
+    img_size: Annotated[Any, schema.side_or_sides(1, 65_536)] = None
+    patch_size: Annotated[Any, schema.side_or_sides(1, 65_536)] = None
+    in_chans: Channels = 3
+    num_classes: Classes = 0
+    embed_dim: Width = 1
+    depth: Depth = 1
+    num_heads: Heads = 1
+    mlp_ratio: Annotated[float, schema.number(0, 64)] = 4
+    init_values: Annotated[float, schema.number(0, 1e6)] = 0
+    reg_tokens: _Count = 0
+    drop_rate: _Rate = 0
+    pos_drop_rate: _Rate = 0
+    patch_drop_rate: _Rate = 0
+    proj_drop_rate: _Rate = 0
+    attn_drop_rate: _Rate = 0
+    drop_path_rate: _Rate = 0
+    global_pool: Annotated[str, schema.TEXT] = ""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """timm's config.json."""
+
+    architecture: Annotated[str, schema.TEXT] = ""
+    num_classes: Annotated[int, schema.whole(-1, 10_000_000)] = 0
+    global_pool: Annotated[str, schema.TEXT] = ""
+    label_names: Annotated[Any, schema.TEXTS] = ()
+    label_descriptions: Annotated[Any, schema.OBJECT] = None
+    pretrained_cfg: Annotated[Any, schema.OBJECT] = None
+    model_args: Annotated[Any, schema.OBJECT] = None
+
+
+def _settings(directory: Path, where: str) -> _Settings:
+    """config.json, checked.
+
+    Raises:
+        CheckpointError: with each field that is out of its domain.
+    """
+    settings = read_settings(_Settings, content := files.read_json(directory / "config.json"), where)
+    if (inside := settings.pretrained_cfg) is None:
+        read_settings(TimmSettings, content, where)
+    else:
+        read_settings(TimmSettings, inside, where, "pretrained_cfg.")
+    read_settings(_ModelArgs, settings.model_args or {}, where, "model_args.")
+    return settings
 
 
 def matches(module: nn.Module) -> bool:
@@ -41,21 +141,26 @@ def matches(module: nn.Module) -> bool:
     )
 
 
-def from_module(
-    module: Any,
-) -> tuple[ViTConfig, Mapping[str, Any], Preprocess | None, tuple[str, ...] | None]:
+def from_module(module: Any) -> Checkpoint:
     """Translate a live module, of any dtype and device.
 
     Raises:
-        CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
+        CheckpointError: naming the feature that cannot be represented, the part that is not timm's own, or the
+            tensors that do not fit.
     """
     settings = getattr(module, "pretrained_cfg", None) or {}
-    name = ".".join(filter(None, (settings.get("architecture"), settings.get("tag")))) or type(module).__name__
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{type(module).__name__}: pretrained_cfg must be a dict, got {schema.shown(settings)}")
+    named = (settings.get("architecture"), settings.get("tag"))
+    name = ".".join(part for part in named if isinstance(part, str) and part) or type(module).__name__
+    live.unchanged(module, name)
     config = _config(module, name)
+    live.composed(module, _ANATOMY, ("torch.nn.", "timm."), name, skip=("head", "head_dist"))
     source = Source(module.state_dict(), name)
     _read(module, config, source)
     weights = source.finish(config)
-    return config, weights, from_timm(settings, config, name), _labels(settings, config)
+    found = from_timm(settings, config, tuple(module.patch_embed.img_size), name)
+    return Checkpoint(config, weights, found, _labels(settings, config))
 
 
 def _labels(settings: Mapping[str, Any], config: ViTConfig) -> tuple[str, ...] | None:
@@ -80,8 +185,8 @@ class _Block(NamedTuple):
 def _config(module: Any, name: str) -> ViTConfig:
     embed = module.patch_embed
     where = f"{name}: patch_embed ({type(embed).__name__})"
-    require(type(embed).__name__ in ("PatchEmbed", "PatchEmbedWithSize"), "a stem other than PatchEmbed", where)
-    require(isinstance(embed.proj, nn.Conv2d), f"{type(embed.proj).__name__} as patch projection", where)
+    require(_is(embed, "PatchEmbed", "PatchEmbedWithSize"), "a stem other than PatchEmbed", where)
+    live.patches(embed.proj, f"{where}.proj")
     require(_absent(embed.norm), "a norm in the patch embedding (embed_norm_layer)", where)
     require(embed.img_size is not None, "an undefined image size", where)
     require(module.attn_pool is None, f"attention pooling (attn_pool, {type(module.attn_pool).__name__})", name)
@@ -89,7 +194,8 @@ def _config(module: Any, name: str) -> ViTConfig:
     require(not distilled or module.reg_token is None, "register tokens beside a distillation token", name)
     pool = _POOLS.get(module.global_pool)
     require(pool is not None, f"global_pool={module.global_pool!r}", name)
-    has_head = not _absent(module.head)
+    head, _ = live.linear_head(module.head, f"{name}: head")
+    has_head = head is not None
     if pool == "none":
         require(not has_head and _absent(module.fc_norm), "global_pool='' with a head or fc_norm (per token)", name)
         require(module.cls_token is not None, "global_pool='' without a class token", name)
@@ -112,9 +218,11 @@ def _config(module: Any, name: str) -> ViTConfig:
         )
     eps = {norm.eps for norm in present.values()}
     require(len(eps) == 1, f"LayerNorm eps that differ ({sorted(eps)})", name)
+    patch = embed.proj.kernel_size
+    grid = [side // p for side, p in zip(embed.img_size, patch, strict=True)]
     return ViTConfig(
-        image_size=tuple(embed.img_size),
-        patch_size=tuple(embed.patch_size),
+        image_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        patch_size=patch,
         width=embed.proj.out_channels,
         depth=len(module.blocks),
         heads=block.heads,
@@ -132,11 +240,17 @@ def _config(module: Any, name: str) -> ViTConfig:
         pool=pool,
         pool_norm="fc_norm" in present,
         distilled=distilled and has_head,
-        num_classes=module.head.out_features if has_head else 0,
+        num_classes=head.out_features if head is not None else 0,
+        off_grid="pad" if getattr(embed, "dynamic_img_pad", False) else "refuse",
         dynamic_size=True,  # timm allows it with dynamic_img_size or set_input_size, and defines the resampling
         position_antialias=True,
         name=name,
     )
+
+
+def _is(part: nn.Module, *names: str) -> bool:
+    """Whether a part is of one of these classes of timm's."""
+    return type(part).__name__ in names and type(part).__module__.startswith("timm.")
 
 
 def _absent(part: nn.Module | None) -> bool:
@@ -144,18 +258,17 @@ def _absent(part: nn.Module | None) -> bool:
 
 
 def _block(block: Any, where: str) -> _Block:
-    kind = type(block).__name__
-    require(kind == "Block", f"{kind} (only the pre-norm Block)", where)
+    require(_is(block, "Block"), f"{type(block).__name__} (only the pre-norm Block)", where)
     attention, mlp = block.attn, block.mlp
     there = f"{where}.attn ({type(attention).__name__})"
-    require(type(attention).__name__ == "Attention", "this attention", there)
+    require(_is(attention, "Attention"), "this attention", there)
     require(_absent(attention.q_norm) and _absent(attention.k_norm), "qk_norm (q_norm, k_norm)", there)
     require(_absent(getattr(attention, "norm", None)), "a norm of the attention output (scale_attn_norm)", there)
     require(getattr(attention, "gate", None) is None, "gated attention (gate)", there)
     require(attention.scale == attention.head_dim**-0.5, f"scale={attention.scale}", there)
     require(_absent(block.ls1) == _absent(block.ls2), "LayerScale in one branch only", where)
     there = f"{where}.mlp ({type(mlp).__name__})"
-    require(type(mlp).__name__ in ("Mlp", "GluMlp", "SwiGLU"), "this MLP", there)
+    require(_is(mlp, "Mlp", "GluMlp", "SwiGLU"), "this MLP", there)
     require(_absent(getattr(mlp, "norm", None)), "a norm inside the MLP (scale_mlp_norm)", there)
     require(isinstance(mlp.fc2, nn.Linear), f"{type(mlp.fc2).__name__} in the MLP", there)
     activation = _activation(mlp.act, there)
@@ -203,26 +316,55 @@ def _read(module: Any, config: ViTConfig, source: Source) -> None:
         if present:
             source.norm(ours, theirs)
     if config.num_classes:
-        source.dense("head", "head.", bias=module.head.bias is not None)
-        if config.distilled:
-            source.dense("head_dist", "head_dist.", bias=module.head_dist.bias is not None)
+        for ours in ("head", "head_dist") if config.distilled else ("head",):
+            linear, inner = live.linear_head(getattr(module, ours), f"{source.what}: {ours}")
+            require(linear is not None, f"no {ours} beside a head", source.what)
+            source.dense(ours, f"{ours}.{inner}", bias=linear.bias is not None)
 
 
-def build(directory: Path, weights: Sequence[Path], *, name: str, allow_pickle: bool) -> nn.Module:
+def build(
+    directory: Path, weights: Sequence[Path], *, name: str, allow_pickle: bool, weights_key: str | None
+) -> nn.Module:
     """Let timm build and fill the module that a directory's config.json names, as `create_model` does.
 
     Raises:
-        CheckpointError: if timm is not installed, does not know the architecture, or the weights do not fit it.
+        CheckpointError: if timm is not installed, does not know the architecture, config.json asks for what no model
+            has or is far larger than the weights, or the weights do not fit it.
     """
+    where = f"{name}/config.json"
+    settings = _settings(directory, where)
     timm = _timm(f"{name}, whose config.json names a timm architecture,")
-    if len(weights) == 1 and weights[0].suffix == ".safetensors":
-        overlay: dict[str, Any] = {"source": "", "file": str(weights[0])}
-    else:
-        overlay = {"source": "", "state_dict": files.read_weights(weights, allow_pickle=allow_pickle)}
+    state = files.read_weights(weights, allow_pickle=allow_pickle, weights_key=weights_key)
+    state = dict(state_dicts.strip_prefix(state, ["patch_embed.proj.weight"], name))
+    _no_larger_than(timm, settings, sum(tensor.numel() for tensor in state.values()), where)
+    # No classifier: timm would leave out a head of another size, and go on with a random one.
+    overlay: dict[str, Any] = {"source": "", "state_dict": state, "custom_load": False, "classifier": None}
     try:
         return timm.create_model(f"local-dir:{directory}", pretrained=True, pretrained_cfg_overlay=overlay).eval()
     except Exception as error:  # timm asserts, and raises RuntimeError, TypeError and what its readers raise
-        raise CheckpointError(f"timm cannot load {name}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{_cannot(settings, name, where)}: {type(error).__name__}: {error}") from error
+
+
+def _no_larger_than(timm: Any, settings: _Settings, elements: int, where: str) -> None:
+    """Refuse a config whose model is far larger than the weights beside it, before any memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            empty = timm.create_model(settings.architecture, pretrained=False, **(settings.model_args or {}))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{_cannot(settings, where, where)}: {type(error).__name__}: {error}") from error
+    wanted = sum(parameter.numel() for parameter in empty.parameters())
+    if wanted > 2 * elements:
+        raise CheckpointError(
+            f"{where} describes a model of {wanted:,} weights and the files hold {elements:,}: architecture="
+            f"{settings.architecture!r}, model_args={schema.shown(settings.model_args)}"
+        )
+
+
+def _cannot(settings: _Settings, name: str, where: str) -> str:
+    return (
+        f"timm cannot load {name} ({where} says architecture={schema.shown(settings.architecture)}, "
+        f"model_args={schema.shown(settings.model_args)})"
+    )
 
 
 def hub_id(name: str) -> str:
@@ -247,7 +389,6 @@ def hub_id(name: str) -> str:
 
 def _timm(what: str) -> Any:
     try:
-        import timm
+        return libraries.import_library("timm")
     except ImportError as error:
         raise CheckpointError(f"loading {what} needs timm, which cannot be imported: {error}") from error
-    return timm

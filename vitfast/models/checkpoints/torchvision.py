@@ -1,22 +1,51 @@
 """torchvision's VisionTransformer (vit_b_16 and its siblings), as a live module.
 
-A module does not say which weights it holds, so the preprocessing is that of IMAGENET1K_V1 at the
-module's size: shortest side size * 256 / 224, bilinear, centre crop, ImageNet mean and std. The
-SWAG and vit_h_14 weights were trained with others; give those explicitly.
+A module does not say which weights it holds, so the preprocessing is that of torchvision's own weights for the
+module's sizes. Only vit_b_16 and vit_l_16 at 224 pixels have two: those of IMAGENET1K_V1 are taken (shortest side 256,
+or 242 for vit_l_16, bilinear, centre crop, ImageNet mean and std); IMAGENET1K_SWAG_LINEAR_V1 wants 224 and bicubic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from vitfast.images.preprocess import Preprocess
-from vitfast.models.checkpoints.source import Source, require
+from vitfast.models.checkpoints import live
+from vitfast.models.checkpoints.source import Checkpoint, Source, require
 from vitfast.models.config import ViTConfig
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_RESIZE = {
+    (16, 1024, 224): (242, "bilinear"),
+    (14, 1280, 224): (224, "bicubic"),
+    (16, 768, 384): (384, "bicubic"),
+    (16, 1024, 512): (512, "bicubic"),
+    (14, 1280, 518): (518, "bicubic"),
+}
+"""(patch, width, image) -> (shortest side, filter) of torchvision's weights that do not take 256 for 224, bilinear."""
+
+_DROP = ("Dropout", "Identity")
+_ANATOMY: live.Anatomy = {
+    "VisionTransformer": {"conv_proj": ("Conv2d",), "encoder": ("Encoder",)},
+    "Encoder.layers": {"*": ("EncoderBlock",)},
+    "Encoder": {"dropout": _DROP, "layers": ("Sequential",), "ln": ("LayerNorm",)},
+    "EncoderBlock": {
+        **dict.fromkeys(("ln_1", "ln_2"), ("LayerNorm",)),
+        "self_attention": ("MultiheadAttention",),
+        "dropout": _DROP,
+        "mlp": ("MLPBlock",),
+    },
+    "MultiheadAttention": {"out_proj": ("NonDynamicallyQuantizableLinear", "Linear")},
+    "MLPBlock": {
+        **dict.fromkeys("03", ("Linear",)),
+        **dict.fromkeys("24", _DROP),
+        "1": ("GELU",),
+    },
+}
+"""What torchvision's modules are made of."""
 
 
 def matches(module: nn.Module) -> bool:
@@ -25,17 +54,21 @@ def matches(module: nn.Module) -> bool:
     return kind.__module__ == "torchvision.models.vision_transformer" and kind.__name__ == "VisionTransformer"
 
 
-def from_module(module: Any) -> tuple[ViTConfig, Mapping[str, Any], Preprocess]:
+def from_module(module: Any) -> Checkpoint:
     """Translate a live module, of any dtype and device.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
     name = "torchvision VisionTransformer"
-    stem, layers = module.conv_proj, list(module.encoder.layers)
-    require(isinstance(stem, nn.Conv2d), "a convolutional stem (conv_stem_configs)", f"{name}: conv_proj")
+    live.unchanged(module, name)
+    stem = module.conv_proj
+    require(type(stem) is not nn.Sequential, "a convolutional stem (conv_stem_configs)", f"{name}: conv_proj")
+    live.patches(stem, f"{name}: conv_proj")
+    head, inner = _head(module.heads, name)
+    live.composed(module, _ANATOMY, ("torch.nn.", "torchvision."), name, skip=("heads",))
+    layers = list(module.encoder.layers)
     require(stem.in_channels == 3, f"{stem.in_channels} input channels", f"{name}: conv_proj")
-    head = _head(module.heads, name)
     norms = [module.encoder.ln, *(norm for layer in layers for norm in (layer.ln_1, layer.ln_2))]
     for norm in norms:
         require(isinstance(norm, nn.LayerNorm), f"{type(norm).__name__} as norm", name)
@@ -44,8 +77,9 @@ def from_module(module: Any) -> tuple[ViTConfig, Mapping[str, Any], Preprocess]:
     for i, layer in enumerate(layers):
         attention, act = layer.self_attention, layer.mlp[1]
         where = f"{name}: encoder.layers.encoder_layer_{i}"
-        require(type(attention) is nn.MultiheadAttention, f"{type(attention).__name__}", where)
+        require(live.kind_of(attention) is nn.MultiheadAttention, f"{type(attention).__name__}", where)
         require(attention.in_proj_weight is not None, "separate q, k and v weights", where)
+        require(attention.batch_first, "an attention with batch_first=False", where)
         require(attention.bias_k is None and not attention.add_zero_attn, "bias_k or add_zero_attn", where)
         require(type(act) is nn.GELU and act.approximate == "none", f"the activation {act}", where)
         require(attention.num_heads == layers[0].self_attention.num_heads, "differing head counts", where)
@@ -74,25 +108,22 @@ def from_module(module: Any) -> tuple[ViTConfig, Mapping[str, Any], Preprocess]:
         source.dense(f"{ours}fc2", f"{theirs}mlp.3.")
     source.norm("norm", "encoder.ln.")
     if head:
-        theirs = "heads.head." if isinstance(module.heads, nn.Sequential) else "heads."
-        source.dense("head", theirs, bias=head.bias is not None)
+        source.dense("head", f"heads.{inner}", bias=head.bias is not None)
+    side = config.image_size[0]
+    resize, interpolation = _RESIZE.get((stem.kernel_size[0], config.width, side), (side * 256 // 224, "bilinear"))
     preprocess = Preprocess(
         size=config.image_size,
-        resize=config.image_size[0] * 256 // 224,
-        interpolation="bilinear",
+        resize=resize,
+        interpolation=interpolation,
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
         rounding="even",
     )
-    return config, source.finish(config), preprocess
+    return Checkpoint(config, source.finish(config), preprocess)
 
 
-def _head(heads: nn.Module, name: str) -> nn.Linear | None:
-    """The classifier, or None where it has been replaced by Identity."""
-    if isinstance(heads, nn.Sequential):
-        parts = dict(heads.named_children())
-        require("pre_logits" not in parts, "a hidden layer in the head (representation_size)", f"{name}: heads")
-        require(set(parts) <= {"head"}, f"the head {sorted(parts)}", f"{name}: heads")
-        heads = parts.get("head", nn.Identity())
-    require(isinstance(heads, (nn.Linear, nn.Identity)), f"{type(heads).__name__} as head", f"{name}: heads")
-    return heads if isinstance(heads, nn.Linear) else None
+def _head(heads: nn.Module, name: str) -> tuple[nn.Linear | None, str]:
+    """The classifier, or None where it has been replaced by Identity, and where in `heads` it is."""
+    hidden = isinstance(heads, nn.Sequential) and "pre_logits" in dict(heads.named_children())
+    require(not hidden, "a hidden layer in the head (representation_size)", f"{name}: heads")
+    return live.linear_head(heads, f"{name}: heads")

@@ -1,0 +1,132 @@
+"""Signals: what was done is kept, and the exit code says which signal it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.folder_runs import Runs
+from helpers.photos import save
+
+from vitfast.cli.signals import Stopped, exit_code, stopping
+from vitfast.pipeline.parquet import PART_SECONDS, read_embeddings
+
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with Runs() as runs:
+        yield runs
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(20):
+        save(tmp_path / "photos" / f"{i:02}.png", i)
+    return tmp_path / "photos"
+
+
+def embed(runs, photos, out, *options, **job):
+    return runs.start(
+        "embed", photos, "-m", "m", "-o", out, "-b", "4", "--json", *options, log=out.parent / "log", **job
+    )
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_signal_ends_a_run_with_what_it_has_done(name, runs, photos, tmp_path):
+    out = tmp_path / "out"
+    code = runs.wait(embed(runs, photos, out, fault=["result", 9, "before", name]))
+    assert code == CODES[name]
+    summary = json.loads((tmp_path / "log.out").read_text())
+    assert summary["interrupted"]
+    assert summary["done"] == 10 == read_embeddings(out).num_rows
+    assert [path.name[:5] for path in out.iterdir()] == ["part-"]
+    assert runs.wait(embed(runs, photos, out)) == 0
+    assert read_embeddings(out).num_rows == 20
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize(("operation", "when"), [("fsync", "before"), ("replace", "before"), ("replace", "after")])
+def test_a_signal_in_the_last_moment_costs_nothing(operation, when, name, runs, photos, tmp_path):
+    out = tmp_path / "out"
+    assert runs.wait(embed(runs, photos, out, fault=[operation, 0, when, name])) == CODES[name]
+    assert read_embeddings(out).num_rows == 20
+
+
+def test_a_kill_costs_what_came_since_the_last_part(runs, photos, tmp_path):
+    out = tmp_path / "out"
+    code = runs.wait(embed(runs, photos, out, fault=["result", 15, "before", "SIGKILL"], seconds=0.2, pause=0.1))
+    assert code == -signal.SIGKILL
+    assert 11 <= read_embeddings(out).num_rows <= 16
+    assert PART_SECONDS <= 5
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_signal_from_outside_and_its_repetition(runs, photos, tmp_path):
+    """As `timeout` and a shell send it: to the process and again to its group."""
+    out = tmp_path / "out"
+    pid = embed(runs, photos, out, seconds=0.0, pause=0.05)
+    wait_for(lambda: list(out.glob("part-*")))
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
+    assert runs.wait(pid) == 143
+    assert read_embeddings(out).num_rows == json.loads((tmp_path / "log.out").read_text())["done"] < 20
+
+
+def test_classify_prints_what_it_has_done(runs, photos, tmp_path):
+    pid = runs.start("classify", photos, "-m", "m", "-b", "1", "--json", log=tmp_path / "log", slow=0.1)
+    wait_for(lambda: (tmp_path / "log.err").exists() and "batch" in (tmp_path / "log.err").read_text())
+    os.kill(pid, signal.SIGTERM)
+    assert runs.wait(pid) == 143
+    rows = json.loads((tmp_path / "log.out").read_text())
+    assert len(rows) < 20
+    assert f"interrupted after {len(rows)} of 20 images" in (tmp_path / "log.err").read_text()
+
+
+def test_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(getattr(signal, name)) for name in CODES]
+    with stopping() as state:
+        assert all(signal.getsignal(getattr(signal, name)) == state._handle for name in CODES)
+        state.check()
+        with pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert exit_code(caught.value) == 129
+        os.kill(os.getpid(), signal.SIGTERM)  # the second is ignored
+        with pytest.raises(Stopped, match="SIGHUP"):
+            state.check()
+    assert [signal.getsignal(getattr(signal, name)) for name in CODES] == before
+    assert exit_code(KeyboardInterrupt()) == 130
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping():
+            os.kill(os.getpid(), signal.SIGHUP)  # as under nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_third_signal_ends_at_once():
+    code = (
+        "import os, signal, time\nfrom vitfast.cli.signals import stopping\n"
+        "with stopping():\n"
+        "  try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "  except KeyboardInterrupt: pass\n"
+        "  os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)\n"
+        "  print('still there', flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
+    assert (done.returncode, done.stdout) == (143, "still there\n")

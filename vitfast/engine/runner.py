@@ -1,0 +1,188 @@
+"""Runner: one model on one device, and its forward. Engine, CUDA graphs, streams and calibration stand on it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfast.engine import planner
+from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
+from vitfast.engine.sites import skipped_products
+from vitfast.images.preprocess import normalize, preprocess_batch
+from vitfast.models import vit
+from vitfast.models.checkpoints import Checkpoint
+from vitfast.models.output import Output
+from vitfast.models.weights import prepare_weights, resize_position
+
+POSITIONS = 8
+"""Image sizes whose resized position embedding is kept."""
+
+
+class Runner:
+    """A model's config, plan and weights, and what runs them on images: check, prepare, size, position, forward.
+
+    Attributes:
+        config, preprocess: of the checkpoint. device, dtype: where and in what the model computes.
+        precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
+        plan: which backend runs each part. weights: as the plan reads them; they share no memory with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        backend: str = "auto",
+        skip_quantize: tuple[str, ...] = (),
+        deterministic: bool = False,
+    ) -> None:
+        """Arguments and errors: as for `vitfast.load`."""
+        self.config, self.preprocess = checkpoint.config, checkpoint.preprocess
+        self.device = resolve_device(device)
+        quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
+        self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
+        self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
+        self.plan = planner.build(
+            self.config,
+            device=self.device,
+            dtype=self.dtype,
+            backend=backend,
+            quantized=quantized,
+            skip_quantize=skipped_products(self.config.depth, skip_quantize, quantized),
+            deterministic=deterministic,
+        )
+        mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
+        self.weights = prepare_weights(
+            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
+        )
+        self.positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
+
+    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Raise ValueError for images that no model of this kind could take."""
+        shape, channels = tuple(shape), self.config.in_channels
+        if len(shape) != 4:
+            raise ValueError(
+                f"images must be uint8 [B, H, W, {channels}] or float [B, {channels}, H, W], got shape {shape}"
+            )
+        if dtype == torch.uint8:
+            if shape[3] != channels:
+                raise ValueError(
+                    f"uint8 images must be [B, H, W, {channels}], got {shape[3]} channels in shape {shape}"
+                )
+            if self.preprocess is None:
+                raise ValueError(
+                    "the checkpoint does not say how its images are normalised, so uint8 images cannot be "
+                    "preprocessed; pass normalised float images [B, C, H, W]"
+                )
+            if shape[0] and 0 in shape[1:3]:
+                raise ValueError(f"images have no pixels: shape {shape}")
+            return
+        if not dtype.is_floating_point:
+            raise ValueError(f"images must be uint8 or floating point, got {dtype}")
+        if shape[1] != channels:
+            raise ValueError(f"float images must be [B, {channels}, H, W], got {shape[1]} channels in shape {shape}")
+
+    def prepare(self, images: Tensor, preprocessed: bool) -> Tensor:
+        """Checked images, on the device, as the forward takes them: resized and cropped, or in the model's dtype."""
+        if images.dtype != torch.uint8:
+            return self._on_grid(images.to(self.dtype))
+        if preprocessed:
+            return self._on_grid(images)
+        assert self.preprocess is not None
+        if not images.shape[0]:
+            return self._on_grid(images.new_empty(0, *self.preprocess.size, self.config.in_channels))
+        return self._on_grid(preprocess_batch(images, self.preprocess))
+
+    def _on_grid(self, images: Tensor) -> Tensor:
+        """Images whose sides are whole patches: cropped or padded where the model's family does so."""
+        channels_last = images.dtype == torch.uint8
+        height, width = images.shape[1:3] if channels_last else images.shape[2:4]
+        if self.config.off_grid == "refuse":
+            return images
+        rows, columns = self.config.fit((height, width))
+        if (rows, columns) == (height, width):
+            return images
+        if self.config.off_grid == "crop":
+            return images[:, :rows, :columns] if channels_last else images[:, :, :rows, :columns]
+        if channels_last:  # padded with zeros, which uint8 has none of once mean and std are applied
+            assert self.preprocess is not None
+            images = normalize(images, self.preprocess, self.dtype)
+        return F.pad(images, (0, columns - width, 0, rows - height))
+
+    def size(self, images: Tensor) -> tuple[int, int]:
+        """(height, width) of prepared images.
+
+        Raises:
+            ValueError: if the model does not take it.
+        """
+        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
+        size, native = (height, width), self.config.image_size
+        if size != native and not self.config.dynamic_size:
+            raise ValueError(f"image size {height}x{width}: this model takes {native[0]}x{native[1]} only")
+        self.config.grid(size)
+        return size
+
+    def position(self, size: tuple[int, int]) -> Tensor | None:
+        """The position embedding for an image size; the last few sizes are kept."""
+        weights = self.weights
+        if weights.position is None or size == self.config.image_size:
+            return weights.position
+        position = self.positions.get(size)
+        if position is None:
+            assert weights.exact_position is not None
+            position = resize_position(
+                weights.exact_position,
+                self.config.grid(self.config.image_size),
+                self.config.grid(size),
+                antialias=self.config.position_antialias,
+                offset=self.config.position_offset,
+            ).to(self.dtype)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
+            self.positions[size] = position
+            while len(self.positions) > POSITIONS:
+                self.positions.popitem(last=False)
+        return position
+
+    def forward(self, images: Tensor, position: Tensor | None) -> Output:
+        """The forward on prepared images, with the position embedding for their size."""
+        return vit.forward(self.config, self.weights, position, images, self.plan)
+
+    def outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
+        """Uninitialised outputs of images of a size, on the device or in pinned host memory."""
+        config = self.config
+
+        def empty(*shape: int) -> Tensor:
+            device = "cpu" if pinned else self.device
+            return torch.empty(batch, *shape, dtype=self.dtype, device=device, pin_memory=pinned)
+
+        return Output(
+            tokens=empty(config.tokens(size), config.width) if tokens else None,
+            embedding=empty(config.projection_dim or config.width),
+            logits=empty(config.num_classes) if config.num_classes else None,
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of the weights and of the position embeddings that are kept."""
+        tensors = {id(t): t.numel() * t.element_size() for t in _tensors((self.weights, *self.positions.values()))}
+        return sum(tensors.values())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in a tree of dataclasses and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif is_dataclass(tree):
+        yield from _tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
+    elif isinstance(tree, tuple):
+        for branch in tree:
+            yield from _tensors(branch)
