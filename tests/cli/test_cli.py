@@ -367,7 +367,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "int8": "int8"}
 @pytest.mark.parametrize(("given", "short"), DTYPES.items())
 def test_dtypes_go_by_both_names(given, short, engine, tmp_path, photos):
     run("embed", photos, "-m", "m", "-o", tmp_path / "out", "--dtype", given, "--allow-pickle")
-    assert engine.loaded == [("m", {"device": None, "dtype": short, "allow_pickle": True})]
+    asked = {"device": None, "dtype": short, "allow_pickle": True, "weights_key": None}
+    assert engine.loaded == [("m", asked)]
 
 
 def test_a_near_miss_is_named():

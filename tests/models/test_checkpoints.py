@@ -195,8 +195,9 @@ def test_hub_fetches_safe_files_only(monkeypatch, directory):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert checkpoints.load("org/name", revision="v2", allow_pickle=True).config.name == "org/name"
-    assert [call[:2] for call in asked] == [("org/name", "v2")]
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked[0][2])
+    assert [call[:2] for call in asked] == [("org/name", "v2")] * 2  # the settings, then all
+    assert all(pattern.endswith(".json") for pattern in asked[0][2])
+    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked[1][2])
     peers.import_timm()
     asked.clear()
     checkpoints.load("vit_tiny_patch16_224")
@@ -207,15 +208,36 @@ def test_hub_fetches_safe_files_only(monkeypatch, directory):
     asked.clear()
     with pytest.raises(CheckpointError, match="allow_pickle=True"):
         checkpoints.load("org/name")
-    assert len(asked) == 1
+    assert len(asked) == 2
     assert checkpoints.load("org/name", allow_pickle=True).config.num_classes == 5
     assert "pytorch_model.bin" in asked[-1][2]
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "swin", "architectures": ["SwinModel"]}, None])
+def test_a_hub_model_is_refused_before_its_weights(settings, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    if settings is not None:
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    asked = []
+
+    def snapshot(hub_id, *, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match="'SwinModel' is not supported" if settings else r"has no config\.json"):
+        checkpoints.load("org/name")
+    assert asked
+    assert not any("safetensors" in pattern or ".bin" in pattern for pattern in asked)
 
 
 def test_unknown_names(tmp_path):
     peers.import_timm()
     with pytest.raises(CheckpointError, match=r"'no_such_model'.*timm has no such model"):
         checkpoints.load("no_such_model")
+    with pytest.raises(CheckpointError, match=r"did you mean .*'vit_base_patch16_224'"):
+        checkpoints.load("vit_base_patch16_244")
     with pytest.raises(CheckpointError, match=r"no weights called 'vit_tiny_patch16_224\.no_such_tag'"):
         checkpoints.load("vit_tiny_patch16_224.no_such_tag")
     with pytest.raises(CheckpointError, match="no weights on the Hugging Face hub for 'vit_small_patch16_36x1_224'"):

@@ -67,9 +67,6 @@ class BackendName(str, Enum):
 
 Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
-]
 WeightsKey = Annotated[
     str | None,
     typer.Option(

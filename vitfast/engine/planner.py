@@ -194,8 +194,7 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
     """The fastest right backend of every site, and what was measured to choose it."""
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
-    config, device = asked.config, asked.device
-    sites = asked.sites()
+    config, device, sites = asked.config, asked.device, asked.sites()
     what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
     for site in progress.said(sites, len(sites), what):
         if site.fused and config.width > FUSED_MAX_WIDTH:

@@ -8,6 +8,7 @@ model of theirs is loaded, and transformers not even then.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +81,19 @@ def load(
         raise CheckpointError(
             f"{name!r} is no file or directory, no Hugging Face hub id (org/name) and no timm model name"
         )
-    directory = files.download(hub_id, revision=revision, allow_pickle=allow_pickle)
+    check = functools.partial(_check_settings, hub_id)
+    directory = files.download(hub_id, revision=revision, allow_pickle=allow_pickle, check=check)
     return _from_files(directory, files.find_weights(directory, allow_pickle=allow_pickle), name=hub_id, **options)
+
+
+def _check_settings(name: str, directory: Path) -> None:
+    """Refuse a model by its config.json, before its weights are fetched, where that alone says enough."""
+    settings = directory / "config.json"
+    if not settings.is_file():
+        raise CheckpointError(f"{name} has no config.json, which would say what the architecture is")
+    config = files.read_json(settings)
+    if "model_type" in config:
+        hf.check(config, f"{name}/config.json")
 
 
 def _for_files(revision: str | None, weights_key: str | None, name: str) -> None:

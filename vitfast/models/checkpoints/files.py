@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,19 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
         raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
 
 
-def download(hub_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+def download(
+    hub_id: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    check: Callable[[Path], None] = lambda directory: None,
+) -> Path:
     """The local directory of a Hugging Face hub model: settings and safetensors, nothing else.
 
     Pickled weights are fetched only if allowed and the model has no others.
+
+    Args:
+        check: is given the directory with the settings alone, and may raise before any weights are fetched.
 
     Raises:
         CheckpointError: if the package is absent, or the hub cannot be reached or refuses.
@@ -163,6 +172,7 @@ def download(hub_id: str, *, revision: str | None = None, allow_pickle: bool = F
                 f"cannot get {hub_id!r}{at} from the Hugging Face hub: {type(error).__name__}: {error}"
             ) from error
 
+    check(fetch(*_SETTINGS))
     directory = fetch(*_SETTINGS, *_SAFE)
     if allow_pickle and not any(path.suffix == ".safetensors" for path in directory.iterdir()):
         directory = fetch(*_SETTINGS, *_PICKLED)

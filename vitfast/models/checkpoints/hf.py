@@ -102,11 +102,7 @@ def from_state(
     architecture = _architecture(config, state, where)
     family = next((family for family in FAMILIES if family.matches(architecture)), None)
     if family is None:
-        reason = REFUSED.get(architecture)
-        raise CheckpointError(
-            f"{where}: transformers architecture {schema.shown(architecture)} is not supported"
-            f"{f': {reason}' if reason else ''}. Supported: {', '.join(supported())}"
-        )
+        raise _refused(architecture, where)
     labels = read_settings(hf_common.Labels, config, where)
     facts = family.read(config, architecture, where)
     marked = [prefix + family.MARKER for prefix in family.prefixes(architecture)]
@@ -119,6 +115,21 @@ def from_state(
         raise CheckpointError(f"{error}\n({where} says {said}, {listed})") from error
     found = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
     return Checkpoint(ours, weights, found, labels.names(ours.num_classes), labels.problem_type)
+
+
+def check(config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for an architecture that config.json names and that is not supported."""
+    named = read_settings(hf_common.Origin, config, where).architectures
+    if named and not any(family.matches(named[0]) for family in FAMILIES):
+        raise _refused(named[0], where)
+
+
+def _refused(architecture: str, where: str) -> CheckpointError:
+    reason = REFUSED.get(architecture)
+    return CheckpointError(
+        f"{where}: transformers architecture {schema.shown(architecture)} is not supported"
+        f"{f': {reason}' if reason else ''}. Supported: {', '.join(supported())}"
+    )
 
 
 def _architecture(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> str:
