@@ -197,6 +197,7 @@ def _config(module: Any, name: str) -> ViTConfig:
     require(not distilled or module.reg_token is None, "register tokens beside a distillation token", name)
     pool = _POOLS.get(module.global_pool)
     require(pool is not None, f"global_pool={module.global_pool!r}", name)
+    assert pool is not None
     head, _ = live.linear_head(module.head, f"{name}: head")
     has_head = head is not None
     if pool == "none":
@@ -322,6 +323,7 @@ def _read(module: Any, config: ViTConfig, source: Source) -> None:
         for ours in ("head", "head_dist") if config.distilled else ("head",):
             linear, inner = live.linear_head(getattr(module, ours), f"{source.what}: {ours}")
             require(linear is not None, f"no {ours} beside a head", source.what)
+            assert linear is not None
             source.dense(ours, f"{ours}.{inner}", bias=linear.bias is not None)
 
 
