@@ -250,10 +250,9 @@ class EmbeddingFolder:
         table = table_of(results, dimension, {_MODEL: self.model, _IDENTITY: identity.to_json()})
         try:
             with finished(table, part) as hidden:
-                stale = list(self.path.glob(_PARTS)) if self._overwrite else []
-                self._overwrite = False
-                for old in stale:
+                for old in list(self.path.glob(_PARTS)) if self._overwrite else []:
                     old.unlink()
+                self._overwrite = False  # only now: whoever was interrupted above comes here again
                 self._drop(table["path"], part)
                 os.replace(hidden, part)
         except OSError as error:
