@@ -84,6 +84,9 @@ DtypeOption = Annotated[
         help="What to compute in; float32 and its like mean the same. [default: bf16 on a GPU, else fp32]",
     ),
 ]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
 MaxPixels = Annotated[
     int | None,
