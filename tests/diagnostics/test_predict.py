@@ -212,6 +212,11 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(bat
     for launch in found["launches"]:
         assert launch.pop("occupancy")["blocks_per_sm"] >= 1, launch
         launch.pop("measured_us", None)
+        for name in ("code_us", "code_bound", "tensor_busy"):
+            launch.pop(name)
+    by_code = found.pop("by_code")
+    assert by_code["launches_by_code"] >= 5  # the products of a block and its attention
+    assert 0.3 < by_code["images_per_s"] / found["images_per_s"] < 1.5
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
     assert found == json.loads(json.dumps(prediction(batch=batch, dtype=dtype)))
@@ -220,7 +225,7 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(bat
 def test_occupancy_that_is_not_known_is_said():
     """Here kernels are interpreter stubs, or there is a GPU and they compile."""
     result = prediction()
-    predict.add_occupancy(result)
+    predict.add_machine_code(result)
     if os.environ.get("TRITON_INTERPRET") == "1":
         assert "TRITON_INTERPRET" in result["occupancy_note"]
         assert all(launch["occupancy"] is None for launch in result["launches"])

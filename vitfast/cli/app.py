@@ -315,7 +315,7 @@ def inspect(
         from vitfast.benchmarks import predicted
 
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
-        predict.add_occupancy(answer.json)
+        predict.add_machine_code(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 

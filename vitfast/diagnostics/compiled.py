@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfast.diagnostics import machine_code, sass
+from vitfast.diagnostics.throughput import TYPICAL
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,8 +117,11 @@ def find_case(file: str, kernel: str, config: str, arch: str, **constexprs: Any)
     return None
 
 
-def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
+def inspect_case(case: CompileCase, arch: str, *, k: int = TYPICAL["K"], tokens: int = TYPICAL["N"]) -> dict[str, Any]:
     """Compile one case for one chip and read the result.
+
+    Args:
+        k, tokens: of the product, or of the attention, whose tiles `tile_clocks` is for.
 
     Returns:
         kernel, config, arch; dtypes: those of the tensors; num_warps: as launched, warp-specialised
@@ -171,6 +175,8 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
             warps=num_warps,
             blocks=occupancy["blocks_per_sm"],
             ptxas=lambda: _ptxas(_number(arch)),
+            k=k,
+            tokens=tokens,
         ),
     }
 

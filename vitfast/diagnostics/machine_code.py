@@ -52,22 +52,23 @@ def accumulator_conversions(ttgir: str, elements: int) -> int:
 
 
 def describe(
-    case: Any, arch: str, asm: Mapping[str, Any], listing: sass.Listing, *, warps: int, blocks: int, ptxas: Callable
-) -> dict[str, Any]:
+    case: Any, arch: str, asm: Mapping[str, Any], listing: sass.Listing, *, warps: int, blocks: int, ptxas: Callable,
+    k: int, tokens: int,
+) -> dict[str, Any]:  # fmt: skip
     """The part of a row of `vitfast inspect` that is read from the machine code.
 
     Returns:
         ptxas_warnings, accumulator_conversions; product_loops and rest: instructions by pipe, load and store widths,
-        and waits for products of each; from `throughput.tile_clocks`, for K = 768 and for attention of 197 tokens:
+        and waits for products of each; from `throughput.tile_clocks`, for a product over k and attention of `tokens`:
         tensor_busy, epilogue_instructions_per_element and tile_clocks, None where it has no answer.
     """
     sizes = {name: value for name, value in case.constexprs.items() if isinstance(value, int)}
-    steps = throughput.steps_of(case.kernel, sizes, k=throughput.TYPICAL["K"], tokens=throughput.TYPICAL["N"])
+    steps = throughput.steps_of(case.kernel, sizes, k=k, tokens=tokens)
     elements = 0
     clocks = None
     if steps:
         head_dim = sizes.get("HEAD_DIM", HEAD_DIM)
-        elements = throughput.output_elements(case.kernel, sizes, head_dim, throughput.TYPICAL["N"])
+        elements = throughput.output_elements(case.kernel, sizes, head_dim, tokens)
         clocks = throughput.tile_clocks(
             listing, steps, arch=arch, warps=warps, blocks=max(1, blocks), elements=elements
         )

@@ -89,29 +89,36 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     }  # fmt: skip
 
 
-def add_occupancy(prediction: dict[str, Any]) -> None:
-    """Compile each launch's kernel for the chip; add to its row `occupancy`, as `compiled.compute_occupancy`, or None.
+def add_machine_code(prediction: dict[str, Any]) -> None:
+    """Compile each launch's kernel for the chip, and add to the prediction what its machine code says.
 
-    The compile case with the launch's config is taken, and with the epilogue nearest to its own. `occupancy_note`
-    says why one is not known: Triton is missing or interpreting, or there is no such case.
+    Rows get `occupancy`, as `compiled.compute_occupancy`, and `code_us`, `code_bound` and `tensor_busy`, as
+    `code_times.time_by_code`; None where it is not known. `by_code` is the sum (see `code_times.add_whole`). The
+    compile case with the launch's config is taken, and with the epilogue nearest to its own. `occupancy_note` says why
+    one is not known: Triton is missing or interpreting, or there is no such case.
     """
-    from vitfast.diagnostics import compiled
+    from vitfast.diagnostics import code_times, compiled
 
     major, minor = prediction["chip"]["capability"]
     arch, prediction["occupancy_note"] = f"sm_{major}{minor}", ""
     for row in prediction["launches"]:
-        row["occupancy"] = None
+        row |= dict.fromkeys(("occupancy", "code_us", "code_bound", "tensor_busy"))
     for row in prediction["launches"]:
         try:
             file, kernel, name, constexprs = _compile_case(row)
             case = compiled.find_case(file, kernel, name, arch, **constexprs)
         except RuntimeError as error:
             prediction["occupancy_note"] = str(error)
-            return
+            break
         if case is None:
             prediction["occupancy_note"] = f"no compile case of {row['site']}, config {row['config']}, for {arch}"
-        else:
-            row["occupancy"] = compiled.inspect_case(case, arch)["occupancy"]
+            continue
+        problem = code_times.problem_of(row)
+        made = compiled.inspect_case(case, arch, **problem)
+        row["occupancy"] = made["occupancy"]
+        if problem and made["tile_clocks"]:
+            row |= code_times.time_by_code(row, case.constexprs, made["tile_clocks"], prediction["chip"])
+    code_times.add_whole(prediction)
 
 
 _LINEAR_CASES = {"bias": "gelu", "norm": "norm_gelu", "residual stats": "residual_stats", "norm swiglu": "norm_swiglu"}
@@ -170,6 +177,10 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
         "µs": lambda row: f"{row['time_us']:.1f}",
         "share": lambda row: f"{row['share']:.1%}",
     }
+    if any(row.get("code_us") for row in rows):
+        launched["µs by code"] = lambda row: f"{row['code_us']:.1f}" if row["code_us"] else ""
+        launched["bound by"] = lambda row: row["code_bound"] or ""
+        launched["products busy"] = lambda row: f"{row['tensor_busy']:.0%}" if row["tensor_busy"] else ""
     if any("measured_us" in row for row in rows):
         launched["measured µs"] = lambda row: f"{row['measured_us']:.1f}" if "measured_us" in row else ""
     why: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -192,6 +203,11 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
         f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's peak "
         f"({chip['source']})",
     ]
+    if any(row.get("code_us") for row in rows):
+        lines.append(
+            f"predicted by the machine code of {prediction['by_code']['launches_by_code']} of {len(rows)} launches: "
+            f"{prediction['by_code']['time_us'] / 1e3:.2f} ms, {prediction['by_code']['images_per_s']:,.0f} img/s"
+        )
     if "measured_images_per_s" in prediction:
         lines.append(
             f"measured: {prediction['measured_images_per_s']:,.0f} img/s ({prediction['measured_in']}), "
