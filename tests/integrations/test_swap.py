@@ -288,7 +288,6 @@ def test_a_swap_says_which_route_its_calls_take():
 
 def test_repr_and_html_list_what_is_left_by_reason():
     swap = Swap(nn.Linear(1, 1))
-    swap.on_restore(lambda: "")
     swap.left |= {f"blocks.{i}.attn": "it is <old>" for i in range(50)} | {f"layer {i}": f"why {i}" for i in range(60)}
     lines = repr(swap).splitlines()
     assert len(lines) <= 40

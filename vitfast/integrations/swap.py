@@ -104,7 +104,7 @@ class Swap:
 
     def __repr__(self) -> str:
         counts = f"{len(self.replaced)} replaced, {len(self.left)} left"
-        if not self._undo:
+        if self.replaced and not self._undo:
             return f"Swap({counts}, restored)"
         lines = [f"Swap({counts}, in place; {self._route()})"]
         lines += [f"  left {names}: {why}" for names, why in self._left()]
