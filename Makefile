@@ -20,13 +20,17 @@ help: ## list the targets
 
 # Torch first, so that the C++ extension is built against it (hence --no-build-isolation, and the PATH: ninja).
 # torchvision and timm without their dependencies: torchvision's compiled part is made for one build of
-# torch and does not load beside a CPU-only one, and only its Python part is needed.
-$(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
+# torch and does not load beside a CPU-only one, and only its Python part is needed. So that they can be
+# imported all the same, as README does, the environment gets a start-up file, which says how.
+STARTUP := torchvision_beside_cpu_torch
+$(READY): pyproject.toml setup.py constraints.txt tests/environment/$(STARTUP).py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja setuptools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 	  -e '.[test,lint,demo,docs]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  cp tests/environment/$(STARTUP).py "$$site" && echo "import $(STARTUP)" > "$$site/$(STARTUP).pth"
 	@$(BIN)/python -c "import importlib.util as u; print('C++ extension:', \
 	  'built' if u.find_spec('vitfast._C') else 'not built; pip install -v says why')"
 	@touch $@

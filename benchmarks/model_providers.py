@@ -20,24 +20,35 @@ import torch
 from torch import Tensor
 
 from vitfast.benchmarks.providers import Absent
+from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
 
 Run = Callable[[Tensor], Tensor]
 BASELINE = "timm eager"
 
 
+def _classifier(built: Engine) -> Run:
+    """An engine as a function of images that gives logits."""
+
+    def run(images: Tensor) -> Tensor:
+        logits = built(images).logits
+        if logits is None:
+            raise Absent("the model has no classifier")
+        return logits
+
+    return run
+
+
 def engine(model: Any, images: Tensor) -> Run:
     """vitfast's engine, on the images' device and dtype."""
-    built = load(model, device=images.device, dtype=images.dtype)
-    return lambda x: built(x).logits
+    return _classifier(load(model, device=images.device, dtype=images.dtype))
 
 
 def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     """vitfast's engine with the products of the blocks in 8 bits."""
     if not images.is_cuda:
         raise Absent("on a CPU it is an emulation, there to see what it costs in accuracy")
-    built = load(model, device=images.device, dtype=precision)
-    return lambda x: built(x).logits
+    return _classifier(load(model, device=images.device, dtype=precision))
 
 
 def eager(model: Any, images: Tensor) -> Run:

@@ -95,8 +95,7 @@ def _backend(case: Case, name: str, call: Call) -> Thunk:
         raise Absent(INTERPRETED)
     if case.op == "attention_backward":
         return functools.partial(gradients(functools.partial(ops.attention, backend=name)), *call.args, **call.kwargs)
-    run: Callable[..., Any] = entry.call
-    return functools.partial(run, *call.args, **backend_options(call.kwargs))
+    return functools.partial(entry.call, *call.args, **backend_options(call.kwargs))
 
 
 def from_outside(path: str) -> Provider:

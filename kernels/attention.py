@@ -97,7 +97,7 @@ def _heads(widest: int) -> dict[str, int]:
 # (101,376 bytes) unless for sm_90 and up. None has been timed. The first that can run a call is picked. "short": 64-row
 # tiles, more and smaller programs, for few queries (224 px with patches of 14 or more).
 GENERAL_CONFIGS = [
-    _config("half-96-short", 64, 64, 4, 3, _half(96), most_queries=320),
+    _config("half-96-short", 64, 64, 4, 2, _half(96), most_queries=320),
     _config("half-96", 128, 64, 8, 3, _half(96)),
     _config("half-128-sm90", 128, 64, 8, 3, _half(128), (9, 0)),
     _config("half-128", 128, 64, 8, 2, _half(128)),
@@ -195,8 +195,8 @@ def pick_config(problem: Problem) -> AttentionConfig:
 def _key_tile(
     acc,  # [BLOCK_M, D_MAIN] running sums of weight * v
     acc_rest,  # [BLOCK_M, D_REST]
-    row_shift,  # [BLOCK_M] largest score so far (times scale_log2 unless SCALE_FIRST); -inf where none was seen
-    row_sum,  # [BLOCK_M] of the weights so far
+    row_shift,  # [BLOCK_M, 1] largest score so far (times scale_log2 unless SCALE_FIRST); -inf where none was seen
+    row_sum,  # [BLOCK_M, 1] of the weights so far
     q,  # [BLOCK_M, D_MAIN]
     q_rest,  # [BLOCK_M, D_REST]
     k,  # this head's keys and values
@@ -257,25 +257,26 @@ def _key_tile(
         inside = in_band((in_tile < count)[None, :], keys, positions, left, right)
         scores = tl.where(inside, scores, float("-inf"))
 
-    tile_max = tl.max(scores, 1)
+    # Columns, not vectors: Triton then leaves scores where the product has them, and takes their exponentials once.
+    tile_max = tl.max(scores, 1, keep_dims=True)
     if not SCALE_FIRST:
         tile_max *= scale_log2
     new_shift = tl.maximum(row_shift, tile_max)
     shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)  # -inf - -inf would be NaN
     if SCALE_FIRST:  # multiplying before subtracting would overflow for a bias of finfo.min
-        weights = tl.exp2((scores - shift[:, None]) * scale_log2)
+        weights = tl.exp2((scores - shift) * scale_log2)
         decay = tl.exp2((row_shift - shift) * scale_log2)
     else:  # one fma per score; its shift is rounded once, so that a row's weights share that error
-        weights = tl.exp2(tl.fma(scores, scale_log2, -shift[:, None]))
+        weights = tl.exp2(tl.fma(scores, scale_log2, -shift))
         decay = tl.exp2(row_shift - shift)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
+    row_sum = row_sum * decay + tl.sum(weights, 1, keep_dims=True)
 
     v_tile = load_rows(v, v_stride_n, in_tile, count, 0, D_MAIN, HEAD_DIM, BOUNDED)
     weights = weights.to(v_tile.dtype)
-    acc = tl.dot(weights, v_tile, acc * decay[:, None], input_precision="ieee")
+    acc = tl.dot(weights, v_tile, acc * decay, input_precision="ieee")
     if D_REST > 0:
         v_tile = load_rows(v, v_stride_n, in_tile, count, D_MAIN, D_REST, HEAD_DIM, BOUNDED)
-        acc_rest = tl.dot(weights, v_tile, acc_rest * decay[:, None], input_precision="ieee")
+        acc_rest = tl.dot(weights, v_tile, acc_rest * decay, input_precision="ieee")
     return acc, acc_rest, new_shift, row_sum
 
 
@@ -400,8 +401,8 @@ def _attention_kernel(
     # Compute.
     acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
     acc_rest = tl.zeros([BLOCK_M, D_REST if D_REST > 0 else 1], tl.float32)
-    row_shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_shift = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M, 1], tl.float32)
 
     begin, inner, tail, end = band_tiles(tile * BLOCK_M + offset, left, right, key_count, BLOCK_M, BLOCK_N)
     if left is not None:
@@ -419,7 +420,7 @@ def _attention_kernel(
             start, key_count, positions, left, right, softcap, scale, scale_log2, SCALE_FIRST,
             RMS, INTERLEAVED, HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=False,
         )  # fmt: skip
-    for start in tl.range(tail, end, BLOCK_TAIL):
+    for start in tl.range(tail, end, BLOCK_TAIL, num_stages=1):
         acc, acc_rest, row_shift, row_sum = _key_tile(
             acc, acc_rest, row_shift, row_sum, q_tile, q_rest, k, v, k_norm, rope, bias, mask, slope,
             k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
@@ -429,7 +430,7 @@ def _attention_kernel(
 
     # Store. A query that saw no key has sum 0 and gives zeros.
     norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
-    value, value_rest = acc * norm[:, None], acc_rest * norm[:, None]
+    value, value_rest = acc * norm, acc_rest * norm
     if out_scale is not None:
         tl.static_assert(D_MAIN == HEAD_DIM, "all of a head must lie in one chunk, whose largest value is its scale")
         value, head_scale = in_8_bits(value, out.dtype.element_ty)
@@ -437,9 +438,9 @@ def _attention_kernel(
         tl.store(out_scale + row, head_scale, mask=queries < query_count)
     store_tile(out, out_stride_n, queries, query_count, value, value_rest, HEAD_DIM, D_MAIN, D_REST)
     if max_out is not None:
-        row = (entry * heads + head) * query_rows + first_query + queries
-        tl.store(max_out + row, row_shift, mask=queries < query_count)
-        tl.store(sum_out + row, row_sum, mask=queries < query_count)
+        row = ((entry * heads + head) * query_rows + first_query + queries)[:, None]
+        tl.store(max_out + row, row_shift, mask=(queries < query_count)[:, None])
+        tl.store(sum_out + row, row_sum, mask=(queries < query_count)[:, None])
 
 
 @on_its_device

@@ -85,6 +85,7 @@ DKDV_CONFIGS = [
     _config("dkdv-half-80", 32, 64, 4, 2, {"half": 80}),
     _config("dkdv-half-96-sm90", 32, 64, 4, 2, {"half": 96}, (9, 0)),
     _config("dkdv-half-96", 16, 64, 4, 2, {"half": 96}),
+    _config("dkdv-half-128-sm90", 16, 64, 4, 2, {"half": 128}, (9, 0)),
     _config("dkdv-half-128", 32, 64, 4, 2, {"half": 128}),
     _config("dkdv-half-256", 16, 64, 8, 2, {"half": 256}),
     _config("dkdv-dense-64", 16, 64, 4, 2, {"dense": 64}),
@@ -296,7 +297,7 @@ def _attention_dq_kernel(
             start, key_count, queries, query_count, offset, left, right, softcap, scale,
             HEAD_DIM, D_MAIN, D_REST, BLOCK_N, BOUNDED=False,
         )  # fmt: skip
-    for start in tl.range(tail, end, BLOCK_TAIL):
+    for start in tl.range(tail, end, BLOCK_TAIL, num_stages=1):
         acc, acc_rest = _dq_key_tile(
             acc, acc_rest, q_tile, q_rest, dout_tile, dout_rest, k, v, bias, mask, slope, dbias,
             k_stride_n, v_stride_n, bias_stride_k, mask_stride_k,
@@ -402,7 +403,7 @@ def _dkdv_head(
             q_stride_n, dout_stride_n, bias_stride_q, mask_stride_q, start, query_count, keys,
             offset, left, right, softcap, scale, HEAD_DIM, D_MAIN, D_REST, BLOCK_M, BOUNDED=False,
         )  # fmt: skip
-    for start in tl.range(tail, end, BLOCK_TAIL):
+    for start in tl.range(tail, end, BLOCK_TAIL, num_stages=1):
         dk, dk_rest, dv, dv_rest = _dkdv_query_tile(
             dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q, dout, row_max, row_sum, delta, bias, mask, slope,
             q_stride_n, dout_stride_n, bias_stride_q, mask_stride_q, start, query_count, keys,

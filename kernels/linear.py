@@ -65,14 +65,16 @@ def _splitting(config: Config) -> list[Config]:
 
 # Where these come from: compiling for sm_80, sm_90 and sm_100. Each is the largest tile of its kind
 # that spills no register with the epilogues of `_compile/linear.py`, with as many stages as fit in shared
-# memory, and smaller tiles that spread less work over more multiprocessors. None is measured yet.
+# memory, and smaller tiles that spread less work over more multiprocessors. Of a "pair" two programs fit on a
+# multiprocessor of sm_90, one in its epilogue while the other multiplies. None is measured yet.
 TMA_CONFIGS = [
     _config("tma_128x256x64", 128, 256, 64, 8, 3, (9, 0)),
     _config("tma_128x128x64", 128, 128, 64, 8, 4, (9, 0)),
+    _config("tma_128x128x64_pair", 128, 128, 64, 4, 2, (9, 0)),
     _config("tma_64x128x64", 64, 128, 64, 4, 4, (9, 0)),
     _config("tma_64x64x64", 64, 64, 64, 4, 4, (9, 0)),
 ]
-TMA_CONFIGS += _splitting(TMA_CONFIGS[2])
+TMA_CONFIGS += _splitting(TMA_CONFIGS[3])
 POINTER_CONFIGS = [
     _config("128x128x64", 128, 128, 64, 8, 3),
     _config("128x64x64", 128, 64, 64, 8, 3),
@@ -93,6 +95,14 @@ SUM_CONFIG = Config("sum", {"BLOCK_M": 8, "BLOCK_N": 128}, num_warps=4, num_stag
 
 MULTIPLY_ADDS_PER_US = 3_000_000
 """Of one multiprocessor, to set what a split costs against what it saves: an H100's, by its data sheet."""
+OPERAND = 64
+"""Multiply-adds in the time that one operand takes from L2 to a multiprocessor: 2 bytes at 64 a clock, as A100 and H100
+are said to have, against 2048 multiply-adds a clock."""
+UNHIDDEN = 0.25
+"""The share of the shorter of the two, products and operands, that the longer does not hide. An assumption."""
+EPILOGUE = 208
+"""The same for one element of the output: 13 instructions, as many as the epilogues of `_compile/linear.py` have on
+average on sm_90, at 128 a clock."""
 LAUNCH_US = 1.3
 """What one launch more costs in a CUDA graph. An assumption, as the next."""
 PARTIAL_BYTES_PER_US = 60_000
@@ -150,12 +160,8 @@ def uses_tma(N: int, x: Tensor, weight: Tensor, residual: Tensor | None = None) 
     """
     if launch.capability(x.device) < (9, 0) or x.dtype == torch.float32:
         return False
-    step = 16 // x.element_size()
-    return N % step == 0 and all(
-        t.stride(0) % step == 0 and t.stride(0) >= t.shape[1] and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-        for t in (x, weight, residual)
-        if t is not None
-    )
+    whole = N * x.element_size() % 16 == 0
+    return whole and all(launch.fits_tma(t) for t in (x, weight, residual) if t is not None)
 
 
 def split_of(config: Config) -> int:
@@ -182,12 +188,12 @@ def why_not(config: Config, problem: Problem) -> list[str]:
 
 
 def pick_config(problem: Problem, sms: int) -> Config:
-    """The tile that keeps the busiest of `sms` multiprocessors busy for the shortest time.
+    """The tile that keeps the busiest of `sms` multiprocessors busy for the shortest time, by a model.
 
-    A tile costs its multiply-adds per step of K, BLOCK_M * BLOCK_N, plus 64 for each of the BLOCK_M + BLOCK_N operands
-    it reads (an assumption, not a measurement); the price of a config is that cost times K times the tiles that the
-    busiest multiprocessor gets. Where there are fewer tiles than multiprocessors K may be split, at the price of one
-    more launch and of writing and reading the partial sums, if that saves SPLIT_SAVES.
+    A tile takes the longer of its products and its operands, and some of the shorter; then its epilogue, unless a
+    second program of 4 warps is on the multiprocessor, whose products hide all epilogues but the last. Where there
+    are fewer tiles than multiprocessors K may be split, at the price of one more launch and of writing and reading the
+    partial sums, if that saves SPLIT_SAVES.
     """
 
     def price(config: Config) -> float:
@@ -198,11 +204,15 @@ def pick_config(problem: Problem, sms: int) -> Config:
             return float("inf")
         rounds = triton.cdiv(tiles * split, sms)
         steps = triton.cdiv(triton.cdiv(problem.K, block_k), split)
-        product = rounds * steps * block_k * (block_m * block_n + 64 * (block_m + block_n))
-        if split == 1:
-            return product
-        partial_us = rounds * block_m * block_n * 8 / PARTIAL_BYTES_PER_US
-        return (product + MULTIPLY_ADDS_PER_US * (LAUNCH_US + partial_us)) / (1 - SPLIT_SAVES)
+        products, operands = block_m * block_n, OPERAND * (block_m + block_n)
+        product = steps * block_k * (max(products, operands) + UNHIDDEN * min(products, operands))
+        epilogue = EPILOGUE * block_m * block_n
+        if split > 1:
+            partial_us = rounds * block_m * block_n * 8 / PARTIAL_BYTES_PER_US
+            return (rounds * product + MULTIPLY_ADDS_PER_US * (LAUNCH_US + partial_us)) / (1 - SPLIT_SAVES)
+        if config.num_warps == 4:
+            return rounds * max(product, epilogue) + epilogue
+        return rounds * (product + epilogue)
 
     # Where rows allow it, tiles by TMA: the others are for what it cannot read.
     configs = [config for config in CONFIGS if not why_not(config, problem)]
@@ -220,7 +230,8 @@ def _finish(
     mean, rstd = None, None
     if row_stats is not None:
         mean, rstd = combine_stats(row_stats, rows, row_ok, K, eps, STATS_BLOCK)
-    value = activate_and_scale(acc, up, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION)
+    EXACT: tl.constexpr = y.dtype.element_ty == tl.float32
+    value = activate_and_scale(acc, up, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION, EXACT)
     mask = row_ok[:, None] & (columns < N)[None, :]
     if residual is not None:
         offsets = rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
@@ -228,7 +239,7 @@ def _finish(
     value = value.to(y.dtype.element_ty)
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], value, mask=mask)
     if y_stats is not None:
-        store_stats(y_stats, value, rows, row_ok, first_column, N)
+        store_stats(y_stats, value, rows, row_ok, first_column, N, ACTIVATION == "swiglu")
 
 
 @triton.jit
@@ -244,13 +255,6 @@ def _store_partial(partial, acc, split, rows, columns, M, N):
     """One split's sums, [BLOCK_M, BLOCK_N] fp32."""
     offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
     tl.store(partial + offsets, acc, mask=(rows < M)[:, None] & (columns < N)[None, :])
-
-
-@triton.jit
-def _halves(tile):
-    """[BLOCK_M, BLOCK_N] -> its left and its right half."""
-    half: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
 
 
 @triton.jit
@@ -327,7 +331,7 @@ def _linear_tma_kernel(
     y_stats,  # [M, ceil(N / 128), 2] fp32, or None
     partial,  # [SPLIT_K, M, N] fp32, or None; if given it takes the bare sums, and there is no epilogue
     x,  # descriptor of [M, K], blocks [BLOCK_M, BLOCK_K]
-    weight,  # descriptor of [N, K], or [2N, K] for swiglu, blocks [BLOCK_N, BLOCK_K]
+    weight,  # descriptor of [N, K], or [2N, K] for swiglu, blocks [min(BLOCK_N, 128), BLOCK_K]
     bias,  # [N] or [2N], or None
     layer_scale,  # [N], or None
     residual,  # descriptor like y's, or None
@@ -345,7 +349,12 @@ def _linear_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    STORE_N: tl.constexpr = min(BLOCK_N, 128)
+    # 256 columns are two accumulators of 128, each with an epilogue of its own: half the registers, one tile of row
+    # statistics, and a layout that need not change. swiglu's second accumulator has the rows of W that are `up`.
+    HALF_N: tl.constexpr = min(BLOCK_N, 128)
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    TWO: tl.constexpr = GATED or BLOCK_N == 256
+    tl.static_assert(not GATED or BLOCK_N <= 128)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for job in tl.range(tl.program_id(0), tiles_m * tiles_n * SPLIT_K, tl.num_programs(0)):
         # Locate.
@@ -356,18 +365,18 @@ def _linear_tma_kernel(
         first_row, first_column = tile_m * BLOCK_M, tile_n * BLOCK_N
 
         # Load (beyond the tensors: zeros) and compute.
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up = None
-        if ACTIVATION == "swiglu":
-            up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, HALF_N), dtype=tl.float32)
+        second, second_row = None, 0
+        if TWO:
+            second = tl.zeros((BLOCK_M, HALF_N), dtype=tl.float32)
+            second_row = first_column + (N if GATED else HALF_N)
         for k in tl.range(first_k, last_k, BLOCK_K):
             a = x.load([first_row, k])
             acc = tl.dot(a, weight.load([first_column, k]).T, acc)
-            if ACTIVATION == "swiglu":
-                up = tl.dot(a, weight.load([N + first_column, k]).T, up)
+            if TWO:
+                second = tl.dot(a, weight.load([second_row, k]).T, second)
 
-        # Epilogue and store (beyond y: dropped). 256 columns go in halves, which need half the
-        # registers and are one tile of row statistics each.
+        # Epilogue and store (beyond y: dropped).
         rows = first_row + tl.arange(0, BLOCK_M)
         if partial is not None:
             _store_partial(partial, acc, split, rows, first_column + tl.arange(0, BLOCK_N), M, N)
@@ -376,21 +385,20 @@ def _linear_tma_kernel(
             mean, rstd = None, None
             if row_stats is not None:
                 mean, rstd = combine_stats(row_stats, rows, row_ok, K, eps, STATS_BLOCK)
-            halves = (acc,)
-            if BLOCK_N == 256:
-                halves = _halves(acc)
-            for half in tl.static_range(len(halves)):
-                column = first_column + half * 128
-                columns = column + tl.arange(0, STORE_N)
+            halves = (acc, second)
+            for half in tl.static_range(BLOCK_N // HALF_N):
+                column = first_column + half * HALF_N
+                columns = column + tl.arange(0, HALF_N)
                 value = activate_and_scale(
-                    halves[half], up, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION
-                )
+                    halves[half], second, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION,
+                    EXACT=False,  # TMA is for 16 bits
+                )  # fmt: skip
                 if residual is not None:
                     value += residual.load([first_row, column]).to(tl.float32)
                 value = value.to(y.dtype)
                 y.store([first_row, column], value)
                 if y_stats is not None:
-                    store_stats(y_stats, value, rows, row_ok, column, N)
+                    store_stats(y_stats, value, rows, row_ok, column, N, GATED)
 
 
 @triton.jit
@@ -525,7 +533,7 @@ def _product(
             y_stats=y_stats,
             partial=partial,
             x=TensorDescriptor.from_tensor(x, [block_m, block_k]),
-            weight=TensorDescriptor.from_tensor(weight, [block_n, block_k]),
+            weight=TensorDescriptor.from_tensor(weight, [min(block_n, 128), block_k]),
             residual=None if residual is None else TensorDescriptor.from_tensor(residual, stored),
             **options,
         )

@@ -58,7 +58,7 @@ def _product_case(config: Config, epilogue: str) -> CompileCase:
     m, n, k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
     tensors = dict.fromkeys(("y", "x", "weight", "bias", "layer_scale", "residual"), f"*{element}")
     if tma:
-        blocks = {"y": (m, min(n, 128)), "residual": (m, min(n, 128)), "x": (m, k), "weight": (n, k)}
+        blocks = {"y": (m, min(n, 128)), "residual": (m, min(n, 128)), "x": (m, k), "weight": (min(n, 128), k)}
         tensors |= {name: f"tensordesc<{element}[{rows},{columns}]>" for name, (rows, columns) in blocks.items()}
     return _case(
         _linear_tma_kernel if tma else _linear_kernel,

@@ -51,29 +51,41 @@ def norm_and_bias(acc, mean, rstd, weight_sum, bias, columns, column_ok):
 
 
 @triton.jit
-def activate_and_scale(acc, up, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION: tl.constexpr):
-    """The epilogue before the residual: act(norm(product) + bias) * layer_scale, in fp32."""
+def activate_and_scale(
+    acc, up, mean, rstd, weight_sum, bias, layer_scale, columns, N, ACTIVATION: tl.constexpr, EXACT: tl.constexpr
+):
+    """The epilogue before the residual: act(norm(product) + bias) * layer_scale, in fp32.
+
+    EXACT: the output is in fp32, and the activation to be as precise as that.
+    """
     column_ok = columns < N
     value = norm_and_bias(acc, mean, rstd, weight_sum, bias, columns, column_ok)
     if ACTIVATION == "swiglu":
         value = silu(value) * norm_and_bias(up, mean, rstd, weight_sum, bias, columns + N, column_ok)
     else:
-        value = activate(value, ACTIVATION)
+        value = activate(value, ACTIVATION, EXACT)
     if layer_scale is not None:
         value *= tl.load(layer_scale + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     return value
 
 
 @triton.jit
-def store_stats(y_stats, value, rows, row_ok, first_column, N):
-    """(mean, M2) of each row of one 128-column tile; columns beyond N do not count."""
+def store_stats(y_stats, value, rows, row_ok, first_column, N, GATED: tl.constexpr):
+    """(mean, M2) of each row of one 128-column tile; columns beyond N do not count.
+
+    All that an epilogue reads beyond N is 0, and so is its value there, unless GATED: the gate's rows end where the
+    others begin.
+    """
     tl.static_assert(value.shape[1] == 128)
     column_ok = first_column + tl.arange(0, 128) < N
     value = value.to(tl.float32)
     count = tl.maximum(tl.minimum(N - first_column, 128), 1).to(tl.float32)
-    mean = tl.sum(tl.where(column_ok[None, :], value, 0.0), axis=1) / count
-    shift = tl.where(column_ok[None, :], value - mean[:, None], 0.0)
-    pairs = y_stats + (rows.to(tl.int64) * tl.cdiv(N, 128) + first_column // 128) * 2
-    mask = row_ok & (first_column + tl.zeros_like(rows) < N)  # a 256-column tile may end before its half
+    if GATED:
+        value = tl.where(column_ok[None, :], value, 0.0)
+    # Columns, not vectors: Triton then leaves the tile where the product has it.
+    mean = tl.sum(value, axis=1, keep_dims=True) / count
+    shift = tl.where(column_ok[None, :], value - mean, 0.0)
+    pairs = (y_stats + (rows.to(tl.int64) * tl.cdiv(N, 128) + first_column // 128) * 2)[:, None]
+    mask = (row_ok & (first_column + tl.zeros_like(rows) < N))[:, None]  # a 256-column tile may end before its half
     tl.store(pairs, mean, mask=mask)
-    tl.store(pairs + 1, tl.sum(shift * shift, axis=1), mask=mask)
+    tl.store(pairs + 1, tl.sum(shift * shift, axis=1, keep_dims=True), mask=mask)

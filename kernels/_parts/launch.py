@@ -217,6 +217,13 @@ def rows_view(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
+def fits_tma(rows: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator reads this matrix: rows start at multiples of 16 bytes and are apart."""
+    size = rows.element_size()
+    whole = rows.stride(0) * size % 16 == 0 and rows.data_ptr() % 16 == 0
+    return whole and rows.stride(0) >= rows.shape[1] and rows.stride(1) == 1
+
+
 def row_stride(rows: torch.Tensor | None) -> int:
     """Stride between the rows of a matrix; 0 where there is none."""
     return 0 if rows is None else rows.stride(0)

@@ -58,6 +58,16 @@ def test_a_signal_in_the_last_moment_costs_nothing(operation, when, name, runs, 
     assert read_embeddings(out).num_rows == 20
 
 
+@pytest.mark.parametrize(("number", "when"), [*((n, "before") for n in range(5)), *((n, "after") for n in range(4))])
+def test_a_signal_while_old_parts_are_taken_away(when, number, runs, photos, tmp_path):
+    out = tmp_path / "out"
+    assert runs.wait(embed(runs, photos, out, rows=8)) == 0
+    assert len(list(out.iterdir())) == 3
+    code = runs.wait(embed(runs, photos, out, "--overwrite", fault=["unlink", number, when, "SIGTERM"], weights=1))
+    assert code == 143
+    assert read_embeddings(out).num_rows == 20
+
+
 def test_a_kill_costs_what_came_since_the_last_part(runs, photos, tmp_path):
     out = tmp_path / "out"
     code = runs.wait(embed(runs, photos, out, fault=["result", 15, "before", "SIGKILL"], seconds=0.2, pause=0.1))

@@ -225,14 +225,17 @@ def test_build_info():
     assert info["cuda"].startswith("not built: ") or torch.version.cuda is not None
     assert set(_C.ops()) <= set(registry.OPS)
     for name in _C.ops():
-        assert registry.backend(name, "native").call is not None
+        assert not registry.backend(name, "native").missing
 
 
 def test_missing_extension_has_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "vitfast._C", None)
     entry = registry._native("patch_embed")
-    assert entry.call is None
     assert "the C++ extension is not built" in entry.missing
+    with pytest.raises(
+        registry.BackendError, match="'native' cannot run patch_embed: the C\\+\\+ extension is not built"
+    ):
+        entry.call()
 
 
 def test_a_device_may_have_limits_of_its_own():

@@ -59,7 +59,8 @@ def test_hostile_calls():
 
 def test_a_crash_has_a_name_and_unwritten_memory_shows():
     result = make_calls("vitfast", 3, "planted")
-    assert result.returncode not in (0, 1)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
     assert "call 1 of seed vitfast: planted: wrong: infinity or NaN in other places" in result.stderr
     assert "call 2 of seed vitfast: planted" in last_call(result)
 
@@ -167,7 +168,7 @@ def test_a_packed_weight_of_bytes_is_whole_and_aligned():
 
 
 def test_small_operands_need_no_alignment():
-    """They are copied anyway, unless they are contiguous already."""
+    """A weight or bias that is not aligned is copied, as one that is not contiguous is."""
     x, weight, bias = torch.randn(5, 8), misaligned(4, 8), misaligned(4)
     weight.copy_(torch.randn(4, 8)), bias.copy_(torch.randn(4))
     torch.testing.assert_close(ops.linear(x, weight, bias, backend="native"), reference.linear(x, weight, bias))

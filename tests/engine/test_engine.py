@@ -262,7 +262,7 @@ def test_bad_devices_are_refused(device):
 
 
 def test_forced_backend_that_is_missing_gives_its_reason(monkeypatch):
-    entry = vitfast.ops.Backend("native", "linear", None, missing="the C++ extension is not built: no compiler")
+    entry = vitfast.ops.Backend("native", "linear", print, missing="the C++ extension is not built: no compiler")
     monkeypatch.setattr("vitfast.ops.registry.backend", lambda op, name: entry)
     with pytest.raises(vitfast.BackendError, match="not built: no compiler"):
         engine(backend="native")

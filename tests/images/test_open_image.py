@@ -275,6 +275,27 @@ def test_a_photo_of_108_megapixels_is_read(tmp_path):
     assert pixels.min() == pixels.max() == 99
 
 
+@pytest.mark.parametrize(
+    "ending", [".bmp", ".dds", ".gif", ".icns", ".ico", ".j2c", ".pcx", ".png", ".qoi", ".rgb", ".tga", ".webp"]
+)
+def test_endings_that_pillow_reads_are_taken(ending, tmp_path):
+    path = tmp_path / f"a{ending}"
+    Image.new("RGB", (64, 64), (200, 100, 50)).save(path)
+    assert why_left_out(str(path)) is None
+    assert open_image(path).shape[2] == 3
+    assert abs(open_image(path)[:16, :16].astype(int) - (200, 100, 50)).max() <= 6
+
+
+def test_an_icon_that_lies_about_what_it_holds(tmp_path):
+    path = tmp_path / "a.ico"
+    Image.new("RGB", (64, 64)).save(path)
+    data = path.read_bytes()
+    at = data.index(b"IHDR") + 4
+    path.write_bytes(data[:at] + struct.pack(">II", 13000, 13000) + data[at + 8 :])
+    with pytest.raises(ImageError, match="holds 169000000 pixels"):
+        open_image(path)
+
+
 def peak_memory(path):
     """Bytes that decoding a file adds to a process."""
     return int(

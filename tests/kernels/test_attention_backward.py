@@ -190,7 +190,7 @@ def test_same_bits_on_every_run(dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-LAST, NONE = (f"for start in tl.range(tail, {end}, BLOCK_TAIL):\n        " for end in ("end", "tail"))
+LAST, NONE = (f"for start in tl.range(tail, {end}, BLOCK_TAIL, num_stages=1):\n        " for end in ("end", "tail"))
 # Every mutant is a mistake that gradients of plausible size would hide: (before, after).
 WRONG = {
     "delta dropped from dq": (", v_tile, v_rest, D_REST) - delta)", ", v_tile, v_rest, D_REST))"),

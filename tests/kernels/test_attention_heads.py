@@ -306,18 +306,18 @@ def test_rejects_what_does_not_go_together():
 
 
 COMPILE = """
-from vitfast import inspect
+from vitfast.diagnostics.compiled import inspect_case
 from vitfast.kernels._compile.attention import more_compile_cases
 for case in more_compile_cases():
     for arch in [80, 86] if case.archs == (80,) else case.archs:
-        row = inspect.inspect_case(case, f"sm_{arch}")
+        row = inspect_case(case, f"sm_{arch}")
         print(row["config"], arch, "spill", row["spill_bytes"], "fits", row["fits"], row["tensor_core"])
 """
 
 
 @pytest.mark.full
 def test_other_head_dims_compile_without_spills():
-    """As tests/test_inspect.py has it for the rest."""
+    """As tests/diagnostics/test_inspect.py has it for the rest."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -179,10 +179,10 @@ def test_who_refuses():
 
 COMPILE = """
 import json
-from vitfast import inspect
+from vitfast.diagnostics.compiled import inspect_case
 from vitfast.kernels._compile.attention_short import more_compile_cases
 cases = [(case, arch) for case in more_compile_cases() for arch in case.archs]
-print(json.dumps([inspect.inspect_case(case, f"sm_{arch}") for case, arch in cases]))
+print(json.dumps([inspect_case(case, f"sm_{arch}") for case, arch in cases]))
 """
 
 

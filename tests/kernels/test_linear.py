@@ -261,7 +261,8 @@ def test_pick_config():
         return kernels.pick_config(kernels.Problem(M, N, K, dtype, tma, gated, stats), sms).name
 
     half = torch.bfloat16
-    assert name(256 * 197, 3072, half, tma=True) == "tma_128x256x64"
+    assert name(256 * 197, 3072, half, tma=True) == "tma_128x128x64_pair"  # epilogues hidden
+    assert name(256 * 197, 1024, half, tma=True, K=4096) == "tma_128x256x64"  # operands shared
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
     assert name(197, 576, half, tma=True, K=192) == "tma_64x64x64"
     assert name(197, 192, half, tma=True, K=192, stats=True) == "tma_64x128x64"

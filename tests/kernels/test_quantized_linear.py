@@ -47,11 +47,14 @@ def test_epilogues(extra, activation, dtype, kind):
 
 
 @each_kind
-@pytest.mark.parametrize("config", kernels.CONFIGS[:2], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*kernels.TMA_CONFIGS, *kernels.POINTER_CONFIGS[:2]], ids=lambda config: config.name)
 def test_configs(config, kind):
-    """Several tiles each way, and more tile rows than one group; the third config is for `requantize` below."""
+    """Several tiles each way, and more tile rows than one group; the last config is for `requantize` below."""
     rows = config.blocks["BLOCK_M"] * 9 + 5
-    args, residual = operands(rows, 136, 264, kind), guarded(make(rows, 136, dtype=torch.bfloat16, seed=4))
+    args, residual = (
+        operands(rows, 136, 272 if config in kernels.TMA_CONFIGS else 264, kind),
+        guarded(make(rows, 136, dtype=torch.bfloat16, seed=4)),
+    )
     run = lambda *a, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
     check_op(run, reference.quantized_linear, *args, activation="gelu", residual=residual)
 
@@ -65,9 +68,11 @@ def in_groups(x, kind, group=ops.SCALE_GROUP):
 
 @each_kind
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
-@pytest.mark.parametrize(("inner", "group"), [(1, 128), (264, 128), (200, 64)])
+@pytest.mark.parametrize(("inner", "group"), [(1, 128), (264, 128), (200, 64), (272, 128), (208, 64)])
 def test_scales_of_groups(inner, group, config, kind):
     """Groups whose sizes are far apart, the last a short one, and residual and LayerScale after."""
+    if (inner % 16 == 0) != (config in kernels.TMA_CONFIGS):
+        pytest.skip("the others' rows")
     x = make(70, inner) * 10.0 ** (torch.arange(inner, device=device()) // group - 1)
     args = (*in_groups(x, kind, group), *operands(70, 136, inner, kind)[2:])
     extra = {"residual": make(70, 136, dtype=torch.bfloat16, seed=4), "layer_scale": make(136, dtype=torch.bfloat16)}
@@ -88,8 +93,8 @@ def test_requantized_output(width, activation, kind):
 
 @each_kind
 def test_requantized_output_at_every_config(kind):
-    args = operands(150, 264, 72, kind)
     for config in kernels.CONFIGS:
+        args = operands(150, 272, 80, kind) if config in kernels.TMA_CONFIGS else operands(150, 264, 72, kind)
         run = lambda *a, config=config, **k: kernels.quantized_linear(*a, config=config, **k)  # noqa: E731
         if config.blocks["BLOCK_N"] == ops.SCALE_GROUP:
             check_op(run, reference.quantized_linear, *args, requantize=True)
@@ -161,7 +166,7 @@ def test_strided_and_leading_axes():
     [
         ("mask=row_ok, other=0.0)[:, None]", "mask=row_ok, other=0.0)[:, None] * 1.02"),
         ("tl.load(weight_scale + columns", "tl.load(weight_scale + columns * 0"),
-        ("inner_ok = inner < K - k", "inner_ok = inner < K - k - 1"),
+        ("k_ok = offsets_k < K - k", "k_ok = offsets_k < K - k - 1"),
         ("tl.load(weight_scale + N + columns", "tl.load(weight_scale + columns"),
     ],
 )
@@ -189,6 +194,24 @@ def test_wrong_groups_are_noticed(right, wrong, kind, tmp_path):
         check_op(copy.quantized_linear, reference.quantized_linear, *args, requantize=True)
 
 
+@each_kind
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("x_scale + rows, mask=row_ok, other=0.0)[:, None]", "x_scale + rows, mask=row_ok, other=0.0)[:, None] * 1.02"),
+        ("value += residual.load([first_row, first_column])", "value += residual.load([first_row, 0])"),
+        ("first_row, first_column = tile_m * BLOCK_M, tile_n", "first_row, first_column = tile_m * 0, tile_n"),
+    ],
+)
+def test_wrong_tma_kernels_are_noticed(right, wrong, kind, tmp_path):
+    copy, args = mutant(kernels, right, wrong, tmp_path), operands(150, 136, 48, kind)
+    residual = make(150, 136, dtype=torch.bfloat16, seed=4)
+    assert kernels.problem_of(*args, residual=residual).tma
+    check(*args, residual=residual)
+    with pytest.raises(AssertionError):
+        check_op(copy.quantized_linear, reference.quantized_linear, *args, residual=residual)
+
+
 def test_swiglu_is_a_feature():
     """For backends without it: of the calls that have it, and of those alone."""
     x, x_scale, weight, *_ = operands(3, 24, 40, torch.int8)
@@ -200,7 +223,8 @@ def test_swiglu_is_a_feature():
 
 
 def test_pick_config():
-    large, small, one_group = kernels.CONFIGS
+    large, small, one_group = kernels.POINTER_CONFIGS
+    by_tma, small_by_tma = kernels.TMA_CONFIGS
 
     def pick(M, N, **flags):
         return kernels.pick_config(kernels.Problem(M, N, 768, torch.int8, **flags), sms=132)
@@ -210,6 +234,9 @@ def test_pick_config():
     assert pick(197, 768) is small
     assert pick(256 * 197, 3072, requantize=True) is large
     assert pick(256 * 197, 8192, gated=True, requantize=True) is one_group
+    assert pick(256 * 197, 3072, tma=True) is pick(256 * 197, 3072, tma=True, requantize=True) is by_tma
+    assert pick(197, 768, tma=True) is small_by_tma
+    assert pick(256 * 197, 8192, tma=True, gated=True) is small
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_nothing_is_imported_for_files(directory):
     code = (
         "import sys\n"
         "for name in ('transformers', 'timm', 'torchvision'): sys.modules[name] = None\n"
-        "from vitfast import checkpoints\n"
+        "from vitfast.models import checkpoints\n"
         f"assert checkpoints.load({str(directory)!r}).config.num_classes == 5\n"
         "try: checkpoints.load('vit_tiny_patch16_224')\n"
         "except checkpoints.CheckpointError as error: assert 'needs timm' in str(error), error\n"

@@ -90,7 +90,7 @@ def test_prefix_tokens_and_their_positions_are_added_unrounded(stored, covered):
     }
     source = Source(state, "a model")
     source.tokens(config, ["cls", "register"], "position", covered)
-    got = source.weights["prefix"]
+    got = source._parts["prefix"].make()
     tokens = torch.cat([state["cls"][0], state["register"]]).double()
     tokens[:covered] += state["position"][0, :covered].double()
     assert got.dtype == torch.float32

@@ -1,6 +1,5 @@
 """vitfast.pipeline.parquet: a Parquet folder that survives interruptions."""
 
-import fcntl
 import hashlib
 import os
 import re
@@ -25,7 +24,6 @@ from vitfast.ops import accuracy
 from vitfast.pipeline import parquet
 from vitfast.pipeline.embed import classify_images, embed_images
 from vitfast.pipeline.identity import Identity
-from vitfast.pipeline.lock import FolderLock
 from vitfast.pipeline.parquet import EmbeddingFolder, OutputError, Summary, read_embeddings, write_parquet
 
 
@@ -167,6 +165,12 @@ def test_a_picture_that_is_bad_now_loses_its_embedding(photos, tmp_path):
     assert len(rows) == 13
 
 
+def test_an_engine_without_preprocessing_is_refused(tmp_path):
+    folder = EmbeddingFolder(tmp_path / "out", "a/model")
+    with pytest.raises(ValueError, match="knows no preprocessing"):
+        write_parquet([], folder, FakeEngine(preprocess=None))
+
+
 def test_model_path_is_made_absolute(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -287,65 +291,6 @@ def test_rows_that_must_not_meet_are_noticed(photos, tmp_path):
         read_embeddings(tmp_path / "a")
     with pytest.raises(InputError, match="holds no embeddings"):
         read_embeddings(tmp_path / "b")
-
-
-# --- two runs at once ---
-
-
-def test_a_locked_folder_names_its_owner(photos, tmp_path):
-    out = tmp_path / "out"
-    with EmbeddingFolder(out, "m") as folder:
-        with pytest.raises(InputError, match=rf"is being written by process {os.getpid()} on .* since 20\d\d-"):
-            run(photos, out)
-        write_parquet(embed_images(FakeEngine(), folder.remaining(collect([photos]))), folder, FakeEngine())
-        assert (out / ".lock").exists()
-    assert not (out / ".lock").exists()
-    assert len(read_embeddings(out)) == 13
-
-
-def test_rows_that_another_run_wrote_meanwhile_are_replaced(photos, tmp_path):
-    """Both asked what remains before either wrote."""
-    folders = [EmbeddingFolder(tmp_path / "out", "m") for _ in range(2)]
-    todo = [folder.remaining(collect([photos])) for folder in folders]
-    for folder, paths in zip(folders, todo, strict=True):
-        write_parquet(embed_images(FakeEngine(), paths), folder, FakeEngine())
-    assert len(read_embeddings(tmp_path / "out")) == 13
-
-
-def test_a_path_given_twice_has_one_row(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "PART_ROWS", 2)
-    paths = [photos / "p0.png", photos / "p0.png", photos / "p1.png", photos / "p2.png", photos / "p0.png"]
-    folder = EmbeddingFolder(tmp_path / "out", "m")
-    write_parquet(embed_images(FakeEngine(), paths), folder, FakeEngine())
-    assert len(read_embeddings(tmp_path / "out")) == 3
-
-
-def test_a_lock_file_that_was_given_up_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    """Its owner takes it away between another's opening and locking it: the other must not hold a file that is gone."""
-    lock, original, once = FolderLock(tmp_path), os.open, []
-
-    def late(path, *rest):
-        descriptor = original(path, *rest)
-        if not once:
-            once.append(os.unlink(path))
-        return descriptor
-
-    monkeypatch.setattr(os, "open", late)
-    lock.acquire()
-    assert (tmp_path / ".lock").exists()
-    with pytest.raises(InputError, match="is being written"):
-        FolderLock(tmp_path).acquire()
-    lock.release()
-    FolderLock(tmp_path).acquire()
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match="has no locks .No locks available."), EmbeddingFolder(tmp_path, "m"):
-        pass
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])

@@ -209,7 +209,7 @@ def flash_attn_varlen_func(
             max_queries=max_seqlen_q,
             max_keys=max_seqlen_k,
         )
-        return (out[0], lse[0], None) if return_attn_probs else out[0]
+        return (out[0], _wanted(lse)[0], None) if return_attn_probs else out[0]
     rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q, q)
     rows_k, real_k = _padded_rows(cu_seqlens_k, max_seqlen_k, k)
     lengths_q, lengths_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
@@ -220,7 +220,7 @@ def flash_attn_varlen_func(
     sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous().long(), token, right=True)
     place = token - cu_seqlens_q[:-1].long()[sequence]
     out = out[sequence, place]
-    return (out, lse[sequence, :, place].transpose(0, 1), None) if return_attn_probs else out
+    return (out, _wanted(lse)[sequence, :, place].transpose(0, 1), None) if return_attn_probs else out
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -374,6 +374,7 @@ def _in_given_dtype(q, k, v, options: _Options, offset, real) -> tuple[Tensor, T
 
     bias = None
     if slopes is not None:
+        assert distance is not None
         bias = -slopes.float()[..., None, None] * distance.abs()  # [H, Nq, Nk] or [B, H, Nq, Nk]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     plain = options.softcap > 0 or options.return_attn_probs or (options.deterministic and gradient)
@@ -387,6 +388,12 @@ def _in_given_dtype(q, k, v, options: _Options, offset, real) -> tuple[Tensor, T
     if top_left:
         mask = _both(mask, torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril())
     return _plain(q, k, v, bias, mask, options)
+
+
+def _wanted(lse: Tensor | None) -> Tensor:
+    """The log-sum-exp, which every route gives where it is asked for."""
+    assert lse is not None
+    return lse
 
 
 def _both(mask: Tensor | None, other: Tensor) -> Tensor:

@@ -158,7 +158,8 @@ def embed(
             raise ValueError("--checksum goes with --refresh")
         found = find_images(sources)
         summary, stopped = Summary(), None
-        with EmbeddingFolder(out, model, overwrite=overwrite) as folder:
+        folder = EmbeddingFolder(out, model, overwrite=overwrite)
+        with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
             todo = folder.remaining(found.images, refresh=refresh, content=checksum)
             summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
             engine = _load(model, device, dtype, allow_pickle, weights_key)

@@ -17,7 +17,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vitfast.diagnostics import machine_code, sass
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,7 +126,8 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
         fits: whether a block can be resident at all; occupancy: as `compute_occupancy`;
         tensor_core: "tcgen05", "wgmma", "mma" or "none"; copy: how global memory is read, "tma",
         "cp.async" or "ld", the newest that occurs; instructions: how often each instruction for
-        products, copies and spills stands in the code; tile_efficiency: see `tile_efficiency`.
+        products, copies and spills stands in the code; tile_efficiency: see `tile_efficiency`; and what
+        `machine_code.describe` reads from the code.
 
     Raises:
         ValueError: for an unknown chip, or a case that does not give every argument of the kernel.
@@ -135,7 +139,8 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _resource_usage(run_tool("cuobjdump", "--dump-resource-usage", cubin.name))
-        instructions = _instructions(run_tool("nvdisasm", "-c", "-ndf", cubin.name))
+        listing = sass.parse(run_tool("nvdisasm", "-c", "-ndf", cubin.name))
+    instructions = Counter(i.base for i in listing.instructions)
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     occupancy = compute_occupancy(arch, usage["REG"], shared, num_warps, tensor_memory)
@@ -158,6 +163,15 @@ def inspect_case(case: CompileCase, arch: str) -> dict[str, Any]:
         "copy": _copy(instructions),
         "instructions": {name: count for name, count in sorted(instructions.items()) if _is_telling(name)},
         "tile_efficiency": tile_efficiency(case.kernel, case.tile),
+        **machine_code.describe(
+            case,
+            arch,
+            compiled.asm,
+            listing,
+            warps=num_warps,
+            blocks=occupancy["blocks_per_sm"],
+            ptxas=lambda: _ptxas(_number(arch)),
+        ),
     }
 
 
@@ -315,6 +329,13 @@ def _compile(case: CompileCase, arch: int) -> Any:
         raise RuntimeError(f"{case.kernel}/{case.config} does not compile for sm_{arch}: {error}") from error
 
 
+def _ptxas(arch: int) -> Path:
+    """The assembler that Triton runs for an architecture."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return Path(get_ptxas(arch).path)
+
+
 @functools.cache
 def _tool(name: str) -> str:
     from triton import knobs
@@ -345,11 +366,6 @@ def _resource_usage(dump: str) -> dict[str, int]:
     if len(lines) != 1:
         raise RuntimeError(f"expected the resource usage of one kernel from cuobjdump, got: {dump.strip()!r}")
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", lines[0])}
-
-
-def _instructions(disassembly: str) -> Counter[str]:
-    """How often each SASS instruction stands in the code, by its name without modifiers."""
-    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", disassembly, re.MULTILINE))
 
 
 def _tensor_core(instructions: Mapping[str, int]) -> str:

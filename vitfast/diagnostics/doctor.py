@@ -268,7 +268,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         if _numbers(device["capability"]) < (8, 0):
             warnings.append(f"{device['device']}: compute capability {device['capability']} is below 8.0")
     native = registry.backend(registry.OPS[0], "native")
-    if native.call is None:
+    if native.missing:
         warnings.append(f"{native.missing}; where torch and a C++ compiler are, {REBUILD} builds it")
     elif devices and (state := _cuda_kernels()).startswith("not built: "):
         reason = state.removeprefix("not built: ")

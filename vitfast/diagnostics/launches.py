@@ -190,7 +190,10 @@ def _quantized_linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     n = 2 * out if gated else out
     group = quantized_linear.SCALE_GROUP if "groups" in epilogue else 64 if "heads" in epilogue else k
     kind = QUANTIZED[step.dims["precision"]]
-    problem = quantized_linear.Problem(m, out, k, kind, gated, requantize=requantize, group=group if group < k else 0)
+    problem = quantized_linear.Problem(
+        m, out, k, kind, gated, requantize=requantize, group=group if group < k else 0,
+        tma=card.capability >= (9, 0) and k % 16 == 0 and out % 16 == 0,
+    )  # fmt: skip
     tile = quantized_linear.pick_config(problem, card.multiprocessors)
     moved = m * k + n * k + 4 * (m * _covering(k, group) + n)  # operands and their scales
     moved += dtype.itemsize * (n + (m * out if "residual" in epilogue else 0))

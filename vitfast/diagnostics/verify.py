@@ -236,6 +236,7 @@ class _Side:
 
     def layer_names(self) -> list[str]:
         """Names of all submodules, the root left out."""
+        assert self.module is not None
         with self.context():
             return [name for name, _ in self.module.named_modules() if name]
 
@@ -253,6 +254,7 @@ class _Side:
             stack.enter_context(self.context())
             self.check_mode()
             for name in layers:
+                assert self.module is not None and record is not None  # layers are a module's, and recorded
                 module = self.module.get_submodule(name)
                 if of_inputs:
                     handle = module.register_forward_pre_hook(

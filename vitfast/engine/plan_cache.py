@@ -115,10 +115,9 @@ def _fault(plan: Any) -> str:
         if name not in registry.BACKENDS:
             return f"it names the backend {name!r} for {site}; the backends are {', '.join(registry.BACKENDS)}"
     for site, record in plan["measured"].items():
-        parts = [record.get(part) if isinstance(record, dict) else None for part in ("ms", "refused")]
-        if not all(isinstance(part, dict) for part in parts):
+        times, reasons = (record.get(part) if isinstance(record, dict) else None for part in ("ms", "refused"))
+        if not isinstance(times, dict) or not isinstance(reasons, dict):
             return f"what it measured of {site} is {record!r}, no object with the objects ms and refused"
-        times, reasons = parts
         if not all(isinstance(ms, int | float) for ms in times.values()):
             return f"it has the times {times!r} for {site}, which are no numbers"
         if not all(isinstance(reason, str) for reason in reasons.values()):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from vitfast.images.formats import NO_SIGNATURE, identify, jxl_size
+from vitfast.images.formats import ICONS, NO_SIGNATURE, icon_pixels, identify, jxl_size
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,6 +84,8 @@ class ImageFile:
             if kind in NO_SIGNATURE:
                 self.note = f"taken for {kind} by its ending"
             full = self.width * self.height
+            if kind in ICONS and (inner := icon_pixels(file)) > full:
+                raise ImageError(path, f"an icon that says {self.height}x{self.width} and holds {inner} pixels")
             if self._limit is not None and full > self._limit:
                 self._reduce(self._limit)
         decoder = _PROGRESSIVE_BYTES if progressive else _DECODER_BYTES.get(kind, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import struct
 from functools import cache
 from typing import BinaryIO
@@ -41,6 +42,9 @@ measurements and not pictures (FITS, SPIDER, HDF5), are films (FLI, MPEG), or th
 
 NO_SIGNATURE = ("TGA",)
 """Formats that nothing in the file tells from garbage: tried only where the ending says so."""
+
+ICONS = ("ICNS", "ICO")
+"""Formats that hold pictures of other formats (see `icon_pixels`)."""
 
 PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
 """Formats that Pillow reads with a plugin -> the module, and the package to install."""
@@ -100,6 +104,15 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
             except (SyntaxError, IndexError, TypeError, struct.error):
                 continue  # what a format raises for a file that is not its own
     raise UnidentifiedImageError(f"cannot identify image file {path!r}")
+
+
+def icon_pixels(file: BinaryIO) -> int:
+    """Pixels of the largest PNG or JPEG 2000 in an icon, which may be more than its directory says."""
+    file.seek(0)
+    content = file.read()
+    file.seek(0)
+    sides = (struct.unpack(">II", match[1]) for match in re.finditer(rb"(?:IHDR|ihdr)(.{8})", content, re.DOTALL))
+    return max((width * height for width, height in sides), default=0)
 
 
 def jxl_size(file: BinaryIO) -> tuple[int, int] | None:

@@ -38,7 +38,11 @@ def find(module: nn.Module, parent: nn.Module | None) -> Found:
         return "add_bias_kv=True appends a learned key and value, which vitfast does not do"
     if module.add_zero_attn:
         return "add_zero_attn=True appends a zero key and value, which vitfast does not do"
-    if not type(parent).__module__.startswith("transformers.") or "need_weights=False" in source(type(parent)):
+    if (
+        parent is None
+        or not type(parent).__module__.startswith("transformers.")
+        or "need_weights=False" in source(type(parent))
+    ):
         return multihead_attention
     if _throws_weights_away(parent, module):
         return multihead_attention_output
@@ -135,7 +139,7 @@ def _masks_fit(
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Queries, keys and values, each of the module's width; one product where all three are the same tensor."""
     bias = module.in_proj_bias
-    if module.in_proj_weight is not None:
+    if module.kdim == module.vdim == module.embed_dim:  # else there is no in_proj_weight
         if query is key and key is value:
             return list(F.linear(query, module.in_proj_weight, bias).chunk(3, dim=-1))
         weights = list(module.in_proj_weight.chunk(3))

@@ -188,7 +188,7 @@ def flash_attention_forward(
         return _without_padding(q, k, v, attention_mask.bool(), options), None
     if all(part is None for part in packed):
         return flash_attn.flash_attn_func(q, k, v, **options), None
-    if any(part is None for part in packed):
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError(
             f"cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k go together; None are "
             f"{', '.join(name for name, part in zip(_PACKED, packed, strict=True) if part is None)}"

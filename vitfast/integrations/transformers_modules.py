@@ -244,8 +244,8 @@ def _mask2former(
     key_value_position_embeddings: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, None]:
-    alone = key_value_states is None and key_value_position_embeddings is None and position_embeddings is not None
-    if not alone or _weights_wanted(output_attentions) or dropping(module, module.dropout):
+    crossed = key_value_states is not None or key_value_position_embeddings is not None
+    if crossed or position_embeddings is None or _weights_wanted(output_attentions) or dropping(module, module.dropout):
         return original(module).forward(
             module, hidden_states, attention_mask, position_embeddings, key_value_states,
             key_value_position_embeddings, output_attentions,
@@ -268,9 +268,10 @@ def _table_transformer(
     spatial_position_embeddings: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, None]:
-    seen, places = key_value_states, spatial_position_embeddings
     if key_value_states is None:
         seen, places = hidden_states, object_queries
+    else:
+        seen, places = key_value_states, spatial_position_embeddings
     if (
         object_queries is None
         or places is None
@@ -283,8 +284,9 @@ def _table_transformer(
         )  # fmt: skip
     parts = ((module.q_proj, hidden_states + object_queries), (module.k_proj, seen + places), (module.v_proj, seen))
     q, k, v = (_heads(project(x), module.num_heads) for project, x in parts)
-    hidden = attention_mask is not None and attention_mask.dtype == torch.bool  # True is hidden here
-    mask = ~attention_mask if hidden else attention_mask
+    mask = attention_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = ~mask  # True is hidden here
     out = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=module.scaling)
     return module.out_proj(_joined(out)), None
 

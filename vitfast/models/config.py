@@ -113,7 +113,7 @@ class ViTConfig:
         if self.class_token and self.prefix_tokens < 1:
             raise ValueError("ViTConfig.class_token needs prefix_tokens >= 1, got 0")
         if not self.class_token and self.pool in ("cls", "cls_dist", "none"):
-            raise ValueError(f"ViTConfig.pool={self.pool!r} needs a class token")
+            raise ValueError(f"ViTConfig.pool={self.pool!r} needs a class token, got class_token=False")
         if self.pool == "cls_dist" and self.prefix_tokens < 2:
             raise ValueError(f"ViTConfig.pool='cls_dist' needs prefix_tokens >= 2, got {self.prefix_tokens}")
         self.grid(self.image_size)

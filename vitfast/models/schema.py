@@ -39,7 +39,8 @@ def number(low: float, high: float) -> Domain:
 def sides(low: int, high: int) -> Domain:
     """(height, width)."""
     return Domain(
-        f"(height, width), two whole numbers from {low:,} to {high:,}", lambda value: _is_pair(value, low, high)
+        f"(height, width), two whole numbers from {low:,} to {high:,}",
+        lambda value: isinstance(value, tuple) and _is_pair(value, low, high),
     )
 
 
@@ -100,6 +101,7 @@ def shown(value: Any) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxdict = 30
 
 
 @functools.cache

@@ -157,8 +157,8 @@ def _split(config: ViTConfig, qkv: Tensor) -> tuple[Tensor, ...]:
 
 def _quantize(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """The rows of x, or of its LayerNorm, in 8 bits."""
-    affine = (norm.weight, norm.bias) if norm else (None, None)
-    return plan.quantize(x, *affine, config.norm_eps, dtype=plan.quantized)
+    weight, bias = (norm.weight, norm.bias) if norm else (None, None)
+    return plan.quantize(x, weight, bias, config.norm_eps, dtype=plan.quantized)
 
 
 def _either(

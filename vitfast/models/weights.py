@@ -93,47 +93,51 @@ def prepare_weights(
     stored in.
     """
 
-    def exact(name: str, factor: float = 1.0) -> Tensor | None:
+    def exact(name: str, factor: float = 1.0) -> Tensor:
         """A weight on the device, times a factor, not yet rounded to `dtype`."""
-        tensor = weights.get(name)
-        if tensor is None:
-            return None
-        tensor = tensor.detach().to(device)
+        tensor = weights[name].detach().to(device)
         return tensor if factor == 1.0 else tensor.double() * factor
 
-    def get(name: str, factor: float = 1.0) -> Tensor | None:
-        tensor = exact(name, factor)
-        if tensor is None:
-            return None
-        made = tensor.to(dtype).contiguous()
+    def exact_bias(name: str, factor: float = 1.0) -> Tensor | None:
+        return exact(name, factor) if name in weights else None
+
+    def cast(name: str, factor: float = 1.0) -> Tensor:
+        made = exact(name, factor).to(dtype).contiguous()
         return made.clone() if made.data_ptr() == weights[name].data_ptr() else made
 
-    def norm(name: str) -> Norm | None:
-        weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
-        return None if weight is None or bias is None else Norm(weight, bias)
+    def get(name: str, factor: float = 1.0) -> Tensor | None:
+        return cast(name, factor) if name in weights else None
+
+    def norm(name: str) -> Norm:
+        return Norm(cast(f"{name}.weight"), cast(f"{name}.bias"))
+
+    def optional_norm(name: str) -> Norm | None:
+        return norm(name) if f"{name}.weight" in weights else None
 
     def pack(site: str, weight: Tensor, **layout: Any) -> Tensor:
         return plan.packs[site](weight, **layout) if site in plan.packs else weight
 
-    def dense(name: str, site: str, factor: float = 1.0, bias_factor: float = 1.0) -> Dense | None:
+    def dense(name: str, site: str, factor: float = 1.0, bias_factor: float = 1.0) -> Dense:
         bias = get(f"{name}.bias", bias_factor)
         if plan.quantized and site in PRODUCTS and name not in plan.skip_quantize:
             values, scale = quantize(exact(f"{name}.weight", factor).float(), dtype=plan.quantized, backend="torch")
             return Dense(pack(f"quantized_{site}", values), bias, scale=scale)
-        weight = get(f"{name}.weight", factor)
-        return None if weight is None else Dense(pack(site, weight), bias)
+        return Dense(pack(site, cast(f"{name}.weight", factor)), bias)
 
-    def normed(name: str, before: str, site: str, factor: float = 1.0) -> Dense | None:
+    def optional_head(name: str) -> Dense | None:
+        return dense(name, "head") if f"{name}.weight" in weights else None
+
+    def normed(name: str, before: str, site: str, factor: float = 1.0) -> Dense:
         if not plan.fold_norm:
             return dense(name, site, factor, factor)
-        weight, bias = exact(f"{name}.weight", factor), exact(f"{name}.bias", factor)
+        weight, bias = exact(f"{name}.weight", factor), exact_bias(f"{name}.bias", factor)
         folded, total, shift = fold_norm(weight, bias, exact(f"{before}.weight"), exact(f"{before}.bias"), dtype=dtype)
         return Dense(pack(site, folded), shift, total)
 
     def embed(*, uint8: bool, channels_last: bool) -> Dense:
         weight, shift = pack_patch_embed(
             exact("patch_embed.weight"),
-            exact("patch_embed.bias"),
+            exact_bias("patch_embed.bias"),
             mean=mean if uint8 else None,
             std=std if uint8 else None,
             dtype=dtype,
@@ -168,13 +172,13 @@ def prepare_weights(
         prefix=get("prefix"),
         position=position,
         exact_position=resized,
-        norm_pre=norm("norm_pre"),
+        norm_pre=optional_norm("norm_pre"),
         blocks=blocks,
-        norm=norm("norm"),
-        pool_norm=norm("pool_norm"),
-        projection=dense("projection", "head"),
-        head=dense("head", "head"),
-        head_dist=dense("head_dist", "head"),
+        norm=optional_norm("norm"),
+        pool_norm=optional_norm("pool_norm"),
+        projection=optional_head("projection"),
+        head=optional_head("head"),
+        head_dist=optional_head("head_dist"),
     )
 
 

@@ -185,12 +185,12 @@ def check_attention(
     scores = (b, h, nq, k.shape[1])
     _dtype(op, "mask", mask, torch.bool)
     _dtype(op, "bias", bias, *FLOATS)
-    for name, tensor in (("bias", bias), ("mask", mask)):
-        if tensor is None:
+    for name, added in (("bias", bias), ("mask", mask)):
+        if added is None:
             continue
-        pairs = zip(reversed(tensor.shape), reversed(scores), strict=False)
-        if tensor.ndim > 4 or any(have not in (1, want) for have, want in pairs):
-            raise ValueError(f"{op}: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {scores}")
+        pairs = zip(reversed(added.shape), reversed(scores), strict=False)
+        if added.ndim > 4 or any(have not in (1, want) for have, want in pairs):
+            raise ValueError(f"{op}: {name} of shape {tuple(added.shape)} cannot be broadcast to {scores}")
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     _check_packed(b, bias, mask, cu_queries, cu_keys)

@@ -6,7 +6,7 @@ the result is returned in float64: what a kernel with no rounding at all would g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,12 @@ _ACTIVATIONS = {
 }
 
 
-def _up(upcast: bool, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [t.double() if upcast and t is not None and t.is_floating_point() else t for t in tensors]
+@overload
+def _up(upcast: bool, *tensors: Tensor) -> tuple[Tensor, ...]: ...
+@overload
+def _up(upcast: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
+def _up(upcast: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t.double() if upcast and t is not None and t.is_floating_point() else t for t in tensors)
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -97,7 +101,8 @@ def patch_embed(
     channels_last: bool = False,
     upcast: bool = False,
 ) -> Tensor:
-    weight, bias, position, prefix = _up(upcast, weight, bias, position, prefix)
+    (weight,) = _up(upcast, weight)
+    bias, position, prefix = _up(upcast, bias, position, prefix)
     if images.dtype != torch.uint8 and not channels_last:
         # The convolution that the libraries run, and on the CPU its very bits.
         kernel = weight.view(weight.shape[0], -1, *patch_size)
@@ -161,10 +166,12 @@ def linear(
     stats: bool = False,
     upcast: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    x, weight, bias, layer_scale, residual = _up(upcast, x, weight, bias, layer_scale, residual)
+    x, weight = _up(upcast, x, weight)
+    bias, layer_scale, residual = _up(upcast, bias, layer_scale, residual)
     if row_stats is None:
         y = F.linear(x, weight, bias)
     else:
+        assert weight_sum is not None  # the two go together
         mean, rstd = combine_stats(row_stats.double() if upcast else row_stats, x.shape[-1], eps)
         mean, rstd = (t.reshape(*x.shape[:-1], 1) for t in (mean, rstd))
         y = rstd * (F.linear(x, weight).to(mean.dtype) - mean * weight_sum.to(mean.dtype))
@@ -355,6 +362,7 @@ def quantize(
     exact = torch.float64 if upcast else torch.float32
     x = x.to(exact)
     if norm_weight is not None:
+        assert norm_bias is not None  # the two go together
         x = F.layer_norm(x, x.shape[-1:], norm_weight.to(exact), norm_bias.to(exact), eps)
     values, scale = _in_8_bits(x, dtype)
     return values, scale.squeeze(-1)

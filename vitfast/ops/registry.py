@@ -73,12 +73,12 @@ class Backend:
 
     `limits` maps a name of `Spec.dims` to its inclusive (low, high), `choices` to all values there
     are, `multiples` to what must divide it. `per_device` has the fields that are others on some device.
-    `call` is None where the backend could not be loaded; `missing` then says why.
+    Where the backend could not be loaded `missing` says why, and `call` raises it.
     """
 
     name: str
     op: str
-    call: Callable[..., Any] | None
+    call: Callable[..., Any]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = _FLOATS
     min_capability: tuple[int, int] | None = None
@@ -92,7 +92,7 @@ class Backend:
 
     def why_not(self, spec: Spec) -> list[str]:
         """Every reason why this backend cannot run `spec`; empty if it can."""
-        if self.call is None:
+        if self.missing:
             return [self.missing]
         if spec.device in self.per_device:
             here = replace(self, choices={}, limits={}, multiples={}, per_device={})
@@ -150,12 +150,21 @@ def backend(op: str, name: str) -> Backend:
     raise ValueError(f"no backend named {name!r}; the backends are {', '.join(BACKENDS)}{near}")
 
 
+def _absent(name: str, op: str, why: str) -> Backend:
+    """The entry of a backend that could not be loaded."""
+
+    def call(*_: Any, **__: Any) -> Any:
+        raise BackendError(f"backend {name!r} cannot run {op}: {why}")
+
+    return Backend(name, op, call, missing=why)
+
+
 def _triton(op: str) -> Backend:
     try:
         module = importlib.import_module(f"vitfast.kernels.{_KERNEL_FILES.get(op, op)}")
         common = importlib.import_module("vitfast.kernels._parts.launch")
     except ImportError as error:
-        return Backend("triton", op, None, missing=f"triton kernels cannot be imported: {error}")
+        return _absent("triton", op, f"triton kernels cannot be imported: {error}")
     entry = module.CAPABILITIES
     return Backend(
         "triton",
@@ -174,9 +183,9 @@ def _native(op: str) -> Backend:
     try:
         extension = importlib.import_module("vitfast._C")
     except ImportError as error:
-        return Backend("native", op, None, missing=f"the C++ extension is not built: {error}")
+        return _absent("native", op, f"the C++ extension is not built: {error}")
     if op not in extension.ops():
-        return Backend("native", op, None, missing=f"the C++ extension has no {op}")
+        return _absent("native", op, f"the C++ extension has no {op}")
     call = getattr(native, op, None) or getattr(torch.ops.vitfast_native, op)
     return Backend("native", op, call, **extension.ops()[op])
 

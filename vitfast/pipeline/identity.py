@@ -30,7 +30,13 @@ class Identity:
 
     @classmethod
     def of(cls, engine: Engine, exif_orientation: bool = True) -> Identity:
-        """The identity of embeddings that this engine makes."""
+        """The identity of embeddings that this engine makes.
+
+        Raises:
+            ValueError: if it knows no preprocessing.
+        """
+        if engine.preprocess is None:
+            raise ValueError("the engine knows no preprocessing, which is part of what embeddings are")
         preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
         skipped = ", ".join(sorted(engine.plan.skip_quantize))
         dtype = f"{engine.precision} with {skipped} in bf16" if skipped else engine.precision

@@ -66,10 +66,11 @@ class _Row(NamedTuple):
 class EmbeddingFolder:
     """A folder of Parquet parts with the embeddings of one model. Opening it needs no model.
 
-    As a context manager it is locked, and cleared of what a killed run has left behind.
+    As a context manager it is made if missing, locked, and cleared of what a killed run has left behind; one that was
+    made and stays empty is taken away again.
 
     Args:
-        folder: created if missing.
+        folder: need not be there yet.
         model: hub id or path of the model, noted in the parts; a path is made absolute.
         overwrite: everything in the folder is to be replaced: it is taken away when the first part is written.
 
@@ -78,7 +79,7 @@ class EmbeddingFolder:
         repaired: how many doubled rows were found and taken out.
 
     Raises:
-        InputError: if the folder cannot be created or written, or holds a part that cannot be read.
+        InputError: if the folder cannot be made or written, or holds a part that cannot be read.
     """
 
     def __init__(self, folder: str | Path, model: str | Path, *, overwrite: bool = False) -> None:
@@ -94,18 +95,26 @@ class EmbeddingFolder:
         self._identities: dict[Path, tuple[str, Identity | None]] = {}
         self._seen: list[tuple[str, int, int]] = []
         self._created: list[Path] = []
-        self._make()
+        self._check()
         self._read()
+
+    def _check(self) -> None:
+        """Refuse a folder that cannot be written or made."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise self._refusal(f"{path_text(there)!r} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise self._refusal(f"no permission, or read-only: {path_text(there)!r}")
+
+    def _refusal(self, reason: str) -> InputError:
+        return InputError(f"output folder {path_text(self.path)!r} cannot be written: {reason}")
 
     def _make(self) -> None:
         try:
             self._created = self._created or [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"output folder {path_text(self.path)!r} cannot be written: {reason}") from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise InputError(f"output folder {path_text(self.path)!r} cannot be written: no permission, or read-only")
+            raise self._refusal(error.strerror or str(error)) from error
 
     def __enter__(self) -> EmbeddingFolder:
         if not self._entered:
@@ -241,10 +250,9 @@ class EmbeddingFolder:
         table = table_of(results, dimension, {_MODEL: self.model, _IDENTITY: identity.to_json()})
         try:
             with finished(table, part) as hidden:
-                stale = list(self.path.glob(_PARTS)) if self._overwrite else []
-                self._overwrite = False
-                for old in stale:
+                for old in list(self.path.glob(_PARTS)) if self._overwrite else []:
                     old.unlink()
+                self._overwrite = False  # only now: whoever was interrupted above comes here again
                 self._drop(table["path"], part)
                 os.replace(hidden, part)
         except OSError as error:
@@ -312,6 +320,7 @@ def write_parquet(
         InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
             dtype or version.
         OutputError: if a part cannot be written, the disk being full for example; earlier rows are kept.
+        ValueError: if the engine knows no preprocessing.
     """
     summary = Summary() if summary is None else summary
     dimension = engine.config.projection_dim or engine.config.width

@@ -144,5 +144,5 @@ def _from_files(
         return hf.from_state(config, state, name, f"{name}/config.json", directory)
     if "architecture" in config:
         module = timm.build(directory, weights, name=name, allow_pickle=allow_pickle, weights_key=weights_key)
-        return timm.from_module(module)
+        return timm.from_module(module, f"{name}/config.json")
     raise CheckpointError(f"{settings} has neither 'model_type' (transformers) nor 'architecture' (timm)")

@@ -111,7 +111,8 @@ def from_state(
         ours, weights = family.translate(facts, labels.classes, state, architecture, name)
     except ValueError as error:  # the settings may be to blame as well as the tensors
         said = ", ".join(f"{key}={schema.shown(value)}" for key, value in vars(facts).items())
-        raise CheckpointError(f"{error}\n({where} says {said}, {labels.classes} classes)") from error
+        listed = f"num_labels={labels.num_labels}" if labels.id2label is None else f"{labels.classes} names in id2label"
+        raise CheckpointError(f"{error}\n({where} says {said}, {listed})") from error
     found = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
     return Checkpoint(ours, weights, found, labels.names(ours.num_classes), labels.problem_type)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 from vitfast.images.preprocess import Preprocess
 from vitfast.models import schema
-from vitfast.models.checkpoints.source import read_settings
+from vitfast.models.checkpoints.source import CheckpointError, read_settings
 from vitfast.models.config import Flag, ViTConfig
 
 _PROCESSORS = {
@@ -40,12 +40,17 @@ def _is_size(value: Any) -> bool:
     return _PIXELS.holds(value)
 
 
-def _channels(low: float, high: float) -> schema.Domain:
-    one = schema.number(low, high)
-    return schema.Domain(
-        f"{one.words}, or a list of such, one a channel",
-        lambda v: all(map(one.holds, v)) and len(v) > 0 if isinstance(v, (list, tuple)) else one.holds(v),
-    )
+def _channels(low: float, high: float, *, one: bool) -> schema.Domain:
+    """A list with a number for each channel, or, with `one`, a number for all of them."""
+    each = schema.number(low, high)
+    words = f"{each.words}, or a list of such, one a channel" if one else f"a list, for each channel {each.words}"
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return len(value) > 0 and all(map(each.holds, value))
+        return one and each.holds(value)
+
+    return schema.Domain(words, holds)
 
 
 _INPUT = schema.Domain(
@@ -55,8 +60,8 @@ _INPUT = schema.Domain(
 _Size: TypeAlias = Annotated[
     Any, schema.Domain(f"{_PIXELS.words}, two of them, or an object of {', '.join(_EDGES)}", _is_size)
 ]
-_Means: TypeAlias = Annotated[Any, _channels(-1e6, 1e6)]
-_Stds: TypeAlias = Annotated[Any, _channels(1e-6, 1e6)]
+_Means: TypeAlias = Annotated[Any, _channels(-1e6, 1e6, one=True)]
+_Stds: TypeAlias = Annotated[Any, _channels(1e-6, 1e6, one=True)]
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class TimmSettings:
     interpolation: Annotated[str, schema.TEXT] = ""
     crop_pct: Annotated[float, schema.number(0.01, 10)] = 0.875
     crop_mode: Annotated[str, schema.TEXT] = ""
-    mean: _Means = 0.0
-    std: _Stds = 1.0
+    mean: Annotated[Any, _channels(-1e6, 1e6, one=False)] = 0.0
+    std: Annotated[Any, _channels(1e-6, 1e6, one=False)] = 1.0
     num_classes: Annotated[int, schema.whole(-1, 10_000_000)] = 0
     label_names: Annotated[Any, schema.TEXTS] = ()
     label_descriptions: Annotated[Any, schema.OBJECT] = None
@@ -105,7 +110,8 @@ def from_transformers(
         UserWarning: with the reason, if it cannot be expressed; None is returned then.
     """
     inner = settings.get("image_processor")
-    read_settings(_Processor, inner if isinstance(inner, Mapping) else settings, what)
+    facts = read_settings(_Processor, inner if isinstance(inner, Mapping) else settings, what)
+    _same_channels(what, image_mean=facts.image_mean, image_std=facts.image_std)
     processor = _PROCESSORS.get(model_type)
     return _attempt(lambda: Preprocess.from_transformers(settings, image_size, processor), config, what)
 
@@ -123,9 +129,17 @@ def from_timm(
     """
     if not settings:
         return None
-    read_settings(TimmSettings, settings, f"pretrained_cfg of {what}")
+    facts = read_settings(TimmSettings, settings, what)
+    _same_channels(what, mean=facts.mean, std=facts.std)
     sized = {**settings, "input_size": (config.in_channels, *image_size)}
     return _attempt(lambda: Preprocess.from_timm(sized), config, what)
+
+
+def _same_channels(where: str, **values: Any) -> None:
+    lengths = {len(value) for value in values.values() if isinstance(value, (list, tuple))}
+    if len(lengths) > 1:
+        given = ", ".join(f"{name}={schema.shown(value)}" for name, value in values.items())
+        raise CheckpointError(f"{where}: {' and '.join(values)} must have as many numbers, got {given}")
 
 
 def _attempt(make: Callable[[], Preprocess], config: ViTConfig, what: str) -> Preprocess | None:

@@ -141,8 +141,11 @@ def matches(module: nn.Module) -> bool:
     )
 
 
-def from_module(module: Any) -> Checkpoint:
+def from_module(module: Any, where: str | None = None) -> Checkpoint:
     """Translate a live module, of any dtype and device.
+
+    Args:
+        where: the file that its `pretrained_cfg` is from, for messages.
 
     Raises:
         CheckpointError: naming the feature that cannot be represented, the part that is not timm's own, or the
@@ -159,7 +162,7 @@ def from_module(module: Any) -> Checkpoint:
     source = Source(module.state_dict(), name)
     _read(module, config, source)
     weights = source.finish(config)
-    found = from_timm(settings, config, tuple(module.patch_embed.img_size), name)
+    found = from_timm(settings, config, tuple(module.patch_embed.img_size), where or f"pretrained_cfg of {name}")
     return Checkpoint(config, weights, found, _labels(settings, config))
 
 
@@ -194,6 +197,7 @@ def _config(module: Any, name: str) -> ViTConfig:
     require(not distilled or module.reg_token is None, "register tokens beside a distillation token", name)
     pool = _POOLS.get(module.global_pool)
     require(pool is not None, f"global_pool={module.global_pool!r}", name)
+    assert pool is not None
     head, _ = live.linear_head(module.head, f"{name}: head")
     has_head = head is not None
     if pool == "none":
@@ -319,6 +323,7 @@ def _read(module: Any, config: ViTConfig, source: Source) -> None:
         for ours in ("head", "head_dist") if config.distilled else ("head",):
             linear, inner = live.linear_head(getattr(module, ours), f"{source.what}: {ours}")
             require(linear is not None, f"no {ours} beside a head", source.what)
+            assert linear is not None
             source.dense(ours, f"{ours}.{inner}", bias=linear.bias is not None)
 
 

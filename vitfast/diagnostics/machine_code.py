@@ -1,0 +1,91 @@
+"""What the compiler's later stages made of a kernel: the assembler's warnings, accumulators moved, clocks of a tile."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vitfast.diagnostics import sass, throughput
+
+_CONVERSION = re.compile(r"ttg\.convert_layout %\S+ : tensor<(\d+)x(\d+)xf32, (#[\w.]+).*-> tensor<\S+ (#[\w.]+)")
+_WARNING = re.compile(r"\(?(C\d{4})\)?")
+HEAD_DIM = 64
+"""Of a row that names no head dim."""
+
+
+def ptxas_warnings(ptx: str, ptxas: Path) -> list[str]:
+    """The assembler's numbered warnings, such as C7515 (products made to wait for each other), once each.
+
+    Args:
+        ptx: of a kernel, as Triton has assembled it. ptxas: the assembler that Triton itself runs for it: an older one
+            refuses the file.
+
+    Raises:
+        RuntimeError: if it does not assemble.
+    """
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    assert target is not None, "PTX names its target"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{ptxas} failed ({result.returncode}): {result.stderr.strip()}")
+    return sorted(set(_WARNING.findall(result.stderr + result.stdout)))
+
+
+def accumulator_conversions(ttgir: str, elements: int) -> int:
+    """How often a large part of the sums of products changes its layout: through shared memory, behind barriers.
+
+    Args:
+        ttgir: Triton's GPU dialect of the kernel. elements: of the tile; parts of a quarter and more count.
+    """
+    return sum(
+        4 * int(m[1]) * int(m[2]) >= elements and not m[3].startswith("#blocked") and m[3] != m[4]
+        for m in _CONVERSION.finditer(ttgir)
+    )
+
+
+def describe(
+    case: Any, arch: str, asm: Mapping[str, Any], listing: sass.Listing, *, warps: int, blocks: int, ptxas: Callable
+) -> dict[str, Any]:
+    """The part of a row of `vitfast inspect` that is read from the machine code.
+
+    Returns:
+        ptxas_warnings, accumulator_conversions; product_loops and rest: instructions by pipe, load and store widths,
+        and waits for products of each; from `throughput.tile_clocks`, for K = 768 and for attention of 197 tokens:
+        tensor_busy, epilogue_instructions_per_element and tile_clocks, None where it has no answer.
+    """
+    sizes = {name: value for name, value in case.constexprs.items() if isinstance(value, int)}
+    steps = throughput.steps_of(case.kernel, sizes, k=throughput.TYPICAL["K"], tokens=throughput.TYPICAL["N"])
+    elements = 0
+    clocks = None
+    if steps:
+        head_dim = sizes.get("HEAD_DIM", HEAD_DIM)
+        elements = throughput.output_elements(case.kernel, sizes, head_dim, throughput.TYPICAL["N"])
+        clocks = throughput.tile_clocks(
+            listing, steps, arch=arch, warps=warps, blocks=max(1, blocks), elements=elements
+        )
+    return {
+        "ptxas_warnings": ptxas_warnings(asm["ptx"], ptxas()),
+        "accumulator_conversions": accumulator_conversions(asm["ttgir"], elements) if elements else 0,
+        "product_loops": [_part(listing.of(loop)) for loop in listing.product_loops],
+        "rest": _part(listing.outside()),
+        "epilogue_instructions_per_element": clocks and clocks.pop("epilogue_instructions_per_element"),
+        "tensor_busy": clocks and clocks["tensor_busy"],
+        "tile_clocks": clocks,
+    }
+
+
+def _part(instructions: tuple[sass.Instruction, ...]) -> dict[str, Any]:
+    return {
+        "instructions": len(instructions),
+        "pipes": dict(sorted(sass.count_pipes(instructions).items())),
+        "widths": sass.load_widths(instructions),
+        "product_waits": sass.products_waited_for(instructions),
+    }
