@@ -169,7 +169,7 @@ def test_what_is_left():
     reasons = {"mine": "subclass", "bias_kv": "add_bias_kv", "zero": "add_zero_attn", "encoder.self_attn": "fused path"}
     assert swap.left.keys() == reasons.keys()
     assert all(reason in swap.left[name] for name, reason in reasons.items())
-    assert repr(swap).startswith("Swap(1 replaced, 4 left, in place; calls run torch (no measurement says")
+    assert repr(swap).startswith("Swap(1 replaced, 4 left, in place; calls run ")
     assert "left bias_kv: add_bias_kv=True appends a learned key" in repr(swap)
     swap.restore()
     assert repr(swap) == "Swap(1 replaced, 4 left, restored)"

@@ -103,8 +103,10 @@ class Swap:
         self.restore()
 
     def __repr__(self) -> str:
-        state = "in place" if self._undo else "restored"
-        lines = [f"Swap({len(self.replaced)} replaced, {len(self.left)} left, {state}; {self._route()})"]
+        counts = f"{len(self.replaced)} replaced, {len(self.left)} left"
+        if self.replaced and not self._undo:
+            return f"Swap({counts}, restored)"
+        lines = [f"Swap({counts}, in place; {self._route()})"]
         lines += [f"  left {names}: {why}" for names, why in self._left()]
         return "\n".join(lines)
 
