@@ -1,18 +1,14 @@
 """GELU with the GPU's tanh: its error, the one difference between GPU and interpreter, and who has it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from helpers.scripts import compiling_code
 
-import vitfast
 from vitfast.kernels._parts import activation
 from vitfast.testing import device, guarded
 
@@ -89,21 +85,17 @@ def test_a_polynomial_that_turns_back_would_be_noticed():
 PTX = """
 import json
 from vitfast.kernels._compile import linear
-from vitfast import inspect
+from vitfast.diagnostics import compiled
 found = {}
 for case in linear.compile_cases():
     if case.config in ("64x64x64_gelu", "float32_32x64x32_gelu"):
-        ptx = inspect._compile(case, 90).asm["ptx"]
+        ptx = compiled._compile(case, 90).asm["ptx"]
         found[case.config] = {"tanh": ptx.count("tanh.approx.f32"), "ex2": ptx.count("ex2.approx")}
 print(json.dumps(found))
 """
 
 
 def test_sixteen_bits_have_the_instruction_and_fp32_has_not():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(vitfast.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", PTX], env=env, cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = json.loads(compiling_code(PTX))
     assert found["64x64x64_gelu"] == {"tanh": 64 * 64 // 128, "ex2": 0}  # one an element of a thread
     assert found["float32_32x64x32_gelu"]["tanh"] == 0 and found["float32_32x64x32_gelu"]["ex2"] > 0
