@@ -35,7 +35,6 @@ class Engine:
         device, dtype: where and in what the model computes.
         precision: the dtype's name, or "fp8" or "int8" where products are quantised; dtype is then bf16.
         plan: which backend runs each part (see `vitfast.engine.planner`). runner: what runs the forward.
-        fingerprint: a hash of architecture and weights (see `vitfast.engine.fingerprint`).
         calibration: what `load(..., calibration=images)` measured, else None (see `vitfast.engine.calibrate`).
 
     A NaN or infinity in an image is not looked for (that would cost a pass over it, and on a GPU a
@@ -65,7 +64,6 @@ class Engine:
         }  # fmt: skip
         self._made_of = (checkpoint, {**options, "graphs": graphs, "buckets": buckets})
         self.runner = Runner(checkpoint, device=device, dtype=dtype, **options)
-        self.fingerprint = fingerprint(checkpoint.config, checkpoint.weights)
         self.config, self.preprocess, self.labels = checkpoint.config, checkpoint.preprocess, checkpoint.labels
         self.problem_type = checkpoint.problem_type
         self.device, self.dtype, self.precision = self.runner.device, self.runner.dtype, self.runner.precision
@@ -86,6 +84,12 @@ class Engine:
         checkpoint, options = self._made_of
         made = {"device": str(self.device), "dtype": self.precision, **options}
         return _remade, (checkpoint, made), {"calibration": self.calibration}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of architecture and weights (see `vitfast.engine.fingerprint`); the first use is a pass over them."""
+        checkpoint, _ = self._made_of
+        return fingerprint(checkpoint.config, checkpoint.weights)
 
     @property
     def plan(self) -> Plan:
