@@ -1,6 +1,7 @@
 """Engines as Python objects, outputs that are the caller's own whatever its mode, sizes off the grid, scores."""
 
 import copy
+import dataclasses
 import importlib
 import pickle
 
@@ -12,6 +13,7 @@ from helpers.peers import DINO, TIMM, VIT, timm_model, transformers_model
 
 import vitfast
 from vitfast import testing
+from vitfast.engine import plan_cache
 from vitfast.engine.engine import Engine
 from vitfast.models import checkpoints
 from vitfast.pipeline.embed import _top_classes
@@ -196,3 +198,11 @@ def test_scores_are_those_of_transformers_pipeline():
         key = "value" if problem_type == "regression" else "probability"
         assert {row["label"]: row[key] for row in rows} == pytest.approx(want, rel=1e-5)
         assert [row[key] for row in rows] == sorted((row[key] for row in rows), reverse=True)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 15])
+def test_a_head_of_few_classes_has_a_backend(classes, tmp_path, monkeypatch):
+    """The plain product is among what is measured: oneDNN's, packed, errs more than it where columns are few."""
+    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path)
+    config = dataclasses.replace(SMALL, width=192, heads=3, mlp_dim=192, depth=1, num_classes=classes)
+    assert engine(config).plan.backends["head"] in ("torch", "native", "triton")
