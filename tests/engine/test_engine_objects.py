@@ -1,6 +1,7 @@
 """Engines as Python objects, outputs that are the caller's own whatever its mode, sizes off the grid, scores."""
 
 import copy
+import dataclasses
 import importlib
 import pickle
 
@@ -12,8 +13,12 @@ from helpers.peers import DINO, TIMM, VIT, timm_model, transformers_model
 
 import vitfast
 from vitfast import testing
+from vitfast.engine import planner
 from vitfast.engine.engine import Engine
+from vitfast.engine.sites import site_case
 from vitfast.models import checkpoints
+from vitfast.models.plan import SITES
+from vitfast.ops import reference, registry
 from vitfast.pipeline.embed import _top_classes
 
 
@@ -196,3 +201,15 @@ def test_scores_are_those_of_transformers_pipeline():
         key = "value" if problem_type == "regression" else "probability"
         assert {row["label"]: row[key] for row in rows} == pytest.approx(want, rel=1e-5)
         assert [row[key] for row in rows] == sorted((row[key] for row in rows), reverse=True)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 15])
+def test_a_head_of_few_classes_has_a_right_backend(classes):
+    """Torch's is the plain product, which is right by the rule: of few columns, packed ones of oneDNN err more."""
+    config = dataclasses.replace(SMALL, num_classes=classes)
+    case = site_case(config, SITES["head"], 1, torch.device("cpu"), torch.float32)
+    call = case.inputs()
+    run = planner.planned_call(registry.backend("linear", "torch"), case.spec, call)
+    assert torch.equal(run(), reference.linear(*call.args, **call.kwargs))
+    best, record = planner.measure(case, [registry.backend("linear", "torch")], torch.device("cpu"), timed=False)
+    assert (best.name, record["refused"]) == ("torch", {})
