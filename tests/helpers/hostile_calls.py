@@ -246,7 +246,7 @@ def linear(m: Maker) -> Case:
     row_stats = weight_sum = None
     if m.chance(0.3):
         row_stats = m.tensor(min(math.prod(lead), HUGE[-1]), -(-k // reference.STATS_TILE), 2)
-        if plain_x.numel() <= LARGEST:
+        if max(plain_x.numel(), k) <= LARGEST:
             row_stats = built(lambda: reference.row_stats(plain_x))
         row_stats = m.hostile("row_stats", row_stats)
         weight_sum = m.hostile("weight_sum", m.tensor(n))
