@@ -188,7 +188,7 @@ def test_empty_weights_of_any_size_end():
     assert native.pack(torch.empty(0, 2**62)).shape == (0, 2**62)
 
 
-SOURCES = sorted(path for path in SCRIPT.parents[1].glob("csrc/**/*") if path.suffix in (".cpp", ".h"))
+SOURCES = sorted(path for path in SCRIPT.parents[2].glob("csrc/**/*") if path.suffix in (".cpp", ".h"))
 
 
 def test_the_checking_accessor_is_the_only_one():
