@@ -104,6 +104,15 @@ def test_classify_prints_what_it_has_done(runs, photos, tmp_path):
     assert f"interrupted after {len(rows)} of 20 images" in (tmp_path / "log.err").read_text()
 
 
+@pytest.fixture
+def not_ignored():
+    """As in a terminal: what starts a process in the background has it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("not_ignored")
 def test_handlers_are_as_before_afterwards():
     before = [signal.getsignal(getattr(signal, name)) for name in CODES]
     with stopping() as state:
@@ -131,6 +140,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def test_the_third_signal_ends_at_once():
     code = (
         "import os, signal, time\nfrom vitfast.cli.signals import stopping\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with stopping():\n"
         "  try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
         "  except KeyboardInterrupt: pass\n"

@@ -140,6 +140,6 @@ def test_a_live_model_and_a_path(saved):
 
 def test_help_has_an_example_and_imports_nothing_heavy():
     assert "vitfast verify" in run("--help").stdout.split("Example:")[1]
-    code = "import sys\nfrom vitfast.cli import app\ntry: app(['verify', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom vitfast.cli.app import app\ntry: app(['verify', '--help'])\nexcept SystemExit: pass\n"
     assert python(code + "assert not {'torch', 'triton', 'numpy'} & sys.modules.keys(), 'heavy'")
     assert run("model", "--backend", "cuda").exit_code == 2

@@ -84,7 +84,10 @@ def test_resume_skips_what_is_done_and_retries_what_failed(photos, tmp_path):
     [
         (FakeEngine(fingerprint="others"), "weights 'weights of a fake', not 'others'"),
         (FakeEngine(precision="int8"), "dtype 'float32', not 'int8'"),
-        (FakeEngine(plan=SimpleNamespace(keep=frozenset({"fc2"}))), "dtype 'float32', not 'float32 with fc2 in bf16'"),
+        (
+            FakeEngine(plan=SimpleNamespace(skip_quantize=frozenset({"fc2"}))),
+            "dtype 'float32', not 'float32 with fc2 in bf16'",
+        ),
         (FakeEngine(preprocess=Preprocess((8, 8), 8)), "'m' with resize 9, not 8:"),
     ],
 )

@@ -184,9 +184,8 @@ def _reasons(path: str | Path) -> Iterator[None]:
         raise ImageError(path, "no such file") from error
     except MemoryError as error:
         raise ImageError(path, "cannot be decoded: not enough memory") from error
-    except (
-        BaseException
-    ) as error:  # decoders raise nearly anything on damaged data; those in Rust not even an Exception
+    # Decoders raise nearly anything on damaged data; those in Rust not even an Exception.
+    except BaseException as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"cannot be decoded: {reason}") from error
 

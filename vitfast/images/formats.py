@@ -96,13 +96,15 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
         if name in NO_SIGNATURE and name != own:
             continue
         factory, accept = Image.OPEN[name]
-        accepted = accept(prefix) if accept else True
-        if accepted is True or (accepted and not isinstance(accepted, str)):  # a string is a plugin's reason why not
-            file.seek(0)
-            try:
+        try:
+            accepted = accept(prefix) if accept else True
+            if accepted is True or (
+                accepted and not isinstance(accepted, str)
+            ):  # a string is a plugin's reason why not
+                file.seek(0)
                 return factory(file, "")  # by its name Pillow would map it: scrambled if turned, a crash if it shrinks
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                continue  # what a format raises for a file that is not its own
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # what a format raises for a file that is not its own
     raise UnidentifiedImageError(f"cannot identify image file {path!r}")
 
 
