@@ -98,9 +98,7 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
         factory, accept = Image.OPEN[name]
         try:
             accepted = accept(prefix) if accept else True
-            if accepted is True or (
-                accepted and not isinstance(accepted, str)
-            ):  # a string is a plugin's reason why not
+            if accepted and not isinstance(accepted, str):  # a string is a plugin's reason why not
                 file.seek(0)
                 return factory(file, "")  # by its name Pillow would map it: scrambled if turned, a crash if it shrinks
         except (SyntaxError, IndexError, TypeError, struct.error):
