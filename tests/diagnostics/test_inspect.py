@@ -19,6 +19,7 @@ KERNEL_FILES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if p
 SLOW = {("sm_100", file) for file in KERNEL_FILES}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
 SLOW |= {("sm_80", file) for file in ("attention", "linear", "quantized_linear")}
+SLOW |= {("sm_90", file) for file in ("attention", "quantized_linear")}
 
 
 # One process per chip and file: the work spreads over the workers of pytest-xdist, and a new file
