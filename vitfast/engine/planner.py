@@ -88,7 +88,7 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
     if entry.name == "native":
         return native.pack, native.linear_packed
     # Of a few columns nothing is gained, and oneDNN's sums err more than those of the plain op.
-    narrow = spec.dims.get("width", NARROW) < NARROW
+    narrow = spec.dims.get("N", NARROW) < NARROW
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() and not narrow else None
 
 
