@@ -359,8 +359,8 @@ def assemble(
     packs = {}
     for site in chosen if packed else ():
         spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
-        if found := packed_op(chosen[site], spec):
-            packs[site], calls[site] = found
+        if packed_pair := packed_op(chosen[site], spec):
+            packs[site], calls[site] = packed_pair
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}
