@@ -251,6 +251,7 @@ def doctor(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     as_json: Json = False,
 ) -> None:
     """Show what would run here, and every reason why not."""
@@ -258,11 +259,12 @@ def doctor(
         from vitfast.diagnostics import doctor as module
 
         if plan is not None:
-            answer.json = module.plan(plan, device=device, dtype=dtype, allow_pickle=allow_pickle)
+            options: dict[str, Any] = {"allow_pickle": allow_pickle, "weights_key": weights_key}
+            answer.json = module.plan(plan, device=device, dtype=dtype, **options)
             answer.text = module.render_plan(answer.json)
             return
-        if device or dtype or allow_pickle:
-            raise ValueError("--device, --dtype and --allow-pickle go with --plan MODEL")
+        if device or dtype or allow_pickle or weights_key:
+            raise ValueError("--device, --dtype, --allow-pickle and --weights-key go with --plan MODEL")
         answer.json = module.report()
         answer.text = module.render(answer.json)
 
@@ -334,6 +336,7 @@ def verify(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
     as_json: Json = False,
 ) -> None:
@@ -353,6 +356,7 @@ def verify(
             dtype=dtype,
             backend=backend.value,
             allow_pickle=allow_pickle,
+            weights_key=weights_key,
         )
         answer.code = 0 if report.ok else 1
         answer.json = report.to_dict()
