@@ -175,8 +175,7 @@ class EmbeddingFolder:
             raise
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path_text(part)!r} is not a readable part of an embedding folder: {error}") from error
-        metadata = schema.metadata or {}
-        self._identities[part] = metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))
+        self._identities[part] = identity_of(schema)
         unknown = [None] * len(table)
         values = [table[c].to_pylist() if c in columns else unknown for c in ("file_size", "file_mtime_ns")]
         rows = zip(table["path"].to_pylist(), pc.equal(table["status"], OK).to_pylist(), *values, strict=True)
@@ -403,3 +402,9 @@ def read_embeddings(folder: str | Path) -> pa.Table:
             f"{path_text(folder)!r} has more than one row for {doubled} paths; the next run that writes it repairs that"
         )
     return table
+
+
+def identity_of(schema: pa.Schema) -> tuple[str, Identity | None]:
+    """The model's name and the identity that the schema of an embedding folder carries; None where it states none."""
+    metadata = schema.metadata or {}
+    return metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))
