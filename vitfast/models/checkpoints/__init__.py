@@ -19,7 +19,7 @@ from torch import nn
 from vitfast.models.checkpoints import files, hf, live, timm, torchvision
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "load"]
+__all__ = ["Checkpoint", "CheckpointError", "load", "loadable"]
 
 SUPPORTED = (
     "timm VisionTransformer and VisionTransformerDistilled; "
@@ -103,6 +103,11 @@ def _for_files(revision: str | None, weights_key: str | None, name: str) -> None
         raise CheckpointError(f"weights_key={weights_key!r} applies to files only, and {name} is a live module")
 
 
+def loadable(module: nn.Module) -> bool:
+    """Whether a live module is of a class that `load` takes, as far as the class says it."""
+    return any(family.matches(module) for family in (timm, hf, torchvision))
+
+
 def _from_module(module: nn.Module) -> Checkpoint:
     module = live.unwrap(module)
     for family in (timm, hf, torchvision):
@@ -110,7 +115,7 @@ def _from_module(module: nn.Module) -> Checkpoint:
             return _snapshot(family.from_module(module), module)
     kind = type(module)
     reason = timm.REFUSED.get(kind.__name__) or hf.REFUSED.get(kind.__name__)
-    inside = live.loadable_parts(module, lambda part: any(f.matches(part) for f in (timm, hf, torchvision)))
+    inside = live.loadable_parts(module, loadable)
     hint = f". Its part {' or '.join(inside)} can be loaded by itself" if inside and not reason else ""
     raise CheckpointError(
         f"{kind.__module__}.{kind.__name__} is not supported{f': {reason}' if reason else ''}{hint}. "
