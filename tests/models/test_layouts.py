@@ -327,7 +327,7 @@ def test_what_is_saved_of_a_library_needs_it_no_more(tmp_path, monkeypatch):
     assert set(load_file(tmp_path / "model.safetensors")) == set(loaded.config.weight_shapes()) - {
         "patch_embed.bias"
     } | {"patch_embed.bias"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "vitfast.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "vitfast_config.json"]
 
 
 def test_the_plan_comes_with_the_model(tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_the_plan_comes_with_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "measure", None)  # nothing is measured
     loaded = vitfast.load(tmp_path / "saved", device=again.device)
     assert loaded.plan.backends == engine.plan.backends
-    path = tmp_path / "saved" / "vitfast.json"
+    path = tmp_path / "saved" / "vitfast_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"plan": {"key": 3}}))
     vitfast.load(tmp_path / "saved", device=again.device)  # a damaged plan is none; that of before is in the cache
 
@@ -349,8 +349,8 @@ def test_the_plan_comes_with_the_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format": 2}, r"vitfast.json: format must be 1, got 2 \(written by vitfast"),
-        ({"config": None}, "vitfast.json: config must be an object, got None"),
+        ({"format": 2}, r"vitfast_config.json: format must be 1, got 2 \(written by vitfast"),
+        ({"config": None}, "vitfast_config.json: config must be an object, got None"),
         ({"config.depth": 10**9}, "config: ViTConfig.depth must be a whole number from 1 to 1,024, got 1000000000"),
         ({"config.flux": 1}, "config has 'flux', which this version does not know"),
         ({"config.depth": 3}, "missing: blocks.2.norm1.weight"),
@@ -361,7 +361,7 @@ def test_the_plan_comes_with_the_model(tmp_path, monkeypatch):
 )
 def test_damaged_descriptions(tmp_path, change, reason):
     engines.engine(backend="torch").save(tmp_path)
-    path = tmp_path / "vitfast.json"
+    path = tmp_path / "vitfast_config.json"
     description = json.loads(path.read_text())
     for name, value in change.items():
         *outer, last = name.split(".")

@@ -96,7 +96,7 @@ class Engine:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
 
-        Architecture, preprocessing, labels and the plan are in vitfast.json, the weights, in the dtype they came in,
+        Architecture, preprocessing, labels and the plan are in vitfast_config.json, the weights, in the dtype they came in,
         in model.safetensors. The plan serves where device, dtype and versions are the same; elsewhere it is made anew.
 
         Raises:

@@ -12,7 +12,7 @@ from vitfast.models import schema
 from vitfast.models.checkpoints import files
 from vitfast.models.checkpoints.source import CheckpointError
 
-DESCRIPTIONS = ("vitfast.json", "config.json", "open_clip_config.json")
+DESCRIPTIONS = ("vitfast_config.json", "config.json", "open_clip_config.json")
 """Files that say what the weights beside them are."""
 
 

@@ -1,4 +1,4 @@
-"""What `Engine.save` writes: vitfast.json, which describes the model in our own words, and model.safetensors."""
+"""What `Engine.save` writes: vitfast_config.json, which describes the model in our own words, and model.safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, Sourc
 from vitfast.models.config import ViTConfig
 from vitfast.version import __version__
 
-DESCRIPTION = "vitfast.json"
+DESCRIPTION = "vitfast_config.json"
 FORMAT = 1
 
 
