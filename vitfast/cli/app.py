@@ -56,6 +56,31 @@ def dtype_name(text: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
+def numbers(text: str) -> list[float]:
+    """What --mean and --std take: a number, or one a channel.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected a number, or one for each channel like 0.5,0.4,0.3; got {text!r}") from None
+
+
+def side(text: str) -> int | tuple[int, int]:
+    """What --size and --crop take: a side, or height and width.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    except (ValueError, IndexError):
+        raise ValueError(f"expected pixels like 256, or height and width like 224x336; got {text!r}") from None
+
+
 class BackendName(str, Enum):
     """What --backend takes."""
 
@@ -73,6 +98,22 @@ WeightsKey = Annotated[
         metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
     ),
 ]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Architecture of a bare weight file: vit_base_patch16_224, vit_b_16, dinov2_vits14, ViT-B/32.",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="M[,M,M]", help="Subtracted from pixels of 0 to 1. [default: what the model says, as below]"),
+]
+Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="What they are then divided by.")]
+Size = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help="Images are resized to this shortest side, or exactly to HxW.")
+]
+Crop = Annotated[str | None, typer.Option(metavar="N|HxW", help="The centre that is then cut out.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 DtypeOption = Annotated[
@@ -132,6 +173,11 @@ def embed(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -162,7 +208,7 @@ def embed(
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
             todo = folder.remaining(listing.images, refresh=refresh, content=checksum)
             summary.skipped, summary.changed = len(listing.images) - len(todo), folder.changed
-            engine = _load(model, device, dtype, allow_pickle, weights_key)
+            engine = _load(model, device, dtype, allow_pickle, weights_key, arch, _prepared(mean, std, size, crop))
             with _progress("embedding", len(todo)) as advance:
 
                 def on_result(_: Any) -> None:
@@ -209,6 +255,11 @@ def classify(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -220,7 +271,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
 
         listing = find_images(sources)
-        engine = _load(model, device, dtype, allow_pickle, weights_key)
+        engine = _load(model, device, dtype, allow_pickle, weights_key, arch, _prepared(mean, std, size, crop))
         options = _decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
         with _progress("classifying", len(listing.images)) as advance:
@@ -363,10 +414,35 @@ def verify(
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool, weights_key: str | None) -> Any:
+def _load(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    allow_pickle: bool,
+    weights_key: str | None,
+    arch: str | None,
+    preprocess: dict[str, Any] | None,
+) -> Any:
     from vitfast.engine.load import load
 
-    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
+    return load(
+        model,
+        device=device,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        weights_key=weights_key,
+        model=arch,
+        preprocess=preprocess,
+    )
+
+
+def _prepared(mean: str | None, std: str | None, size: str | None, crop: str | None) -> dict[str, Any] | None:
+    """The options as `vitfast.load` takes them."""
+    parsed: dict[str, Any] = {
+        **{name: numbers(text) for name, text in (("mean", mean), ("std", std)) if text is not None},
+        **{name: side(text) for name, text in (("size", size), ("crop", crop)) if text is not None},
+    }
+    return parsed or None
 
 
 def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:

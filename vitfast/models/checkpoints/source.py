@@ -134,6 +134,13 @@ class Source:
         if bias:
             self.copy(f"{canonical}.bias", *(f"{name}bias" for name in names))
 
+    def transposed(self, canonical: str, name: str) -> None:
+        """Take a matrix that the source keeps the other way round, [in, out]."""
+        tensor = self._fetch(canonical, name)
+        if tensor is not None:
+            self._parts[canonical] = _Part(tuple(reversed(tensor.shape)), lambda: tensor.mT.contiguous())
+            self._origins[canonical] = (name,)
+
     def swap_halves(self, canonical: str) -> None:
         """Exchange the two halves of a dense layer's rows (a gate that the source keeps last)."""
         for name in (f"{canonical}.weight", f"{canonical}.bias"):
