@@ -129,9 +129,7 @@ class Index:
         for row in range(len(self)):
             groups.setdefault(_root(parents, row), []).append(row)
         alike = sorted((rows for rows in groups.values() if len(rows) > 1), key=len, reverse=True)
-        return [
-            [Match(self.paths[r], float(self.vectors[r] @ self.vectors[rows[0]])) for r in rows] for rows in alike
-        ]
+        return [[Match(self.paths[r], float(self.vectors[r] @ self.vectors[rows[0]])) for r in rows] for rows in alike]
 
     def check(self, engine: Engine, *, exif_orientation: bool = True) -> None:
         """Refuse an engine whose vectors cannot be compared with those of the folder.
