@@ -39,6 +39,7 @@ class Checkpoint:
         weights: canonical name (see `vitfast.models.config`) -> tensor, in the dtype they are stored in.
         preprocess: how its images are prepared; None where the source does not say.
         labels: the classes' names, one per row of the head; None where the source does not say.
+        stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
     """
@@ -48,6 +49,7 @@ class Checkpoint:
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
+    stem: nn.Module | None = None
 
 
 def require(condition: bool, feature: str, where: str) -> None:
