@@ -22,7 +22,7 @@ from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 __all__ = ["Checkpoint", "CheckpointError", "load"]
 
 SUPPORTED = (
-    "timm VisionTransformer and VisionTransformerDistilled; "
+    f"timm {', '.join(timm.SUPPORTED)}; "
     f"transformers {', '.join(hf.supported())}; torchvision VisionTransformer"
 )
 

@@ -136,6 +136,24 @@ class Source:
         if bias:
             self.copy(f"{canonical}.bias", *(f"{name}bias" for name in names))
 
+    def derive(
+        self, canonical: str, shape: tuple[int, ...], make: Callable[..., Tensor], names: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Compute a weight of this shape from tensors of the source, or from none.
+
+        Args:
+            make: gets the tensors in order, in fp32 at least, once all shapes are known to be right.
+            names: the source's own -> the shape that it must have.
+        """
+        found = [self._fetch(canonical, name) for name in names]
+        for (name, want), part in zip(names.items(), found, strict=True):
+            if part is not None and tuple(part.shape) != tuple(want):
+                self._misshapen.append(f"{name} {_shape(part)}, expected {list(want)} (for {canonical})")
+        tensors = [part for part in found if part is not None]
+        self._origins[canonical] = tuple(names)
+        if len(tensors) == len(found):
+            self._parts[canonical] = _Part(tuple(shape), lambda: make(*map(_widened, tensors)))
+
     def swap_halves(self, canonical: str) -> None:
         """Exchange the two halves of a dense layer's rows (a gate that the source keeps last)."""
         for name in (f"{canonical}.weight", f"{canonical}.bias"):
@@ -233,6 +251,10 @@ class Source:
             self._origins[canonical] = (name,)
             return None
         return tensor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rolled(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
