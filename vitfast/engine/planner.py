@@ -88,7 +88,7 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
     if entry.name == "native":
         return native.pack, native.linear_packed
     # Of a few columns nothing is gained, and oneDNN's sums err more than those of the plain op.
-    narrow = spec.dims.get("width", NARROW) < NARROW
+    narrow = spec.dims.get("N", NARROW) < NARROW
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() and not narrow else None
 
 
@@ -280,7 +280,7 @@ def build(
     """
     if quantized and (reason := why_not_quantized(config)):
         raise ValueError(f"products in 8 bits are not for blocks with {reason}: load the model in another dtype")
-    batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
+    batch = batch or default_batch(config, device)
     asked = _Request(config, device, dtype, backend, batch, quantized, skip_quantize, deterministic)
     measured: dict[str, Any] = {}
     if backend != "auto":
@@ -301,6 +301,20 @@ def _key(asked: _Request) -> dict[str, Any]:
     if asked.quantized:
         key |= {"quantized": str(asked.quantized), "sites": [site.name for site in asked.sites()]}
     return key
+
+
+def record(
+    plan: Plan, config: ViTConfig, *, device: torch.device, dtype: torch.dtype, batch: int | None = None
+) -> dict[str, Any]:
+    """A measured plan as `vitfast.engine.plan_cache` keeps it: for what it was made, choices and measurements."""
+    batch = batch or default_batch(config, device)
+    asked = _Request(config, device, dtype, "auto", batch, plan.quantized, plan.skip_quantize, False)
+    return {"key": _key(asked), "choices": dict(plan.backends), "measured": dict(plan.measured)}
+
+
+def default_batch(config: ViTConfig, device: torch.device) -> int:
+    """The batch size whose shapes are measured."""
+    return GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens())
 
 
 def _remembered(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]] | None:
@@ -362,8 +376,8 @@ def assemble(
     packs = {}
     for site in chosen if packed else ():
         spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
-        if found := packed_op(chosen[site], spec):
-            packs[site], calls[site] = found
+        if packed_pair := packed_op(chosen[site], spec):
+            packs[site], calls[site] = packed_pair
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}

@@ -163,8 +163,8 @@ class ViTConfig:
     name: Annotated[str, schema.TEXT] = ""
 
     def __post_init__(self) -> None:
-        if found := schema.problems(ViTConfig, vars(self), "ViTConfig."):
-            raise ValueError("; ".join(found))
+        if problems := schema.problems(ViTConfig, vars(self), "ViTConfig."):
+            raise ValueError("; ".join(problems))
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.head_dim == 0:
@@ -182,7 +182,9 @@ class ViTConfig:
         if self.pool_mlp_dim and self.pool_activation == "swiglu":
             raise ValueError("ViTConfig.pool_activation must not be gated, got 'swiglu'")
         if self.relative_position and self.prefix_tokens != self.class_token:
-            raise ValueError(f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix")
+            raise ValueError(
+                f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix"
+            )
         self.grid(self.image_size)
 
     @property

@@ -122,7 +122,7 @@ class LinearOp(Protocol):
 class AttentionOp(Protocol):
     """`vitfast.ops.attention` of q, k and v [B, N, H, D]. A Tensor; with `quantize` values and scales.
 
-    `heads`: norm and rotation of q and k, by the names of `vitfast.ops.heads.OPTIONS`; those that a plan's backend runs.
+    `heads`: norm and rotation of q and k, by the names of `vitfast.ops.heads.OPTIONS`.
     """
 
     def __call__(

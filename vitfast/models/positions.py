@@ -90,10 +90,7 @@ def rotary_tables(config: ViTConfig, frequencies: Tensor, grid: tuple[int, int])
     sides = [_coordinates(config, axis, side).to(frequencies.device) for axis, side in enumerate(grid)]
     rows, columns = (t.flatten()[:, None] for t in torch.meshgrid(*sides, indexing="ij"))
     angles = rows * frequencies[:, None, 0] + columns * frequencies[:, None, 1]
-    if config.rope_interleaved:
-        angles = angles.repeat_interleave(2, dim=-1)
-    else:
-        angles = torch.cat((angles, angles), dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1) if config.rope_interleaved else torch.cat((angles, angles), dim=-1)
     return angles.cos().contiguous(), angles.sin().contiguous()
 
 

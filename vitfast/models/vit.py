@@ -40,9 +40,7 @@ def forward(config: ViTConfig, weights: Weights, positions: Positions, images: T
     x = embed(config, weights, positions, images, plan)
     if weights.norm_pre:
         x = _norm(config, plan, x, weights.norm_pre)
-    run_block: Callable[..., State] = fused_block if plan.fused else folded_block
-    if plan.quantized is not None:
-        run_block = quantized_block
+    run_block = block_function(plan)
     stats = first_stats(plan, x)
     for i, block in enumerate(weights.blocks):
         place = positions.of_block(config, i)
@@ -72,6 +70,13 @@ def embed(config: ViTConfig, weights: Weights, positions: Positions, images: Ten
     if position is not None:
         x = x + position
     return x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+
+def block_function(plan: Plan) -> Callable[..., State]:
+    """The block as this plan runs it: `folded_block`, `fused_block` or `quantized_block`."""
+    if plan.quantized is not None:
+        return quantized_block
+    return fused_block if plan.fused else folded_block
 
 
 def first_stats(plan: Plan, x: Tensor) -> Tensor | None:
@@ -127,7 +132,7 @@ def quantized_block(
     """Products in 8 bits, but for those left alone: seven launches where attention and fc1 write 8 bits themselves."""
     qkv = _either(config, plan, plan.quantized_qkv, plan.qkv, x, block.qkv, block.norm1)
     q, k, v = _split(config, qkv)
-    options = block.heads | place
+    options = {**block.heads, **place}
     epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x}
     proj, fc1, fc2 = block.proj, block.fc1, block.fc2
     if plan.attention_quantize is not None and proj.scale is not None:
@@ -187,9 +192,7 @@ def _second(
     """The product that ends a half, and the sum; with norms at the end of a half, the norm between the two."""
     if config.block == "post":
         return residual + _norm(config, plan, product(x, dense.weight, dense.bias), norm), None
-    made = product(
-        x, dense.weight, dense.bias, layer_scale=layer_scale, residual=residual, stats=want_stats
-    )
+    made = product(x, dense.weight, dense.bias, layer_scale=layer_scale, residual=residual, stats=want_stats)
     return made if want_stats else (made, None)
 
 

@@ -238,4 +238,3 @@ def prepare_weights(
         head=optional_head("head"),
         head_dist=optional_head("head_dist"),
     )
-

@@ -1,4 +1,4 @@
-"""Blocks of timm's Vision Transformers: what each does is read from its parts, and a part that is not known is refused."""
+"""Blocks of timm's Vision Transformers: what each does is read from its parts; a part that is not known is refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ _ATTENTION = {
     **dict.fromkeys(("attn_drop", "proj_drop"), DROP),
     "rel_pos": ("RelPosBias", "RelPosMlp"),
 }
+_MLP = {
+    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), ("Linear",)),
+    **dict.fromkeys(("drop1", "drop2"), DROP),
+    "act": (*ACTS, "ReLU"),
+    "norm": (*NORM, "Identity"),
+}
+_BRANCHES = {"*": ("Sequential",)}
 _BRANCH = {"norm": NORM, "attn": ("Attention",), "mlp": _MLPS, "ls": _LS, "drop_path": PATH}
 ANATOMY: Mapping[str, Mapping[str, Sequence[str]]] = {
     **dict.fromkeys(
@@ -50,18 +57,10 @@ ANATOMY: Mapping[str, Mapping[str, Sequence[str]]] = {
         "drop_path": PATH,
     },
     "ParallelThingsBlock": dict.fromkeys(("attns", "ffns"), ("ModuleList",)),
-    **dict.fromkeys(("ParallelThingsBlock.attns", "ParallelThingsBlock.ffns"), {"*": ("Sequential",)}),
+    **dict.fromkeys(("ParallelThingsBlock.attns", "ParallelThingsBlock.ffns"), _BRANCHES),
     "Sequential": _BRANCH,
     **dict.fromkeys(_ATTENTIONS, _ATTENTION),
-    **dict.fromkeys(
-        _MLPS,
-        {
-            **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), ("Linear",)),
-            **dict.fromkeys(("drop1", "drop2"), DROP),
-            "act": (*ACTS, "ReLU"),
-            "norm": (*NORM, "Identity"),
-        },
-    ),
+    **dict.fromkeys(_MLPS, _MLP),
     "RelPosMlp": {"mlp": ("Mlp",), "bias_act": ("Sigmoid", "Identity")},
 }  # fmt: skip
 """What timm's blocks are made of, as far as they can be run here. Finer points are read from the parts."""
@@ -122,8 +121,8 @@ def one_norm(parts: Mapping[str, Any], where: str) -> tuple[str, float]:
     Raises:
         CheckpointError: where they differ, or for a norm of another kind.
     """
-    found = {path: norm_of(part, f"{where}.{path}") for path, part in parts.items()}
-    kinds, eps = ({fact[i] for fact in found.values()} for i in (0, 1))
+    every = [norm_of(part, f"{where}.{path}") for path, part in parts.items()]
+    kinds, eps = {kind for kind, _ in every}, {eps for _, eps in every}
     require(len(kinds) == 1, f"norms that differ ({', '.join(sorted(kinds))})", where)
     require(len(eps) == 1, f"LayerNorm eps that differ ({sorted(eps)})", where)
     return kinds.pop(), eps.pop()
@@ -185,6 +184,11 @@ def _table(attention: Any) -> Tensor | None:
 
 
 def attention_facts(attention: Any, where: str, norm: str) -> dict[str, Any]:
+    """What an attention does: fields of `Facts`.
+
+    Raises:
+        CheckpointError: naming the part that is not known.
+    """
     reason = REFUSED.get(type(attention).__name__)
     require(is_a(attention, *_ATTENTIONS), f"this attention{f' ({reason})' if reason else ''}", where)
     dims = attention.proj.in_features
@@ -228,11 +232,11 @@ def read_block(source: Source, config: ViTConfig, i: int, block: Any) -> None:
     _read_attention(source, config, ours, f"{theirs}attn.", block.attn)
     _read_mlp(source, config, ours, f"{theirs}mlp.", block.mlp)
     for half in (1, 2) if config.layer_scale else ():
-        name = _scale_name(block, half)
-        if name is None:  # Sapiens2 scales attention only
+        scale = _scale_name(block, half)
+        if scale is None:  # Sapiens2 scales attention only
             source.derive(f"{ours}layer_scale{half}", (config.width,), lambda: torch.ones(config.width), {})
         else:
-            source.copy(f"{ours}layer_scale{half}", theirs + name)
+            source.copy(f"{ours}layer_scale{half}", theirs + scale)
 
 
 def read_norm(source: Source, ours: str, theirs: str, part: Any) -> None:

@@ -22,6 +22,7 @@ from vitfast.models.config import ViTConfig
 
 
 def scaling_facts(block: Any, where: str) -> Facts:
+    """What a ParallelScalingBlock does."""
     norms = {"in_norm": block.in_norm, "q_norm": block.q_norm, "k_norm": block.k_norm}
     norm, eps = one_norm({path: part for path, part in norms.items() if not absent(part)}, where)
     require(absent(block.q_norm) == absent(block.k_norm), "a norm of q or k only", where)
@@ -37,7 +38,8 @@ def scaling_facts(block: Any, where: str) -> Facts:
 def things_facts(block: Any, where: str) -> Facts:
     """Branches side by side: one attention of all their heads, and one MLP of all their hidden channels."""
     branches = list(zip(block.attns, block.ffns, strict=True))
-    norms = {f"{n}.{j}.norm": part.norm for j, both in enumerate(branches) for n, part in zip(("attns", "ffns"), both)}
+    norms = {f"attns.{j}.norm": first.norm for j, (first, _) in enumerate(branches)}
+    norms |= {f"ffns.{j}.norm": second.norm for j, (_, second) in enumerate(branches)}
     norm, eps = one_norm(norms, where)
     found = set()
     for j, (first, second) in enumerate(branches):

@@ -5,14 +5,13 @@ The module itself is the description: what it does is read from its parts, and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitfast.models.checkpoints import live, timm_blocks, timm_parallel, timm_rope, timm_stem
 from vitfast.models.checkpoints.source import Checkpoint, Source, require
-from vitfast.models.checkpoints.timm_blocks import DROP, NORM, Facts, absent, is_a, norm_of, one_norm, read_norm
+from vitfast.models.checkpoints.timm_blocks import DROP, NORM, Facts, absent, is_a, norm_of, read_norm
 from vitfast.models.config import ViTConfig
 
 _PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
@@ -39,10 +38,11 @@ _WHOLE = {
     "head_drop": DROP,
 }
 _BLOCKS = {"*": tuple(name for name in timm_blocks.ANATOMY if "Block" in name and "." not in name)}
+_PATCHES = {"proj": ("Conv2d",), "norm": (*NORM, "Identity")}
 _ANATOMY: live.Anatomy = {
     **dict.fromkeys(SUPPORTED, _WHOLE),
     **dict.fromkeys((f"{whole}.blocks" for whole in SUPPORTED), _BLOCKS),
-    **dict.fromkeys(("PatchEmbed", "PatchEmbedWithSize"), {"proj": ("Conv2d",), "norm": (*NORM, "Identity")}),
+    **dict.fromkeys(("PatchEmbed", "PatchEmbedWithSize"), _PATCHES),
     **timm_blocks.ANATOMY,
     "AttentionPoolLatent": {
         **dict.fromkeys(("q", "kv", "proj"), ("Linear", "Identity")),
