@@ -156,6 +156,7 @@ class ViTConfig:
     dynamic_size: Flag = False
     """Whether images of another size are accepted, the position embedding being resized."""
     off_grid: Annotated[str, schema.one_of(*OFF_GRID)] = "refuse"
+    position_interpolation: Annotated[str, schema.one_of("bicubic", "bilinear")] = "bicubic"
     position_antialias: Flag = True
     """timm resizes with antialiasing, transformers and the original DINOv2 without."""
     position_offset: Annotated[float, schema.number(0, 1)] = 0.0

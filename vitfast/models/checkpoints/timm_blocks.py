@@ -255,7 +255,7 @@ def _read_attention(source: Source, config: ViTConfig, ours: str, theirs: str, a
     if getattr(attention, "qkv", None) is not None:
         source.copy(f"{ours}qkv.weight", f"{theirs}qkv.weight")
         if getattr(attention, "q_bias", None) is not None:
-            _join_biases(source, f"{ours}qkv.bias", (f"{theirs}q_bias", None, f"{theirs}v_bias"), width)
+            source.join_biases(f"{ours}qkv.bias", (f"{theirs}q_bias", None, f"{theirs}v_bias"), width)
         elif attention.qkv.bias is not None:
             source.copy(f"{ours}qkv.bias", f"{theirs}qkv.bias")
     else:
@@ -269,16 +269,6 @@ def _read_attention(source: Source, config: ViTConfig, ours: str, theirs: str, a
     source.dense(f"{ours}proj", f"{theirs}proj.", bias=attention.proj.bias is not None)
 
 
-def _join_biases(source: Source, ours: str, names: Sequence[str | None], width: int) -> None:
-    """One bias of those of q, k and v; None stands for zeros."""
-
-    def join(*given: Tensor) -> Tensor:
-        parts = iter(given)
-        return torch.cat([next(parts) if name else given[0].new_zeros(width) for name in names])
-
-    source.derive(ours, (len(names) * width,), join, {name: (width,) for name in names if name})
-
-
 def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str, attention: Any) -> None:
     """q, k and v apart; key and value heads that serve several query heads are repeated for each."""
     group = attention.num_heads // getattr(attention, "num_kv_heads", attention.num_heads)
@@ -289,7 +279,7 @@ def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str,
         source.copy(f"{ours}qkv.weight", *(f"{theirs}{name}.weight" for name in names))
         if any(biased):
             given = [f"{theirs}{name}.bias" if has else None for name, has in zip(names, biased, strict=True)]
-            _join_biases(source, f"{ours}qkv.bias", given, width)
+            source.join_biases(f"{ours}qkv.bias", given, width)
         return
 
     def repeat(*parts: Tensor) -> Tensor:
