@@ -94,12 +94,12 @@ py::dict ops() {
     all["linear"]["per_device"] = py::dict(
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                            "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
+                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple)));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
         py::dict("devices"_a = py::make_tuple("cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
                  "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                 "multiples"_a = py::dict("inner"_a = in_8_bits, "width"_a = in_8_bits),
+                 "multiples"_a = py::dict("K"_a = in_8_bits, "N"_a = in_8_bits),
                  "features"_a = py::make_tuple("scale groups"));
   }
 #endif

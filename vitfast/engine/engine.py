@@ -100,9 +100,9 @@ class Engine:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
 
-        Architecture, preprocessing, labels and the plan are in vitfast_config.json, the weights in model.safetensors,
-        in the dtype they came in. The plan serves where device, dtype and versions are the same, and is made anew
-        elsewhere.
+        Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
+        model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
+        elsewhere it is made anew.
 
         Raises:
             CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.

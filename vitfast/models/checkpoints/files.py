@@ -201,5 +201,5 @@ def cached(hub_id: str, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None  # without the package there is no cache to look in
-    found = try_to_load_from_cache(hub_id, name)
-    return Path(found) if isinstance(found, str) else None
+    file = try_to_load_from_cache(hub_id, name)
+    return Path(file) if isinstance(file, str) else None
