@@ -12,7 +12,7 @@ from vitfast import testing
 from vitfast.engine import plan_cache, planner
 from vitfast.engine.engine import Engine
 from vitfast.images.preprocess import preprocess_batch
-from vitfast.models import vit, weights
+from vitfast.models import positions, vit
 from vitfast.models.plan import SITES
 from vitfast.models.weights import prepare_weights
 from vitfast.ops import accuracy
@@ -34,7 +34,7 @@ def oracle(config, images):
     )
     if images.dtype != torch.uint8:
         images = images.double()
-    return vit.forward(config, weights, weights.position, images, plan)
+    return vit.forward(config, weights, weights.positions, images, plan)
 
 
 def changed(plan, fused=(), fold_norm=None):
@@ -191,13 +191,13 @@ def test_dynamic_size_resizes_the_position_embedding():
     dynamic = engine(config, dtype="fp32")
     assert dynamic(testing.make(1, 3, 64, 16)).tokens.shape == (1, 1 + 4, 64)
     grid = testing.random_weights(config)["position"].to(testing.device())
-    same = weights.resize_position(grid, (2, 3), (2, 3), antialias=False)
+    same = positions.resize_position(grid, (2, 3), (2, 3), antialias=False)
     assert torch.equal(same, grid)
     want = torch.nn.functional.interpolate(grid.view(1, 2, 3, 64).permute(0, 3, 1, 2), size=(4, 1), mode="bicubic")
-    got = weights.resize_position(grid, (2, 3), (4, 1), antialias=False)
+    got = positions.resize_position(grid, (2, 3), (4, 1), antialias=False)
     torch.testing.assert_close(got, want.permute(0, 2, 3, 1).reshape(4, 64))
-    smooth = weights.resize_position(grid, (2, 3), (1, 1), antialias=True)
-    assert not torch.allclose(smooth, weights.resize_position(grid, (2, 3), (1, 1), antialias=False))
+    smooth = positions.resize_position(grid, (2, 3), (1, 1), antialias=True)
+    assert not torch.allclose(smooth, positions.resize_position(grid, (2, 3), (1, 1), antialias=False))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((0, 32, 48, 3), torch.uint8), ((0, 3, 32, 48), torch.float32)])

@@ -232,7 +232,7 @@ def _attention(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     tile_efficiency = tokens * tokens * head_dim / (queries * keys * sum(head_chunks(head_dim)))
     wave_efficiency = _wave_efficiency(programs, card.multiprocessors * (8 // tile.num_warps))
     rows, width = batch * tokens, heads * head_dim
-    in_8_bits = bool(step.dims.get("variant"))
+    in_8_bits = "to" in step.dims.get("variant", "").split()
     moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if in_8_bits else dtype.itemsize * width))
     work = OPS["attention"].flops(step.dims)
     exponentials = batch * heads * queries * keys

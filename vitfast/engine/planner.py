@@ -20,7 +20,7 @@ import torch
 
 from vitfast.engine import plan_cache, progress
 from vitfast.engine.cases import Call, Case
-from vitfast.engine.sites import plan_sites, site_case, site_spec
+from vitfast.engine.sites import folds_norms, plan_sites, site_case, site_spec, why_not_quantized
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES, Plan, Site
 from vitfast.ops import accuracy, mkldnn, native, reference, registry, scaled_mm
@@ -274,9 +274,12 @@ def build(
             the choice does not depend on a clock; nothing is read from the cache or kept there.
 
     Raises:
+        ValueError: if products are to be quantised in blocks that do more than such blocks can.
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
+    if quantized and (reason := why_not_quantized(config)):
+        raise ValueError(f"products in 8 bits are not for blocks with {reason}: load the model in another dtype")
     batch = batch or default_batch(config, device)
     asked = _Request(config, device, dtype, backend, batch, quantized, skip_quantize, deterministic)
     measured: dict[str, Any] = {}
@@ -382,7 +385,7 @@ def assemble(
     return Plan(
         **calls,
         backends=names,
-        fold_norm=on_triton >= folding,
+        fold_norm=on_triton >= folding and folds_norms(config),
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
         quantized=quantized,

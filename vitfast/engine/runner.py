@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfast.engine import planner
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
@@ -18,10 +18,11 @@ from vitfast.images.preprocess import normalize, preprocess_batch
 from vitfast.models import vit
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
-from vitfast.models.weights import prepare_weights, resize_position
+from vitfast.models.positions import Positions, positions_for
+from vitfast.models.weights import prepare_weights
 
 POSITIONS = 8
-"""Image sizes whose resized position embedding is kept."""
+"""Image sizes whose positions are kept."""
 
 
 class Runner:
@@ -60,9 +61,10 @@ class Runner:
         )
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self.weights = prepare_weights(
-            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
-        )
-        self.positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std,
+            stem=checkpoint.stem,
+        )  # fmt: skip
+        self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
@@ -104,6 +106,9 @@ class Runner:
 
     def _on_grid(self, images: Tensor) -> Tensor:
         """Images whose sides are whole patches: cropped or padded where the model's family does so."""
+        if self.config.stem and images.dtype == torch.uint8:
+            assert self.preprocess is not None
+            images = normalize(images, self.preprocess, self.dtype)
         channels_last = images.dtype == torch.uint8
         height, width = images.shape[1:3] if channels_last else images.shape[2:4]
         if self.config.off_grid == "refuse":
@@ -131,31 +136,24 @@ class Runner:
         self.config.grid(size)
         return size
 
-    def position(self, size: tuple[int, int]) -> Tensor | None:
-        """The position embedding for an image size; the last few sizes are kept."""
+    def position(self, size: tuple[int, int]) -> Positions:
+        """The positions for an image size; those of the last few sizes are kept."""
         weights = self.weights
-        if weights.position is None or size == self.config.image_size:
-            return weights.position
-        position = self.positions.get(size)
-        if position is None:
-            assert weights.exact_position is not None
-            position = resize_position(
-                weights.exact_position,
-                self.config.grid(self.config.image_size),
-                self.config.grid(size),
-                antialias=self.config.position_antialias,
-                offset=self.config.position_offset,
-            ).to(self.dtype)
+        if size == self.config.image_size or not weights.exact_positions:
+            return weights.positions
+        positions = self.positions.get(size)
+        if positions is None:
+            positions = positions_for(self.config, weights.exact_positions, size, self.dtype)
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
-            self.positions[size] = position
+                torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
+            self.positions[size] = positions
             while len(self.positions) > POSITIONS:
                 self.positions.popitem(last=False)
-        return position
+        return positions
 
-    def forward(self, images: Tensor, position: Tensor | None) -> Output:
-        """The forward on prepared images, with the position embedding for their size."""
-        return vit.forward(self.config, self.weights, position, images, self.plan)
+    def forward(self, images: Tensor, positions: Positions) -> Output:
+        """The forward on prepared images, with the positions for their size."""
+        return vit.forward(self.config, self.weights, positions, images, self.plan)
 
     def outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
         """Uninitialised outputs of images of a size, on the device or in pinned host memory."""
@@ -178,9 +176,13 @@ class Runner:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a tree of dataclasses and tuples."""
+    """The tensors in a tree of dataclasses, tuples, mappings and modules."""
     if isinstance(tree, Tensor):
         yield tree
+    elif isinstance(tree, nn.Module):
+        yield from (*tree.parameters(), *tree.buffers())
+    elif isinstance(tree, Mapping):
+        yield from _tensors(tuple(tree.values()))
     elif is_dataclass(tree):
         yield from _tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
     elif isinstance(tree, tuple):

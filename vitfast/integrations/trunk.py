@@ -116,6 +116,9 @@ class Trunk:
         for name, value in (*((f"argument {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()):
             if value is not None and value is not False and name not in IDLE:
                 return f"it is called with {name} = {_shown(value)}"
+        config = self.checkpoint().config
+        if (config.rope or config.relative_position) and x.shape[1] != config.tokens():
+            return f"its positions are for {config.tokens()} tokens, its input has {x.shape[1]}"
         return self._look(index, block, x) or self._unready(x.device)
 
     def _unready(self, device: torch.device) -> str:
@@ -177,8 +180,9 @@ class Trunk:
             inside = x.to(runner.dtype).contiguous()
             stats = vit.first_stats(plan, inside)
         ends = index == len(self.blocks) - 1
+        place = weights.positions.of_block(runner.config, index)
         made, stats = vit.block_function(plan)(
-            runner.config, weights.activation, weights.blocks[index], inside, stats, plan, last=ends
+            runner.config, weights.activation, weights.blocks[index], inside, stats, plan, place, last=ends
         )
         out = made.to(x.dtype)
         # Row statistics go from block to block, as long as the model hands on what it was given. The plan may ask for

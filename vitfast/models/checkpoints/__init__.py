@@ -25,10 +25,7 @@ from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "loadable"]
 
-SUPPORTED = (
-    "timm VisionTransformer and VisionTransformerDistilled; "
-    f"transformers {', '.join(hf.supported())}; torchvision VisionTransformer"
-)
+SUPPORTED = f"timm {', '.join(timm.SUPPORTED)}; transformers {', '.join(hf.supported())}; torchvision VisionTransformer"
 
 
 def load(
