@@ -15,7 +15,7 @@ PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(W
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-sanitize gpu-test demo clean
+.PHONY: help test test-full lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-sanitize gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -82,10 +82,34 @@ demo: $(READY) ## embed sample photos and find the ones alike
 ON_GPU = PYTHONPATH="$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
 gpu: ## measure and test a GPU for BUDGET, with $(PYTHON) as it is; results in OUT
-	$(ON_GPU) -m vitfast bench all --budget $(BUDGET) --out $(OUT)
+	$(ON_GPU) -m vitfast bench all --budget $(BUDGET) --out $(OUT) --extension $(PACKAGE)
 
 gpu-sanitize: ## launch every kernel once under compute-sanitizer's memcheck and racecheck
 	$(ON_GPU) -m vitfast bench all --sanitize --budget $(BUDGET) --out $(OUT)-sanitize
+
+# The C++ extension for a GPU machine that has no time to build it: made here, where there need be no GPU, against the
+# torch and for the Python found there, with the nvcc of that torch's CUDA. $(PACKAGE) is the folder to carry; `make gpu`
+# takes it from there.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_CUDA ?= 13.0
+GPU_ARCHS ?= 80;90
+GPU := build/gpu
+PACKAGE := $(GPU)/package
+NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl
+gpu-package: ## build the C++ extension for a GPU machine into build/gpu/package (minutes; needs no GPU)
+	test -x $(GPU)/venv/bin/python || $(GPU_PYTHON) -m venv $(GPU)/venv
+	$(GPU)/venv/bin/python -m pip install -q torch==$(GPU_TORCH) numpy ninja 'setuptools>=77.0.3' \
+	  $(addsuffix ==$(GPU_CUDA).*,$(NVCC_WHEELS))
+	set -e; cuda=$$($(GPU)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13; \
+	  mkdir -p $(GPU)/cuda/lib64; ln -sfn $$cuda/bin $$cuda/include $$cuda/nvvm $(GPU)/cuda/; \
+	  ln -sfn $$cuda/lib/libcudart.so.13 $(GPU)/cuda/lib64/libcudart.so
+	rm -rf $(PACKAGE)
+	CUDA_HOME="$(CURDIR)/$(GPU)/cuda" VITFAST_BUILD=1 VITFAST_CUDA_ARCHS="$(GPU_ARCHS)" \
+	  PATH="$(CURDIR)/$(GPU)/cuda/bin:$(CURDIR)/$(GPU)/venv/bin:$$PATH" \
+	  $(GPU)/venv/bin/python setup.py -q build_ext --build-lib $(PACKAGE) --build-temp $(GPU)/temp
+	strip --strip-unneeded $(PACKAGE)/vitfast/_C*.so
+	$(GPU)/venv/bin/python benchmarks/carried.py $(PACKAGE)
 
 gpu-test: ## the tests for a GPU, as `make gpu` runs them
 	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS)

@@ -109,6 +109,7 @@ class Campaign:
         folder: gets the files, at most six: campaign.json, campaign.log, page.html, tests.json, plan.json and the
             tuning table of the GPU.
         command: what `vitfast` is run by; python: what the tests are run by.
+        extension: what was done about the C++ extension, to be kept with the rest.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Campaign:
         say: Callable[[str], None],
         command: Sequence[str] = (sys.executable, "-m", "vitfast"),
         python: Sequence[str] = (sys.executable,),
+        extension: str = "",
     ) -> None:
         self._device, self._folder, self._say = device, folder, say
         self._steps, self._command, self._python = steps, tuple(command), tuple(python)
@@ -129,7 +131,7 @@ class Campaign:
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"slug": device.slug, **environment(device)}
         self._boot = _boot()
-        call = {"date": entry["date"], "budget_s": budget_s, "boot": self._boot}
+        call = {"date": entry["date"], "budget_s": budget_s, "boot": self._boot, "extension": extension}
         self.file = CampaignFile(folder / "campaign.json", entry, call)
         self._withheld: list[str] = []
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers.benching import bench
 
-from vitfast.benchmarks import campaign, campaign_file, child, watch
+from vitfast.benchmarks import campaign, campaign_file, carried, child, watch
 from vitfast.benchmarks.campaign import STEPS, Campaign, Step
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.ops import registry
@@ -333,3 +334,23 @@ def test_a_report_of_tests_is_there_though_they_are_cut(tmp_path):
     content = json.loads(report.read_text())
     assert (content["passed"], content["done"]) == (1, False)
     assert content["failed"][0]["name"].endswith("test_fails") and "1 == 2" in content["failed"][0]["message"]
+
+
+def test_a_carried_extension_is_used_only_where_it_fits(tmp_path):
+    folder, package = tmp_path / "carried", tmp_path / "vitfast"
+    (folder / "vitfast").mkdir(parents=True)
+    package.mkdir()
+    assert "there is none to use" in carried.use(folder, package)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (folder / "vitfast" / f"_C{suffix}").write_bytes(b"machine code")
+    fits = {"torch": torch.__version__, "suffix": suffix, "cuda": "90a", "cuda_ops": ["linear"]}
+    for name, other in (("torch", "2.11.0+cu999"), ("suffix", ".cpython-399.so")):
+        (folder / "package.json").write_text(json.dumps(fits | {name: other}))
+        said = carried.use(folder, package)
+        assert said.startswith("no C++ extension") and other in said and not list(package.iterdir())
+    (folder / "package.json").write_text(json.dumps(fits))
+    assert "with CUDA kernels for 90a: linear" in carried.use(folder, package)
+    assert (package / f"_C{suffix}").read_bytes() == b"machine code"
+    (folder / "vitfast" / f"_C{suffix}").write_bytes(b"other code")
+    assert "is there already" in carried.use(folder, package)
+    assert (package / f"_C{suffix}").read_bytes() == b"machine code"

@@ -298,6 +298,9 @@ def everything(
     sanitize: Annotated[
         bool, typer.Option("--sanitize", help="Only the smoke set, under compute-sanitizer's memcheck and racecheck.")
     ] = False,
+    extension: Annotated[
+        Path | None, typer.Option(help="Folder of `make gpu-package`: its C++ extension is used where it fits.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Measure what is worth knowing about a GPU, the most telling first, and stop when the time is up.
@@ -307,8 +310,9 @@ def everything(
     from vitfast.cli.answer import command
 
     with command(context, False) as answer:
-        from vitfast.benchmarks import campaign
+        from vitfast.benchmarks import campaign, carried
         from vitfast.benchmarks.device import open_device
+        from vitfast.benchmarks.environment import ROOT
         from vitfast.benchmarks.result_file import results_folder
         from vitfast.engine.dtypes import resolve_device
 
@@ -316,9 +320,12 @@ def everything(
         if where.type != "cuda":
             raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
         folder = out or results_folder() / "campaign"
+        said = carried.use(extension, ROOT / "vitfast") if extension else ""
+        if said:
+            typer.echo(said, err=True)
         failed, unfinished = campaign.Campaign(
             open_device(where), folder, limit, steps=campaign.SANITIZING if sanitize else campaign.STEPS,
-            say=lambda text: typer.echo(text, err=True),
+            say=lambda text: typer.echo(text, err=True), extension=said,
         ).run()  # fmt: skip
         answer.code = int(bool(failed))
         answer.text = [*unfinished, *failed, f"written {folder}"]
