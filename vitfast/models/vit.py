@@ -179,7 +179,11 @@ def _mlp_half(
     normed, folded = _normed(config, plan, x, block.norm2, block.fc1)
     if plan.fold_norm:
         folded["row_stats"] = stats
-    hidden = plan.fc1(normed, block.fc1.weight, block.fc1.bias, activation=activation, **folded)
+    if block.norm3:
+        normed = _norm(config, plan, normed, block.norm3)
+    hidden = plan.fc1(normed, block.fc1.weight, block.fc1.bias, activation=activation or None, **folded)
+    if not activation:
+        hidden = reference.activate(hidden, config.activation)
     if block.mlp_norm:
         hidden = _norm(config, plan, hidden, block.mlp_norm)
     return _second(config, plan, plan.fc2, hidden, block.fc2, block.layer_scale2, block.norm2, residual, want_stats)

@@ -147,6 +147,8 @@ def _from_module(module: nn.Module) -> Checkpoint:
     reason = timm.REFUSED.get(kind.__name__) or hf.REFUSED.get(kind.__name__)
     inside = live.loadable_parts(module, loadable)
     hint = f". Its part {' or '.join(inside)} can be loaded by itself" if inside and not reason else ""
+    if not reason and kind.__module__.startswith(("timm.", "transformers.", "torchvision.")):
+        reason = "what its parts are called and how they are joined is not described here"
     raise CheckpointError(
         f"{kind.__module__}.{kind.__name__} is not supported{f': {reason}' if reason else ''}{hint}. "
         f"Supported: {SUPPORTED}"

@@ -154,6 +154,15 @@ class Source:
         if len(tensors) == len(found):
             self._parts[canonical] = _Part(tuple(shape), lambda: make(*map(_widened, tensors)))
 
+    def join_biases(self, canonical: str, names: Sequence[str | None], width: int) -> None:
+        """Take one bias of several [width] each; None stands for zeros."""
+
+        def join(*given: Tensor) -> Tensor:
+            parts = iter(given)
+            return torch.cat([next(parts) if name else given[0].new_zeros(width) for name in names])
+
+        self.derive(canonical, (len(names) * width,), join, {name: (width,) for name in names if name})
+
     def transposed(self, canonical: str, name: str) -> None:
         """Take a matrix that the source keeps the other way round, [in, out]."""
         tensor = self._fetch(canonical, name)

@@ -17,7 +17,7 @@ LAYER_NORMS = ("LayerNorm", "LayerNormFp32")
 RMS_NORMS = ("RmsNorm", "RmsNormFp32", "RMSNorm")
 NORM = (*LAYER_NORMS, *RMS_NORMS)
 ACTS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish")
-_MLPS = ("Mlp", "GluMlp", "SwiGLU")
+_MLPS = ("Mlp", "GluMlp", "SwiGLU", "GeGluMlp")
 _LS = ("LayerScale", "Identity")
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention")
 _BLOCK = {
@@ -34,7 +34,7 @@ _ATTENTION = {
     "rel_pos": ("RelPosBias", "RelPosMlp"),
 }
 _MLP = {
-    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), ("Linear",)),
+    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2"), ("Linear",)),
     **dict.fromkeys(("drop1", "drop2"), DROP),
     "act": (*ACTS, "ReLU"),
     "norm": (*NORM, "Identity"),
@@ -88,6 +88,7 @@ class Facts(NamedTuple):
     gated_attention: bool
     attention_norm: bool
     mlp_norm: bool
+    double_norm: bool
     relative_position: str
     interleaved: bool | None
     """Whether rotary embedding would turn neighbouring channels; None where the attention has none."""
@@ -163,13 +164,14 @@ def facts_of(block: Any, where: str) -> Facts:
     relative = getattr(attention, "rel_pos", None) is not None or _table(attention) is not None
     return Facts(
         **attention_facts(attention, f"{where}.attn ({type(attention).__name__})", norm),
-        mlp_dim=mlp.fc2.in_features,
-        activation="swiglu" if gated else name,
+        mlp_dim=_second(mlp).in_features,
+        activation={"silu": "swiglu", "gelu": "geglu"}[name] if gated else name,
         layer_scale=scales[0],
         block="post" if post else "pre",
         norm=norm,
         norm_eps=eps,
-        mlp_norm=not absent(getattr(mlp, "norm", None)),
+        mlp_norm=not absent(getattr(mlp, "norm", None)) and not is_a(mlp, "GeGluMlp"),
+        double_norm=not absent(getattr(mlp, "norm", None)) and is_a(mlp, "GeGluMlp"),
         relative_position="blocks" if relative else "",
     )
 
@@ -211,10 +213,15 @@ def attention_facts(attention: Any, where: str, norm: str) -> dict[str, Any]:
 def mlp_facts(mlp: Any, where: str) -> tuple[bool, str]:
     """Whether an MLP is gated, and its activation."""
     require(is_a(mlp, *_MLPS), "this MLP", where)
-    require(isinstance(mlp.fc2, nn.Linear), f"{type(mlp.fc2).__name__} in the MLP", where)
+    require(isinstance(_second(mlp), nn.Linear), f"{type(_second(mlp)).__name__} in the MLP", where)
     gated, name = type(mlp).__name__ != "Mlp", activation(mlp.act, where)
-    require(not gated or name == "silu", f"a gated MLP with {name}", where)
+    require(not gated or name in ("silu", "gelu"), f"a gated MLP with {name}", where)
     return gated, name
+
+
+def _second(mlp: Any) -> Any:
+    """The product that ends an MLP."""
+    return mlp.w2 if is_a(mlp, "GeGluMlp") else mlp.fc2
 
 
 def _scale_name(block: Any, half: int) -> str | None:
@@ -255,7 +262,7 @@ def _read_attention(source: Source, config: ViTConfig, ours: str, theirs: str, a
     if getattr(attention, "qkv", None) is not None:
         source.copy(f"{ours}qkv.weight", f"{theirs}qkv.weight")
         if getattr(attention, "q_bias", None) is not None:
-            _join_biases(source, f"{ours}qkv.bias", (f"{theirs}q_bias", None, f"{theirs}v_bias"), width)
+            source.join_biases(f"{ours}qkv.bias", (f"{theirs}q_bias", None, f"{theirs}v_bias"), width)
         elif attention.qkv.bias is not None:
             source.copy(f"{ours}qkv.bias", f"{theirs}qkv.bias")
     else:
@@ -269,16 +276,6 @@ def _read_attention(source: Source, config: ViTConfig, ours: str, theirs: str, a
     source.dense(f"{ours}proj", f"{theirs}proj.", bias=attention.proj.bias is not None)
 
 
-def _join_biases(source: Source, ours: str, names: Sequence[str | None], width: int) -> None:
-    """One bias of those of q, k and v; None stands for zeros."""
-
-    def join(*given: Tensor) -> Tensor:
-        parts = iter(given)
-        return torch.cat([next(parts) if name else given[0].new_zeros(width) for name in names])
-
-    source.derive(ours, (len(names) * width,), join, {name: (width,) for name in names if name})
-
-
 def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str, attention: Any) -> None:
     """q, k and v apart; key and value heads that serve several query heads are repeated for each."""
     group = attention.num_heads // getattr(attention, "num_kv_heads", attention.num_heads)
@@ -289,7 +286,7 @@ def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str,
         source.copy(f"{ours}qkv.weight", *(f"{theirs}{name}.weight" for name in names))
         if any(biased):
             given = [f"{theirs}{name}.bias" if has else None for name, has in zip(names, biased, strict=True)]
-            _join_biases(source, f"{ours}qkv.bias", given, width)
+            source.join_biases(f"{ours}qkv.bias", given, width)
         return
 
     def repeat(*parts: Tensor) -> Tensor:
@@ -308,6 +305,12 @@ def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str,
 
 
 def _read_mlp(source: Source, config: ViTConfig, ours: str, theirs: str, mlp: Any) -> None:
+    if type(mlp).__name__ == "GeGluMlp":
+        source.dense(f"{ours}fc1", f"{theirs}w0.", f"{theirs}w1.", bias=mlp.w0.bias is not None)
+        source.dense(f"{ours}fc2", f"{theirs}w2.", bias=mlp.w2.bias is not None)
+        if config.double_norm:
+            read_norm(source, f"{ours}norm3", f"{theirs}norm.", mlp.norm)
+        return
     if type(mlp).__name__ == "SwiGLU":
         halves = (f"{theirs}fc1_g.", f"{theirs}fc1_x.")
         source.dense(f"{ours}fc1", *halves, bias=mlp.fc1_g.bias is not None)
