@@ -156,6 +156,7 @@ def gated_model() -> nn.Module:
 
 
 SMALL_EVA = TIMM | {"embed_dim": 64, "num_heads": 4, "img_size": (24, 32)}
+SMALL_NAFLEX = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32, "num_classes": 7}
 TIMM_CASES = {
     "vit_tiny_patch16_224, whole": lambda: timm_model(depth=3),
     "deit_tiny_distilled_patch16_224": lambda: timm_model("deit_tiny_distilled_patch16_224", **TIMM),
@@ -210,6 +211,10 @@ TIMM_CASES = {
     "relative position, not square": lambda: timm_model(
         "vit_relpos_base_patch32_plus_rpn_256", **(TIMM | {"img_size": (32, 48)}), rel_pos_type="bias"
     ),
+    "NaFlex": lambda: timm_model("naflexvit_base_patch16_par_gap", **SMALL_NAFLEX),
+    "NaFlex, SigLIP": lambda: timm_model("naflexvit_base_patch16_siglip", **SMALL_NAFLEX),
+    "a hybrid stem": lambda: timm_model("vit_tiny_r_s16_p8_224", depth=2, num_classes=7),
+    "ViTamin": lambda: timm_model("vitamin_small_224", depth=2, num_classes=7),
     "patch dropout (training only)": lambda: timm_model(**TIMM, patch_drop_rate=0.5, drop_path_rate=0.1),
 }
 

@@ -154,7 +154,7 @@ def test_index_may_not_leave_its_directory(directory):
     ("change", "reason"),
     [
         ({"architectures": ["ViTForMaskedImageModeling"]}, r"ViTForMaskedImageModeling' is not supported: a decoder"),
-        ({"architectures": ["DINOv3ViTModel"]}, r"DINOv3ViTModel.*RoPE"),
+        ({"architectures": ["VideoMAEModel"]}, r"VideoMAEModel.*patches of several frames"),
         ({"architectures": None, "model_type": "swin"}, r"'swin' is not supported\. Supported: ViTModel"),
         ({"hidden_act": "relu"}, r"hidden_act='relu'"),
         ({"image_size": 30}, r"(?s)gives position \[16, 48\], expected \[9, 48\].*image_size=30"),

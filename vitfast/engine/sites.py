@@ -26,12 +26,15 @@ def scales_heads(config: ViTConfig) -> bool:
 
 def folds_norms(config: ViTConfig) -> bool:
     """Whether every norm of the blocks is a LayerNorm before a product, which nothing else reads."""
-    return config.norm == "layer_norm" and config.block != "post" and not config.gated_attention
+    special = config.block == "post" or config.gated_attention or config.double_norm
+    return config.norm == "layer_norm" and not special
 
 
 def fits_in_one(config: ViTConfig, site: Site) -> bool:
     """Whether a site that is half a block in one launch does all that this half of the model's blocks does."""
-    special = not config.plain_attention if site.op == "attention_block" else config.mlp_norm
+    special = not config.plain_attention
+    if site.op == "mlp":
+        special = config.mlp_norm or config.double_norm or not config.fused_activation
     return config.block == "pre" and config.norm == "layer_norm" and not special
 
 
@@ -44,6 +47,8 @@ def why_not_quantized(config: ViTConfig) -> str:
         "a gate on attention (gated_attention)": config.gated_attention,
         "a norm of what attention gives (attention_norm)": config.attention_norm,
         "a norm of the hidden activations (mlp_norm)": config.mlp_norm,
+        "two norms before fc1 (double_norm)": config.double_norm,
+        f"the activation {config.activation}": not config.fused_activation,
     }
     return ", ".join(name for name, wanted in asked.items() if wanted)
 
@@ -107,7 +112,7 @@ def site_dims(
     rows = batch * tokens
     if site.op in ("linear", "quantized_linear"):
         weight_rows, k = _weight_shape(config, site)
-        gated = config.gated and "activation" in site.features
+        gated = config.fused_activation == "swiglu" and "activation" in site.features
         dims = {
             "M": rows if site.product else batch, "K": k, "N": weight_rows // (2 if gated else 1),
             "epilogue": _epilogue(config, site, folded=folded, layer_scale=layer_scale),
@@ -143,7 +148,7 @@ def _epilogue(config: ViTConfig, site: Site, *, folded: bool, layer_scale: bool)
     words = {
         "norm": "norm" if folded else "",
         "stats": "stats" if folded else "",
-        "activation": config.activation,
+        "activation": config.fused_activation,
         "residual": "residual" if layer_scale else "add",
         "requantize": "requantize",
         "group scales": "groups",

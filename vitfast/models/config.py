@@ -25,6 +25,7 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated):
     blocks.{i}.proj.weight [C, H*D]   .bias [C]                                     (optional)
     blocks.{i}.layer_scale1 [C]                                                     (if layer_scale)
     blocks.{i}.norm2.{weight,bias} [C]
+    blocks.{i}.norm3.{weight,bias} [C]                                              (if double_norm)
     blocks.{i}.fc1.weight [R, C]  gated: gate rows first, then up rows   .bias [R]  (optional)
     blocks.{i}.mlp_norm.{weight,bias} [F]                                           (if mlp_norm)
     blocks.{i}.fc2.weight [C, F]  .bias [C]                                         (optional)
@@ -48,8 +49,8 @@ from typing import Annotated
 
 from vitfast.models import schema
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
-"""gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu")
+"""gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up, geglu gelu(gate) * up."""
 
 POOLS = ("cls", "avg", "avg_all", "max", "avg_max", "cls_dist", "map", "map_all", "none")
 """How tokens become one vector: the CLS token; the mean of the patch tokens; the mean of all
@@ -136,6 +137,8 @@ class ViTConfig:
     """A norm of what attention gives, before the projection."""
     mlp_norm: Flag = False
     """A norm of the hidden activations, before fc2."""
+    double_norm: Flag = False
+    """Another norm after norm2, before fc1 (ViTamin)."""
     pre_norm: Flag = False
     """A LayerNorm between embedding and blocks (CLIP)."""
     layer_scale: Flag = False
@@ -157,6 +160,9 @@ class ViTConfig:
     """Whether images of another size are accepted, the position embedding being resized."""
     off_grid: Annotated[str, schema.one_of(*OFF_GRID)] = "refuse"
     position_interpolation: Annotated[str, schema.one_of("bicubic", "bilinear")] = "bicubic"
+    position_align_corners: Flag = False
+    position_square: Flag = False
+    """Resized to a square on the grid's longer side, of which the grid's part is taken (NaFlex, RADIO)."""
     position_antialias: Flag = True
     """timm resizes with antialiasing, transformers and the original DINOv2 without."""
     position_offset: Annotated[float, schema.number(0, 1)] = 0.0
@@ -180,8 +186,8 @@ class ViTConfig:
             raise ValueError(f"ViTConfig.rope needs an even head_dim, got {self.head_dim}")
         if self.attention_pool and (self.pool_heads < 1 or self.width % self.pool_heads):
             raise ValueError(f"ViTConfig.pool_heads must divide the width {self.width}, got {self.pool_heads}")
-        if self.pool_mlp_dim and self.pool_activation == "swiglu":
-            raise ValueError("ViTConfig.pool_activation must not be gated, got 'swiglu'")
+        if self.pool_mlp_dim and self.pool_activation in ("swiglu", "geglu"):
+            raise ValueError(f"ViTConfig.pool_activation must not be gated, got {self.pool_activation!r}")
         if self.relative_position and self.prefix_tokens != self.class_token:
             raise ValueError(
                 f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix"
@@ -202,7 +208,12 @@ class ViTConfig:
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate and an up projection."""
-        return self.activation == "swiglu"
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def fused_activation(self) -> str:
+        """The activation that fc1 does itself; "" where it is a step of its own."""
+        return "" if self.activation == "geglu" else self.activation
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patches (rows, columns) of an image of (height, width) pixels.
@@ -279,6 +290,8 @@ class ViTConfig:
             dense(f"blocks.{i}.proj", c, hd)
             norm(f"blocks.{i}.norm2")
             dense(f"blocks.{i}.fc1", 2 * f if self.gated else f, c)
+            if self.double_norm:
+                norm(f"blocks.{i}.norm3")
             if self.mlp_norm:
                 norm(f"blocks.{i}.mlp_norm", f)
             dense(f"blocks.{i}.fc2", c, f)

@@ -58,6 +58,8 @@ def positions_for(
             antialias=config.position_antialias,
             offset=config.position_offset,
             mode=config.position_interpolation,
+            align_corners=config.position_align_corners,
+            square=config.position_square,
         ).to(dtype)
     if "rope" in exact:
         cos, sin = rotary_tables(config, exact["rope"], grid)
@@ -67,15 +69,24 @@ def positions_for(
 
 
 def resize_position(
-    position: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool, offset: float = 0.0,
+    position: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    *,
+    antialias: bool,
+    offset: float = 0.0,
     mode: str = "bicubic",
-) -> Tensor:  # fmt: skip
+    align_corners: bool = False,
+    square: bool = False,
+) -> Tensor:
     """Resample a position embedding [rows * columns, C] to another grid, in fp32; in its own dtype.
 
     Args:
         antialias: timm's convention if True; transformers' and the original DINOv2's if False.
         offset: added to the new grid's sides before the scale factor is formed, as the original
             DINOv2 does (0.1); 0 resizes to the exact size.
+        mode, align_corners: as in torch's interpolate.
+        square: resample to a square on the longer side, and take the part that the grid covers.
     """
     if old == new:
         return position
@@ -84,7 +95,9 @@ def resize_position(
         factor = ((new[0] + offset) / old[0], (new[1] + offset) / old[1])
         grid = F.interpolate(grid, scale_factor=factor, mode=mode, antialias=antialias)
     else:
-        grid = F.interpolate(grid, size=new, mode=mode, antialias=antialias, align_corners=False)
+        size = (max(new), max(new)) if square else new
+        grid = F.interpolate(grid, size=size, mode=mode, antialias=antialias, align_corners=align_corners)
+        grid = grid[:, :, : new[0], : new[1]]
     if tuple(grid.shape[2:]) != new:
         raise ValueError(f"position embedding {old} resized to {tuple(grid.shape[2:])}, expected {new}")
     return grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(position.dtype).contiguous()

@@ -53,6 +53,8 @@ class Block:
     gate: Dense | None = None
     attention_norm: Norm | None = None
     mlp_norm: Norm | None = None
+    norm3: Norm | None = None
+    """Between norm2 and fc1."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Weights:
     """Canonical weights prepared for one plan, dtype and device."""
 
     activation: str
-    """The config's, or "silu" where the plan turned quick_gelu into it."""
+    """The config's, or "silu" where the plan turned quick_gelu into it; "" where it is a step after fc1."""
     embed_uint8: Dense | None
     """For uint8 [B, H, W, Cin], mean and std folded in; None if the model's normalisation is unknown."""
     embed_float: Dense | None
@@ -212,6 +214,7 @@ def prepare_weights(
             gate=plain(f"blocks.{i}.gate") if config.gated_attention else None,
             attention_norm=optional_norm(f"blocks.{i}.attention_norm"),
             mlp_norm=optional_norm(f"blocks.{i}.mlp_norm"),
+            norm3=optional_norm(f"blocks.{i}.norm3"),
         )
         for i in range(config.depth)
     )
@@ -221,7 +224,7 @@ def prepare_weights(
         if name in weights
     }
     return Weights(
-        activation="silu" if as_silu else config.activation,
+        activation="silu" if as_silu else config.fused_activation,
         embed_uint8=embed(uint8=True, channels_last=True) if mean and std and not config.stem else None,
         embed_float=None if config.stem else embed(uint8=False, channels_last=False),
         stem=copy.deepcopy(stem).to(device, dtype).eval().requires_grad_(False) if stem is not None else None,

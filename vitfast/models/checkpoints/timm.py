@@ -100,7 +100,8 @@ def from_module(module: Any, where: str | None = None) -> Checkpoint:
     name = ".".join(part for part in named if isinstance(part, str) and part) or type(module).__name__
     live.unchanged(module, name)
     made = timm_vit.translate(module, name)
-    image_size = tuple(module.patch_embed.img_size)
+    # A stem or patches of a size that leaves some pixels over take the images that timm's would.
+    image_size = tuple(module.patch_embed.img_size) if hasattr(module, "patch_embed") else made.config.image_size
     found = from_timm(settings, made.config, image_size, where or f"pretrained_cfg of {name}")
     return replace(made, preprocess=found, labels=_labels(settings, made.config))
 

@@ -17,7 +17,7 @@ LAYER_NORMS = ("LayerNorm", "LayerNormFp32")
 RMS_NORMS = ("RmsNorm", "RmsNormFp32", "RMSNorm")
 NORM = (*LAYER_NORMS, *RMS_NORMS)
 ACTS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish")
-_MLPS = ("Mlp", "GluMlp", "SwiGLU")
+_MLPS = ("Mlp", "GluMlp", "SwiGLU", "GeGluMlp")
 _LS = ("LayerScale", "Identity")
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention")
 _BLOCK = {
@@ -34,7 +34,7 @@ _ATTENTION = {
     "rel_pos": ("RelPosBias", "RelPosMlp"),
 }
 _MLP = {
-    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), ("Linear",)),
+    **dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2"), ("Linear",)),
     **dict.fromkeys(("drop1", "drop2"), DROP),
     "act": (*ACTS, "ReLU"),
     "norm": (*NORM, "Identity"),
@@ -88,6 +88,7 @@ class Facts(NamedTuple):
     gated_attention: bool
     attention_norm: bool
     mlp_norm: bool
+    double_norm: bool
     relative_position: str
     interleaved: bool | None
     """Whether rotary embedding would turn neighbouring channels; None where the attention has none."""
@@ -163,13 +164,14 @@ def facts_of(block: Any, where: str) -> Facts:
     relative = getattr(attention, "rel_pos", None) is not None or _table(attention) is not None
     return Facts(
         **attention_facts(attention, f"{where}.attn ({type(attention).__name__})", norm),
-        mlp_dim=mlp.fc2.in_features,
-        activation="swiglu" if gated else name,
+        mlp_dim=_second(mlp).in_features,
+        activation={"silu": "swiglu", "gelu": "geglu"}[name] if gated else name,
         layer_scale=scales[0],
         block="post" if post else "pre",
         norm=norm,
         norm_eps=eps,
-        mlp_norm=not absent(getattr(mlp, "norm", None)),
+        mlp_norm=not absent(getattr(mlp, "norm", None)) and not is_a(mlp, "GeGluMlp"),
+        double_norm=not absent(getattr(mlp, "norm", None)) and is_a(mlp, "GeGluMlp"),
         relative_position="blocks" if relative else "",
     )
 
@@ -211,10 +213,15 @@ def attention_facts(attention: Any, where: str, norm: str) -> dict[str, Any]:
 def mlp_facts(mlp: Any, where: str) -> tuple[bool, str]:
     """Whether an MLP is gated, and its activation."""
     require(is_a(mlp, *_MLPS), "this MLP", where)
-    require(isinstance(mlp.fc2, nn.Linear), f"{type(mlp.fc2).__name__} in the MLP", where)
+    require(isinstance(_second(mlp), nn.Linear), f"{type(_second(mlp)).__name__} in the MLP", where)
     gated, name = type(mlp).__name__ != "Mlp", activation(mlp.act, where)
-    require(not gated or name == "silu", f"a gated MLP with {name}", where)
+    require(not gated or name in ("silu", "gelu"), f"a gated MLP with {name}", where)
     return gated, name
+
+
+def _second(mlp: Any) -> Any:
+    """The product that ends an MLP."""
+    return mlp.w2 if is_a(mlp, "GeGluMlp") else mlp.fc2
 
 
 def _scale_name(block: Any, half: int) -> str | None:
@@ -298,6 +305,12 @@ def _read_projections(source: Source, config: ViTConfig, ours: str, theirs: str,
 
 
 def _read_mlp(source: Source, config: ViTConfig, ours: str, theirs: str, mlp: Any) -> None:
+    if type(mlp).__name__ == "GeGluMlp":
+        source.dense(f"{ours}fc1", f"{theirs}w0.", f"{theirs}w1.", bias=mlp.w0.bias is not None)
+        source.dense(f"{ours}fc2", f"{theirs}w2.", bias=mlp.w2.bias is not None)
+        if config.double_norm:
+            read_norm(source, f"{ours}norm3", f"{theirs}norm.", mlp.norm)
+        return
     if type(mlp).__name__ == "SwiGLU":
         halves = (f"{theirs}fc1_g.", f"{theirs}fc1_x.")
         source.dense(f"{ours}fc1", *halves, bias=mlp.fc1_g.bias is not None)

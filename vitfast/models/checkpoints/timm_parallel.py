@@ -31,7 +31,7 @@ def scaling_facts(block: Any, where: str) -> Facts:
         heads=block.num_heads, head_dim=block.head_dim, mlp_dim=block.in_split[0],
         activation=activation(block.mlp_act, f"{where}.mlp_act"), layer_scale=not absent(block.ls), block="parallel",
         norm=norm, norm_eps=eps, qk_norm="" if absent(block.q_norm) else norm, gated_attention=False,
-        attention_norm=False, mlp_norm=False, relative_position="", interleaved=None,
+        attention_norm=False, mlp_norm=False, double_norm=False, relative_position="", interleaved=None,
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def things_facts(block: Any, where: str) -> Facts:
     return Facts(
         heads=heads * len(branches), head_dim=head_dim, mlp_dim=hidden * len(branches), activation=name,
         layer_scale=False, block="pre", norm=norm, norm_eps=eps, qk_norm="", gated_attention=False,
-        attention_norm=False, mlp_norm=False, relative_position="", interleaved=None,
+        attention_norm=False, mlp_norm=False, double_norm=False, relative_position="", interleaved=None,
     )  # fmt: skip
 
 

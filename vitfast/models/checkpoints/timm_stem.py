@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitfast.models.checkpoints.source import require
+from vitfast.models.checkpoints.source import Source, require
+from vitfast.models.config import ViTConfig
 
 KINDS = ("HybridEmbed", "HybridEmbedWithSize")
 """Stems: classes that give tokens of whole patches."""
@@ -36,6 +37,57 @@ def patch_facts(embed: Any) -> dict[str, Any]:
         "width": embed.proj.out_channels,
         "in_channels": embed.proj.in_channels,
     }
+
+
+def naflex_facts(embeds: Any, where: str) -> dict[str, Any]:
+    """The fields of ViTConfig about NaFlex's embeddings: patches of whole images, and their positions.
+
+    Raises:
+        CheckpointError: naming what cannot be represented.
+    """
+    require(embeds.norm_input is None, "a norm of the pixels", where)
+    kind = embeds.pos_embed_type
+    require(kind in ("learned", "none"), f"position embeddings of rows and columns apart ({kind})", where)
+    require(embeds.pos_embed_grid_size is not None, "an undefined image size", where)
+    mode = embeds.pos_embed_interp_mode
+    require(mode in ("bicubic", "bilinear"), f"positions resized by {mode}", where)
+    patch, grid = embeds.patch_size, embeds.pos_embed_grid_size
+    return {
+        "image_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": tuple(patch),
+        "width": embeds.embed_dim,
+        "in_channels": embeds.in_chans,
+        "position_interpolation": mode,
+        "position_antialias": embeds.pos_embed_antialias,
+        "position_align_corners": bool(embeds.pos_embed_align_corners),
+        "position_square": embeds.pos_embed_ar_preserving,
+    }
+
+
+def read_naflex(source: Source, config: ViTConfig, embeds: Any) -> None:
+    """Take the weights of NaFlex's embeddings."""
+    height, width = config.patch_size
+    if embeds.is_linear:
+        last = embeds.channels_last
+        order = (height, width, config.in_channels) if last else (config.in_channels, height, width)
+
+        def as_kernel(weight: Tensor) -> Tensor:
+            rows = weight.unflatten(1, order)
+            return rows.permute(0, 3, 1, 2).contiguous() if last else rows
+
+        kernel = (config.width, config.in_channels, height, width)
+        flat = {"embeds.proj.weight": (config.width, height * width * config.in_channels)}
+        source.derive("patch_embed.weight", kernel, as_kernel, flat)
+        if embeds.proj.bias is not None:
+            source.copy("patch_embed.bias", "embeds.proj.bias")
+    else:
+        source.dense("patch_embed", "embeds.proj.", bias=embeds.proj.bias is not None)
+    tokens = [f"embeds.{key}" for key in ("cls_token", "reg_token") if getattr(embeds, key) is not None]
+    source.tokens(config, tokens, None, covered=0)
+    if config.position:
+        rows, columns = config.grid(config.image_size)
+        given = {"embeds.pos_embed": (1, rows, columns, config.width)}
+        source.derive("position", (rows * columns, config.width), lambda t: t.flatten(0, 2), given)
 
 
 def stem_facts(embed: Any, where: str) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from vitfast.models.checkpoints.timm_blocks import DROP, NORM, Facts, absent, is
 from vitfast.models.config import ViTConfig
 
 _PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
-SUPPORTED = (*_PLAIN, "Eva", "Beit", "VisionTransformerRelPos")
+SUPPORTED = (*_PLAIN, "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
 REFUSED = {
-    "NaFlexVit": "NaFlex (patch sequences of varying resolution)",
     "VisionTransformerSAM": "windowed attention with decomposed relative position",
     "Hiera": "pooling of queries between stages (a hierarchical model)",
     "HieraDet": "pooling of queries between stages (a hierarchical model)",
@@ -29,6 +28,7 @@ _WHOLE = {
     "pos_drop": DROP,
     "patch_drop": ("PatchDropout", "PatchDropoutWithIndices", "Identity"),
     "norm_pre": (*NORM, "Identity"),
+    "embeds": ("NaFlexEmbeds",),
     "rope": timm_rope.KINDS,
     **dict.fromkeys(("rel_pos_bias", "shared_rel_pos"), ("RelativePositionBias", "RelPosBias", "RelPosMlp")),
     "blocks": ("Sequential", "ModuleList"),
@@ -39,10 +39,17 @@ _WHOLE = {
 }
 _BLOCKS = {"*": tuple(name for name in timm_blocks.ANATOMY if "Block" in name and "." not in name)}
 _PATCHES = {"proj": ("Conv2d",), "norm": (*NORM, "Identity")}
+_NAFLEX = {
+    "proj": ("Conv2d", "Linear"),
+    "norm": (*NORM, "Identity"),
+    "pos_drop": DROP,
+    "patch_interpolator": ("PatchEmbedInterpolator",),
+}
 _ANATOMY: live.Anatomy = {
     **dict.fromkeys(SUPPORTED, _WHOLE),
     **dict.fromkeys((f"{whole}.blocks" for whole in SUPPORTED), _BLOCKS),
     **dict.fromkeys(("PatchEmbed", "PatchEmbedWithSize"), _PATCHES),
+    "NaFlexEmbeds": _NAFLEX,
     **timm_blocks.ANATOMY,
     "AttentionPoolLatent": {
         **dict.fromkeys(("q", "kv", "proj"), ("Linear", "Identity")),
@@ -80,15 +87,18 @@ def config_of(module: Any, name: str) -> ViTConfig:
     Raises:
         CheckpointError: naming the feature that cannot be represented.
     """
-    embed = module.patch_embed
-    where = f"{name}: patch_embed ({type(embed).__name__})"
-    patched = is_a(embed, "PatchEmbed", "PatchEmbedWithSize")
-    if patched:
+    naflex = is_a(module, "NaFlexVit")
+    embed = module.embeds if naflex else module.patch_embed
+    where = f"{name}: {'embeds' if naflex else 'patch_embed'} ({type(embed).__name__})"
+    patched = is_a(embed, "PatchEmbed", "PatchEmbedWithSize", "NaFlexEmbeds")
+    if naflex:
+        facts = timm_stem.naflex_facts(embed, where)
+    elif patched:
         live.patches(embed.proj, f"{where}.proj")
         facts = timm_stem.patch_facts(embed)
     else:
         facts = timm_stem.stem_facts(embed, where)
-    require(embed.img_size is not None, "an undefined image size", where)
+    require(naflex or embed.img_size is not None, "an undefined image size", where)
     distilled = type(module).__name__ == "VisionTransformerDistilled"
     registers = getattr(module, "reg_token", None) is not None
     require(not distilled or not registers, "register tokens beside a distillation token", name)
@@ -121,8 +131,8 @@ def config_of(module: Any, name: str) -> ViTConfig:
         **pool,
         depth=len(module.blocks),
         prefix_tokens=module.num_prefix_tokens,
-        class_token=module.cls_token is not None,
-        position=getattr(module, "pos_embed", None) is not None,
+        class_token=(embed if naflex else module).cls_token is not None,
+        position=getattr(embed if naflex else module, "pos_embed", None) is not None,
         embed_norm="patch_embed.norm" in norms,
         relative_position=relative,
         pre_norm="norm_pre" in norms,
@@ -133,7 +143,6 @@ def config_of(module: Any, name: str) -> ViTConfig:
         off_grid="pad" if getattr(embed, "dynamic_img_pad", False) else "refuse",
         # timm allows it with dynamic_img_size or set_input_size, and defines the resampling; not of a stem's patches.
         dynamic_size=patched and not relative,
-        position_antialias=True,
         name=name,
     )
 
@@ -153,7 +162,7 @@ def _pool(module: Any, name: str, distilled: bool, *, has_head: bool) -> dict[st
     if distilled:
         return {"pool": "cls_dist"}
     if pooling is not None:
-        prefix = prefix or type(module).__name__ not in _PLAIN  # Eva's pools all tokens
+        prefix = prefix or type(module).__name__ == "Eva"  # which pools all tokens
         return {"pool": "map_all" if prefix else "map", **_pool_facts(pooling, f"{name}: attn_pool")}
     pool = _POOLS.get(module.global_pool)
     require(pool is not None, f"global_pool={module.global_pool!r}", name)
@@ -182,13 +191,18 @@ def _pool_facts(pool: Any, where: str) -> dict[str, Any]:
 
 
 def _read(module: Any, config: ViTConfig, source: Source) -> None:
-    if not config.stem:
+    naflex = is_a(module, "NaFlexVit")
+    embed = module.embeds if naflex else module.patch_embed
+    if naflex:
+        timm_stem.read_naflex(source, config, embed)
+    elif not config.stem:
         source.dense("patch_embed", "patch_embed.proj.", bias=module.patch_embed.proj.bias is not None)
     if config.embed_norm:
-        read_norm(source, "embed_norm", "patch_embed.norm.", module.patch_embed.norm)
+        read_norm(source, "embed_norm", f"{'embeds' if naflex else 'patch_embed'}.norm.", embed.norm)
     tokens = [key for key in ("cls_token", "dist_token", "reg_token") if getattr(module, key, None) is not None]
     covered = 0 if getattr(module, "no_embed_class", False) or not config.position else config.prefix_tokens
-    source.tokens(config, tokens, "pos_embed" if config.position else None, covered)
+    if not naflex:
+        source.tokens(config, tokens, "pos_embed" if config.position else None, covered)
     if config.rope:
         timm_rope.read(source, config, module.rope, f"{source.what}: rope")
     if config.relative_position:
