@@ -6,10 +6,10 @@ import functools
 import html
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
+from vitfast.images import inputs
 from vitfast.models.checkpoints import Checkpoint, saved
 from vitfast.models.output import Output
 from vitfast.models.plan import Plan
+
+Images: TypeAlias = "Tensor | inputs.Picture | Sequence[inputs.Picture]"
+"""What an engine takes (see `Engine.__call__`)."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
@@ -119,11 +123,13 @@ class Engine:
         return "+".join(sorted(set(self.plan.backends.values())))
 
     @isolated
-    def __call__(self, images: Tensor, *, preprocessed: bool = False) -> Output:
+    def __call__(self, images: Images, *, preprocessed: bool = False) -> Output:
         """Run the model.
 
         Args:
-            images: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
+            images: pictures: a Pillow image, a path, an http(s) URL or a uint8 array [H, W, 3], or a list of such, of
+                any sizes, prepared as the model's own processor does it. Files are turned upright by EXIF. Or a
+                tensor: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
                 (resize, crop, normalise); or floating point [B, 3, H, W], already normalised, of the model's size
                 or any other size if the model allows it: multiples of the patch size, and what is no multiple is
                 cropped or padded where the model's family does so. Moved to the engine's device if elsewhere.
@@ -136,9 +142,10 @@ class Engine:
 
         Raises:
             ValueError: for a wrong number of axes, channel count, dtype or size.
+            ImageError: for a file or URL that cannot be read as a picture.
         """
         if not isinstance(images, Tensor):
-            raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
+            images, preprocessed = self._read(images, preprocessed), True
         runner = self.runner
         runner.check(images.shape, images.dtype)
         images = runner.prepare(images.to(self.device, non_blocking=True), preprocessed)
@@ -150,6 +157,22 @@ class Engine:
             self._graphs(images, output)
             return output
         return runner.forward(images, runner.position(size))
+
+    def _read(self, images: Any, preprocessed: bool) -> Tensor:
+        """Pictures as the model's own processor prepares them."""
+        if not inputs.is_picture(images) and not isinstance(images, (list, tuple)):
+            raise ValueError(
+                "images must be a torch.Tensor, a Pillow image, a path, a URL, a uint8 array [H, W, 3] or a list of "
+                f"such, got {type(images).__name__}"
+            )
+        if preprocessed:
+            raise ValueError(f"preprocessed=True goes with tensors, got {type(images).__name__}")
+        if self.preprocess is None or self.config.in_channels != 3:
+            raise ValueError(
+                f"the checkpoint does not say how pictures are prepared for its {self.config.in_channels} channels: "
+                "load it with preprocess=, or pass normalised float tensors [B, C, H, W]"
+            )
+        return inputs.read_pictures([images] if inputs.is_picture(images) else images, self.preprocess)
 
     def stream(
         self, batches: Iterable[streaming.Batch], *, preprocessed: bool = False, tokens: bool = False
