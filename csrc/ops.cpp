@@ -36,6 +36,14 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "quantized_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
       "Tensor? layer_scale, Tensor? residual, ScalarType dtype, bool requantize) -> Tensor[]");
+  // The same in int8 on a CPU, with what pack_quantized_linear made of the weight.
+  m.def("pack_quantized_linear(Tensor weight) -> Tensor");
+  m.def(
+      "quantized_linear_packed(Tensor x, Tensor x_scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "str? activation, Tensor? layer_scale, Tensor? residual, ScalarType dtype, bool requantize) -> Tensor[]");
+  m.def(
+      "quantize(Tensor x, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, *, ScalarType dtype) -> "
+      "(Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
@@ -50,6 +58,9 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed_packed", &vitfast::patch_embed_packed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
+  m.impl("pack_quantized_linear", &vitfast::pack_quantized_linear_cpu);
+  m.impl("quantized_linear_packed", &vitfast::quantized_linear_packed_cpu);
+  m.impl("quantize", &vitfast::quantize_cpu);
   m.impl("layer_norm", &vitfast::layer_norm_cpu);
   m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
@@ -78,6 +89,12 @@ py::dict ops() {
   all["attention"] =
       py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
                "features"_a = py::make_tuple("causal"));
+  all["quantize"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("int8"));
+  py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
+                   "limits"_a = py::dict("inner"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
+                   "features"_a = py::make_tuple("scale groups", "scale groups of 64", "swiglu"),
+                   "missing"_a = vitfast::why_no_quantized_linear_cpu());
+  all["quantized_linear"] = py::dict("devices"_a = devices, "per_device"_a = py::dict("cpu"_a = in_int8));
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
@@ -97,33 +114,23 @@ py::dict ops() {
                             "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
-        py::dict("devices"_a = py::make_tuple("cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
+        py::dict("devices"_a = py::make_tuple("cpu", "cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
                  "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
                  "multiples"_a = py::dict("inner"_a = in_8_bits, "width"_a = in_8_bits),
-                 "features"_a = py::make_tuple("scale groups"));
+                 "features"_a = py::make_tuple("scale groups"), "per_device"_a = py::dict("cpu"_a = in_int8));
   }
 #endif
   return all;
 }
 
-constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f", "avx512_vnni"};
-
-void limit_simd(const std::string& name) {
-  for (size_t level = 0; level < std::size(kSimdNames); ++level) {
-    if (name == kSimdNames[level]) {
-      vitfast::simd_limit() = static_cast<vitfast::Simd>(level);
-      return;
-    }
-  }
-  throw py::value_error("limit_simd: level must be default, avx2, avx512f or avx512_vnni, got " + name);
-}
+void limit_simd(const std::string& name) { vitfast::simd_limit() = vitfast::simd_named(name); }
 
 py::dict build_info() {
   py::dict info;
   info["compiler"] = VITFAST_COMPILER;
   info["flags"] = VITFAST_CXX_FLAGS;
   info["torch"] = TORCH_VERSION;
-  info["simd"] = kSimdNames[static_cast<int>(vitfast::simd_level())];
+  info["simd"] = vitfast::kSimdNames[static_cast<int>(vitfast::simd_level())];
 #ifdef _OPENMP
   info["threads"] = "openmp";
 #else
@@ -136,6 +143,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  vitfast::simd_limit();  // so that a level that VITFAST_SIMD misspells is an error now
   m.doc() = "The C++ extension of vitfast. Importing it registers torch.ops.vitfast_native; import torch first.";
   m.def("ops", &ops, "The ops in torch.ops.vitfast_native, each with the devices and dtypes it runs on.");
   m.def("build_info", &build_info,

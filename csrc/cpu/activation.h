@@ -1,11 +1,27 @@
 // The activations of linear, on vectors of floats.
 #pragma once
 
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+
 #include "vector.h"
 
 namespace vitfast {
 
 enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu };
+
+inline Activation activation_named(const char* op, const std::optional<std::string>& name) {
+  if (!name) return Activation::kNone;
+  if (*name == "gelu") return Activation::kGelu;
+  if (*name == "gelu_tanh") return Activation::kGeluTanh;
+  if (*name == "quick_gelu") return Activation::kQuickGelu;
+  if (*name == "silu") return Activation::kSilu;
+  // swiglu is made of two calls, in vitfast/ops/native.py.
+  TORCH_CHECK_VALUE(false, op, ": activation must be one of gelu, gelu_tanh, quick_gelu, silu, swiglu or None, got '",
+                    *name, "'");
+}
 
 template <int lanes>
 VITFAST_INLINE Vector<lanes> magnitude(const Vector<lanes>& x) {

@@ -253,17 +253,6 @@ void pack_panel(const float* rows, int64_t k, int64_t width, float* panel) {
   }
 }
 
-Activation activation_of(const std::optional<std::string>& name) {
-  if (!name) return Activation::kNone;
-  if (*name == "gelu") return Activation::kGelu;
-  if (*name == "gelu_tanh") return Activation::kGeluTanh;
-  if (*name == "quick_gelu") return Activation::kQuickGelu;
-  if (*name == "silu") return Activation::kSilu;
-  // swiglu is made of two calls, in vitfast/ops/native.py.
-  TORCH_CHECK_VALUE(false, "linear: activation must be one of gelu, gelu_tanh, quick_gelu, silu, swiglu or None, got '",
-                    *name, "'");
-}
-
 // Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
 at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
   const int64_t rows = row_stats.size(0), tiles = row_stats.size(1);
@@ -359,7 +348,7 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options())};
   if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options()));
-  const Activation chosen = activation_of(activation);
+  const Activation chosen = activation_named(kOp, activation);
   if (m == 0 || n == 0) return result;
 
   // Copied if need be; the name is what an error calls them.

@@ -254,5 +254,5 @@ def test_wrong_results_are_caught(wrong):
 def test_limit_simd_refuses_other_names():
     from vitfast import _C
 
-    with pytest.raises(ValueError, match="limit_simd: level must be default, avx2, avx512f or avx512_vnni, got sse9"):
+    with pytest.raises(ValueError, match="must be one of default, avx2, avx512f, avx512_vnni, avx512_bf16, got sse9"):
         _C.limit_simd("sse9")

@@ -32,7 +32,7 @@ SMALL = (0, 1, 1, 2, 3, 4, 5, 8, 17, 33)
 # Sizes that int32 and int64 do not count, or their products do not; 48 times the last but one is 2^64 + 512.
 HUGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**61 - 1, 2**62, 2**63 - 17, 384307168202282336, 2**63 - 1)
 NUMBERS = (0, 1, -1, 2, 3, 4, *HUGE, -(2**63))
-SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni")
+SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")
 LARGEST = 2**20
 """Numbers of a tensor whose values are looked at."""
 ROOM = 1 << 30
@@ -346,7 +346,7 @@ def pack_patch_embed(m: Maker) -> Case:
 
 
 def quantized_linear(m: Maker) -> Case:
-    """There is none for the CPU; a build with CUDA has one, which must not run here."""
+    """On plain weights there is none for the CPU; a build with CUDA has one, which must not run here."""
     x, weight = (m.hostile(name, m.tensor(3, 16).to(torch.int8)) for name in ("x", "weight"))
     scales = [m.hostile(name, m.tensor(3)) for name in ("x_scale", "weight_scale")]
     run = torch.ops.vitfast_native.quantized_linear
@@ -354,8 +354,79 @@ def quantized_linear(m: Maker) -> Case:
     return lambda: run(x, scales[0], weight, scales[1], *options), lambda upcast: None
 
 
-OPS = (attention, layer_norm, pack_linear, linear, patch_embed, pack_patch_embed, quantized_linear)
-WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2)
+def quantize(m: Maker) -> Case:
+    lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(4))]
+    width, dtype = m.size(1, 7, 64, 100), m.random.choice(testing.DTYPES)
+    x = m.hostile("x", m.tensor(*lead, width, dtype=dtype))
+    norm = m.chance(0.5)
+    affine = [m.hostile(name, m.tensor(width, dtype=dtype) if norm else None) for name in ("weight", "bias")]
+    eps, kind = m.random.choice((1e-6, 1e-6, 0.0, 1.0)), torch.int8 if m.chance(0.95) else torch.float8_e4m3fn
+
+    def call() -> Any:
+        if m.chance(0.3):
+            return ops.quantize(x, *affine, eps, dtype=kind, backend="native")
+        return torch.ops.vitfast_native.quantize(x, *affine, eps, dtype=kind)
+
+    return call, lambda upcast: reference.quantize(*map(m.twin, (x, *affine)), eps, dtype=kind, upcast=upcast)
+
+
+def pack_quantized_linear(m: Maker) -> Case:
+    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9), dtype=torch.int8, scale=40), 0.4)
+
+    def oracle(upcast: bool) -> Any:
+        """Each panel of 32 rows in words of four columns, 128 added to each byte."""
+        whole = m.twin(weight)
+        words = torch.nn.functional.pad(whole, (0, -whole.shape[1] % 4)).unflatten(1, (-1, 4))
+        panels = [panel.transpose(0, 1).reshape(-1) for panel in words.split(32)]
+        return (torch.cat(panels).view(whole.shape[0], -1).int() ^ -128).to(torch.int8)
+
+    return lambda: torch.ops.vitfast_native.pack_quantized_linear(weight), oracle
+
+
+def quantized_linear_packed(m: Maker) -> Case:
+    lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(3))]
+    n, k, dtype = m.size(1, 24, 33, 130), m.size(1, 8, 40, 130), m.random.choice(testing.DTYPES)
+    integers = lambda *shape: m.tensor(*shape, dtype=torch.int8, scale=40)  # noqa: E731
+    plain = integers(n, k)
+    packed = weight = m.hostile("weight", plain, 0.06)
+    direct = m.chance(0.7)
+    if direct:
+        packed = m.hostile("packed", built(lambda: native.pack_quantized(plain)), 0.06)
+    x = m.hostile("x", integers(*lead, k))
+    group = m.random.choice((0, 0, 128, 64))
+    x_scale = m.hostile("x_scale", m.tensor(*lead, *([-(-k // group)] if group else [])))
+    weight_scale = m.hostile("weight_scale", m.tensor(n))
+    sometimes = lambda name, *shape: m.hostile(  # noqa: E731
+        name, m.tensor(*shape, dtype=dtype) if m.chance(0.3) else None
+    )
+    bias, layer_scale, residual = sometimes("bias", n), sometimes("layer_scale", n), sometimes("residual", *lead, n)
+    activation = m.random.choice((None, None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"))
+    options = {"activation": activation, "layer_scale": layer_scale, "residual": residual, "dtype": dtype}
+    options["requantize"] = m.chance(0.3)
+
+    def call() -> Any:
+        if direct:
+            return native.quantized_linear_packed(x, x_scale, packed, weight_scale, bias, **options)
+        return ops.quantized_linear(x, x_scale, weight, weight_scale, bias, **options, backend="native")
+
+    def oracle(upcast: bool) -> Any:
+        used = m.twin(weight)
+        if direct:  # the weight is not to be had from a pack that was changed
+            if not torch.equal(m.twin(packed), native.pack_quantized(plain)):
+                return None
+            used = plain
+        twins = {name: m.twin(value) for name, value in options.items()}
+        args = map(m.twin, (x, x_scale, used, weight_scale, bias))
+        return reference.quantized_linear(*args, **twins, upcast=upcast)
+
+    return call, oracle
+
+
+OPS = (
+    attention, layer_norm, pack_linear, linear, patch_embed, pack_patch_embed, quantized_linear, quantize,
+    pack_quantized_linear, quantized_linear_packed,
+)  # fmt: skip
+WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2, 2, 1, 4)
 
 
 def why_wrong(actual: Any, oracle: Any, baseline: Any) -> str:

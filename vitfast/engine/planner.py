@@ -76,6 +76,8 @@ def time_calls(
 
 def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`pack` of a weight [N, K] and the op that reads it, for a backend that has them for this spec."""
+    if spec.op == "quantized_linear" and entry.name == "native" and spec.device == "cpu":
+        return native.pack_quantized, native.quantized_linear_packed
     if spec.op == "quantized_linear" and entry.name == "torch":
         if not scaled_mm.why_not(spec):
             return scaled_mm.pack, scaled_mm.linear
