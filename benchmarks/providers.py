@@ -166,7 +166,7 @@ def torchao_fp8(call: Call) -> Thunk:
 def scaled_mm_linear(call: Call) -> Thunk:
     """cuBLASLt's or CUTLASS's product, with the rest of the epilogue in torch."""
     x, _, weight = call.args[:3]
-    spec = registry.Spec.of("quantized_linear", x, inner=x.shape[-1], width=weight.shape[0])
+    spec = registry.Spec.of("quantized_linear", x, K=x.shape[-1], N=weight.shape[0])
     if reasons := scaled_mm.why_not(spec):
         raise Absent("; ".join(reasons))
     kwargs = {name: value for name, value in call.kwargs.items() if name != "requantize"}

@@ -19,7 +19,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,17 @@ def read(path: Path) -> dict[str, Any]:
                 row["spread"] = (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
                 row["noisy"] = row["spread"] > NOISY
     if schema < 3:
-        result["rows"] = [{"provider" if name == "peer" else name: row[name] for name in row} for row in rows]
+        result["rows"] = [_renamed(row) for row in rows]
     return result
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a schema before 3, with the names of today."""
+    new = {"provider" if name == "peer" else name: value for name, value in row.items()}
+    if new.get("op") in ("linear", "quantized_linear"):
+        sizes = {"rows": "M", "inner": "K", "width": "N"}
+        new["dims"] = {sizes.get(name, name): value for name, value in new["dims"].items()}
+    return new
 
 
 def machine(entry: dict[str, Any]) -> str:

@@ -17,8 +17,8 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     """(op, dims) of a forward's sites, telling ones first, then of other forms of the same work, and of backward."""
 
     def at(site: str, precision: str = "", **changes: Any) -> tuple[str, Dims]:
-        found = SITES[site]
-        return found.op, {**site_dims(config, found, batch, precision=precision, folded=True), **changes}
+        entry = SITES[site]
+        return entry.op, {**site_dims(config, entry, batch, precision=precision, folded=True), **changes}
 
     heads, gate = at("attention")[1], config.activation
     for site in ("attention", "fc1", "fc2", "qkv", "proj", "patch_embed", "layer_norm", "row_stats", "head"):
@@ -51,8 +51,8 @@ def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:
         yield "attention", {**base, "variant": variant}
     for head_dim in (72, 80, 88, 96, 104, 128):
         yield "attention", {**base, "head_dim": head_dim}
-    yield "linear", {"rows": 131, "inner": 577, "width": 1001, "epilogue": "gelu"}
-    yield "linear", {"rows": batch, "inner": 768, "width": 1000, "epilogue": "bias"}
-    yield "linear", {"rows": batch * 257, "inner": 1536, "width": 4096, "epilogue": "norm swiglu"}
+    yield "linear", {"M": 131, "K": 577, "N": 1001, "epilogue": "gelu"}
+    yield "linear", {"M": batch, "K": 768, "N": 1000, "epilogue": "bias"}
+    yield "linear", {"M": batch * 257, "K": 1536, "N": 4096, "epilogue": "norm swiglu"}
     yield "layer_norm", {"rows": 131, "width": 577}
     yield "mlp", {"rows": batch * 257, "width": 384, "hidden": 1024, "activation": "swiglu"}

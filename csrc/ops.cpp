@@ -91,7 +91,7 @@ py::dict ops() {
                "features"_a = py::make_tuple("causal"));
   all["quantize"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("int8"));
   py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
-                   "limits"_a = py::dict("inner"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
+                   "limits"_a = py::dict("K"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
                    "features"_a = py::make_tuple("scale groups", "scale groups of 64", "swiglu"),
                    "missing"_a = vitfast::why_no_quantized_linear_cpu());
   all["quantized_linear"] = py::dict("devices"_a = devices, "per_device"_a = py::dict("cpu"_a = in_int8));
@@ -111,12 +111,12 @@ py::dict ops() {
     all["linear"]["per_device"] = py::dict(
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                            "multiples"_a = py::dict("inner"_a = multiple, "width"_a = multiple)));
+                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple)));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
         py::dict("devices"_a = py::make_tuple("cpu", "cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
                  "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                 "multiples"_a = py::dict("inner"_a = in_8_bits, "width"_a = in_8_bits),
+                 "multiples"_a = py::dict("K"_a = in_8_bits, "N"_a = in_8_bits),
                  "features"_a = py::make_tuple("scale groups"), "per_device"_a = py::dict("cpu"_a = in_int8));
   }
 #endif

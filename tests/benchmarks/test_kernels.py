@@ -29,7 +29,7 @@ SMALL = {
     "layer_norm": [{"rows": 7, "width": 64}],
     "add_layer_norm": [{"rows": 7, "width": 64}],
     "row_stats": [{"rows": 7, "width": 130}],
-    "linear": [{"rows": 9, "inner": 40, "width": 24, "epilogue": e} for e in cases.EPILOGUES],
+    "linear": [{"M": 9, "K": 40, "N": 24, "epilogue": e} for e in cases.EPILOGUES],
     "attention": [
         *(
             {"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "variant": v}
@@ -42,7 +42,7 @@ SMALL = {
     "mlp": [{"rows": 9, "width": 32, "hidden": 64, "activation": a} for a in ("gelu", "swiglu")],
     "quantize": [{"rows": 9, "width": 40, "norm": n, "precision": p} for n in ("norm", "") for p in ("fp8", "int8")],
     "quantized_linear": [
-        {"rows": 9, "inner": 72, "width": 24, "epilogue": e, "precision": p}
+        {"M": 9, "K": 72, "N": 24, "epilogue": e, "precision": p}
         for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual", "heads residual")
         for p in ("fp8", "int8")
     ],
@@ -119,7 +119,7 @@ def test_flops_are_those_of_the_prediction(model):
     predicted = {row["site"]: row["flops"] for row in launches}
     found = {}
     for op, dims in shapes.model_dims(NAMED[model], 8):
-        found[op, dims.get("epilogue", ""), dims.get("inner")] = case(op, **dims).flops
+        found[op, dims.get("epilogue", ""), dims.get("K")] = case(op, **dims).flops
     config = NAMED[model]
     assert found["attention", "", None] == predicted["attention"]
     assert found["patch_embed", "", None] == predicted["patch_embed"]
@@ -137,7 +137,7 @@ def test_causal_attention_and_gated_products_count_what_is_needed():
     assert case("attention", **base).flops == 4 * 9 * 4
     assert case("attention", **base, variant="causal").flops == 4 * 6 * 4
     assert case("attention_backward", **base).flops == 12 * 9 * 4
-    assert case("linear", rows=2, inner=3, width=5, epilogue="norm swiglu").flops == 2 * 2 * 3 * 10
+    assert case("linear", M=2, K=3, N=5, epilogue="norm swiglu").flops == 2 * 2 * 3 * 10
 
 
 def test_wrong_kernel_gets_no_time_but_its_error():

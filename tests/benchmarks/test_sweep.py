@@ -26,10 +26,10 @@ def kernel_file(op):
 
 
 def case(op="linear", dtype=torch.float16, **dims):
-    base = {"linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu"},
+    base = {"linear": {"M": 9, "K": 40, "N": 24, "epilogue": "gelu"},
             "mlp": {"rows": 9, "width": 32, "hidden": 64, "activation": "gelu"},
             "attention_block": {"batch": 1, "tokens": 9, "heads": 1, "head_dim": 32, "width": 32},
-            "quantized_linear": {"rows": 9, "inner": 40, "width": 24, "epilogue": "gelu", "precision": "fp8"},
+            "quantized_linear": {"M": 9, "K": 40, "N": 24, "epilogue": "gelu", "precision": "fp8"},
             "layer_norm": {"rows": 7, "width": 64}, "row_stats": {"rows": 7, "width": 64}}[op]  # fmt: skip
     return Case(op, base | dims, DEVICE, dtype)
 

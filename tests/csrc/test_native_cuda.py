@@ -163,5 +163,5 @@ def test_linear_rejects(change, message):
 
 @needs_linear
 def test_linear_is_never_the_unmeasured_default():
-    able, _ = registry.candidates(registry.Spec("linear", "cuda", BF16, (9, 0), {"rows": 8, "inner": 8, "width": 8}))
+    able, _ = registry.candidates(registry.Spec("linear", "cuda", BF16, (9, 0), {"M": 8, "K": 8, "N": 8}))
     assert [entry.name for entry in able].index("torch") < [entry.name for entry in able].index("native")

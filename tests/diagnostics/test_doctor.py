@@ -205,7 +205,7 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     found = doctor.plan(tmp_path / "model", device="cpu", dtype="fp32")
     sites = {entry["site"]: entry for entry in found["sites"]}
     assert set(sites) >= {"patch_embed", "qkv", "attention", "proj", "fc1", "fc2", "head"}
-    assert sites["qkv"]["dims"] == {"rows": 17, "inner": 64, "width": 192}
+    assert sites["qkv"]["dims"] == {"M": 17, "K": 64, "N": 192}
     for entry in sites.values():
         assert entry["uses"] in entry["ms"] or not entry["ms"]
         assert entry["uses"] not in entry["refused"]

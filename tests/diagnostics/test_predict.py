@@ -234,7 +234,7 @@ def test_occupancy_that_is_not_known_is_said():
 
 
 KERNELS = {"op": "linear", "provider": "vitfast triton", "correct": True, "dtype": "bfloat16", "median_ms": 0.25,
-           "dims": {"rows": 256 * 197, "inner": 768, "width": 3072, "epilogue": "norm gelu"}}  # fmt: skip
+           "dims": {"M": 256 * 197, "K": 768, "N": 3072, "epilogue": "norm gelu"}}  # fmt: skip
 WHOLE = {"model": "vit_base_patch16_224", "batch": 256, "provider": "vitfast", "correct": True, "dtype": "bfloat16",
          "images_per_s": 15000.0}  # fmt: skip
 

@@ -128,18 +128,18 @@ def test_every_op_has_every_part():
 def test_forced_backend_that_cannot_run_gives_every_reason(monkeypatch):
     entry = ops.Backend(
         "triton", "linear", lambda: None, devices=("cuda",), dtypes=("float16",), min_capability=(9, 0),
-        limits={"width": (1, 10)}, multiples={"width": 24, "inner": 8},
+        limits={"N": (1, 10)}, multiples={"N": 24, "K": 8},
     )  # fmt: skip
     monkeypatch.setattr(registry, "backend", lambda op, name: entry)
-    spec = ops.Spec("linear", "cpu", torch.float32, (8, 6), {"width": 64})
+    spec = ops.Spec("linear", "cpu", torch.float32, (8, 6), {"N": 64})
     with pytest.raises(ops.BackendError) as error:
         ops.choose(spec, "triton")
     for part in (
         "device cpu",
         "dtype float32",
         "8.6 is below 9.0",
-        "width 64 is outside 1..10",
-        "width 64 is not a multiple of 24",
+        "N 64 is outside 1..10",
+        "N 64 is not a multiple of 24",
     ):
         assert part in str(error.value)
     entry = ops.Backend("native", "linear", lambda: None, min_capability=(9, 0), max_capability=(9, 0))
@@ -149,9 +149,9 @@ def test_forced_backend_that_cannot_run_gives_every_reason(monkeypatch):
 
 
 def test_limits_include_both_ends():
-    entry = ops.Backend("native", "linear", lambda: None, limits={"width": (2, 10)})
+    entry = ops.Backend("native", "linear", lambda: None, limits={"N": (2, 10)})
     for width, reasons in {1: 1, 2: 0, 10: 0, 11: 1}.items():
-        assert len(entry.why_not(ops.Spec("linear", "cpu", torch.float32, dims={"width": width}))) == reasons, width
+        assert len(entry.why_not(ops.Spec("linear", "cpu", torch.float32, dims={"N": width}))) == reasons, width
 
 
 def test_unknown_backend_and_op_are_named():

@@ -59,7 +59,7 @@ def test_torchs_checks_for_cuda_take_the_arguments():
         ({"device": "cpu", "capability": None}, ["device cpu is not among cuda"]),
         ({"dtype": torch.int8}, ["dtype int8 is not among float8_e4m3fn"]),
         ({"capability": (8, 6)}, ["compute capability 8.6 is below 8.9"]),
-        ({"inner": 40, "width": 24}, ["inner 40 is no multiple of 16", "width 24 is no multiple of 16"]),
+        ({"K": 40, "N": 24}, ["K 40 is no multiple of 16", "N 24 is no multiple of 16"]),
         ({"site": "fc2_group_scales"}, ["it has no scale groups"]),
     ],
 )

@@ -156,12 +156,12 @@ def embed(
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
-        found = find_images(sources)
+        listing = find_images(sources)
         summary, stopped = Summary(), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
-            todo = folder.remaining(found.images, refresh=refresh, content=checksum)
-            summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
+            todo = folder.remaining(listing.images, refresh=refresh, content=checksum)
+            summary.skipped, summary.changed = len(listing.images) - len(todo), folder.changed
             engine = _load(model, device, dtype, allow_pickle, weights_key)
             with _progress("embedding", len(todo)) as advance:
 
@@ -175,7 +175,7 @@ def embed(
                     write_parquet(results, folder, engine, on_result=on_result, summary=summary)
                 except KeyboardInterrupt as error:
                     stopped = error
-        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in found.unreadable.items()}
+        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
         answer.json = {
             "model": folder.model,
@@ -186,8 +186,8 @@ def embed(
             "skipped": summary.skipped,
             "skipped_changed": summary.changed,
             "left_out": {
-                "count": len(found.left_out),
-                "files": [{"path": p, "reason": r} for p, r in list(found.left_out.items())[:NAMES_IN_JSON]],
+                "count": len(listing.left_out),
+                "files": [{"path": p, "reason": r} for p, r in list(listing.left_out.items())[:NAMES_IN_JSON]],
             },
             "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
@@ -195,7 +195,7 @@ def embed(
             "parts": summary.parts,
             "interrupted": stopped is not None,
         }
-        answer.text = render.embedding(summary, found, out, stopped is not None)
+        answer.text = render.embedding(summary, listing, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
@@ -219,27 +219,27 @@ def classify(
         from vitfast.images.files import find_images, path_text
         from vitfast.pipeline.embed import classify_images
 
-        found = find_images(sources)
+        listing = find_images(sources)
         engine = _load(model, device, dtype, allow_pickle, weights_key)
         options = _decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
-        with _progress("classifying", len(found.images)) as advance:
+        with _progress("classifying", len(listing.images)) as advance:
             try:
                 for row in classify_images(
-                    engine, found.images, k=topk, batch_size=batch_size, workers=workers, **options
+                    engine, listing.images, k=topk, batch_size=batch_size, workers=workers, **options
                 ):
                     rows.append(row)
                     advance()
                     answer.stopping.check()
             except KeyboardInterrupt as error:
                 stopped = error
-        failed = found.unreadable or any(row.status != "ok" for row in rows)
+        failed = listing.unreadable or any(row.status != "ok" for row in rows)
         answer.code = exit_code(stopped) if stopped else int(bool(failed))
         answer.json = [{"path": path_text(r.path), "status": r.status, "classes": r.classes} for r in rows]
         answer.text = [line for row in rows for line in render.classes(row)]
-        answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, found)
+        answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, listing)
         if stopped:
-            answer.remarks.append(f"interrupted after {len(rows)} of {len(found.images)} images")
+            answer.remarks.append(f"interrupted after {len(rows)} of {len(listing.images)} images")
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")

@@ -27,7 +27,7 @@ def problem_of(row: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that the loops of a predicted launch's tiles depend on: `k` of a product, `tokens` of attention."""
     dims = row["dims"]
     if row["op"] in ("linear", "quantized_linear"):
-        return {"k": dims["inner"]}
+        return {"k": dims["K"]}
     if row["op"] == "attention":
         return {"tokens": dims["tokens"]}
     return {}
@@ -51,11 +51,11 @@ def time_by_code(
         tiles = _covering(dims["tokens"], blocks["BLOCK_M"]) * dims["batch"] * dims["heads"]
         copied = 0  # keys and values of a head are read by few tiles: memory's time covers it
     else:
-        rows, columns = _covering(dims["rows"], blocks["BLOCK_M"]), _covering(dims["width"], blocks["BLOCK_N"])
+        rows, columns = _covering(dims["M"], blocks["BLOCK_M"]), _covering(dims["N"], blocks["BLOCK_N"])
         tiles = rows * columns * blocks.get("SPLIT_K", 1)
         operands = blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if "swiglu" in dims["epilogue"] else 1)
         size = 1 if row["op"] == "quantized_linear" else 2
-        copied = rows * columns * operands * dims["inner"] * size
+        copied = rows * columns * operands * dims["K"] * size
     clock = chip["clock_ghz"] * 1e3 * SUSTAINED_CLOCK  # clocks a microsecond
     share = tiles / (chip["multiprocessors"] * row["wave_efficiency"] * clock)
     times = {

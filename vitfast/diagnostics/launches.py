@@ -76,9 +76,9 @@ def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
     """The forward in order: with folded norms, or with products in 8 bits ("fp8" or "int8")."""
 
     def step(site: str, count: int = 1, name: str = "", **changes: Any) -> _Step:
-        found = SITES[site]
-        dims = site_dims(config, found, batch, precision=precision if found.quantized else "", folded=True)
-        return _Step(name or site, count, found.op, {**dims, **changes})
+        entry = SITES[site]
+        dims = site_dims(config, entry, batch, precision=precision if entry.quantized else "", folded=True)
+        return _Step(name or site, count, entry.op, {**dims, **changes})
 
     depth = config.depth
     yield step("patch_embed")
@@ -117,7 +117,7 @@ def _with_sum(row: Launch, card: Chip, dtype: torch.dtype) -> list[Launch]:
     split = next((split_of(tile) for tile in CONFIGS if tile.name == row.config), 1)
     if row.op != "linear" or split == 1:
         return [row]
-    m, k, n = row.dims["rows"], row.dims["inner"], row.dims["width"]
+    m, k, n = row.dims["M"], row.dims["K"], row.dims["N"]
     partial = 4 * split * m * n
     operands = dtype.itemsize * k * (m + n)
     moved = row.bytes - operands + partial  # what the epilogue moves, and the parts once more
@@ -173,7 +173,7 @@ def _tiled(step: _Step, moved: int, m: int, n: int, tile: Config, card: Chip, dt
 def _linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     from vitfast.kernels import linear
 
-    m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
+    m, k, out, epilogue = step.dims["M"], step.dims["K"], step.dims["N"], step.dims["epilogue"].split()
     gated, residual = "swiglu" in epilogue, "residual" in epilogue
     n = 2 * out if gated else out
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
@@ -185,7 +185,7 @@ def _linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
 def _quantized_linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     from vitfast.kernels import quantized_linear
 
-    m, k, out, epilogue = step.dims["rows"], step.dims["inner"], step.dims["width"], step.dims["epilogue"].split()
+    m, k, out, epilogue = step.dims["M"], step.dims["K"], step.dims["N"], step.dims["epilogue"].split()
     gated, requantize = "swiglu" in epilogue, "requantize" in epilogue
     n = 2 * out if gated else out
     group = quantized_linear.SCALE_GROUP if "groups" in epilogue else 64 if "heads" in epilogue else k

@@ -222,8 +222,8 @@ class _Side:
             raise ValueError(f"{name} must be callable, got {type(call).__name__}")
         self.name, self.call, self.context = name, call, context
         owner = getattr(call, "__self__", None)  # of a bound method such as model.forward_features
-        found = call if isinstance(call, nn.Module) else owner
-        self.module = found if isinstance(found, nn.Module) else None
+        module = call if isinstance(call, nn.Module) else owner
+        self.module = module if isinstance(module, nn.Module) else None
         self.is_engine = pairing.is_engine(call)
         self.check_mode()
 

@@ -117,7 +117,7 @@ class Case:
     @property
     def size(self) -> int:
         """Rows or images."""
-        return self.dims.get("rows") or self.dims["batch"]
+        return next(self.dims[name] for name in ("M", "rows", "batch") if name in self.dims)
 
     def inputs(self, seed: int = 0) -> Call:
         """Arguments, random from a seed."""
@@ -166,13 +166,13 @@ def _row_stats(d: Dims, make: Maker) -> Call:
 def _weight_rows(d: Dims) -> int:
     """Rows of a product's weight: gate and up projection if the activation is gated."""
     gated = "swiglu" in (*d.get("epilogue", "").split(), d.get("activation"))
-    return d.get("hidden", d["width"]) * (2 if gated else 1)
+    return (d["hidden"] if "hidden" in d else d["N"]) * (2 if gated else 1)
 
 
 EPILOGUES = ("plain", "bias", "gelu", "residual", "residual stats", "norm", "norm gelu", "norm swiglu")
 """plain: the bare product, which the others can be compared with. All others have a bias. residual comes with
 LayerScale, add is a residual without. stats: row statistics of the output. norm: LayerNorm of x, folded. swiglu:
-`width` is that of the output. The model's other activations can stand for gelu."""
+N is that of the output. The model's other activations can stand for gelu."""
 
 
 def _epilogue(parts: list[str], make: Maker, rows: int, width: int) -> dict[str, Any]:
@@ -188,15 +188,15 @@ def _epilogue(parts: list[str], make: Maker, rows: int, width: int) -> dict[str,
 
 
 def _linear(d: Dims, make: Maker) -> Call:
-    rows, inner, epilogue, width = d["rows"], d["inner"], d["epilogue"].split(), _weight_rows(d)
-    x, weight = make.normal(rows, inner), make.normal(width, inner, scale=inner**-0.5)
+    m, k, epilogue, n = d["M"], d["K"], d["epilogue"].split(), _weight_rows(d)
+    x, weight = make.normal(m, k), make.normal(n, k, scale=k**-0.5)
     if epilogue == ["plain"]:
         return Call((x, weight))
-    bias = make.normal(width)
-    kwargs = _epilogue(epilogue, make, rows, d["width"])
+    bias = make.normal(n)
+    kwargs = _epilogue(epilogue, make, m, d["N"])
     batched: list[int | str] = [0, "residual"]
     if "norm" in epilogue:
-        weight, weight_sum, bias = fold_norm(weight, bias, make.normal(inner), make.normal(inner))
+        weight, weight_sum, bias = fold_norm(weight, bias, make.normal(k), make.normal(k))
         kwargs |= {"row_stats": reference.row_stats(x), "weight_sum": weight_sum}
         batched.append("row_stats")
     if "stats" in epilogue:
@@ -272,17 +272,17 @@ def _quantize(d: Dims, make: Maker) -> Call:
 
 
 def _quantized_linear(d: Dims, make: Maker) -> Call:
-    rows, inner, epilogue, dtype = d["rows"], d["inner"], d["epilogue"].split(), QUANTIZED[d["precision"]]
-    width = _weight_rows(d)
-    x, x_scale = reference.quantize(make.normal(rows, inner), dtype=dtype)
+    m, k, epilogue, dtype = d["M"], d["K"], d["epilogue"].split(), QUANTIZED[d["precision"]]
+    n = _weight_rows(d)
+    x, x_scale = reference.quantize(make.normal(m, k), dtype=dtype)
     for word, group in {"groups": reference.SCALE_GROUP, "heads": 64}.items():
         if word in epilogue:
-            x_scale = x_scale[:, None] * make.normal(rows, -(-inner // group)).float().abs()
-    weight = reference.quantize(make.normal(width, inner, scale=inner**-0.5), dtype=dtype)
-    kwargs = {**_epilogue(epilogue, make, rows, d["width"]), "dtype": make.dtype}
+            x_scale = x_scale[:, None] * make.normal(m, -(-k // group)).float().abs()
+    weight = reference.quantize(make.normal(n, k, scale=k**-0.5), dtype=dtype)
+    kwargs = {**_epilogue(epilogue, make, m, d["N"]), "dtype": make.dtype}
     if "requantize" in epilogue:
         kwargs["requantize"] = True
-    return Call((x, x_scale, *weight, make.normal(width)), kwargs, (0, 1, "residual"))
+    return Call((x, x_scale, *weight, make.normal(n)), kwargs, (0, 1, "residual"))
 
 
 def _sizes(*names: str) -> Callable[[Dims], dict[str, int]]:
@@ -294,11 +294,11 @@ def _attention_spec(d: Dims) -> dict[str, int]:
 
 
 def _linear_spec(d: Dims) -> dict[str, int]:
-    return {"rows": d["rows"], "inner": d["inner"], "width": _weight_rows(d)}
+    return {"M": d["M"], "K": d["K"], "N": _weight_rows(d)}
 
 
 def _linear_work(d: Dims) -> int:
-    return 2 * d["rows"] * d["inner"] * _weight_rows(d)
+    return 2 * d["M"] * d["K"] * _weight_rows(d)
 
 
 OPS: dict[str, Op] = {

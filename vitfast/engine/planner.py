@@ -90,7 +90,7 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
     if entry.name == "native":
         return native.pack, native.linear_packed
     # Of a few columns nothing is gained, and oneDNN's sums err more than those of the plain op.
-    narrow = spec.dims.get("width", NARROW) < NARROW
+    narrow = spec.dims.get("N", NARROW) < NARROW
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() and not narrow else None
 
 
@@ -361,8 +361,8 @@ def assemble(
     packs = {}
     for site in chosen if packed else ():
         spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
-        if found := packed_op(chosen[site], spec):
-            packs[site], calls[site] = found
+        if packed_pair := packed_op(chosen[site], spec):
+            packs[site], calls[site] = packed_pair
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}

@@ -74,10 +74,10 @@ def site_dims(
     tokens, width = config.tokens(), config.width
     rows = batch * tokens
     if site.op in ("linear", "quantized_linear"):
-        weight_rows, inner = _weight_shape(config, site)
+        weight_rows, k = _weight_shape(config, site)
         gated = config.gated and "activation" in site.features
         dims = {
-            "rows": rows if site.product else batch, "inner": inner, "width": weight_rows // (2 if gated else 1),
+            "M": rows if site.product else batch, "K": k, "N": weight_rows // (2 if gated else 1),
             "epilogue": _epilogue(config, site, folded=folded, layer_scale=layer_scale),
         }  # fmt: skip
         return dims | ({"precision": precision} if site.quantized else {})
@@ -145,7 +145,7 @@ def site_case(
     precision = next((name for name, kind in QUANTIZED.items() if kind == quantized), "")
     dims = site_dims(config, site, batch, precision=precision, layer_scale=config.layer_scale)
     if site.name == "head":
-        dims = {**dims, "rows": max(batch, HEAD_ROWS)}
+        dims = {**dims, "M": max(batch, HEAD_ROWS)}
     return Case(site.op, dims, device, dtype)
 
 

@@ -136,7 +136,7 @@ def check_linear(
 
 
 def linear_spec(x: Tensor, weight: Tensor) -> Spec:
-    return Spec.of("linear", x, rows=x.numel() // x.shape[-1], inner=weight.shape[1], width=weight.shape[0])
+    return Spec.of("linear", x, M=x.numel() // x.shape[-1], K=weight.shape[1], N=weight.shape[0])
 
 
 def check_key_mask(k: Tensor, key_mask: Tensor) -> None:
@@ -405,4 +405,4 @@ def quantized_linear_spec(
     asked["swiglu"] = activation == "swiglu"
     features = tuple(name for name, wanted in asked.items() if wanted)
     rows = x.numel() // x.shape[-1]
-    return Spec.of("quantized_linear", x, features=features, rows=rows, inner=weight.shape[1], width=weight.shape[0])
+    return Spec.of("quantized_linear", x, features=features, M=rows, K=weight.shape[1], N=weight.shape[0])

@@ -61,6 +61,6 @@ CAPABILITIES = Backend(
 
 def why_not(spec: Spec) -> list[str]:
     """Every reason why `linear` cannot run a spec; empty if it can."""
-    sizes = {name: spec.dims.get(name, 0) for name in ("inner", "width")}
+    sizes = {name: spec.dims.get(name, 0) for name in ("K", "N")}
     uneven = [f"{name} {size} is no multiple of {MULTIPLE}" for name, size in sizes.items() if size % MULTIPLE]
     return CAPABILITIES.why_not(spec) + uneven

@@ -215,12 +215,12 @@ class EmbeddingFolder:
         return todo
 
     def _hashes(self) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
+        hashes: dict[str, bytes] = {}
         for part in self._identities:
             if "file_sha256" in pq.read_schema(part).names:
                 table = pq.read_table(part, columns=["path", "file_sha256"])
-                found.update(zip(table["path"].to_pylist(), table["file_sha256"].to_pylist(), strict=True))
-        return found
+                hashes.update(zip(table["path"].to_pylist(), table["file_sha256"].to_pylist(), strict=True))
+        return hashes
 
     def check(self, identity: Identity) -> None:
         """Refuse embeddings of another identity than the folder's.
@@ -266,8 +266,8 @@ class EmbeddingFolder:
         rows = (self._rows.get(path) for path in paths.to_pylist())
         for old in {row.part for row in rows if row is not None and row.part != part}:
             if old.exists():  # not if an interruption came after it had been taken away
-                found = pq.read_table(old, columns=["path"])["path"]
-                self._rewrite(old, ~np.isin(found.to_numpy(), paths.to_numpy()))
+                stored = pq.read_table(old, columns=["path"])["path"]
+                self._rewrite(old, ~np.isin(stored.to_numpy(), paths.to_numpy()))
 
     def _rewrite(self, part: Path, keep: np.ndarray) -> None:
         """Leave only these rows in a part."""

@@ -190,5 +190,5 @@ def cached(hub_id: str, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None  # without the package there is no cache to look in
-    found = try_to_load_from_cache(hub_id, name)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(hub_id, name)
+    return Path(cached) if isinstance(cached, str) else None

@@ -144,10 +144,10 @@ def _same_channels(where: str, **values: Any) -> None:
 
 def _attempt(make: Callable[[], Preprocess], config: ViTConfig, what: str) -> Preprocess | None:
     try:
-        found = make()
-        if len(found.mean) != config.in_channels:
-            raise ValueError(f"mean {found.mean} for a model of {config.in_channels} input channel(s)")
+        preprocess = make()
+        if len(preprocess.mean) != config.in_channels:
+            raise ValueError(f"mean {preprocess.mean} for a model of {config.in_channels} input channel(s)")
     except ValueError as reason:
         warnings.warn(f"{what}: preprocessing unknown: {reason}", stacklevel=2)
         return None
-    return found
+    return preprocess
