@@ -77,12 +77,20 @@ TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
 
 namespace {
 
+// A dtype that an op has, but not on this CPU, and why; nothing where there is no reason.
+py::dict lacking(const char* dtype, const std::string& reason) {
+  py::dict why;
+  if (!reason.empty()) why[dtype] = reason;
+  return why;
+}
+
 // op -> what it can do, in the words of vitfast.ops.registry.Backend.
 py::dict ops() {
   using namespace py::literals;
   const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
-  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("float32"));
+  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
+                           "lacking"_a = lacking("bfloat16", vitfast::why_no_linear_bf16_cpu()));
   for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
     all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   }
@@ -93,7 +101,7 @@ py::dict ops() {
   py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
                    "limits"_a = py::dict("K"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
                    "features"_a = py::make_tuple("scale groups", "scale groups of 64", "swiglu"),
-                   "missing"_a = vitfast::why_no_quantized_linear_cpu());
+                   "lacking"_a = lacking("int8", vitfast::why_no_quantized_linear_cpu()));
   all["quantized_linear"] = py::dict("devices"_a = devices, "per_device"_a = py::dict("cpu"_a = in_int8));
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
@@ -111,7 +119,8 @@ py::dict ops() {
     all["linear"]["per_device"] = py::dict(
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple)));
+                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple),
+                            "lacking"_a = py::dict()));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
         py::dict("devices"_a = py::make_tuple("cpu", "cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),

@@ -23,6 +23,9 @@ at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& pa
                                   const std::optional<at::Tensor>& prefix, at::IntArrayRef patch_size,
                                   bool channels_last);
 
+// Why there is no linear in bf16 on this CPU, or "".
+std::string why_no_linear_bf16_cpu();
+
 at::Tensor pack_linear_cpu(const at::Tensor& weight);
 
 std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed,

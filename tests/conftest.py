@@ -71,7 +71,7 @@ SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")
 
 @pytest.fixture(params=SIMD_LEVELS[:3])
 def level(request):
-    """The C++ extension's CPU ops at each SIMD level that this machine has. Those above avx512f are for ops that ask."""
+    """The C++ extension's CPU ops at each SIMD level that this machine has; those above avx512f where a test names them."""
     _C = pytest.importorskip("vitfast._C", reason="vitfast._C is not built (a C++ compiler builds it on install)")
     _C.limit_simd(request.param)
     try:

@@ -4,7 +4,6 @@
 // adds to the product of a row of x is 128 times the row's sum, which the sums start with, negative. They are exact;
 // with a scale for each group of columns of x, each group's are.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
@@ -19,7 +18,6 @@
 #include "../guards.h"
 #include "../ops.h"
 #include "narrow_product.h"
-#include "tile_epilogue.h"
 
 namespace vitfast {
 namespace {
@@ -27,51 +25,9 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "quantized_linear";
-constexpr int64_t kBlockBytes = 1 << 19;  // of tiles of x, which stay in cache while the weight goes by
 constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale: SCALE_GROUPS of the reference
 
-struct Call {
-  int64_t m, n, k;
-  const int8_t* x;       // [M, K]
-  const float* x_scale;  // [M, groups]
-  int64_t group;         // columns of x that share a scale
-  const int8_t* packed;  // panel p begins at p * kNarrowPanel * words * 4
-  TileEpilogue epilogue;
-
-  int64_t words() const { return (k + 3) / 4; }
-  int64_t groups() const { return (k + group - 1) / group; }
-};
-
-// Memory of a thread, in words: tiles of x, the sums that each starts with, and the last panel, widened.
-struct Layout {
-  int64_t tiles, tile, starts, panel, size;
-
-  explicit Layout(const Call& c) {
-    const Size words = Size(kOp, c.words()) * kTileStride;
-    tile = words.value();
-    tiles = std::max<int64_t>(1, kBlockBytes / 4 / tile);
-    starts = (words * tiles).value();
-    const Size panel_at = round_up(Size(kOp, starts) + Size(kOp, c.groups() * tiles) * kTileStride, kWide);
-    panel = panel_at.value();
-    size = (panel_at + Size(kOp, c.words()) * kNarrowPanel + kNarrowPanel).value();
-  }
-};
-
-// to [kNarrowChunk of a row] (+)= sums * scale of the row
-struct AddScaled {
-  float* to;
-  const float* scale;
-  int64_t groups;
-  bool first;
-  VITFAST_INLINE void operator()(int i, int j, const Words& sums) const {
-    float* at = to + i * kNarrowChunk + j * kWide;
-    const Floats scaled = __builtin_convertvector(sums, Floats) * scale[i * groups];
-    store<kWide>(at, first ? scaled : load<kWide>(at) + scaled);
-  }
-};
-
 #ifdef VITFAST_SIMD_LEVELS
-
 #define VITFAST_VNNI VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 
 VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
@@ -79,12 +35,13 @@ VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel
   multiply_tile_rows<Int8Fours>(count, x, panel, words, start, sink);
 }
 
-// start [groups, kTileStride] = -128 times the sum of each group of columns of x [count, K].
-VITFAST_VNNI void start_sums(const Call& c, const int8_t* x, int64_t count, int32_t* start) {
+// -128 times the sum of each group of columns of each row.
+VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
   for (int64_t g = 0; g < c.groups(); ++g, start += kTileStride) {
+    const int64_t k_end = std::min((g + 1) * 4 * c.group, c.row_bytes);
     for (int64_t i = 0; i < count; ++i) {
       int32_t total = 0;
-      for (int64_t k = g * c.group; k < std::min((g + 1) * c.group, c.k); ++k) total += x[i * c.k + k];
+      for (int64_t k = g * 4 * c.group; k < k_end; ++k) total += static_cast<int8_t>(x[i * c.row_bytes + k]);
       start[i] = -128 * total;
     }
   }
@@ -94,60 +51,14 @@ template <typename scalar_t>
 VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
   for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
 }
-
-void compute(const Call& c, Share rows, Share columns, int32_t* memory) {
-  auto* finish_in = &finish<float>;
-  if (c.epilogue.dtype == at::kHalf) finish_in = &finish<at::Half>;
-  if (c.epilogue.dtype == at::kBFloat16) finish_in = &finish<at::BFloat16>;
-  const Layout l(c);
-  const int64_t words = c.words(), groups = c.groups();
-  const int64_t tiles = (rows.size() + kTileRows - 1) / kTileRows;
-  int32_t* wide = memory + l.panel;
-  if (columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
-  alignas(64) float sums[kTileRows * kNarrowChunk];
-  for (int64_t block = 0; block < tiles; block += l.tiles) {
-    const int64_t block_end = std::min(block + l.tiles, tiles);
-    for (int64_t t = block; t < block_end; ++t) {
-      const Share tile = tile_of(rows, t, tiles);
-      const int8_t* x = c.x + tile.begin * c.k;
-      pack_tile(x, c.k, tile.size(), memory + (t - block) * l.tile);
-      start_sums(c, x, tile.size(), memory + l.starts + (t - block) * groups * kTileStride);
-    }
-    for (int64_t n = columns.begin; n < columns.end; n += kNarrowChunk) {
-      const int64_t n_end = std::min(n + kNarrowChunk, columns.end);
-      for (int64_t t = block; t < block_end; ++t) {
-        const Share tile = tile_of(rows, t, tiles);
-        const int32_t* x = memory + (t - block) * l.tile;
-        const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
-        for (int64_t p = n; p < n_end; p += kNarrowPanel) {
-          const int32_t* panel = panel_at(c.packed, p, c.n, words, wide);
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t from = g * (c.group / 4), to = groups == 1 ? words : std::min(from + c.group / 4, words);
-            const AddScaled sink{sums + (p - n), c.x_scale + tile.begin * groups + g, groups, g == 0};
-            multiply(tile.size(), x + from * kTileStride, panel + from * kNarrowPanel, to - from,
-                     start + g * kTileStride, sink);
-          }
-        }
-        finish_in(c.epilogue, tile.begin, tile.size(), n, sums);
-      }
-    }
-  }
-}
-
 #endif
 
-void run(const Call& c) {
+void run(const NarrowCall& call) {
 #ifdef VITFAST_SIMD_LEVELS
-  const Grid grid(c.m, c.n, at::get_num_threads());
-  const int64_t size = Layout(c).size;
-  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor memory = at::empty({size}, at::kInt);
-    for (int64_t i = begin; i < end; ++i) {
-      compute(c, share_of(c.m, 1, i / grid.columns, grid.rows),
-              share_of(c.n, kNarrowChunk, i % grid.columns, grid.columns), memory.mutable_data_ptr<int32_t>());
-    }
-  });
+  auto* finish_in = &finish<float>;
+  if (call.epilogue.dtype == at::kHalf) finish_in = &finish<at::Half>;
+  if (call.epilogue.dtype == at::kBFloat16) finish_in = &finish<at::BFloat16>;
+  run_narrow(call, {&start_sums, &multiply, finish_in});
 #endif
 }
 
@@ -210,13 +121,8 @@ at::Tensor pack_quantized_linear_cpu(const at::Tensor& weight) {
   const at::Tensor source = contiguous(op, "weight", weight);
   const at::Tensor packed = at::empty({n, padded}, weight.options());
   if (weight.numel() == 0) return packed;
-  const char* rows = reinterpret_cast<const char*>(read<int8_t>(op, "weight", source));
-  char* to = reinterpret_cast<char*>(packed.mutable_data_ptr<int8_t>());
-  at::parallel_for(0, (n + kNarrowPanel - 1) / kNarrowPanel, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kNarrowPanel; i < std::min(end * kNarrowPanel, n); i += kNarrowPanel) {
-      pack_narrow_panel(rows + i * k, k, std::min(kNarrowPanel, n - i), 0x80808080u, to + i * padded);
-    }
-  });
+  pack_narrow(reinterpret_cast<const char*>(read<int8_t>(op, "weight", source)), n, k, 0x80808080u,
+              reinterpret_cast<char*>(packed.mutable_data_ptr<int8_t>()));
   return packed;
 }
 
@@ -256,8 +162,9 @@ std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const a
     epilogue.y = result[0].mutable_data_ptr();
   }
   epilogue.dtype = dtype, epilogue.n = n;
-  run({m, n, x.size(-1), read<int8_t>(kOp, "x", rows), read<float>(kOp, "x_scale", scales), group_of(x, x_scale),
-       read<int8_t>(kOp, "weight", packed), epilogue});
+  run({kOp, m, n, x.size(-1), static_cast<const char*>(read(kOp, "x", rows)),
+       static_cast<const char*>(read(kOp, "weight", packed)), (group_of(x, x_scale) + 3) / 4,
+       read<float>(kOp, "x_scale", scales), epilogue});
   return result;
 }
 

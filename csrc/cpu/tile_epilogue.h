@@ -10,7 +10,7 @@
 
 #include "../guards.h"
 #include "activation.h"
-#include "narrow_product.h"
+#include "narrow_tile.h"
 
 namespace vitfast {
 

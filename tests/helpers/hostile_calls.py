@@ -195,6 +195,8 @@ def attention(m: Maker) -> Case:
         return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
     def oracle(upcast: bool) -> Any:
+        if (causal or mask is not None) and v is not None and not m.twin(v).isfinite().all():
+            return None  # 0 * inf, for a key that may not be seen: NaN in the formula; who skips such keys has none
         twins = map(m.twin, (q, k, v))
         scores = {"bias": m.twin(bias), "mask": m.twin(mask), "right": right, "scale": scale}
         return reference.attention(*twins, **scores, upcast=upcast)
@@ -220,12 +222,16 @@ def layer_norm(m: Maker) -> Case:
 
 
 def pack_linear(m: Maker) -> Case:
-    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9)), 0.4)
+    dtype = m.random.choice(FLOATS)
+    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9), dtype=dtype), 0.4)
 
     def oracle(upcast: bool) -> Any:
-        """Each panel of 32 rows is transposed."""
-        panels = m.twin(weight).split(32)
-        return torch.cat([panel.t().reshape(-1) for panel in panels]).view(weight.shape)
+        """Each panel of 32 rows is transposed, in bf16 by pairs of columns."""
+        whole = m.twin(weight)
+        group = 1 if whole.dtype == torch.float32 else 2
+        words = torch.nn.functional.pad(whole, (0, -whole.shape[1] % group)).unflatten(1, (-1, group))
+        panels = [panel.transpose(0, 1).reshape(-1) for panel in words.split(32)]
+        return torch.cat(panels).view(whole.shape[0], -1)
 
     return lambda: torch.ops.vitfast_native.pack_linear(weight), oracle
 
@@ -233,15 +239,18 @@ def pack_linear(m: Maker) -> Case:
 def linear(m: Maker) -> Case:
     lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(3))]
     n, k = m.size(1, 24, 33, 130), m.size(1, 8, 40, 130)
-    plain = m.tensor(n, k)
+    dtype = m.random.choice(FLOATS)
+    plain = m.tensor(n, k, dtype=dtype)
     packed = weight = m.hostile("weight", plain, 0.06)
     direct = m.chance(0.7)
     if direct:
         packed = built(lambda: native.pack(plain))
         packed = m.hostile("packed", packed, 0.06)
-    plain_x = m.tensor(*lead, k)
+    plain_x = m.tensor(*lead, k, dtype=dtype)
     x = m.hostile("x", plain_x)
-    sometimes = lambda name, *shape: m.hostile(name, m.tensor(*shape) if m.chance(0.3) else None)  # noqa: E731
+    sometimes = lambda name, *shape: m.hostile(  # noqa: E731
+        name, m.tensor(*shape, dtype=dtype) if m.chance(0.3) else None
+    )
     bias, layer_scale, residual = sometimes("bias", n), sometimes("layer_scale", n), sometimes("residual", *lead, n)
     row_stats = weight_sum = None
     if m.chance(0.3):

@@ -58,7 +58,8 @@ def patch_embed_packed(images: Tensor, packed: Tensor, *args: Tensor | None, **k
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Rearrange an fp32 CPU weight [N, K]; the result has the same shape, and only `linear_packed` reads it."""
+    """Rearrange an fp32 or bf16 CPU weight [N, K] for `linear_packed`, which alone reads the result: in fp32 it has the
+    same shape, in bf16 K is rounded up to a multiple of 2."""
     return torch.ops.vitfast_native.pack_linear(weight)
 
 
