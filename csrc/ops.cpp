@@ -49,6 +49,10 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> Tensor");
+  // The same in int8, on a CPU: values and a scale for each head of a row.
+  m.def(
+      "attention_quantize(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
+      "float? scale=None) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
@@ -64,6 +68,7 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("layer_norm", &vitfast::layer_norm_cpu);
   m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
+  m.impl("attention_quantize", &vitfast::attention_quantize_cpu);
 }
 
 #ifdef VITFAST_CUDA
@@ -96,7 +101,7 @@ py::dict ops() {
   }
   all["attention"] =
       py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
-               "features"_a = py::make_tuple("causal"));
+               "features"_a = py::make_tuple("causal", "int8 output"));
   all["quantize"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("int8"));
   py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
                    "limits"_a = py::dict("K"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),

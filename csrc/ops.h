@@ -64,6 +64,11 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
                          std::optional<double> scale);
 
+std::tuple<at::Tensor, at::Tensor> attention_quantize_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                          const std::optional<at::Tensor>& bias,
+                                                          const std::optional<at::Tensor>& mask, bool causal,
+                                                          std::optional<double> scale);
+
 #ifdef VITFAST_CUDA
 at::Tensor patch_embed_cuda(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& prefix,

@@ -20,7 +20,7 @@ constexpr const char* kOp = "linear";
 
 VITFAST_BF16 void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
                            const AddScaled& sink) {
-  multiply_tile_rows<Bfloat16Pairs>(count, x, panel, words, start, sink);
+  multiply_tile_rows<Bfloat16Pairs>(count, FromTile{x}, panel, words, start, sink);
 }
 
 VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {

@@ -49,9 +49,28 @@ struct Int8Fours {  // the weight without sign, 128 added; what that adds to the
   }
 };
 
-// Hands `sink` the sums of rows i and vectors j: start[i] + x [words, kTileStride] panel [words, kNarrowPanel].
-template <typename P, int rows, typename Sink>
-VITFAST_INLINE void multiply_tile(const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
+// Where x comes from: tiles [words, kTileStride], or rows [rows, stride] of words.
+struct FromTile {
+  const int32_t* x;
+  VITFAST_INLINE int32_t at(int i) const { return x[i]; }
+  VITFAST_INLINE void next() { x += kTileStride; }
+};
+struct FromRows {  // three rows for each pointer, which is as many as addresses are made of one and a stride
+  const int32_t* x[(kTileRows + 2) / 3];
+  int64_t stride;
+  FromRows(const int32_t* rows, int64_t row_stride) : stride(row_stride) {
+    for (int i = 0; i * 3 < kTileRows; ++i) x[i] = rows + i * 3 * stride;
+  }
+  VITFAST_INLINE int32_t at(int i) const { return x[i / 3][i % 3 * stride]; }
+  VITFAST_INLINE void next() {
+#pragma GCC unroll 5
+    for (int i = 0; i * 3 < kTileRows; ++i) ++x[i];
+  }
+};
+
+// Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
+template <typename P, int rows, typename From, typename Sink>
+VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start,
                                   const Sink& sink) {
   typename P::Sum sum[rows][2];
 #pragma GCC unroll 14
@@ -61,13 +80,13 @@ VITFAST_INLINE void multiply_tile(const int32_t* x, const int32_t* panel, int64_
     sum[i][1] = sum[i][0];
   }
   constexpr int64_t kAhead = 8;
-  for (int64_t k = 0; k < words; ++k, panel += kNarrowPanel, x += kTileStride) {
+  for (int64_t k = 0; k < words; ++k, panel += kNarrowPanel, x.next()) {
     const Words weight[2] = {load_words(panel), load_words(panel + kWide)};
     __builtin_prefetch(panel + kAhead * kNarrowPanel);
     __builtin_prefetch(panel + kAhead * kNarrowPanel + kWide);
 #pragma GCC unroll 14
     for (int i = 0; i < rows; ++i) {
-      const Words word = x[i] - Words{};
+      const Words word = x.at(i) - Words{};
       sum[i][0] = P::add(sum[i][0], word, weight[0]);
       sum[i][1] = P::add(sum[i][1], word, weight[1]);
     }
@@ -80,8 +99,8 @@ VITFAST_INLINE void multiply_tile(const int32_t* x, const int32_t* panel, int64_
 }
 
 // The same for `count` rows, 1 .. rows.
-template <typename P, int rows = kTileRows, typename Sink>
-VITFAST_INLINE void multiply_tile_rows(int64_t count, const int32_t* x, const int32_t* panel, int64_t words,
+template <typename P, int rows = kTileRows, typename From, typename Sink>
+VITFAST_INLINE void multiply_tile_rows(int64_t count, const From& x, const int32_t* panel, int64_t words,
                                        const int32_t* start, const Sink& sink) {
   if constexpr (rows > 1) {
     if (count < rows) return multiply_tile_rows<P, rows - 1>(count, x, panel, words, start, sink);

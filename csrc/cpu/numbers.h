@@ -91,10 +91,12 @@ VITFAST_INLINE uint32_t largest(const typename VectorOf<lanes>::ints& x) {
   }
 }
 
+// QUANTIZED and LEAST_AMAX of vitfast/ops/reference.py.
+constexpr float kLargestInt8 = 127.0f, kLeastAmax = 0x1p-100f;
+
 // reference.quantize of a row [n] in int8: its scale, or NaN, with zeros for values, where it is not finite.
 VITFAST_INLINE float quantize_row(const float* row, int64_t n, int8_t* values) {
-  constexpr float kLargest = 127.0f, kLeast = 0x1p-100f;  // QUANTIZED and LEAST_AMAX of vitfast/ops/reference.py
-  constexpr float kRound = 0x1.8p23f;                     // a sum with it ends in the bits of the integer
+  constexpr float kRound = 0x1.8p23f;  // a sum with it ends in the bits of the integer
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   Bits most{};  // magnitudes, whose bits are ordered as they are; NaN comes above infinity
   for (int64_t i = 0; i < n; i += kWide) {
@@ -108,13 +110,13 @@ VITFAST_INLINE float quantize_row(const float* row, int64_t n, int8_t* values) {
     std::fill(values, values + n, static_cast<int8_t>(0));
     return std::numeric_limits<float>::quiet_NaN();
   }
-  amax = std::max(amax, kLeast);
-  const float inverse = kLargest / amax;
+  amax = std::max(amax, kLeastAmax);
+  const float inverse = kLargestInt8 / amax;
   for (int64_t i = 0; i < n; i += kWide) {
     const Bytes bytes = __builtin_convertvector(bits_of(load_floats(row + i, n - i) * inverse + kRound), Bytes);
     std::memcpy(values + i, &bytes, std::min<int64_t>(kWide, n - i));
   }
-  return amax / kLargest;
+  return amax / kLargestInt8;
 }
 
 }  // namespace vitfast

@@ -32,7 +32,7 @@ constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale
 
 VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
                            const AddScaled& sink) {
-  multiply_tile_rows<Int8Fours>(count, x, panel, words, start, sink);
+  multiply_tile_rows<Int8Fours>(count, FromTile{x}, panel, words, start, sink);
 }
 
 // -128 times the sum of each group of columns of each row.

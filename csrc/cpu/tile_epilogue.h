@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
 #include "../guards.h"
 #include "activation.h"
@@ -74,6 +75,7 @@ template <typename scalar_t>
 VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
   const int64_t width = std::min(kNarrowChunk, e.n - first);
   const scalar_t* residual = e.residual ? static_cast<const scalar_t*>(e.residual) + m * e.n + first : nullptr;
+  const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
   scalar_t* y = e.values ? nullptr : static_cast<scalar_t*>(e.y) + m * e.n + first;
   for (int64_t i = 0; i < width; i += kWide) {
     const int64_t n = first + i;
@@ -81,7 +83,7 @@ VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, 
     if (e.weight_scale) value *= load_floats(e.weight_scale + n);
     if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_floats(e.weight_sum + n));
     if (e.bias) value += load_floats(e.bias + n);
-    value = activate<kWide>(e.activation, value);
+    value = rough && e.activation == Activation::kGelu ? rough_gelu<kWide>(value) : activate<kWide>(e.activation, value);
     if (e.layer_scale) value *= load_floats(e.layer_scale + n);
     if (residual) value += load_floats(residual + i, width - i);
     if (y) value = store_rounded(y + i, value, width - i);

@@ -75,6 +75,17 @@ def test_native_in_bf16_sums_in_fp32(level):
 
 
 @BF16
+def test_native_in_bf16_has_a_rough_gelu(level):
+    """Within 6e-5 of the exact one, and what rounding to bf16 adds."""
+    x = torch.cat((torch.linspace(-6, 6, 20001), torch.tensor([-3e38, -1e4, -4.5, 0.0, 4.5, 1e4, 3e38]))).bfloat16()
+    one = torch.ones(1, 1).bfloat16()
+    exact = torch.nn.functional.gelu(x.double())
+    got = implementation("native", torch.bfloat16)(x[:, None], one, activation="gelu")[:, 0].double()
+    assert ((got - exact).abs() <= 6e-5 + 2.0**-8 * exact.abs()).all()
+    assert not got[x < -4.5].any() and (got[x > 4.5] == x[x > 4.5]).all()
+
+
+@BF16
 def test_native_in_bf16_infinities_and_nan(level):
     x = torch.tensor([[float("inf")], [float("-inf")], [float("nan")], [60.0], [-60.0], [-0.0]]).bfloat16()
     for activation in (None, "gelu", "gelu_tanh", "quick_gelu", "silu"):
@@ -84,6 +95,7 @@ def test_native_in_bf16_infinities_and_nan(level):
         assert_close(got, wanted, reference.linear(*args, activation=activation))
 
 
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512f", "avx512_vnni"], indirect=True)
 def test_native_in_bf16_is_refused_below(level):
     entry = registry.backend("linear", "native")
     with pytest.raises(ValueError, match="linear: there is no AVX512-BF16 here"):

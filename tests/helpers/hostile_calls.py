@@ -187,19 +187,22 @@ def attention(m: Maker) -> Case:
     bias = m.hostile("bias", m.tensor(*shape, dtype=m.random.choice(testing.DTYPES)) if m.chance(0.3) else None)
     mask = m.hostile("mask", m.tensor(*shape, dtype=torch.bool) if m.chance(0.3) else None)
     causal, scale = m.chance(0.3), m.random.choice((None, None, 0.0, -0.3, 0.5))
+    quantize = torch.int8 if m.chance(0.2) else None
     right = 0 if causal else None
 
     def call() -> Any:
         if m.chance(0.3):
-            return ops.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend="native")
-        return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+            options = {"bias": bias, "mask": mask, "causal": causal, "scale": scale, "quantize": quantize}
+            return ops.attention(q, k, v, **options, backend="native")
+        run = torch.ops.vitfast_native.attention_quantize if quantize else torch.ops.vitfast_native.attention
+        return run(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
     def oracle(upcast: bool) -> Any:
         if (causal or mask is not None) and v is not None and not m.twin(v).isfinite().all():
             return None  # 0 * inf, for a key that may not be seen: NaN in the formula; who skips such keys has none
         twins = map(m.twin, (q, k, v))
         scores = {"bias": m.twin(bias), "mask": m.twin(mask), "right": right, "scale": scale}
-        return reference.attention(*twins, **scores, upcast=upcast)
+        return reference.attention(*twins, **scores, quantize=quantize, upcast=upcast)
 
     return call, oracle
 

@@ -24,10 +24,11 @@ def attention(
     mask: Tensor | None = None,
     right: int | None = None,
     scale: float | None = None,
-) -> Tensor:
-    """`reference.attention`; `right` is None, or 0: the registry sends no other window here."""
-    causal = right is not None
-    return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+    quantize: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.attention`; `right` is None or 0, `quantize` None or int8: the registry sends nothing else here."""
+    run = torch.ops.vitfast_native.attention if quantize is None else torch.ops.vitfast_native.attention_quantize
+    return run(q, k, v, bias=bias, mask=mask, causal=right is not None, scale=scale)
 
 
 def pack_patch_embed(
