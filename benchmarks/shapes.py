@@ -17,8 +17,8 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
     """(op, dims) of a forward's sites, telling ones first, then of other forms of the same work, and of backward."""
 
     def at(site: str, precision: str = "", **changes: Any) -> tuple[str, Dims]:
-        found = SITES[site]
-        return found.op, {**site_dims(config, found, batch, precision=precision, folded=True), **changes}
+        entry = SITES[site]
+        return entry.op, {**site_dims(config, entry, batch, precision=precision, folded=True), **changes}
 
     heads, gate = at("attention")[1], config.activation
     for site in ("attention", "fc1", "fc2", "qkv", "proj", "patch_embed", "layer_norm", "row_stats", "head"):

@@ -10,13 +10,35 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, render
+from vitfast.cli import bench, render, search
 from vitfast.cli.answer import Unfailing, command, run
+from vitfast.cli.options import (
+    AllowPickle,
+    Arch,
+    BackendName,
+    BatchSize,
+    Crop,
+    DecodeMemory,
+    Device,
+    DtypeOption,
+    Json,
+    MaxPixels,
+    Mean,
+    Model,
+    Size,
+    Sources,
+    Std,
+    WeightsKey,
+    Workers,
+    decode_options,
+    dtype_name,
+    load_engine,
+    prepared,
+)  # fmt: skip
 from vitfast.cli.signals import exit_code
 from vitfast.version import __version__
 
@@ -40,67 +62,7 @@ app = App(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench.app, name="bench")
-
-
-def dtype_name(text: str) -> str:
-    """What --dtype takes, by its short name.
-
-    Raises:
-        typer.BadParameter: for anything else.
-    """
-    from vitfast.engine import dtypes
-
-    try:
-        return dtypes.dtype_name(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-class BackendName(str, Enum):
-    """What --backend takes."""
-
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-    native = "native"
-
-
-Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
-WeightsKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
-    ),
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        parser=dtype_name,
-        metavar="[fp32|fp16|bf16|fp8|int8]",
-        help="What to compute in; float32 and its like mean the same. [default: bf16 on a GPU, else fp32]",
-    ),
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Largest picture to decode; a larger JPEG is decoded at a part of its size. [default: 89 million]"
-    ),
-]
-DecodeMemory = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="MIB", help="Memory for decoding, all threads together. [default: a quarter, 4096 at most]"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+app.add_typer(search.app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,6 +94,11 @@ def embed(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -156,26 +123,26 @@ def embed(
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
-        found = find_images(sources)
+        listing = find_images(sources)
         summary, stopped = Summary(), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
-            todo = folder.remaining(found.images, refresh=refresh, content=checksum)
-            summary.skipped, summary.changed = len(found.images) - len(todo), folder.changed
-            engine = _load(model, device, dtype, allow_pickle, weights_key)
+            todo = folder.remaining(listing.images, refresh=refresh, content=checksum)
+            summary.skipped, summary.changed = len(listing.images) - len(todo), folder.changed
+            engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
             with _progress("embedding", len(todo)) as advance:
 
                 def on_result(_: Any) -> None:
                     advance()
                     answer.stopping.check()
 
-                options = _decode_options(max_pixels, decode_memory)
+                options = decode_options(max_pixels, decode_memory)
                 results = embed_images(engine, todo, batch_size=batch_size, workers=workers, **options)
                 try:
                     write_parquet(results, folder, engine, on_result=on_result, summary=summary)
                 except KeyboardInterrupt as error:
                     stopped = error
-        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in found.unreadable.items()}
+        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
         answer.json = {
             "model": folder.model,
@@ -186,8 +153,8 @@ def embed(
             "skipped": summary.skipped,
             "skipped_changed": summary.changed,
             "left_out": {
-                "count": len(found.left_out),
-                "files": [{"path": p, "reason": r} for p, r in list(found.left_out.items())[:NAMES_IN_JSON]],
+                "count": len(listing.left_out),
+                "files": [{"path": p, "reason": r} for p, r in list(listing.left_out.items())[:NAMES_IN_JSON]],
             },
             "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
@@ -195,7 +162,7 @@ def embed(
             "parts": summary.parts,
             "interrupted": stopped is not None,
         }
-        answer.text = render.embedding(summary, found, out, stopped is not None)
+        answer.text = render.embedding(summary, listing, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
@@ -209,6 +176,11 @@ def classify(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -219,27 +191,27 @@ def classify(
         from vitfast.images.files import find_images, path_text
         from vitfast.pipeline.embed import classify_images
 
-        found = find_images(sources)
-        engine = _load(model, device, dtype, allow_pickle, weights_key)
-        options = _decode_options(max_pixels, decode_memory)
+        listing = find_images(sources)
+        engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        options = decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
-        with _progress("classifying", len(found.images)) as advance:
+        with _progress("classifying", len(listing.images)) as advance:
             try:
                 for row in classify_images(
-                    engine, found.images, k=topk, batch_size=batch_size, workers=workers, **options
+                    engine, listing.images, k=topk, batch_size=batch_size, workers=workers, **options
                 ):
                     rows.append(row)
                     advance()
                     answer.stopping.check()
             except KeyboardInterrupt as error:
                 stopped = error
-        failed = found.unreadable or any(row.status != "ok" for row in rows)
+        failed = listing.unreadable or any(row.status != "ok" for row in rows)
         answer.code = exit_code(stopped) if stopped else int(bool(failed))
         answer.json = [{"path": path_text(r.path), "status": r.status, "classes": r.classes} for r in rows]
         answer.text = [line for row in rows for line in render.classes(row)]
-        answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, found)
+        answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, listing)
         if stopped:
-            answer.remarks.append(f"interrupted after {len(rows)} of {len(found.images)} images")
+            answer.remarks.append(f"interrupted after {len(rows)} of {len(listing.images)} images")
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")
@@ -251,6 +223,7 @@ def doctor(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     as_json: Json = False,
 ) -> None:
     """Show what would run here, and every reason why not."""
@@ -258,11 +231,12 @@ def doctor(
         from vitfast.diagnostics import doctor as module
 
         if plan is not None:
-            answer.json = module.plan(plan, device=device, dtype=dtype, allow_pickle=allow_pickle)
+            options: dict[str, Any] = {"allow_pickle": allow_pickle, "weights_key": weights_key}
+            answer.json = module.plan(plan, device=device, dtype=dtype, **options)
             answer.text = module.render_plan(answer.json)
             return
-        if device or dtype or allow_pickle:
-            raise ValueError("--device, --dtype and --allow-pickle go with --plan MODEL")
+        if device or dtype or allow_pickle or weights_key:
+            raise ValueError("--device, --dtype, --allow-pickle and --weights-key go with --plan MODEL")
         answer.json = module.report()
         answer.text = module.render(answer.json)
 
@@ -334,6 +308,7 @@ def verify(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
     as_json: Json = False,
 ) -> None:
@@ -353,25 +328,11 @@ def verify(
             dtype=dtype,
             backend=backend.value,
             allow_pickle=allow_pickle,
+            weights_key=weights_key,
         )
         answer.code = 0 if report.ok else 1
         answer.json = report.to_dict()
         answer.text = render(report)
-
-
-def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool, weights_key: str | None) -> Any:
-    from vitfast.engine.load import load
-
-    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
-
-
-def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:
-    """The options as `embed_images` takes them; Pillow's own limit, which some of its decoders look at, goes along."""
-    if max_pixels is not None:
-        from PIL import Image
-
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    return {"max_pixels": max_pixels, "decode_memory": None if decode_memory is None else decode_memory << 20}
 
 
 @contextlib.contextmanager

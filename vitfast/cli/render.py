@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vitfast.cli.answer import escaped
 
 if TYPE_CHECKING:
-    from vitfast.images.files import Found
+    from vitfast.images.files import ImageListing
     from vitfast.pipeline.embed import Classified
     from vitfast.pipeline.parquet import Summary
 
@@ -16,12 +16,12 @@ FAILURES_SHOWN = 20
 NAMES_SHOWN = 5
 
 
-def embedding(summary: Summary, found: Found, out: str, interrupted: bool) -> list[str]:
+def embedding(summary: Summary, listing: ImageListing, out: str, interrupted: bool) -> list[str]:
     """What a run of `embed` did: failures by name, remarks, one line of numbers."""
     lines = [f"failed: {escaped(path)}: {reason}" for path, reason in list(summary.failed.items())[:FAILURES_SHOWN]]
     if len(summary.failed) > FAILURES_SHOWN:
         lines.append(f"... and {len(summary.failed) - FAILURES_SHOWN} more; see the status column in {escaped(out)}")
-    lines += remarks(summary.notes, found)
+    lines += remarks(summary.notes, listing)
     if summary.repaired:
         lines.append(f"repaired: {summary.repaired} rows of images that had another, newer or better one")
     skipped = f"{summary.skipped} skipped (done before)"
@@ -36,10 +36,10 @@ def embedding(summary: Summary, found: Found, out: str, interrupted: bool) -> li
     return lines
 
 
-def remarks(notes: Mapping[str, str], found: Found) -> list[str]:
+def remarks(notes: Mapping[str, str], listing: ImageListing) -> list[str]:
     """What was done to unusual pictures, and what was left out: one line for each kind, with the first names."""
     lines = [_named(f"note: {note}", paths) for note, paths in _by_text(notes).items()]
-    return lines + [_named(f"left out: {reason}", paths) for reason, paths in _by_text(found.left_out).items()]
+    return lines + [_named(f"left out: {reason}", paths) for reason, paths in _by_text(listing.left_out).items()]
 
 
 def classes(row: Classified) -> list[str]:

@@ -152,7 +152,7 @@ def inspect_case(case: CompileCase, arch: str, *, k: int = TYPICAL["K"], tokens:
         "kernel": case.kernel,
         "config": case.config,
         "arch": arch,
-        "dtypes": sorted({found[1] for kind in case.signature.values() if (found := POINTER.match(str(kind)))}),
+        "dtypes": sorted({pointer[1] for kind in case.signature.values() if (pointer := POINTER.match(str(kind)))}),
         "num_warps": num_warps,
         "num_stages": case.num_stages,
         "tile": dict(case.tile),

@@ -76,9 +76,9 @@ def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
     """The forward in order: with folded norms, or with products in 8 bits ("fp8" or "int8")."""
 
     def step(site: str, count: int = 1, name: str = "", **changes: Any) -> _Step:
-        found = SITES[site]
-        dims = site_dims(config, found, batch, precision=precision if found.quantized else "", folded=True)
-        return _Step(name or site, count, found.op, {**dims, **changes})
+        entry = SITES[site]
+        dims = site_dims(config, entry, batch, precision=precision if entry.quantized else "", folded=True)
+        return _Step(name or site, count, entry.op, {**dims, **changes})
 
     depth = config.depth
     yield step("patch_embed")

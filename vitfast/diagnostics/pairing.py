@@ -74,12 +74,12 @@ def pair(engine: Mapping[str, Any], other: Mapping[str, Any], module: nn.Module 
         axes = other["output"].ndim if isinstance(other["output"], Tensor) else 0
         name = "tokens" if axes == 3 else "logits" if "logits" in engine else "embedding"
         return {name: "output"} if name in engine else {}
-    found = {}
+    pairs = {}
     for name, theirs in NAMES.items():
         same = next((known for known in (name, *theirs) if known in other), None)
         if name in engine and same is not None and _alike(same, module):
-            found[name] = same
-    return found
+            pairs[name] = same
+    return pairs
 
 
 def _alike(name: str, module: Any) -> bool:

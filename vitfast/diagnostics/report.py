@@ -165,8 +165,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as a dict that json.dumps accepts, without NaN or infinity; `ok` included."""
-        found = {**self.about, "ok": self.ok, "batches": self.batches}
-        return found | {
+        content = {**self.about, "ok": self.ok, "batches": self.batches}
+        return content | {
             "outputs": [_plain(output) for output in self.outputs],
             "findings": self.findings(),
             "blame": self.blame and self.blame.to_dict(),

@@ -171,7 +171,7 @@ def load_widths(instructions: Iterable[Instruction]) -> dict[str, dict[int, int]
     for i in instructions:
         if i.base in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
             widths.setdefault(i.base, Counter())[i.width] += 1
-    return {kind: dict(sorted(found.items())) for kind, found in sorted(widths.items())}
+    return {kind: dict(sorted(counts.items())) for kind, counts in sorted(widths.items())}
 
 
 def _label_places(disassembly: str) -> dict[str, int]:

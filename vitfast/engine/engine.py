@@ -7,18 +7,20 @@ import html
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitfast.engine import streaming
+from vitfast.engine import planner, streaming
 from vitfast.engine.calibration import Calibration
 from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
-from vitfast.models.checkpoints import Checkpoint
+from vitfast.models.checkpoints import Checkpoint, saved
 from vitfast.models.output import Output
 from vitfast.models.plan import Plan
 
@@ -90,6 +92,21 @@ class Engine:
         """A hash of architecture and weights (see `vitfast.engine.fingerprint`); the first use is a pass over them."""
         checkpoint, _ = self._made_of
         return fingerprint(checkpoint.config, checkpoint.weights)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
+
+        Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
+        model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
+        elsewhere it is made anew.
+
+        Raises:
+            CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.
+        """
+        checkpoint, options = self._made_of
+        planned = options["backend"] == "auto" and not options["deterministic"]
+        plan = planner.record(self.plan, self.config, device=self.device, dtype=self.dtype) if planned else None
+        saved.write(checkpoint, Path(directory), plan)
 
     @property
     def plan(self) -> Plan:

@@ -277,7 +277,7 @@ def build(
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
-    batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
+    batch = batch or default_batch(config, device)
     asked = _Request(config, device, dtype, backend, batch, quantized, skip_quantize, deterministic)
     measured: dict[str, Any] = {}
     if backend != "auto":
@@ -298,6 +298,20 @@ def _key(asked: _Request) -> dict[str, Any]:
     if asked.quantized:
         key |= {"quantized": str(asked.quantized), "sites": [site.name for site in asked.sites()]}
     return key
+
+
+def record(
+    plan: Plan, config: ViTConfig, *, device: torch.device, dtype: torch.dtype, batch: int | None = None
+) -> dict[str, Any]:
+    """A measured plan as `vitfast.engine.plan_cache` keeps it: for what it was made, choices and measurements."""
+    batch = batch or default_batch(config, device)
+    asked = _Request(config, device, dtype, "auto", batch, plan.quantized, plan.skip_quantize, False)
+    return {"key": _key(asked), "choices": dict(plan.backends), "measured": dict(plan.measured)}
+
+
+def default_batch(config: ViTConfig, device: torch.device) -> int:
+    """The batch size whose shapes are measured."""
+    return GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens())
 
 
 def _remembered(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]] | None:
@@ -359,8 +373,8 @@ def assemble(
     packs = {}
     for site in chosen if packed else ():
         spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
-        if found := packed_op(chosen[site], spec):
-            packs[site], calls[site] = found
+        if packed_pair := packed_op(chosen[site], spec):
+            packs[site], calls[site] = packed_pair
     on_triton = {site for site, name in names.items() if name == "triton"}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}

@@ -27,7 +27,7 @@ def path_text(path: str | Path) -> str:
 
 
 @dataclass
-class Found:
+class ImageListing:
     """What sources hold.
 
     Attributes:
@@ -41,7 +41,7 @@ class Found:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def find_images(sources: Sequence[str | Path]) -> Found:
+def find_images(sources: Sequence[str | Path]) -> ImageListing:
     """The image files that sources name, and what was left out.
 
     A file is taken whatever its name. A folder is searched with its subfolders for the endings of
@@ -52,10 +52,10 @@ def find_images(sources: Sequence[str | Path]) -> Found:
     Raises:
         InputError: if a source does not exist, holds no images, or is a folder that cannot be read.
     """
-    found, images = Found(), set[str]()
+    listing, images = ImageListing(), set[str]()
     for source in (os.fspath(source) for source in sources):
         if os.path.isdir(source):
-            files = _images_below(source, found)
+            files = _images_below(source, listing)
         elif os.path.lexists(source):
             files = [source]
         elif glob.has_magic(source):
@@ -65,8 +65,8 @@ def find_images(sources: Sequence[str | Path]) -> Found:
         else:
             raise InputError(f"no such file or folder: {path_text(source)!r}")
         images.update(map(os.path.abspath, files))
-    found.images = [Path(path) for path in sorted(images)]
-    return found
+    listing.images = [Path(path) for path in sorted(images)]
+    return listing
 
 
 def collect(sources: Sequence[str | Path]) -> list[Path]:
@@ -75,15 +75,15 @@ def collect(sources: Sequence[str | Path]) -> list[Path]:
     Raises:
         InputError: as there, and if any folder cannot be read.
     """
-    found = find_images(sources)
-    for folder, reason in found.unreadable.items():
+    listing = find_images(sources)
+    for folder, reason in listing.unreadable.items():
         raise InputError(f"cannot read folder {folder!r}: {reason}")
-    return found.images
+    return listing.images
 
 
-def _images_below(source: str, found: Found) -> list[str]:
-    """The images in a folder and below; what is not taken goes into `found`."""
-    images, here = [], Found()
+def _images_below(source: str, listing: ImageListing) -> list[str]:
+    """The images in a folder and below; what is not taken goes into `listing`."""
+    images, here = [], ImageListing()
 
     def note(error: OSError) -> None:
         reason = error.strerror or str(error)
@@ -107,6 +107,6 @@ def _images_below(source: str, found: Found) -> list[str]:
         left = next(iter({**here.unreadable, **here.left_out}.items()), None)
         also = f"; left out: {left[0]!r} ({left[1]})" if left else ""
         raise InputError(f"no images in folder {path_text(source)!r} (looked for {endings}){also}")
-    found.left_out |= here.left_out
-    found.unreadable |= here.unreadable
+    listing.left_out |= here.left_out
+    listing.unreadable |= here.unreadable
     return images

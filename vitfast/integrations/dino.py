@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
-from vitfast.integrations.swap import Found, Method, original
+from vitfast.integrations.swap import Match, Method, original
 from vitfast.ops import Rope, reference
 
 
-def find(module: nn.Module, parent: nn.Module | None) -> Found:
+def find(module: nn.Module, parent: nn.Module | None) -> Match:
     """Finder for the classes in the table at the end of this file."""
     del parent
-    found = find_known(module, CLASSES)
-    if isinstance(found, Method) and _turns_halves(module):
-        return Method(found.name, _dinov3_fused)
-    return found
+    matched = find_known(module, CLASSES)
+    if isinstance(matched, Method) and _rotates_halves(module):
+        return Method(matched.name, _dinov3_fused)
+    return matched
 
 
-def _turns_halves(module: Any) -> bool:
+def _rotates_halves(module: Any) -> bool:
     """Whether `apply_rope` is `Rope`: tried on numbers, since half of its code is elsewhere in the repository."""
     q, k = torch.linspace(-1, 2, 48, dtype=torch.float64, device="cpu").view(2, 1, 1, 3, 8)
     sin, cos = torch.linspace(-2, 1, 32, dtype=torch.float64, device="cpu").view(2, 2, 8)

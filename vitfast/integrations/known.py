@@ -11,7 +11,7 @@ from typing import Any
 
 from vitfast.integrations import torch_sdpa
 from vitfast.integrations.recognise import source
-from vitfast.integrations.swap import Found, Method
+from vitfast.integrations.swap import Match, Method
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Known:
     method: str = "forward"
 
 
-def find_known(module: Any, classes: Mapping[str, Known]) -> Found:
+def find_known(module: Any, classes: Mapping[str, Known]) -> Match:
     """What to do with a module of one of these classes, exactly; None if it is of none, nor of a subclass.
 
     Where the installed class is not the one that is known, or a subclass, its own forward is kept and its

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vitfast.attention import sdpa
 from vitfast.integrations import torch_sdpa
 from vitfast.integrations.recognise import source
-from vitfast.integrations.swap import Found, Swap, original, swap_forwards
+from vitfast.integrations.swap import Match, Swap, original, swap_forwards
 
 
 def replace(model: nn.Module) -> Swap:
@@ -25,7 +25,7 @@ def replace(model: nn.Module) -> Swap:
     return swap
 
 
-def find(module: nn.Module, parent: nn.Module | None) -> Found:
+def find(module: nn.Module, parent: nn.Module | None) -> Match:
     """Finder for exactly nn.MultiheadAttention; a subclass may do anything, and is left or redirected."""
     if not isinstance(module, nn.MultiheadAttention):
         return None

@@ -35,11 +35,11 @@ def attends(module: nn.Module) -> bool:
     if _in_torch(kind.__module__):
         return False
     softmax = any(isinstance(child, nn.Softmax) for child in module.children())
-    found = [_Found(softmax=softmax)] if softmax and _NAMED.search(kind.__name__) else []
-    found += _found(kind)
-    if any(item.fused or ((item.softmax or softmax) and item.product) for item in found):
+    traits = [_Traits(softmax=softmax)] if softmax and _NAMED.search(kind.__name__) else []
+    traits += _traits(kind)
+    if any(item.fused or ((item.softmax or softmax) and item.product) for item in traits):
         return True
-    whole = any(item.softmax for item in found) and any(item.product for item in found)
+    whole = any(item.softmax for item in traits) and any(item.product for item in traits)
     return whole and bool(_NAMED.search(kind.__name__))
 
 
@@ -56,7 +56,7 @@ def _source(item: Any) -> str:
         return ""
 
 
-class _Found:
+class _Traits:
     """What one function does."""
 
     def __init__(self, *, fused: bool = False, softmax: bool = False, product: bool = False) -> None:
@@ -64,21 +64,21 @@ class _Found:
 
 
 @functools.cache
-def _found(kind: Any) -> list[_Found]:
+def _traits(kind: Any) -> list[_Traits]:
     return [_look(function) for function in _reached(kind)]
 
 
-def _look(function: Any) -> _Found:
-    found = _Found()
+def _look(function: Any) -> _Traits:
+    traits = _Traits()
     for node in ast.walk(_tree(function)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-            found.product = True
+            traits.product = True
         elif isinstance(node, ast.Call):
             name = _last(node.func)
-            found.fused |= name in _FUSED or name.startswith("flash_attn")
-            found.softmax |= "softmax" in name.lower()
-            found.product |= name in _PRODUCTS
-    return found
+            traits.fused |= name in _FUSED or name.startswith("flash_attn")
+            traits.softmax |= "softmax" in name.lower()
+            traits.product |= name in _PRODUCTS
+    return traits
 
 
 def _reached(kind: type) -> Iterator[Any]:

@@ -28,11 +28,11 @@ class Method:
     function: Callable[..., Any]
 
 
-Found = Callable[..., Any] | Method | str | bool | None
+Match = Callable[..., Any] | Method | str | bool | None
 """What a finder says of a module: the forward to put in place of its own, taking the module first;
 True where a setting has switched it already; why it is left alone; or None where it is not the finder's."""
 
-Finder = Callable[[nn.Module, nn.Module | None], Found]
+Finder = Callable[[nn.Module, nn.Module | None], Match]
 """Called with a module and the module that holds it (None for the model itself)."""
 
 LINES = 30
@@ -192,19 +192,19 @@ def swap_forwards(model: nn.Module, finders: Iterable[Finder], swap: Swap) -> No
         if name in swap.left:
             continue
         parent = modules[name.rpartition(".")[0]] if name else None
-        found = next((found for finder in finders if (found := finder(module, parent)) is not None), None)
-        method = found if isinstance(found, Method) else Method("forward", found) if callable(found) else None
+        matched = next((matched for finder in finders if (matched := finder(module, parent)) is not None), None)
+        method = matched if isinstance(matched, Method) else Method("forward", matched) if callable(matched) else None
         if method is not None and (method.name in module.__dict__ or original(module) is not type(module)):
-            found, method = f"its {method.name} has been replaced already", None
+            matched, method = f"its {method.name} has been replaced already", None
         if method is not None:
             swap.replace(name, module, method.function, method.name)
-        elif isinstance(found, str):
-            swap.left[name] = found
-        elif found:
+        elif isinstance(matched, str):
+            swap.left[name] = matched
+        elif matched:
             swap.replaced.append(name)
 
 
-def unknown_attention(module: nn.Module, parent: nn.Module | None) -> Found:
+def unknown_attention(module: nn.Module, parent: nn.Module | None) -> Match:
     """The last finder: modules that look like attention and that nobody has claimed."""
     del parent
     if attends(module):

@@ -17,7 +17,7 @@ from vitfast.attention import sdpa
 from vitfast.integrations import timm_windows, torch_sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.norms import read_norms
-from vitfast.integrations.swap import Found, Swap, original, swap_forwards, unknown_attention
+from vitfast.integrations.swap import Match, Swap, original, swap_forwards, unknown_attention
 from vitfast.ops import Rope
 
 
@@ -28,13 +28,13 @@ def replace(model: nn.Module) -> Swap:
     return swap
 
 
-def find(module: nn.Module, parent: nn.Module | None) -> Found:
+def find(module: nn.Module, parent: nn.Module | None) -> Match:
     """Finder for the classes in the table at the end of this file and in `timm_windows`."""
     del parent
     return find_known(module, _CLASSES | timm_windows.CLASSES)
 
 
-def _rest(module: nn.Module, parent: nn.Module | None) -> Found:
+def _rest(module: nn.Module, parent: nn.Module | None) -> Match:
     """Other classes of timm: those that call torch's attention, and those that are left."""
     if not type(module).__module__.startswith("timm."):
         return None

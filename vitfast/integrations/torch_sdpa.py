@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitfast.attention import sdpa
 from vitfast.integrations.recognise import source
-from vitfast.integrations.swap import Found, original
+from vitfast.integrations.swap import Match, original
 
 UNFUSED = "fused_attn is off, so it spells attention out"
 
@@ -59,7 +59,7 @@ def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(module).forward(module, *args, **kwargs)
 
 
-def find(module: Any, parent: nn.Module | None = None) -> Found:
+def find(module: Any, parent: nn.Module | None = None) -> Match:
     """Finder for modules, of any library, whose forward calls torch's attention: it is kept and its calls redirected.
 
     Every argument of a call is handed on, so nothing can get lost. A forward that also has a softmax of

@@ -15,7 +15,7 @@ from torch import nn
 
 from vitfast.integrations import torch_sdpa, transformers_meaning, transformers_modules, transformers_rope
 from vitfast.integrations.recognise import attends, source
-from vitfast.integrations.swap import Found, Swap, swap_forwards
+from vitfast.integrations.swap import Match, Swap, swap_forwards
 from vitfast.integrations.transformers_attention import (
     EAGER_NAME,
     FLASH_NAME,
@@ -107,15 +107,15 @@ def switch(model: nn.Module, swap: Swap) -> None:
         swap.on_restore(functools.partial(_put_back, configs, before, after))
 
 
-def find(module: nn.Module, parent: nn.Module | None) -> Found:
+def find(module: nn.Module, parent: nn.Module | None) -> Match:
     """Finder for transformers' attention layers; True, or a forward, for those that `switch` has switched."""
     del parent
     if not _on_interface(module):
         theirs = type(module).__module__.startswith("transformers.") and not _is_model(module)
-        if (found := transformers_modules.find(module)) is not None or not theirs:
-            return found
-        found = torch_sdpa.find(module)
-        return f"{type(module).__name__} {_BUILT_IN}" if found is None and attends(module) else found
+        if (matched := transformers_modules.find(module)) is not None or not theirs:
+            return matched
+        matched = torch_sdpa.find(module)
+        return f"{type(module).__name__} {_BUILT_IN}" if matched is None and attends(module) else matched
     setting = _setting(module)
     if setting in _NAMES:
         return transformers_rope.find(module)

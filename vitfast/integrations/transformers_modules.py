@@ -16,20 +16,20 @@ from torch import Tensor
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known
 from vitfast.integrations.recognise import source
-from vitfast.integrations.swap import Found, original
+from vitfast.integrations.swap import Match, original
 from vitfast.integrations.timm_windows import attend_padded, cosine_attention, with_windows
 from vitfast.integrations.transformers_attention import weights_collected
 
 
-def find(module: Any) -> Found:
+def find(module: Any) -> Match:
     """Finder for the classes in the table at the end of this file."""
-    found = find_known(module, CLASSES)
-    if found is _swin_v2:
+    matched = find_known(module, CLASSES)
+    if matched is _swin_v2:
         text = source(type(module).forward)  # transformers adds the mask twice in the versions seen
-        found = _swin_v2_adding(text.count("attention_mask.unsqueeze(1).unsqueeze(0)"))
-    if callable(found) and importlib.util.find_spec("transformers.utils.output_capturing") is None:
+        matched = _swin_v2_adding(text.count("attention_mask.unsqueeze(1).unsqueeze(0)"))
+    if callable(matched) and importlib.util.find_spec("transformers.utils.output_capturing") is None:
         return "this version of transformers collects attention weights in a way that vitfast does not know"
-    return found
+    return matched
 
 
 def _weights_wanted(asked: bool | None = False) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitfast.attention import sdpa
 from vitfast.integrations.known import Known, dropping, find_known, path
-from vitfast.integrations.swap import Found, original
+from vitfast.integrations.swap import Match, original
 from vitfast.integrations.transformers_attention import (
     _HARMLESS,
     EAGER_NAME,
@@ -24,12 +24,12 @@ from vitfast.integrations.transformers_attention import (
 from vitfast.ops import Rope
 
 
-def find(module: nn.Module) -> Found:
+def find(module: nn.Module) -> Match:
     """The forward for a layer whose attention is "vitfast" already; True if it needs none, or is not known exactly."""
     if path(type(module)) not in CLASSES or "forward" in module.__dict__:
         return True
-    found = find_known(module, CLASSES)
-    return found if callable(found) else True
+    matched = find_known(module, CLASSES)
+    return matched if callable(matched) else True
 
 
 def _dinov3(

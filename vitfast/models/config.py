@@ -104,8 +104,8 @@ class ViTConfig:
     name: Annotated[str, schema.TEXT] = ""
 
     def __post_init__(self) -> None:
-        if found := schema.problems(ViTConfig, vars(self), "ViTConfig."):
-            raise ValueError("; ".join(found))
+        if problems := schema.problems(ViTConfig, vars(self), "ViTConfig."):
+            raise ValueError("; ".join(problems))
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.head_dim == 0:

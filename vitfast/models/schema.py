@@ -108,4 +108,4 @@ _SHORT.maxdict = 30
 def _domains(kind: type) -> dict[str, Domain]:
     hints = get_type_hints(kind, include_extras=True)
     extras = {name: get_args(hint)[1:] for name, hint in hints.items() if get_origin(hint) is Annotated}
-    return {name: extra for name, found in extras.items() for extra in found if isinstance(extra, Domain)}
+    return {name: extra for name, metadata in extras.items() for extra in metadata if isinstance(extra, Domain)}

@@ -37,15 +37,20 @@ def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images
     )
     if weights.norm_pre:
         x = plan.layer_norm(x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
-    run_block: Callable[..., State] = fused_block if plan.fused else folded_block
-    if plan.quantized is not None:
-        run_block = quantized_block
+    run_block = block_function(plan)
     stats = first_stats(plan, x)
     for i, block in enumerate(weights.blocks):
         x, stats = run_block(config, weights.activation, block, x, stats, plan, last=i == config.depth - 1)
     if weights.norm:
         x = plan.layer_norm(x, weights.norm.weight, weights.norm.bias, config.norm_eps)
     return _head(config, weights, x, plan)
+
+
+def block_function(plan: Plan) -> Callable[..., State]:
+    """The block as this plan runs it: `folded_block`, `fused_block` or `quantized_block`."""
+    if plan.quantized is not None:
+        return quantized_block
+    return fused_block if plan.fused else folded_block
 
 
 def first_stats(plan: Plan, x: Tensor) -> Tensor | None:

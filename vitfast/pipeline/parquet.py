@@ -175,8 +175,7 @@ class EmbeddingFolder:
             raise
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path_text(part)!r} is not a readable part of an embedding folder: {error}") from error
-        metadata = schema.metadata or {}
-        self._identities[part] = metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))
+        self._identities[part] = identity_of(schema)
         unknown = [None] * len(table)
         values = [table[c].to_pylist() if c in columns else unknown for c in ("file_size", "file_mtime_ns")]
         rows = zip(table["path"].to_pylist(), pc.equal(table["status"], OK).to_pylist(), *values, strict=True)
@@ -215,12 +214,12 @@ class EmbeddingFolder:
         return todo
 
     def _hashes(self) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
+        hashes: dict[str, bytes] = {}
         for part in self._identities:
             if "file_sha256" in pq.read_schema(part).names:
                 table = pq.read_table(part, columns=["path", "file_sha256"])
-                found.update(zip(table["path"].to_pylist(), table["file_sha256"].to_pylist(), strict=True))
-        return found
+                hashes.update(zip(table["path"].to_pylist(), table["file_sha256"].to_pylist(), strict=True))
+        return hashes
 
     def check(self, identity: Identity) -> None:
         """Refuse embeddings of another identity than the folder's.
@@ -266,8 +265,8 @@ class EmbeddingFolder:
         rows = (self._rows.get(path) for path in paths.to_pylist())
         for old in {row.part for row in rows if row is not None and row.part != part}:
             if old.exists():  # not if an interruption came after it had been taken away
-                found = pq.read_table(old, columns=["path"])["path"]
-                self._rewrite(old, ~np.isin(found.to_numpy(), paths.to_numpy()))
+                stored = pq.read_table(old, columns=["path"])["path"]
+                self._rewrite(old, ~np.isin(stored.to_numpy(), paths.to_numpy()))
 
     def _rewrite(self, part: Path, keep: np.ndarray) -> None:
         """Leave only these rows in a part."""
@@ -403,3 +402,9 @@ def read_embeddings(folder: str | Path) -> pa.Table:
             f"{path_text(folder)!r} has more than one row for {doubled} paths; the next run that writes it repairs that"
         )
     return table
+
+
+def identity_of(schema: pa.Schema) -> tuple[str, Identity | None]:
+    """The model's name and the identity that the schema of an embedding folder carries; None where it states none."""
+    metadata = schema.metadata or {}
+    return metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))

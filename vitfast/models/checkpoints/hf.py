@@ -113,8 +113,8 @@ def from_state(
         said = ", ".join(f"{key}={schema.shown(value)}" for key, value in vars(facts).items())
         listed = f"num_labels={labels.num_labels}" if labels.id2label is None else f"{labels.classes} names in id2label"
         raise CheckpointError(f"{error}\n({where} says {said}, {listed})") from error
-    found = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
-    return Checkpoint(ours, weights, found, labels.names(ours.num_classes), labels.problem_type)
+    preprocess = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
+    return Checkpoint(ours, weights, preprocess, labels.names(ours.num_classes), labels.problem_type)
 
 
 def check(config: Mapping[str, Any], where: str) -> None:

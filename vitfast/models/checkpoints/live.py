@@ -90,12 +90,12 @@ def unchanged(module: nn.Module, name: str, skip: Sequence[str] = ()) -> None:
     for path, part in parts(module, skip):
         where = f"{name}: {path}" if path else name
         if parametrize.is_parametrized(part):
-            found = ", ".join(
+            tensors = ", ".join(
                 f"{tensor} by {', '.join(type(step).__name__ for step in steps)}"
                 for tensor, steps in part.parametrizations.items()  # type: ignore[union-attr, operator]
             )
             hint = "torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
-            require(False, f"a parametrization ({found}; {hint})", where)
+            require(False, f"a parametrization ({tensors}; {hint})", where)
         _unhooked(part, where)
         _unpatched(part, where)
 
@@ -224,8 +224,8 @@ def does_nothing(part: nn.Module) -> bool:
 
 def loadable_parts(module: nn.Module, matches: Any) -> list[str]:
     """Paths of the parts of a module that could be loaded on their own, outermost only."""
-    found: list[str] = []
+    paths: list[str] = []
     for path, part in parts(module):
-        if path and matches(part) and not any(path.startswith(f"{outer}.") for outer in found):
-            found.append(path)
-    return found
+        if path and matches(part) and not any(path.startswith(f"{outer}.") for outer in paths):
+            paths.append(path)
+    return paths

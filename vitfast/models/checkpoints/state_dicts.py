@@ -38,26 +38,26 @@ def choose(content: Any, weights_key: str | None, where: str) -> dict[str, Tenso
     Warns:
         UserWarning: if there are several, which is taken.
     """
-    found = dict(_state_dicts(content))
+    states = dict(_state_dicts(content))
     if weights_key is not None:
-        if weights_key in found:
-            return found[weights_key]
-        for parent in sorted(found, key=len, reverse=True):
+        if weights_key in states:
+            return states[weights_key]
+        for parent in sorted(states, key=len, reverse=True):
             if not parent or weights_key.startswith(f"{parent}."):
                 inner = weights_key.removeprefix(f"{parent}.") if parent else weights_key
-                if part := _beginning(found[parent], inner):
+                if part := _beginning(states[parent], inner):
                     return part
-        raise CheckpointError(f"{where} has no weights called {weights_key!r}. {_listing(content, found)}")
-    if len(found) == 1 or "" in found:
-        return found[""] if "" in found else next(iter(found.values()))
-    chosen = next((name for name in PREFERRED if name in found), None)
+        raise CheckpointError(f"{where} has no weights called {weights_key!r}. {_listing(content, states)}")
+    if len(states) == 1 or "" in states:
+        return states[""] if "" in states else next(iter(states.values()))
+    chosen = next((name for name in PREFERRED if name in states), None)
     if chosen is None:
-        raise CheckpointError(f"{where}: which weights are meant is not clear. {_listing(content, found)}")
-    others = ", ".join(repr(name) for name in found if name != chosen)
+        raise CheckpointError(f"{where}: which weights are meant is not clear. {_listing(content, states)}")
+    others = ", ".join(repr(name) for name in states if name != chosen)
     warnings.warn(
         f"{where}: the weights taken are those under {chosen!r}, not {others}; weights_key names others", stacklevel=2
     )
-    return found[chosen]
+    return states[chosen]
 
 
 def named(state: dict[str, Tensor], weights_key: str | None, where: str) -> dict[str, Tensor]:
@@ -122,14 +122,14 @@ def _state_dicts(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple
             yield from _state_dicts(value, f"{path}.{key}" if path else key, depth + 1)
 
 
-def _listing(content: Any, found: Mapping[str, Mapping[str, Tensor]]) -> str:
+def _listing(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
     """What is in a file, for a message."""
     if not isinstance(content, Mapping):
         return f"It holds a {type(content).__name__}, expected a dict of tensors"
-    if found and "" not in found:
-        return f"weights_key may be {', '.join(f'{name!r} ({len(state)} tensors)' for name, state in found.items())}"
-    if "" in found:
-        tops = sorted({name.partition(".")[0] for name in found[""]})
+    if states and "" not in states:
+        return f"weights_key may be {', '.join(f'{name!r} ({len(state)} tensors)' for name, state in states.items())}"
+    if "" in states:
+        tops = sorted({name.partition(".")[0] for name in states[""]})
         return f"Its tensors' names begin with {schema.shown(tops)}"
     keys = ", ".join(f"{schema.shown(key)} ({type(value).__name__})" for key, value in list(content.items())[:20])
     return f"It holds no state dict of tensors, only {keys or 'nothing'}"

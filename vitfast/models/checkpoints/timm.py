@@ -162,8 +162,8 @@ def from_module(module: Any, where: str | None = None) -> Checkpoint:
     source = Source(module.state_dict(), name)
     _read(module, config, source)
     weights = source.finish(config)
-    found = from_timm(settings, config, tuple(module.patch_embed.img_size), where or f"pretrained_cfg of {name}")
-    return Checkpoint(config, weights, found, _labels(settings, config))
+    preprocess = from_timm(settings, config, tuple(module.patch_embed.img_size), where or f"pretrained_cfg of {name}")
+    return Checkpoint(config, weights, preprocess, _labels(settings, config))
 
 
 def _labels(settings: Mapping[str, Any], config: ViTConfig) -> tuple[str, ...] | None:
