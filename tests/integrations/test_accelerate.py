@@ -24,13 +24,13 @@ CLIP = {"vision_config": peers.VIT, "text_config": CLIP_TEXT, "projection_dim": 
 def ran(monkeypatch):
     """How often blocks of the engine ran."""
     made = []
-    original = vit.block_function
+    original = vit.run_block
 
-    def counted(plan):
+    def counted(config, weights, i, x, stats, plan, place):
         made.append(plan)
-        return original(plan)
+        return original(config, weights, i, x, stats, plan, place)
 
-    monkeypatch.setattr(vit, "block_function", counted)
+    monkeypatch.setattr(vit, "run_block", counted)
     return made
 
 
@@ -389,18 +389,13 @@ def test_restore(ran):
 def test_a_wrong_engine_is_refused_and_the_model_unchanged(monkeypatch):
     model, x = timm_vit(init_values=1e-5), images()
     expected = logits(model, x)
-    original = vit.block_function
+    original = vit.run_block
 
-    def wrong(plan):
-        run = original(plan)
+    def wrong(config, weights, i, x, *args):
+        made, stats = original(config, weights, i, x, *args)
+        return x + 1.001 * (made - x), stats
 
-        def block(config, activation, weights, x, *args, **kwargs):
-            made, stats = run(config, activation, weights, x, *args, **kwargs)
-            return x + 1.001 * (made - x), stats
-
-        return block
-
-    monkeypatch.setattr(vit, "block_function", wrong)
+    monkeypatch.setattr(vit, "run_block", wrong)
     with pytest.raises(ValueError, match="block 0 differs from its own code by"):
         vitfast.accelerate(model, strict=True)
     assert not accelerated(model)

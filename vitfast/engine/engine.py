@@ -167,35 +167,26 @@ class Engine:
         if _are_tensors(images):
             if wanted or maps:
                 raise ValueError("layers and attention_maps are of images of one size: pass them as one tensor")
-            output = self._packed(images, preprocessed)
-        else:
-            if not isinstance(images, Tensor):
-                images, preprocessed = self._read(images, preprocessed), True
-            output = self._of_one_size(images, preprocessed, wanted, maps, norm=norm, reshape=reshape)
-        return replace(output, embedding=_unit(output.embedding)) if normalize else output
-
-    def _of_one_size(
-        self, images: Tensor, preprocessed: bool, layers: list[int], maps: list[int], *, norm: bool, reshape: bool
-    ) -> Output:
+            return self._packed(images, preprocessed, normalize)
+        if not isinstance(images, Tensor):
+            images, preprocessed = self._read(images, preprocessed), True
         runner = self.runner
         runner.check(images.shape, images.dtype)
         images = runner.prepare(images.to(self.device, non_blocking=True), preprocessed)
         size = runner.size(images)
-        if images.shape[0] == 0 and not layers and not maps:
-            return runner.outputs(0, size)
-        if layers or maps:
-            output = runner.observe(images, runner.position(size), layers, maps)
-            made = output.layers or ()
-            return replace(
-                output, layers=tuple(runner.features(x, size, norm=norm, reshape=reshape) for x in made) or None
-            )
-        if self._graphs is not None:
+        if wanted or maps:
+            output = runner.observe(images, runner.position(size), wanted, maps)
+            kept = tuple(runner.features(x, size, norm=norm, reshape=reshape) for x in output.layers or ())
+            output = replace(output, layers=kept or None)
+        elif self._graphs is not None or images.shape[0] == 0:
             output = runner.outputs(images.shape[0], size)
-            self._graphs(images, output)
-            return output
-        return runner.forward(images, runner.position(size))
+            if self._graphs is not None and images.shape[0]:
+                self._graphs(images, output)
+        else:
+            output = runner.forward(images, runner.position(size))
+        return _unit(output) if normalize else output
 
-    def _packed(self, images: Sequence[Tensor], preprocessed: bool) -> Output:
+    def _packed(self, images: Sequence[Tensor], preprocessed: bool, normalize: bool) -> Output:
         """Images of different sizes in one pass."""
         runner, prepared = self.runner, []
         for i, image in enumerate(images):
@@ -217,12 +208,13 @@ class Engine:
 
         tokens = [one for output in outputs if output.tokens is not None for one in output.tokens]
         logits = [output.logits for output in outputs if output.logits is not None]
-        return Output(
+        output = Output(
             tokens=None,
             embedding=rows([output.embedding for output in outputs]),
             logits=rows(logits) if logits else None,
             image_tokens=tuple(tokens[place] for place in places),
         )
+        return _unit(output) if normalize else output
 
     def _blocks(self, numbers: Sequence[int], name: str) -> list[int]:
         """Numbers of blocks from 0."""
@@ -322,8 +314,10 @@ def _are_tensors(images: Any) -> TypeGuard[Sequence[Tensor]]:
     return isinstance(images, (list, tuple)) and len(images) > 0 and all(isinstance(i, Tensor) for i in images)
 
 
-def _unit(embedding: Tensor) -> Tensor:
-    return F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
+def _unit(output: Output) -> Output:
+    """With embeddings of unit length."""
+    embedding = output.embedding
+    return replace(output, embedding=F.normalize(embedding.float(), dim=-1).to(embedding.dtype))
 
 
 def _remade(checkpoint: Checkpoint, options: dict[str, Any]) -> Engine:

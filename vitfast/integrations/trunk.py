@@ -236,9 +236,7 @@ class Trunk:
         ends = index == len(self.blocks) - 1
         positions = runner.position(self._last.size) if self.placed else weights.positions
         place = positions.of_block(runner.config, index)
-        made, stats = vit.block_function(plan)(
-            runner.config, weights.activation, weights.blocks[index], inside, stats, plan, place, last=ends
-        )
+        made, stats = vit.run_block(runner.config, weights, index, inside, stats, plan, place)
         out = made.to(x.dtype)
         # Row statistics go from block to block, as long as the model hands on what it was given. The plan may ask for
         # none; then there is nothing to keep but what spares a conversion.
