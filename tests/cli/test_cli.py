@@ -178,7 +178,7 @@ def test_an_unreadable_folder_fails_the_run(photos, tmp_path, engine, monkeypatc
         save(photos / name)
     result = run("embed", photos, "-m", "m", "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert f"failed: {photos / 'closed'}: cannot read folder: Permission denied" in result.stdout
+    assert f"failed: {photos / 'closed'}: cannot be read: Permission denied" in result.stdout
     assert "13 done" in result.stdout
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,10 +21,12 @@ from vitfast.cli.options import (
     Arch,
     BackendName,
     BatchSize,
+    Columns,
     Crop,
     DecodeMemory,
     Device,
     DtypeOption,
+    ImageColumn,
     Json,
     MaxPixels,
     Mean,
@@ -38,9 +40,12 @@ from vitfast.cli.options import (
     dtype_name,
     load_engine,
     prepared,
-)  # fmt: skip
+)
 from vitfast.cli.signals import exit_code
 from vitfast.version import __version__
+
+if TYPE_CHECKING:
+    from vitfast.pipeline.sources import Item
 
 NAMES_IN_JSON = 1000
 
@@ -109,40 +114,53 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace all that the folder holds.")] = False,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
+    columns: Columns = None,
+    image_column: ImageColumn = None,
     as_json: Json = False,
 ) -> None:
     """Embed images into a folder of Parquet files.
 
-    One row per image: path, embedding, status and more. The same command again goes on where it stopped; bad
-    images are noted in the status column and tried again.
+    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet
+    file or a URL. One row per image: path, embedding, status and more. The same command again goes on where it stopped;
+    bad images are noted in the status column and tried again.
     """
     with command(context, as_json) as answer:
-        from vitfast.images.files import find_images
         from vitfast.pipeline.embed import embed_images
         from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
+        from vitfast.pipeline.parts import OWN_COLUMNS
+        from vitfast.pipeline.sources import find_sources
+        from vitfast.pipeline.stages import Stages
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
-        listing = find_images(sources)
-        summary, stopped = Summary(), None
+        carried = columns.split(",") if columns else []
+        if own := set(carried) & set(OWN_COLUMNS):
+            raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
+        images = find_sources(sources, columns=carried, image_column=image_column)
+        listing = images.listing
+        summary, stages, stopped = Summary(), Stages(), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
-            todo = folder.remaining(listing.images, refresh=refresh, content=checksum)
-            summary.skipped, summary.changed = len(listing.images) - len(todo), folder.changed
+            todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
+            total = None
+            if images.count is not None:
+                todo = list(todo)
+                total = len(todo)
             engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
-            with _progress("embedding", len(todo)) as advance:
+            with _progress("embedding", total) as advance:
 
                 def on_result(_: Any) -> None:
                     advance()
                     answer.stopping.check()
 
                 options = decode_options(max_pixels, decode_memory)
-                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, **options)
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, stages=stages, **options)
                 try:
-                    write_parquet(results, folder, engine, on_result=on_result, summary=summary)
+                    write_parquet(results, folder, engine, on_result=on_result, summary=summary, stages=stages)
                 except KeyboardInterrupt as error:
                     stopped = error
-        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in listing.unreadable.items()}
+        summary.skipped, summary.changed = folder.skipped, folder.changed
+        summary.failed |= {path: f"cannot be read: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
         answer.json = {
             "model": folder.model,
@@ -159,10 +177,12 @@ def embed(
             "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
             "images_per_second": round(summary.images_per_second, 2),
+            "stage_seconds": {name: round(getattr(stages, name), 3) for name in ("decode", "model", "write")},
+            "bound": stages.bound if stages.total else None,
             "parts": summary.parts,
             "interrupted": stopped is not None,
         }
-        answer.text = render.embedding(summary, listing, out, stopped is not None)
+        answer.text = render.embedding(summary, stages, listing, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
@@ -184,22 +204,23 @@ def classify(
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
+    image_column: ImageColumn = None,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image."""
     with command(context, as_json) as answer:
-        from vitfast.images.files import find_images, path_text
+        from vitfast.images.files import path_text
         from vitfast.pipeline.embed import classify_images
+        from vitfast.pipeline.sources import find_sources
 
-        listing = find_images(sources)
+        images = find_sources(sources, image_column=image_column)
+        listing = images.listing
         engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
         options = decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
-        with _progress("classifying", len(listing.images)) as advance:
+        with _progress("classifying", images.count) as advance:
             try:
-                for row in classify_images(
-                    engine, listing.images, k=topk, batch_size=batch_size, workers=workers, **options
-                ):
+                for row in classify_images(engine, images, k=topk, batch_size=batch_size, workers=workers, **options):
                     rows.append(row)
                     advance()
                     answer.stopping.check()
@@ -211,7 +232,8 @@ def classify(
         answer.text = [line for row in rows for line in render.classes(row)]
         answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, listing)
         if stopped:
-            answer.remarks.append(f"interrupted after {len(rows)} of {len(listing.images)} images")
+            of = f" of {images.count}" if images.count else ""
+            answer.remarks.append(f"interrupted after {len(rows)}{of} images")
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")
@@ -336,8 +358,12 @@ def verify(
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it."""
+def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it.
+
+    Args:
+        total: how many images there are, None where that is not known before they are read.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 

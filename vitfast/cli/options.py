@@ -56,7 +56,10 @@ class BackendName(str, Enum):
     native = "native"
 
 
-Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="SRC", help="Image files, folders, quoted glob patterns; archives, lists, tables; URLs."),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
 WeightsKey = Annotated[
     str | None,
@@ -106,6 +109,14 @@ DecodeMemory = Annotated[
     typer.Option(
         min=1, metavar="MIB", help="Memory for decoding, all threads together. [default: a quarter, 4096 at most]"
     ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Carry along: columns of tables, fields of a WebDataset sample's .json."),
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of tables that has the images. [default: one with a usual name]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 

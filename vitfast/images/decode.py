@@ -70,8 +70,9 @@ class ImageFile:
         self._image: Image.Image | None = None
         self.note = ""
         with _reasons(path):
-            if os.fstat(file.fileno()).st_size == 0:
+            if file.seek(0, os.SEEK_END) == 0:
                 raise ImageError(path, "the file is empty")
+            file.seek(0)
             size = jxl_size(file)  # its plugin decodes all when it opens a file, so that has to wait for `decode`
             kind, mode, progressive = "JXL", "RGBA", False
             if size is None:
