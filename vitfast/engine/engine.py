@@ -22,6 +22,7 @@ from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
+from vitfast.engine.text import TEMPLATES, TextRunner, ZeroShot
 from vitfast.images import inputs
 from vitfast.models.checkpoints import Checkpoint, saved
 from vitfast.models.output import Output
@@ -99,12 +100,62 @@ class Engine:
         checkpoint, _ = self._made_of
         return fingerprint(checkpoint.config, checkpoint.weights)
 
+    def text(self, texts: Sequence[str] | Tensor, *, normalize: bool = False) -> Tensor:
+        """Embed texts beside images, by the text tower of a CLIP or SigLIP.
+
+        Args:
+            texts: a list of texts, for the tokenizer in the model's folder (read by transformers); or token numbers,
+                int64 [T, L].
+            normalize: scale embeddings to unit length.
+
+        Returns:
+            [T, E] in the engine's dtype, on its device.
+
+        Raises:
+            ValueError: if the model has no text tower or no tokenizer, or the texts do not fit.
+        """
+        if isinstance(texts, Tensor):
+            made = self._text(texts)
+        elif isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+            made = self._text(self._text.ids(texts) if texts else torch.empty(0, 1, dtype=torch.int64))
+        else:
+            raise ValueError(f"texts must be a list of texts or token numbers, got {type(texts).__name__}")
+        return F.normalize(made.float(), dim=-1).to(made.dtype) if normalize else made
+
+    def zero_shot(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
+        """A classifier of labels, made of their texts: `engine.zero_shot(["a cat", "a dog"])(output.embedding)`.
+
+        Args:
+            labels: what images may show. templates: texts that a label is put into at `{}`; embeddings of several
+                are averaged.
+
+        Raises:
+            ValueError: as `text` does; or if there are no labels, or a template has no place for one.
+        """
+        return self._text.zero_shot(labels, templates)
+
+    @functools.cached_property
+    def _text(self) -> TextRunner:
+        checkpoint, options = self._made_of
+        if checkpoint.text is None:
+            raise ValueError(
+                f"{self.config.name or 'this model'} has no text tower: one comes with the folder or hub id of a whole "
+                "CLIP or SigLIP of transformers"
+            )
+        return TextRunner(
+            checkpoint.text,
+            device=self.device,
+            dtype=self.dtype,
+            backend=options["backend"],
+            deterministic=options["deterministic"],
+        )
+
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
 
         Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
         model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
-        elsewhere it is made anew.
+        elsewhere it is made anew. A text tower is not saved.
 
         Raises:
             CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.
