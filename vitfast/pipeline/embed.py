@@ -28,6 +28,7 @@ from vitfast.pipeline.stages import Stages, usable_cores
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
+    from vitfast.engine.text import ZeroShot
 
 OK = "ok"
 
@@ -254,7 +255,7 @@ class Classified:
 
 
 def classify_images(
-    engine: Engine, paths: Iterable[str | Path | Item], *, k: int = 5, **options: Any
+    engine: Engine, paths: Iterable[str | Path | Item], *, k: int = 5, classes: ZeroShot | None = None, **options: Any
 ) -> Iterator[Classified]:
     """The k likeliest classes (or all, if there are fewer) of each image, in the order given.
 
@@ -262,16 +263,31 @@ def classify_images(
     `problem_type` is multi_label_classification, or it has one class only, as transformers' pipeline has it. Labels are
     the engine's; without any, the class index stands for itself. Options and errors are those of `embed_images`.
 
+    Args:
+        classes: what `engine.zero_shot(labels)` made of texts, in place of the model's own classifier.
+
     Raises:
-        ValueError: if the model has no classification head, or k is below 1.
+        ValueError: if the model has no classification head and there are no `classes`, or k is below 1.
     """
-    if not engine.config.num_classes:
-        raise ValueError("the model has no classification head; `embed` works with it, `classify` does not")
+    if classes is None and not engine.config.num_classes:
+        raise ValueError(
+            "the model has no classification head: `embed` works with it, and `classify` with --labels if it is a CLIP "
+            "or SigLIP with its text tower"
+        )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     results = embed_images(engine, paths, **options)
-    labels, problem_type = engine.labels, engine.problem_type
-    return (Classified(r.path, r.status, _top_classes(r.logits, k, labels, problem_type), r.note) for r in results)
+    labels: Sequence[str] | None = engine.labels if classes is None else classes.labels
+    problem_type = engine.problem_type if classes is None else classes.problem_type
+
+    import torch
+
+    def logits(result: Result) -> np.ndarray | None:
+        if classes is None or result.embedding is None:
+            return result.logits
+        return classes(torch.from_numpy(result.embedding)[None])[0].cpu().numpy()
+
+    return (Classified(r.path, r.status, _top_classes(logits(r), k, labels, problem_type), r.note) for r in results)
 
 
 def _top_classes(
