@@ -4,7 +4,7 @@
 
 A term that a translation drops shows only where it is not at its initial value: so all parameters are moved, and with
 them the running statistics of batch norms. Depth is two blocks and the image a few patches where the library lets one
-say so; widths and heads are those of the model, or of a small config. A model counts as equal if tokens and outputs
+say so, heads are four of the model's width. A model counts as equal if tokens and outputs
 differ by at most `TOLERANCE` of the largest value, in fp32 on the CPU.
 """
 
@@ -174,15 +174,20 @@ def timm_cases(modules: Sequence[str] = tuple(TIMM_MODULES), small: bool = False
 
 
 def _timm(name: str) -> nn.Module:
-    """Two blocks, of 4 by 6 patches; deeper or larger where a model has no such arguments."""
+    """Two blocks, four heads, 4 by 6 patches, eleven classes; of what a model has no such arguments for, its own."""
     timm = libraries.import_library("timm")
     with torch.device("meta"):
-        patch = getattr(getattr(timm.create_model(name), "patch_embed", None), "patch_size", (0, 0))
-    small: dict[str, Any] = {"img_size": (4 * patch[0], 6 * patch[1])} if min(patch) > 4 else {}
-    tried: list[dict[str, Any]] = [small | {"depth": 2}, small | {"depth": 2, "num_kv_heads": (8, 4)}, {"depth": 2}, {}]
-    for arguments in tried:
-        with contextlib.suppress(TypeError, AssertionError):
-            return timm.create_model(name, **arguments)
+        whole = timm.create_model(name)
+    patch = getattr(getattr(whole, "patch_embed", None), "patch_size", (0, 0))
+    few: dict[str, Any] = {"img_size": (4 * patch[0], 6 * patch[1])} if min(patch) > 4 else {}
+    first = next(iter(getattr(whole, "blocks", [])), None)
+    heads = getattr(getattr(first, "attn", first), "num_heads", 0)
+    narrow = {"embed_dim": 4 * (whole.embed_dim // heads), "num_heads": 4} if heads > 4 else {}
+    kv = {"num_kv_heads": (4, 2)} if len({getattr(b.attn, "num_kv_heads", 0) for b in getattr(whole, "blocks", [])
+                                          if hasattr(b, "attn")}) > 1 else {}  # fmt: skip
+    for arguments in (few | narrow | kv, few | narrow, few | kv, few, narrow, {}):
+        with contextlib.suppress(TypeError, AssertionError, ValueError):
+            return timm.create_model(name, depth=2, num_classes=11, **arguments)
     return timm.create_model(name)
 
 
