@@ -15,7 +15,7 @@ PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(W
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-sanitize gpu-test demo clean
+.PHONY: help test test-full test-oldest-triton lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-sanitize gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -44,6 +44,12 @@ test-full: $(READY) ## run all tests
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 # One target for each hook of .pre-commit-config.yaml.
+# The oldest Triton of pyproject.toml in a folder of its own, which stands before the environment's on the path.
+OLDEST_TRITON := 3.6.0
+test-oldest-triton: $(READY) ## compile the kernels for Hopper with the oldest Triton that vitfast takes
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton triton==$(OLDEST_TRITON)
+	VITFAST_OLDEST_TRITON="$(CURDIR)/build/triton" $(PYTEST) -m full -k oldest_triton tests/diagnostics $(PYTEST_ARGS)
+
 lint: lint-ruff lint-mypy lint-clang-format ## check style and types
 
 lint-ruff: $(READY)

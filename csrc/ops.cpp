@@ -36,11 +36,23 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "quantized_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
       "Tensor? layer_scale, Tensor? residual, ScalarType dtype, bool requantize) -> Tensor[]");
+  // The same in int8 on a CPU, with what pack_quantized_linear made of the weight.
+  m.def("pack_quantized_linear(Tensor weight) -> Tensor");
+  m.def(
+      "quantized_linear_packed(Tensor x, Tensor x_scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "str? activation, Tensor? layer_scale, Tensor? residual, ScalarType dtype, bool requantize) -> Tensor[]");
+  m.def(
+      "quantize(Tensor x, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-06, *, ScalarType dtype) -> "
+      "(Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-06) -> (Tensor, Tensor)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> Tensor");
+  // The same in int8, on a CPU: values and a scale for each head of a row.
+  m.def(
+      "attention_quantize(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
+      "float? scale=None) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
@@ -50,9 +62,13 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("patch_embed_packed", &vitfast::patch_embed_packed_cpu);
   m.impl("pack_linear", &vitfast::pack_linear_cpu);
   m.impl("linear_packed", &vitfast::linear_packed_cpu);
+  m.impl("pack_quantized_linear", &vitfast::pack_quantized_linear_cpu);
+  m.impl("quantized_linear_packed", &vitfast::quantized_linear_packed_cpu);
+  m.impl("quantize", &vitfast::quantize_cpu);
   m.impl("layer_norm", &vitfast::layer_norm_cpu);
   m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
+  m.impl("attention_quantize", &vitfast::attention_quantize_cpu);
 }
 
 #ifdef VITFAST_CUDA
@@ -66,18 +82,32 @@ TORCH_LIBRARY_IMPL(vitfast_native, CUDA, m) {
 
 namespace {
 
+// A dtype that an op has, but not on this CPU, and why; nothing where there is no reason.
+py::dict lacking(const char* dtype, const std::string& reason) {
+  py::dict why;
+  if (!reason.empty()) why[dtype] = reason;
+  return why;
+}
+
 // op -> what it can do, in the words of vitfast.ops.registry.Backend.
 py::dict ops() {
   using namespace py::literals;
   const py::tuple devices = py::make_tuple("cpu"), dtypes = py::make_tuple("float32", "bfloat16");
   py::dict all;
-  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("float32"));
+  all["linear"] = py::dict("devices"_a = devices, "dtypes"_a = dtypes,
+                           "lacking"_a = lacking("bfloat16", vitfast::why_no_linear_bf16_cpu()));
   for (const char* op : {"patch_embed", "layer_norm", "add_layer_norm"}) {
     all[op] = py::dict("devices"_a = devices, "dtypes"_a = dtypes);
   }
   all["attention"] =
       py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
-               "features"_a = py::make_tuple("causal"));
+               "features"_a = py::make_tuple("causal", "int8 output"));
+  all["quantize"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("int8"));
+  py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
+                   "limits"_a = py::dict("K"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
+                   "features"_a = py::make_tuple("scale groups", "scale groups of 64", "swiglu"),
+                   "lacking"_a = lacking("int8", vitfast::why_no_quantized_linear_cpu()));
+  all["quantized_linear"] = py::dict("devices"_a = devices, "per_device"_a = py::dict("cpu"_a = in_int8));
 #ifdef VITFAST_CUDA
   py::tuple head_dims(std::size(vitfast::kAttentionHeadDims));
   for (size_t i = 0; i < head_dims.size(); ++i) head_dims[i] = vitfast::kAttentionHeadDims[i];
@@ -94,36 +124,27 @@ py::dict ops() {
     all["linear"]["per_device"] = py::dict(
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple)));
+                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple),
+                            "lacking"_a = py::dict()));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
-        py::dict("devices"_a = py::make_tuple("cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
+        py::dict("devices"_a = py::make_tuple("cpu", "cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),
                  "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
                  "multiples"_a = py::dict("K"_a = in_8_bits, "N"_a = in_8_bits),
-                 "features"_a = py::make_tuple("scale groups"));
+                 "features"_a = py::make_tuple("scale groups"), "per_device"_a = py::dict("cpu"_a = in_int8));
   }
 #endif
   return all;
 }
 
-constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f", "avx512_vnni"};
-
-void limit_simd(const std::string& name) {
-  for (size_t level = 0; level < std::size(kSimdNames); ++level) {
-    if (name == kSimdNames[level]) {
-      vitfast::simd_limit() = static_cast<vitfast::Simd>(level);
-      return;
-    }
-  }
-  throw py::value_error("limit_simd: level must be default, avx2, avx512f or avx512_vnni, got " + name);
-}
+void limit_simd(const std::string& name) { vitfast::simd_limit() = vitfast::simd_named(name); }
 
 py::dict build_info() {
   py::dict info;
   info["compiler"] = VITFAST_COMPILER;
   info["flags"] = VITFAST_CXX_FLAGS;
   info["torch"] = TORCH_VERSION;
-  info["simd"] = kSimdNames[static_cast<int>(vitfast::simd_level())];
+  info["simd"] = vitfast::kSimdNames[static_cast<int>(vitfast::simd_level())];
 #ifdef _OPENMP
   info["threads"] = "openmp";
 #else
@@ -136,6 +157,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  vitfast::simd_limit();  // so that a level that VITFAST_SIMD misspells is an error now
   m.doc() = "The C++ extension of vitfast. Importing it registers torch.ops.vitfast_native; import torch first.";
   m.def("ops", &ops, "The ops in torch.ops.vitfast_native, each with the devices and dtypes it runs on.");
   m.def("build_info", &build_info,

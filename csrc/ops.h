@@ -23,6 +23,9 @@ at::Tensor patch_embed_packed_cpu(const at::Tensor& images, const at::Tensor& pa
                                   const std::optional<at::Tensor>& prefix, at::IntArrayRef patch_size,
                                   bool channels_last);
 
+// Why there is no linear in bf16 on this CPU, or "".
+std::string why_no_linear_bf16_cpu();
+
 at::Tensor pack_linear_cpu(const at::Tensor& weight);
 
 std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
@@ -33,6 +36,25 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const std::optional<at::Tensor>& row_stats,
                                           const std::optional<at::Tensor>& weight_sum, double eps, bool stats);
 
+constexpr int64_t kQuantizedLinearMaxInner = 65536;  // of K: the largest sums just fit into 32 bits
+
+// Why there is no quantized_linear on this CPU, or "".
+std::string why_no_quantized_linear_cpu();
+
+at::Tensor pack_quantized_linear_cpu(const at::Tensor& weight);
+
+std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const at::Tensor& x_scale,
+                                                    const at::Tensor& packed, const at::Tensor& weight_scale,
+                                                    const std::optional<at::Tensor>& bias,
+                                                    const std::optional<std::string>& activation,
+                                                    const std::optional<at::Tensor>& layer_scale,
+                                                    const std::optional<at::Tensor>& residual, at::ScalarType dtype,
+                                                    bool requantize);
+
+std::tuple<at::Tensor, at::Tensor> quantize_cpu(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
+                                                const std::optional<at::Tensor>& norm_bias, double eps,
+                                                at::ScalarType dtype);
+
 at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps);
 
 std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
@@ -41,6 +63,11 @@ std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
                          std::optional<double> scale);
+
+std::tuple<at::Tensor, at::Tensor> attention_quantize_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                          const std::optional<at::Tensor>& bias,
+                                                          const std::optional<at::Tensor>& mask, bool causal,
+                                                          std::optional<double> scale);
 
 #ifdef VITFAST_CUDA
 at::Tensor patch_embed_cuda(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

@@ -13,12 +13,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <tuple>
 
 #include "../attention_checks.h"
 #include "../guards.h"
 #include "../ops.h"
-#include "vector.h"
+#include "attention_scores.h"
 
 namespace vitfast {
 namespace {
@@ -26,32 +26,6 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "attention";
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// A tensor seen as four axes, broadcast where a stride is 0; strides in elements.
-struct View {
-  const void* data = nullptr;
-  at::ScalarType dtype = at::kFloat;
-  int64_t stride[4] = {};
-
-  template <typename scalar_t>
-  const scalar_t* at(int64_t i, int64_t j, int64_t k) const {
-    return static_cast<const scalar_t*>(data) + i * stride[0] + j * stride[1] + k * stride[2];
-  }
-};
-
-struct Call {
-  int64_t batch, heads, queries, keys, head_dim;
-  View q, k, v;               // [B, N, H, D]
-  View bias = {}, mask = {};  // [B, H, Nq, Nk]; data is null where there is none
-  float scale = 1.0f;
-  bool causal = false;
-  void* out = nullptr;  // [B, Nq, H, D], contiguous
-
-  // Blocks of `size` queries of a head.
-  int64_t blocks(int64_t size) const { return (Size(kOp, queries) + (size - 1)).value() / size; }
-};
-
 // Of what memory holds already; Size has its own for what it may not.
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -69,7 +43,7 @@ struct Layout {
   int64_t keys, values, queries, scores, sums, size;
 
   template <typename T>
-  static Layout of(const Call& c) {
+  static Layout of(const AttentionCall& c) {
     const Size key_columns = round_up(Size(kOp, c.keys), T::lanes);
     const Size value_columns = round_up(Size(kOp, c.head_dim), T::lanes), score_stride = key_columns + T::lanes;
     const Size values = round_up(key_columns * c.head_dim, T::lanes);
@@ -113,7 +87,7 @@ VITFAST_INLINE void multiply_panel(int64_t width, const float* a, int64_t a_stri
 
 // Keys as panels [head_dim, panel], four by four numbers at a time; columns beyond the last key repeat it.
 template <typename T, typename scalar_t>
-VITFAST_INLINE void pack_keys(const Call& c, const Layout& l, int64_t b, int64_t h, float* to) {
+VITFAST_INLINE void pack_keys(const AttentionCall& c, const Layout& l, int64_t b, int64_t h, float* to) {
   for (int64_t first = 0; first < l.key_columns; first += T::panel) {
     const int64_t width = std::min<int64_t>(T::panel, l.key_columns - first);
     for (int64_t n = 0; n < width; n += 4) {
@@ -135,7 +109,7 @@ VITFAST_INLINE void pack_keys(const Call& c, const Layout& l, int64_t b, int64_t
 
 // Values as panels [keys, panel], the columns beyond the last one zero.
 template <typename T, typename scalar_t>
-VITFAST_INLINE void pack_values(const Call& c, const Layout& l, int64_t b, int64_t h, float* to) {
+VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t b, int64_t h, float* to) {
   const scalar_t* from = c.v.at<scalar_t>(b, 0, h);
   for (int64_t first = 0; first < l.value_columns; first += T::panel) {
     const int64_t width = std::min<int64_t>(T::panel, l.value_columns - first);
@@ -148,56 +122,9 @@ VITFAST_INLINE void pack_values(const Call& c, const Layout& l, int64_t b, int64
   }
 }
 
-// The largest of scores [width], or 0 where no key is seen.
-template <int lanes>
-VITFAST_INLINE float shift_of(const float* scores, int64_t width) {
-  Vector<lanes> most = load<lanes>(scores);
-  for (int64_t n = lanes; n < width; n += lanes) {
-    const Vector<lanes> x = load<lanes>(scores + n);
-    most = x > most ? x : most;
-  }
-  const float shift = largest<lanes>(most);
-  return shift == -kInfinity ? 0.0f : shift;
-}
-
-// scores [width] -> exp(scores - shift), in place; returns 1 / their sum, 0 where no key is seen.
-template <int lanes>
-VITFAST_INLINE float exponentiate(float* scores, int64_t width, float shift) {
-  Vector<lanes> total{};
-  for (int64_t n = 0; n < width; n += lanes) {
-    const Vector<lanes> x = exp_of_negative<lanes>(load<lanes>(scores + n) - shift);
-    store<lanes>(scores + n, x);
-    total += x;
-  }
-  const float denominator = sum<lanes>(total);
-  return denominator == 0.0f ? 0.0f : 1.0f / denominator;
-}
-
-template <typename bias_t>
-VITFAST_INLINE void add_bias(const View& bias, int64_t b, int64_t h, int64_t i, int64_t keys, float* scores) {
-  const bias_t* row = bias.at<bias_t>(b, h, i);
-  for (int64_t n = 0; n < keys; ++n) scores[n] += static_cast<float>(row[n * bias.stride[3]]);
-}
-
-// Bias, mask and causality of query i; columns that are no keys, and keys that may not be seen, become -inf.
-template <int lanes>
-VITFAST_INLINE void adjust(const Call& c, int64_t b, int64_t h, int64_t i, int64_t keys, int64_t width, float* scores) {
-  if (c.bias.data) {
-    if (c.bias.dtype == at::kFloat) add_bias<float>(c.bias, b, h, i, keys, scores);
-    if (c.bias.dtype == at::kHalf) add_bias<at::Half>(c.bias, b, h, i, keys, scores);
-    if (c.bias.dtype == at::kBFloat16) add_bias<at::BFloat16>(c.bias, b, h, i, keys, scores);
-  }
-  if (c.mask.data) {
-    const bool* row = c.mask.at<bool>(b, h, i);
-    for (int64_t n = 0; n < keys; ++n) scores[n] = row[n * c.mask.stride[3]] ? scores[n] : -kInfinity;
-  }
-  const int64_t seen = c.causal ? std::min(keys, i + 1) : keys;
-  for (int64_t n = seen; n < width; n += lanes) store<lanes>(scores + n, Vector<lanes>{} - kInfinity);
-}
-
 // Blocks [begin, end) of all blocks of queries, numbered head by head.
 template <typename T, typename scalar_t>
-VITFAST_INLINE void attend(const Call& c, int64_t begin, int64_t end, float* memory) {
+VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   constexpr int lanes = T::lanes, rows = T::rows;
   const Layout l = Layout::of<T>(c);
   const int64_t blocks = c.blocks(T::block);
@@ -238,24 +165,15 @@ VITFAST_INLINE void attend(const Call& c, int64_t begin, int64_t end, float* mem
                                                 l.score_stride, values + d * c.keys, seen, sums + d, l.value_columns);
       }
       for (int64_t r = 0; r < std::min<int64_t>(rows, count - i); ++r) {
-        scalar_t* to = static_cast<scalar_t*>(c.out) + (((b * c.queries) + first + i + r) * c.heads + h) * c.head_dim;
-        for (int64_t d = 0; d < c.head_dim; ++d) {
-          to[d] = static_cast<scalar_t>(sums[r * l.value_columns + d] * inverse[i + r]);
-        }
+        write_head<scalar_t>(c, b, first + i + r, h, inverse[i + r], sums + r * l.value_columns);
       }
     }
   }
 }
 
-// One level's block shape and code.
-struct Variant {
-  int64_t block, memory;  // queries in a block; floats of memory that a thread needs
-  void (*run)(const Call&, int64_t, int64_t, float*);
-};
-
 using Standard = Tile<4, 4, 3>;  // 16 registers
 template <typename scalar_t>
-void attend_standard(const Call& c, int64_t begin, int64_t end, float* memory) {
+void attend_standard(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   attend<Standard, scalar_t>(c, begin, end, memory);
 }
 
@@ -263,20 +181,20 @@ void attend_standard(const Call& c, int64_t begin, int64_t end, float* memory) {
 using Avx2 = Tile<8, 6, 2>;  // 16 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx2,fma")
-void attend_avx2(const Call& c, int64_t begin, int64_t end, float* memory) {
+void attend_avx2(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   attend<Avx2, scalar_t>(c, begin, end, memory);
 }
 
 using Avx512 = Tile<16, 6, 4>;  // 32 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx512f")
-void attend_avx512(const Call& c, int64_t begin, int64_t end, float* memory) {
+void attend_avx512(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   attend<Avx512, scalar_t>(c, begin, end, memory);
 }
 #endif
 
 template <typename scalar_t>
-Variant variant(const Call& c) {
+AttentionVariant variant(const AttentionCall& c) {
 #ifdef VITFAST_SIMD_LEVELS
   if (simd_level() >= Simd::avx512) return {Avx512::block, Layout::of<Avx512>(c).size, &attend_avx512<scalar_t>};
   if (simd_level() >= Simd::avx2) return {Avx2::block, Layout::of<Avx2>(c).size, &attend_avx2<scalar_t>};
@@ -296,6 +214,31 @@ View view(const char* name, const Optional& tensor, at::IntArrayRef shape) {
   return view(name, tensor->expand(shape));
 }
 
+AttentionCall call_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
+                      const Optional& mask, bool causal, std::optional<double> scale) {
+  AttentionCall call{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), view("q", q), view("k", k), view("v", v)};
+  const int64_t scores[] = {call.batch, call.heads, call.queries, call.keys};
+  call.bias = view("bias", bias, scores);
+  call.mask = view("mask", mask, scores);
+  call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(call.head_dim))));
+  call.causal = causal;
+  return call;
+}
+
+void run(const AttentionCall& call) {
+  const bool in_bf16 = call.q.dtype == at::kBFloat16;
+  AttentionVariant chosen = in_bf16 ? variant<at::BFloat16>(call) : variant<float>(call);
+#ifdef VITFAST_SIMD_LEVELS
+  if (in_bf16 && simd_level() >= Simd::avx512_bf16) chosen = attention_bf16(call);
+#endif
+  const int64_t blocks = product(kOp, {call.batch, call.heads, call.blocks(chosen.block)});
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor memory = at::empty({chosen.memory}, at::kFloat);
+    chosen.run(call, begin, end, memory.mutable_data_ptr<float>());
+  });
+}
+
 }  // namespace
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& bias,
@@ -305,23 +248,29 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   const at::Tensor out = at::empty(q.sizes(), q.options());
   if (k.size(1) == 0) out.zero_();
   if (out.numel() == 0 || k.size(1) == 0) return out;
-
-  Call call{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), view("q", q), view("k", k), view("v", v)};
-  const int64_t scores[] = {call.batch, call.heads, call.queries, call.keys};
-  call.bias = view("bias", bias, scores);
-  call.mask = view("mask", mask, scores);
-  call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(call.head_dim))));
-  call.causal = causal;
+  AttentionCall call = call_of(q, k, v, bias, mask, causal, scale);
   call.out = out.mutable_data_ptr();
-
-  const Variant chosen = q.scalar_type() == at::kFloat ? variant<float>(call) : variant<at::BFloat16>(call);
-  const int64_t blocks = product(kOp, {call.batch, call.heads, call.blocks(chosen.block)});
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor memory = at::empty({chosen.memory}, at::kFloat);
-    chosen.run(call, begin, end, memory.mutable_data_ptr<float>());
-  });
+  run(call);
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_quantize_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                          const Optional& bias, const Optional& mask, bool causal,
+                                                          std::optional<double> scale) {
+  check_attention(q, k, v, bias, mask, {at::kFloat, at::kBFloat16});
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor values = at::empty(q.sizes(), q.options().dtype(at::kChar));
+  const at::Tensor scales = at::empty(q.sizes().slice(0, 3), q.options().dtype(at::kFloat));
+  if (k.size(1) == 0) {
+    values.zero_();
+    scales.fill_(kLeastAmax / kLargestInt8);
+  }
+  if (values.numel() == 0 || k.size(1) == 0) return {values, scales};
+  AttentionCall call = call_of(q, k, v, bias, mask, causal, scale);
+  call.values = values.mutable_data_ptr<int8_t>();
+  call.scales = scales.mutable_data_ptr<float>();
+  run(call);
+  return {values, scales};
 }
 
 }  // namespace vitfast

@@ -1,29 +1,25 @@
 // layer_norm and add_layer_norm on the CPU, as vitfast/ops/reference.py defines them.
 //
-// Two passes over a row, which the first brings into cache: one for the mean, one for the variance about it. The
-// second also gives what rounding left in the mean, and takes it out (Chan, Golub, LeVeque 1983). Bound by memory.
+// Bound by memory.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
-#include <cmath>
 #include <cstdint>
 #include <tuple>
 
 #include "../checks.h"
 #include "../guards.h"
 #include "../ops.h"
-#include "vector.h"
+#include "row_moments.h"
 
 namespace vitfast {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-constexpr int kLanes = 16;        // two or four registers on the levels below avx512f
-constexpr int kSums = 4;          // sums in flight
 constexpr int64_t kMinRows = 16;  // a thread is worth waking for
 
 // Rows [M, C]; strides in elements.
@@ -34,37 +30,6 @@ struct Rows {
   int64_t x_stride, residual_stride, width;
   float eps;
 };
-
-// f(x[i] - shift) summed over a row, for f(d) = d and f(d) = d * d.
-struct Sums {
-  float first, second;
-};
-VITFAST_INLINE Sums sums_about(const float* x, int64_t n, float shift) {
-  Vector<kLanes> first[kSums] = {}, second[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
-    for (int j = 0; j < kSums; ++j) {
-      const Vector<kLanes> d = load<kLanes>(x + i + j * kLanes) - shift;
-      first[j] += d;
-      second[j] += d * d;
-    }
-  }
-  Sums s{sum<kLanes>((first[0] + first[1]) + (first[2] + first[3])),
-         sum<kLanes>((second[0] + second[1]) + (second[2] + second[3]))};
-  for (; i < n; ++i) {
-    const float d = x[i] - shift;
-    s.first += d;
-    s.second += d * d;
-  }
-  return s;
-}
-
-// x [n] in fp32: itself, or a copy in `buffer`.
-VITFAST_INLINE const float* widened(const float* x, int64_t, float*) { return x; }
-VITFAST_INLINE const float* widened(const at::BFloat16* x, int64_t n, float* buffer) {
-  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
-  return buffer;
-}
 
 template <typename scalar_t>
 VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
@@ -80,10 +45,7 @@ VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t
       x = total;
     }
     const float* row = widened(x, n, buffer);
-    const float rough_mean = sums_about(row, n, 0.0f).first / n;
-    const Sums s = sums_about(row, n, rough_mean);
-    const float left = s.first / n, mean = rough_mean + left;
-    const float rstd = 1.0f / std::sqrt((s.second - s.first * left) / n + rows.eps);
+    const auto [mean, rstd] = moments_of(row, n, rows.eps);
     scalar_t* y = rows.y + r * n;
     for (int64_t i = 0; i < n; ++i) {
       const float weight = static_cast<float>(rows.weight[i]), bias = static_cast<float>(rows.bias[i]);

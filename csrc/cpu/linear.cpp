@@ -1,4 +1,5 @@
-// linear on the CPU: y = epilogue(x Wᵀ), as vitfast/ops/reference.py defines it, in fp32.
+// linear on the CPU: y = epilogue(x Wᵀ), as vitfast/ops/reference.py defines it. In bf16 the product is that of
+// linear_bf16.cpp; here follows the one in fp32.
 //
 // The weight comes packed (pack_linear_cpu): cut into panels of kPanel rows, each transposed, so that the
 // product reads it in the order in which it lies in memory. A thread takes a share of y, one block after
@@ -27,6 +28,7 @@
 #include "../guards.h"
 #include "../ops.h"
 #include "activation.h"
+#include "linear_bf16.h"
 
 namespace vitfast {
 namespace {
@@ -253,17 +255,6 @@ void pack_panel(const float* rows, int64_t k, int64_t width, float* panel) {
   }
 }
 
-Activation activation_of(const std::optional<std::string>& name) {
-  if (!name) return Activation::kNone;
-  if (*name == "gelu") return Activation::kGelu;
-  if (*name == "gelu_tanh") return Activation::kGeluTanh;
-  if (*name == "quick_gelu") return Activation::kQuickGelu;
-  if (*name == "silu") return Activation::kSilu;
-  // swiglu is made of two calls, in vitfast/ops/native.py.
-  TORCH_CHECK_VALUE(false, "linear: activation must be one of gelu, gelu_tanh, quick_gelu, silu, swiglu or None, got '",
-                    *name, "'");
-}
-
 // Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
 at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
   const int64_t rows = row_stats.size(0), tiles = row_stats.size(1);
@@ -289,12 +280,18 @@ at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps)
 
 void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, const Optional& layer_scale,
            const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
-  check_dtype(kOp, "x", x, {at::kFloat});
-  check_dtype(kOp, "weight", packed, {at::kFloat});
-  TORCH_CHECK_VALUE(packed.dim() == 2 && x.dim() >= 1 && x.size(-1) == packed.size(1) && x.size(-1) >= 1, kOp,
-                    ": x [..., K] and weight [N, K] with K >= 1 do not fit: ", shape_text(x.sizes()), " and ",
-                    shape_text(packed.sizes()));
-  const int64_t n = packed.size(0), k = packed.size(1);
+  check_dtype(kOp, "x", x, {at::kFloat, at::kBFloat16});
+  check_dtype(kOp, "weight", packed, {x.scalar_type()});
+  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
+  if (in_bf16) {
+    const std::string reason = why_no_linear_bf16_cpu();
+    TORCH_CHECK_VALUE(reason.empty(), kOp, ": ", reason);
+  }
+  const int64_t k = x.dim() >= 1 ? x.size(-1) : 0;
+  TORCH_CHECK_VALUE(packed.dim() == 2 && k >= 1 && packed.size(1) == (in_bf16 ? k + k % 2 : k), kOp,
+                    ": x [..., K] and weight [N, K] with K >= 1", in_bf16 ? ", packed in pairs," : "",
+                    " do not fit: ", shape_text(x.sizes()), " and ", shape_text(packed.sizes()));
+  const int64_t n = packed.size(0);
   TORCH_CHECK_VALUE(packed.is_contiguous(), kOp, ": weight is not as pack_linear returned it: strides ",
                     shape_text(packed.strides()));
   check_shape(kOp, "bias", bias, {n});
@@ -314,19 +311,26 @@ void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, 
                                                            {"row_stats", row_stats},
                                                            {"weight_sum", weight_sum}};
   for (const auto& [name, tensor] : named) {
-    if (tensor) check_dtype(kOp, name, *tensor, {at::kFloat});
+    const bool of_norm = name == std::string("row_stats") || name == std::string("weight_sum");
+    if (tensor) check_dtype(kOp, name, *tensor, {of_norm ? at::kFloat : x.scalar_type()});
   }
 }
 
 }  // namespace
 
 at::Tensor pack_linear_cpu(const at::Tensor& weight) {
-  check_dtype("pack_linear", "weight", weight, {at::kFloat});
-  TORCH_CHECK_VALUE(weight.dim() == 2, "pack_linear: weight must be [N, K], got shape ", shape_text(weight.sizes()));
+  constexpr const char* op = "pack_linear";
+  check_dtype(op, "weight", weight, {at::kFloat, at::kBFloat16});
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [N, K], got shape ", shape_text(weight.sizes()));
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor source = contiguous("pack_linear", "weight", weight);
-  const at::Tensor packed = at::empty(source.sizes(), source.options());
-  pack_panels(source, packed.mutable_data_ptr<float>());
+  const at::Tensor source = contiguous(op, "weight", weight);
+  if (weight.scalar_type() == at::kFloat) {
+    const at::Tensor packed = at::empty(source.sizes(), source.options());
+    pack_panels(source, packed.mutable_data_ptr<float>());
+    return packed;
+  }
+  const at::Tensor packed = at::empty({source.size(0), round_up(Size(op, source.size(1)), 2).value()}, source.options());
+  pack_linear_bf16(source, packed);
   return packed;
 }
 
@@ -354,33 +358,48 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const Optional& weight_sum, double eps, bool stats) {
   check(x, packed, bias, layer_scale, residual, row_stats, weight_sum);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = packed.size(0), k = packed.size(1), m = rows_of(kOp, x);
+  const int64_t n = packed.size(0), k = x.size(-1), m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options())};
-  if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options()));
-  const Activation chosen = activation_of(activation);
+  if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options().dtype(at::kFloat)));
+  const Activation chosen = activation_named(kOp, activation);
   if (m == 0 || n == 0) return result;
 
   // Copied if need be; the name is what an error calls them.
   const at::Tensor rows = contiguous(kOp, "x", x);
-  const Optional b = contiguous(kOp, "bias", bias), scale = contiguous(kOp, "layer_scale", layer_scale);
-  const Optional added = contiguous(kOp, "residual", residual), sums = contiguous(kOp, "weight_sum", weight_sum);
-  Epilogue epilogue;
-  at::Tensor norm;
-  if (row_stats) {
-    norm = combine_stats(*row_stats, k, eps);
-    epilogue.mean = read<float>(kOp, "row_stats", norm);
-    epilogue.rstd = epilogue.mean + m;
-    epilogue.weight_sum = read<float>(kOp, "weight_sum", sums);
+  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
+  const auto columns = [in_bf16](const char* name, const Optional& tensor) {
+    return in_bf16 ? padded_columns(kOp, name, tensor) : contiguous(kOp, name, tensor);
+  };
+  const Optional b = columns("bias", bias), scale = columns("layer_scale", layer_scale);
+  const Optional added = contiguous(kOp, "residual", residual), sums = columns("weight_sum", weight_sum);
+  const at::Tensor norm = row_stats ? combine_stats(*row_stats, k, eps) : at::Tensor();
+  const auto fill = [&](auto& epilogue) {
+    if (row_stats) {
+      epilogue.mean = read<float>(kOp, "row_stats", norm);
+      epilogue.rstd = epilogue.mean + m;
+      epilogue.weight_sum = read<float>(kOp, "weight_sum", sums);
+    }
+    epilogue.bias = read<float>(kOp, "bias", b);
+    epilogue.activation = chosen;
+    epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
+    epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
+  };
+  if (in_bf16) {
+    TileEpilogue epilogue;
+    fill(epilogue);
+    epilogue.residual = read(kOp, "residual", added);
+    epilogue.y = result[0].mutable_data_ptr();
+    epilogue.dtype = at::kBFloat16, epilogue.n = n;
+    linear_bf16(rows, m, packed, epilogue);
+  } else {
+    Epilogue epilogue;
+    fill(epilogue);
+    epilogue.residual = read<float>(kOp, "residual", added);
+    run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed),
+         result[0].mutable_data_ptr<float>(), epilogue});
   }
-  epilogue.bias = read<float>(kOp, "bias", b);
-  epilogue.activation = chosen;
-  epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
-  epilogue.residual = read<float>(kOp, "residual", added);
-  epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
-  run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed), result[0].mutable_data_ptr<float>(),
-       epilogue});
   return result;
 }
 

@@ -6,6 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VITFAST_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -32,11 +36,26 @@
 
 namespace vitfast {
 
-enum class Simd { standard, avx2, avx512, avx512_vnni };
+enum class Simd { standard, avx2, avx512, avx512_vnni, avx512_bf16 };
 
-// The highest level that `simd_level` gives. Tests lower it, to run on one machine what others run.
+constexpr const char* kSimdNames[] = {"default", "avx2", "avx512f", "avx512_vnni", "avx512_bf16"};
+
+// The level of that name.
+inline Simd simd_named(const std::string& name) {
+  std::string names;
+  for (size_t level = 0; level < std::size(kSimdNames); ++level) {
+    if (name == kSimdNames[level]) return static_cast<Simd>(level);
+    names += (level ? ", " : "") + std::string(kSimdNames[level]);
+  }
+  throw std::invalid_argument("a SIMD level must be one of " + names + ", got " + name);
+}
+
+// The highest level that `simd_level` gives: for tests, to run on one machine what others run.
 inline std::atomic<Simd>& simd_limit() {
-  static std::atomic<Simd> limit{Simd::avx512_vnni};
+  static std::atomic<Simd> limit{[] {
+    const char* name = std::getenv("VITFAST_SIMD");
+    return name ? simd_named(name) : Simd::avx512_bf16;
+  }()};
   return limit;
 }
 
@@ -45,7 +64,9 @@ inline Simd simd_level() {
 #ifdef VITFAST_SIMD_LEVELS
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = Simd::avx2;
   if (__builtin_cpu_supports("avx512f")) level = Simd::avx512;
-  if (level == Simd::avx512 && __builtin_cpu_supports("avx512vnni")) level = Simd::avx512_vnni;
+  const bool bytes = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (level == Simd::avx512 && bytes && __builtin_cpu_supports("avx512vnni")) level = Simd::avx512_vnni;
+  if (level == Simd::avx512_vnni && __builtin_cpu_supports("avx512bf16")) level = Simd::avx512_bf16;
 #endif
   return std::min(level, simd_limit().load());
 }

@@ -220,7 +220,7 @@ def test_build_info():
 
     info = _C.build_info()
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert info["simd"] in ("avx512_vnni", "avx512f", "avx2", "default")
+    assert info["simd"] in ("avx512_bf16", "avx512_vnni", "avx512f", "avx2", "default")
     assert set(info) == {"compiler", "flags", "torch", "simd", "threads", "cuda"}
     assert info["cuda"].startswith("not built: ") or torch.version.cuda is not None
     assert set(_C.ops()) <= set(registry.OPS)

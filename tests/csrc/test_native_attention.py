@@ -63,11 +63,35 @@ def test_head_dims(level, head_dim, dtype):
     check(*inputs(2, 19, 83, 3, head_dim, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_lengths(level, tokens):
-    check(*inputs(1, tokens, tokens, 2, 20))
-    check(*inputs(1, 5, tokens, 2, 20))
-    check(*inputs(1, tokens, 5, 2, 20), right=0)
+def test_lengths(level, tokens, dtype):
+    check(*inputs(1, tokens, tokens, 2, 20, dtype))
+    check(*inputs(1, 5, tokens, 2, 20, dtype))
+    check(*inputs(1, tokens, 5, 2, 20, dtype), right=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 20, 64, 67, 128])
+def test_int8_output(level, head_dim, dtype):
+    """A scale for each head of a row; heads of sizes far apart."""
+    q, k, v = inputs(2, 19, 83, 3, head_dim, dtype)
+    v = v * torch.tensor([1.0, 1e-3, 1e-6], dtype=dtype)[:, None]
+    check(q, k, v, quantize=torch.int8)
+    check(q, k, v, quantize=torch.int8, right=0, bias=make(1, 3, 19, 83, seed=5))
+    v[1, 7, 2, 0] = float("nan")
+    values, scale = native(q, k, v, quantize=torch.int8)
+    assert scale[1, :, 2].isnan().all() and not values[1, :, 2].any() and scale[0].isfinite().all()
+    for empty in ((q, k[:, :0], v[:, :0]), (q[:0], k[:0], v[:0])):
+        check(*empty, quantize=torch.int8)
+
+
+def test_int8_output_by_the_public_op():
+    q, k, v = inputs(1, 9, 12, 2, 64, BF16)
+    got = ops.attention(q, k, v, quantize=torch.int8, backend="native")
+    assert all(map(torch.equal, got, native(q, k, v, quantize=torch.int8)))
+    with pytest.raises(registry.BackendError, match="it has no float8_e4m3fn output"):
+        ops.attention(q, k, v, quantize=torch.float8_e4m3fn, backend="native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -254,5 +278,5 @@ def test_wrong_results_are_caught(wrong):
 def test_limit_simd_refuses_other_names():
     from vitfast import _C
 
-    with pytest.raises(ValueError, match="limit_simd: level must be default, avx2, avx512f or avx512_vnni, got sse9"):
+    with pytest.raises(ValueError, match="must be one of default, avx2, avx512f, avx512_vnni, avx512_bf16, got sse9"):
         _C.limit_simd("sse9")

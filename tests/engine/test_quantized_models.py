@@ -31,12 +31,15 @@ def images(config, batch=3):
     return testing.make(batch, 3, *config.image_size)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "backend"), [("fp8", "torch"), ("int8", "torch"), ("int8", "native")])
 @pytest.mark.parametrize("family", [*FAMILIES, WIDE.name])
-def test_every_family_stays_near_bf16(family, precision):
+def test_every_family_stays_near_bf16(family, precision, backend):
     """Random weights: tokens' mean cosine to bf16 is near 1, groups and heads with scales cost no more than a pass."""
     config, batch = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES.get(family, vars(WIDE))}), 16
-    plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision)
+    product = ops.Spec("quantized_linear", testing.device().type, PRECISIONS[precision])
+    if reasons := registry.backend("quantized_linear", backend).why_not(product):
+        pytest.skip("; ".join(reasons))
+    plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision, backend=backend)
     assert (quantized.dtype, quantized.precision) == (torch.bfloat16, precision)
     want, got = plain(images(config, batch)), quantized(images(config, batch))
     assert got.tokens.dtype == got.embedding.dtype == torch.bfloat16
@@ -77,7 +80,7 @@ def test_products_are_quantised_and_the_rest_is_not(precision):
 def test_a_quantised_block_is_seven_launches(precision, head_dim, skip, mlp):
     """Neither the hidden rows nor what attention gives are read by a pass of their own; these where heads allow it."""
     config = {64: WIDE, 32: SMALL}[head_dim]
-    small, launches = engine(config, dtype=precision, skip_quantize=skip, backend="auto" if skip else "triton"), []
+    small, launches = engine(config, dtype=precision, skip_quantize=skip, backend="torch" if skip else "triton"), []
 
     def counted(site, call):
         return lambda *args, **kwargs: (launches.append(site), call(*args, **kwargs))[1]
@@ -129,7 +132,11 @@ def test_fp8_weights_are_widened_once_on_the_cpu():
 
 
 def test_skipped_products_stay_as_they_are():
-    made, plain = engine(dtype="fp8", skip_quantize=("fc2", "blocks.1.qkv")), engine(dtype="bf16", backend="torch")
+    skip = ("fc2", "blocks.1.qkv")
+    made, plain = (
+        engine(dtype=name, backend="torch", **kwargs)
+        for name, kwargs in (("fp8", {"skip_quantize": skip}), ("bf16", {}))
+    )
     first, second = made.runner.weights.blocks
     assert first.qkv.scale is not None and second.qkv.scale is None
     assert first.fc2.scale is None and second.fc2.scale is None
@@ -153,7 +160,7 @@ def test_bad_options(options, message):
         engine(**options)
 
 
-def test_native_has_no_quantised_products():
+def test_native_has_no_fp8_products():
     with pytest.raises(ops.BackendError, match="native"):
         engine(dtype="fp8", backend="native")
 

@@ -32,7 +32,7 @@ SMALL = (0, 1, 1, 2, 3, 4, 5, 8, 17, 33)
 # Sizes that int32 and int64 do not count, or their products do not; 48 times the last but one is 2^64 + 512.
 HUGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**61 - 1, 2**62, 2**63 - 17, 384307168202282336, 2**63 - 1)
 NUMBERS = (0, 1, -1, 2, 3, 4, *HUGE, -(2**63))
-SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni")
+SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")
 LARGEST = 2**20
 """Numbers of a tensor whose values are looked at."""
 ROOM = 1 << 30
@@ -187,17 +187,22 @@ def attention(m: Maker) -> Case:
     bias = m.hostile("bias", m.tensor(*shape, dtype=m.random.choice(testing.DTYPES)) if m.chance(0.3) else None)
     mask = m.hostile("mask", m.tensor(*shape, dtype=torch.bool) if m.chance(0.3) else None)
     causal, scale = m.chance(0.3), m.random.choice((None, None, 0.0, -0.3, 0.5))
+    quantize = torch.int8 if m.chance(0.2) else None
     right = 0 if causal else None
 
     def call() -> Any:
         if m.chance(0.3):
-            return ops.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend="native")
-        return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+            options = {"bias": bias, "mask": mask, "causal": causal, "scale": scale, "quantize": quantize}
+            return ops.attention(q, k, v, **options, backend="native")
+        run = torch.ops.vitfast_native.attention_quantize if quantize else torch.ops.vitfast_native.attention
+        return run(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
     def oracle(upcast: bool) -> Any:
+        if (causal or mask is not None) and v is not None and not m.twin(v).isfinite().all():
+            return None  # 0 * inf, for a key that may not be seen: NaN in the formula; who skips such keys has none
         twins = map(m.twin, (q, k, v))
         scores = {"bias": m.twin(bias), "mask": m.twin(mask), "right": right, "scale": scale}
-        return reference.attention(*twins, **scores, upcast=upcast)
+        return reference.attention(*twins, **scores, quantize=quantize, upcast=upcast)
 
     return call, oracle
 
@@ -220,12 +225,16 @@ def layer_norm(m: Maker) -> Case:
 
 
 def pack_linear(m: Maker) -> Case:
-    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9)), 0.4)
+    dtype = m.random.choice(FLOATS)
+    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9), dtype=dtype), 0.4)
 
     def oracle(upcast: bool) -> Any:
-        """Each panel of 32 rows is transposed."""
-        panels = m.twin(weight).split(32)
-        return torch.cat([panel.t().reshape(-1) for panel in panels]).view(weight.shape)
+        """Each panel of 32 rows is transposed, in bf16 by pairs of columns."""
+        whole = m.twin(weight)
+        group = 1 if whole.dtype == torch.float32 else 2
+        words = torch.nn.functional.pad(whole, (0, -whole.shape[1] % group)).unflatten(1, (-1, group))
+        panels = [panel.transpose(0, 1).reshape(-1) for panel in words.split(32)]
+        return torch.cat(panels).view(whole.shape[0], -1)
 
     return lambda: torch.ops.vitfast_native.pack_linear(weight), oracle
 
@@ -233,15 +242,18 @@ def pack_linear(m: Maker) -> Case:
 def linear(m: Maker) -> Case:
     lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(3))]
     n, k = m.size(1, 24, 33, 130), m.size(1, 8, 40, 130)
-    plain = m.tensor(n, k)
+    dtype = m.random.choice(FLOATS)
+    plain = m.tensor(n, k, dtype=dtype)
     packed = weight = m.hostile("weight", plain, 0.06)
     direct = m.chance(0.7)
     if direct:
         packed = built(lambda: native.pack(plain))
         packed = m.hostile("packed", packed, 0.06)
-    plain_x = m.tensor(*lead, k)
+    plain_x = m.tensor(*lead, k, dtype=dtype)
     x = m.hostile("x", plain_x)
-    sometimes = lambda name, *shape: m.hostile(name, m.tensor(*shape) if m.chance(0.3) else None)  # noqa: E731
+    sometimes = lambda name, *shape: m.hostile(  # noqa: E731
+        name, m.tensor(*shape, dtype=dtype) if m.chance(0.3) else None
+    )
     bias, layer_scale, residual = sometimes("bias", n), sometimes("layer_scale", n), sometimes("residual", *lead, n)
     row_stats = weight_sum = None
     if m.chance(0.3):
@@ -346,7 +358,7 @@ def pack_patch_embed(m: Maker) -> Case:
 
 
 def quantized_linear(m: Maker) -> Case:
-    """There is none for the CPU; a build with CUDA has one, which must not run here."""
+    """On plain weights there is none for the CPU; a build with CUDA has one, which must not run here."""
     x, weight = (m.hostile(name, m.tensor(3, 16).to(torch.int8)) for name in ("x", "weight"))
     scales = [m.hostile(name, m.tensor(3)) for name in ("x_scale", "weight_scale")]
     run = torch.ops.vitfast_native.quantized_linear
@@ -354,8 +366,79 @@ def quantized_linear(m: Maker) -> Case:
     return lambda: run(x, scales[0], weight, scales[1], *options), lambda upcast: None
 
 
-OPS = (attention, layer_norm, pack_linear, linear, patch_embed, pack_patch_embed, quantized_linear)
-WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2)
+def quantize(m: Maker) -> Case:
+    lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(4))]
+    width, dtype = m.size(1, 7, 64, 100), m.random.choice(testing.DTYPES)
+    x = m.hostile("x", m.tensor(*lead, width, dtype=dtype))
+    norm = m.chance(0.5)
+    affine = [m.hostile(name, m.tensor(width, dtype=dtype) if norm else None) for name in ("weight", "bias")]
+    eps, kind = m.random.choice((1e-6, 1e-6, 0.0, 1.0)), torch.int8 if m.chance(0.95) else torch.float8_e4m3fn
+
+    def call() -> Any:
+        if m.chance(0.3):
+            return ops.quantize(x, *affine, eps, dtype=kind, backend="native")
+        return torch.ops.vitfast_native.quantize(x, *affine, eps, dtype=kind)
+
+    return call, lambda upcast: reference.quantize(*map(m.twin, (x, *affine)), eps, dtype=kind, upcast=upcast)
+
+
+def pack_quantized_linear(m: Maker) -> Case:
+    weight = m.hostile("weight", m.tensor(m.size(1, 31, 33, 70), m.size(1, 4, 9), dtype=torch.int8, scale=40), 0.4)
+
+    def oracle(upcast: bool) -> Any:
+        """Each panel of 32 rows in words of four columns, 128 added to each byte."""
+        whole = m.twin(weight)
+        words = torch.nn.functional.pad(whole, (0, -whole.shape[1] % 4)).unflatten(1, (-1, 4))
+        panels = [panel.transpose(0, 1).reshape(-1) for panel in words.split(32)]
+        return (torch.cat(panels).view(whole.shape[0], -1).int() ^ -128).to(torch.int8)
+
+    return lambda: torch.ops.vitfast_native.pack_quantized_linear(weight), oracle
+
+
+def quantized_linear_packed(m: Maker) -> Case:
+    lead = [m.size(1, 2, 5, 20) for _ in range(m.random.randrange(3))]
+    n, k, dtype = m.size(1, 24, 33, 130), m.size(1, 8, 40, 130), m.random.choice(testing.DTYPES)
+    integers = lambda *shape: m.tensor(*shape, dtype=torch.int8, scale=40)  # noqa: E731
+    plain = integers(n, k)
+    packed = weight = m.hostile("weight", plain, 0.06)
+    direct = m.chance(0.7)
+    if direct:
+        packed = m.hostile("packed", built(lambda: native.pack_quantized(plain)), 0.06)
+    x = m.hostile("x", integers(*lead, k))
+    group = m.random.choice((0, 0, 128, 64))
+    x_scale = m.hostile("x_scale", m.tensor(*lead, *([-(-k // group)] if group else [])))
+    weight_scale = m.hostile("weight_scale", m.tensor(n))
+    sometimes = lambda name, *shape: m.hostile(  # noqa: E731
+        name, m.tensor(*shape, dtype=dtype) if m.chance(0.3) else None
+    )
+    bias, layer_scale, residual = sometimes("bias", n), sometimes("layer_scale", n), sometimes("residual", *lead, n)
+    activation = m.random.choice((None, None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"))
+    options = {"activation": activation, "layer_scale": layer_scale, "residual": residual, "dtype": dtype}
+    options["requantize"] = m.chance(0.3)
+
+    def call() -> Any:
+        if direct:
+            return native.quantized_linear_packed(x, x_scale, packed, weight_scale, bias, **options)
+        return ops.quantized_linear(x, x_scale, weight, weight_scale, bias, **options, backend="native")
+
+    def oracle(upcast: bool) -> Any:
+        used = m.twin(weight)
+        if direct:  # the weight is not to be had from a pack that was changed
+            if not torch.equal(m.twin(packed), native.pack_quantized(plain)):
+                return None
+            used = plain
+        twins = {name: m.twin(value) for name, value in options.items()}
+        args = map(m.twin, (x, x_scale, used, weight_scale, bias))
+        return reference.quantized_linear(*args, **twins, upcast=upcast)
+
+    return call, oracle
+
+
+OPS = (
+    attention, layer_norm, pack_linear, linear, patch_embed, pack_patch_embed, quantized_linear, quantize,
+    pack_quantized_linear, quantized_linear_packed,
+)  # fmt: skip
+WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2, 2, 1, 4)
 
 
 def why_wrong(actual: Any, oracle: Any, baseline: Any) -> str:

@@ -10,12 +10,12 @@ from vitfast.ops.accuracy import assert_close
 from vitfast.testing import device, guarded, make
 
 
-def implementation(backend):
-    """The launcher of one backend; skips the test with the reasons where it cannot run."""
+def implementation(backend, dtype=torch.float32):
+    """The launcher of one backend; skips the test with the reasons where it cannot run in that dtype."""
     if backend == "triton":
         return kernels.linear
     entry = ops.registry.backend("linear", backend)
-    if reasons := entry.why_not(ops.Spec("linear", device().type, torch.float32)):
+    if reasons := entry.why_not(ops.Spec("linear", device().type, dtype)):
         pytest.skip("; ".join(reasons))
     return entry.call
 

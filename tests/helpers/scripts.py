@@ -17,9 +17,9 @@ def _run(arguments: Sequence[str | Path], environment: Mapping[str, str]) -> str
     return result.stdout
 
 
-def python(code: str) -> str:
-    """Run code with the tests' own environment; its stdout, stripped."""
-    return _run(("-c", code), os.environ).strip()
+def python(code: str, **environment: str) -> str:
+    """Run code with the tests' own environment and what is added to it; its stdout, stripped."""
+    return _run(("-c", code), os.environ | environment).strip()
 
 
 def compiling(*arguments: str | Path, **environment: str) -> str:

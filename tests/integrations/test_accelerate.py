@@ -13,7 +13,7 @@ import vitfast
 from vitfast.diagnostics.differences import flatten
 from vitfast.integrations import trunk as trunk_module
 from vitfast.integrations.accelerate import accelerated, restore
-from vitfast.models import vit
+from vitfast.models import positions, vit
 from vitfast.ops import accuracy
 from vitfast.testing import make
 
@@ -147,6 +147,50 @@ def test_another_library_is_not_touched(ran):
     model = torch.nn.Sequential(timm_vit(num_classes=0), torch.nn.LayerNorm(48))
     check(model, lambda m: m(x), ran=ran)
     assert list(accelerated(model)) == ["0"]
+
+
+PLACED = {
+    "vit_small_patch16_dinov3": {"depth": 2, "img_size": 64},
+    "beit_base_patch16_224": {"depth": 2, "img_size": 64, "embed_dim": 48, "num_heads": 3},
+    "vit_srelpos_small_patch16_224": {"depth": 2, "img_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "vit_small_patch16_dinov3" else pytest.param(n, marks=pytest.mark.full)
+                                  for n in PLACED])  # fmt: skip
+def test_blocks_that_depend_on_where_their_tokens_are(ran, name):
+    """Rotary and relative positions: the size of the images is noted where they are cut into patches."""
+    model = peers.timm_model(name, **PLACED[name])
+    own = copy.deepcopy(model)
+    check(model, lambda m: m(images(64)), ran=ran)
+    copied = pickle.loads(pickle.dumps(model))
+    for x in (make(1, 3, 80, 112), make(1, 3, 112, 80)) if "dinov3" in name else (images(64),):
+        for made in (model, copied):
+            ran.clear()
+            peers.close(logits(made, x), logits(own, x))
+            assert len(ran) == 2
+    trunk = accelerated(model)[""]
+    tokens = torch.randn(1, trunk.checkpoint().config.tokens() + 1, model.embed_dim)
+    assert trunk._misplaced(tokens).startswith(f"it has {tokens.shape[1]} tokens, of an image of ")
+    trunk._last.size = None
+    assert trunk._misplaced(tokens) == "the size of its image is not known"
+    restore(model)
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_positions_that_are_the_models_own_at_one_size_only(ran, monkeypatch):
+    monkeypatch.setattr("vitfast.models.positions._coordinates", _wrong_coordinates(positions._coordinates))
+    name = "vit_small_patch16_dinov3"
+    model, own = peers.timm_model(name, **PLACED[name]), peers.timm_model(name, **PLACED[name])
+    check(model, lambda m: m(images(64)), ran=ran)
+    ran.clear()
+    peers.close(logits(model, make(1, 3, 80, 96)), logits(own, make(1, 3, 80, 96)))
+    assert not ran
+    assert "positions are known to be the model's own at (64, 64) only" in accelerated(model)[""].refusal
+
+
+def _wrong_coordinates(right):
+    return lambda config, axis, side: right(config, axis, side) * (1 if side == 4 else 1.5)
 
 
 @torch.inference_mode()

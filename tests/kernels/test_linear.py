@@ -13,7 +13,7 @@ from vitfast.ops.accuracy import assert_close
 from vitfast.testing import AWKWARD_ROWS, DTYPES, check_op, device, make, strided
 
 HALVES = (torch.float16, torch.bfloat16)
-IMPLEMENTATIONS = [("triton", dtype) for dtype in DTYPES] + [("native", torch.float32)]
+IMPLEMENTATIONS = [("triton", dtype) for dtype in DTYPES] + [("native", torch.float32), ("native", torch.bfloat16)]
 each_implementation = pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS, ids=str)
 
 
@@ -36,7 +36,7 @@ def config_dtype(config):
 @each_implementation
 @pytest.mark.parametrize("rows", [*AWKWARD_ROWS, 197])
 def test_rows(rows, backend, dtype):
-    check_op(implementation(backend), reference.linear, *operands(rows, 80, 72, dtype))
+    check_op(implementation(backend, dtype), reference.linear, *operands(rows, 80, 72, dtype))
 
 
 WIDTHS = [
@@ -77,7 +77,7 @@ def test_epilogues(activation, extra, backend, dtype):
     given = {"scale": ("layer_scale",), "residual": ("residual",)}
     wanted = ("layer_scale", "residual") if extra.endswith("both") else given.get(extra, ())
     kwargs |= {name: value for name, value in extras(50, width, dtype).items() if name in wanted}
-    check_op(implementation(backend), reference.linear, *args, **kwargs)
+    check_op(implementation(backend, dtype), reference.linear, *args, **kwargs)
 
 
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=lambda config: config.name)
@@ -161,7 +161,9 @@ def test_path_by_alignment():
 def test_strided(backend, dtype, gap):
     x, weight, bias = operands(50, 72, 40, dtype)
     residual = strided(make(50, 72, dtype=dtype, seed=4), gap=gap)
-    check_op(implementation(backend), reference.linear, strided(x, gap), strided(weight, gap), bias, residual=residual)
+    check_op(
+        implementation(backend, dtype), reference.linear, strided(x, gap), strided(weight, gap), bias, residual=residual
+    )
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float16), ("native", torch.float32)])
@@ -191,7 +193,7 @@ def test_empty(backend, dtype):
 def test_folded_norm(inner, backend, dtype):
     """The fold equals its own reference, also where every row's mean is far from zero."""
     args, norm = folded(*operands(50, 72, inner, dtype, offset=4.0))
-    check_op(implementation(backend), reference.linear, *args, **norm, eps=1e-5)
+    check_op(implementation(backend, dtype), reference.linear, *args, **norm, eps=1e-5)
 
 
 def test_folded_norm_is_layer_norm():
@@ -216,7 +218,7 @@ def test_stats(width, backend, dtype):
     args = operands(131, width, 40, dtype)
     kwargs = extras(131, width, dtype)
     kwargs["residual"] += 100.0  # a mean far above the deviations, where E[x^2] - mean^2 would fail
-    check_stats(implementation(backend)(*args, **kwargs, stats=True), *args, **kwargs)
+    check_stats(implementation(backend, dtype)(*args, **kwargs, stats=True), *args, **kwargs)
 
 
 def test_stats_feed_the_next_norm():
@@ -261,15 +263,16 @@ def test_pick_config():
         return kernels.pick_config(kernels.Problem(M, N, K, dtype, tma, gated, stats), sms).name
 
     half = torch.bfloat16
-    assert name(256 * 197, 3072, half, tma=True) == "tma_128x128x64_pair"  # epilogues hidden
-    assert name(256 * 197, 1024, half, tma=True, K=4096) == "tma_128x256x64"  # operands shared
+    assert name(256 * 197, 768, half, tma=True, K=192) == "tma_128x128x64_pair"  # epilogues hidden
+    for width, depth in ((3072, 768), (1024, 4096)):  # operands shared: L2 gives no more
+        assert name(256 * 197, width, half, tma=True, K=depth) == "tma_128x256x64"
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
     assert name(197, 576, half, tma=True, K=192) == "tma_64x64x64"
     assert name(197, 192, half, tma=True, K=192, stats=True) == "tma_64x128x64"
     few = {"tma": True, "stats": True, "sms": 132}
     assert name(197, 768, half, K=3072, **few) == "tma_64x128x64_split4"  # 24 tiles, 48 steps
     assert name(2 * 197, 768, half, K=768, **few) == "tma_64x128x64"  # 42 tiles, but only 12 steps
-    assert name(197, 768, half, K=3072, **few | {"sms": 24}) == "tma_64x128x64"  # as many tiles as that
+    assert "split" not in name(197, 768, half, K=3072, **few | {"sms": 12})  # as many tiles as that
     assert name(197, 768, half, K=3072, **few, gated=True) == "tma_64x128x64"
     assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_64x64x64"
     assert name(256 * 197, 4096, half, tma=False, gated=True) == "128x64x64"

@@ -213,8 +213,18 @@ def test_hub_fetches_safe_files_only(monkeypatch, directory):
     assert "pytorch_model.bin" in asked[-1][2]
 
 
-@pytest.mark.parametrize("settings", [{"model_type": "swin", "architectures": ["SwinModel"]}, None])
-def test_a_hub_model_is_refused_before_its_weights(settings, monkeypatch, tmp_path):
+REFUSED_BY_SETTINGS = {
+    "transformers' class": ({"model_type": "swin", "architectures": ["SwinModel"]}, "'SwinModel' is not supported"),
+    "timm's class": ({"architecture": "swin_tiny_patch4_window7_224"}, "timm's SwinTransformer is not supported"),
+    "timm's feature": (
+        {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "median"}}, "global_pool|median",
+    ),
+    "nothing": (None, r"has no config\.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED_BY_SETTINGS.values(), ids=REFUSED_BY_SETTINGS)
+def test_a_hub_model_is_refused_before_its_weights(settings, message, monkeypatch, tmp_path):
     import huggingface_hub
 
     if settings is not None:
@@ -226,7 +236,7 @@ def test_a_hub_model_is_refused_before_its_weights(settings, monkeypatch, tmp_pa
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(CheckpointError, match="'SwinModel' is not supported" if settings else r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=message):
         checkpoints.load("org/name")
     assert asked
     assert not any("safetensors" in pattern or ".bin" in pattern for pattern in asked)

@@ -130,6 +130,7 @@ def embed(
         from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
         from vitfast.pipeline.parts import OWN_COLUMNS
         from vitfast.pipeline.sources import find_sources
+        from vitfast.pipeline.stages import Stages
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
@@ -138,7 +139,7 @@ def embed(
             raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
         images = find_sources(sources, columns=carried, image_column=image_column)
         listing = images.listing
-        summary, stopped = Summary(), None
+        summary, stages, stopped = Summary(), Stages(), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
             todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
@@ -154,9 +155,9 @@ def embed(
                     answer.stopping.check()
 
                 options = decode_options(max_pixels, decode_memory)
-                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, **options)
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, stages=stages, **options)
                 try:
-                    write_parquet(results, folder, engine, on_result=on_result, summary=summary)
+                    write_parquet(results, folder, engine, on_result=on_result, summary=summary, stages=stages)
                 except KeyboardInterrupt as error:
                     stopped = error
         summary.skipped, summary.changed = folder.skipped, folder.changed
@@ -177,10 +178,12 @@ def embed(
             "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
             "images_per_second": round(summary.images_per_second, 2),
+            "stage_seconds": {name: round(getattr(stages, name), 3) for name in ("decode", "model", "write")},
+            "bound": stages.bound if stages.total else None,
             "parts": summary.parts,
             "interrupted": stopped is not None,
         }
-        answer.text = render.embedding(summary, listing, out, stopped is not None)
+        answer.text = render.embedding(summary, stages, listing, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -38,7 +39,15 @@ def plan_key(config: ViTConfig, device: torch.device, dtype: torch.dtype, batch:
             "triton": triton.__version__,
         }
     extension = [op for op in registry.OPS if not registry.backend(op, "native").missing]
-    return key | {"device": _cpu_name(), "threads": torch.get_num_threads(), "extension": extension}
+    return key | {"device": _cpu_name(), "threads": torch.get_num_threads(), "extension": extension, "simd": _simd()}
+
+
+def _simd() -> str:
+    """The instructions that the C++ extension's ops use here; "" without it."""
+    try:
+        return importlib.import_module("vitfast._C").build_info()["simd"]
+    except ImportError:
+        return ""
 
 
 def _cpu_name() -> str:

@@ -76,17 +76,19 @@ def time_calls(
 
 def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`pack` of a weight [N, K] and the op that reads it, for a backend that has them for this spec."""
+    if spec.op == "quantized_linear" and entry.name == "native" and spec.device == "cpu":
+        return native.pack_quantized, native.quantized_linear_packed
     if spec.op == "quantized_linear" and entry.name == "torch":
         if not scaled_mm.why_not(spec):
             return scaled_mm.pack, scaled_mm.linear
         if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
             return torch.Tensor.float, reference.quantized_linear
+    if spec.op == "linear" and entry.name == "native" and spec.device == "cpu":
+        return native.pack, native.linear_packed
     if spec.op not in ("linear", "patch_embed") or spec.device != "cpu" or spec.dtype != torch.float32:
         return None
     if spec.op == "patch_embed":
         return (native.pack_patch_embed, native.patch_embed_packed) if entry.name == "native" else None
-    if entry.name == "native":
-        return native.pack, native.linear_packed
     # Of a few columns nothing is gained, and oneDNN's sums err more than those of the plain op.
     narrow = spec.dims.get("N", NARROW) < NARROW
     return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() and not narrow else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vitfast.engine import planner
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
 from vitfast.engine.sites import skipped_products
 from vitfast.images.preprocess import normalize, preprocess_batch
-from vitfast.models import vit
+from vitfast.models import observe, packed, vit
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
 from vitfast.models.positions import Positions, positions_for
@@ -65,6 +65,8 @@ class Runner:
             stem=checkpoint.stem,
         )  # fmt: skip
         self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
+        self.ends: OrderedDict[tuple[tuple[int, int], ...], Tensor] = OrderedDict()
+        """Of packed images of these numbers and sizes, where each begins (see `vitfast.models.packed.lengths`)."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
@@ -154,6 +156,50 @@ class Runner:
     def forward(self, images: Tensor, positions: Positions) -> Output:
         """The forward on prepared images, with the positions for their size."""
         return vit.forward(self.config, self.weights, positions, images, self.plan)
+
+    def observe(self, images: Tensor, positions: Positions, layers: Sequence[int], maps: Sequence[int]) -> Output:
+        """The forward with the outputs of some blocks, and the attention of some, kept.
+
+        Raises:
+            ValueError: if the plan computes attention inside a fused block, and that of one is asked for.
+        """
+        plan, seen = self.plan, observe.Attention(self.plan.attention, maps)
+        if maps:
+            if plan.attention_block is not None:
+                raise ValueError("attention maps: this plan computes attention inside a fused block")
+            plan = replace(plan, attention=seen, attention_quantize=None)
+        output = vit.forward(self.config, self.weights, positions, images, plan, layers)
+        return replace(output, attention_maps=seen.maps()) if maps else output
+
+    def features(self, layer: Tensor, size: tuple[int, int], *, norm: bool, reshape: bool) -> Tensor:
+        """A block's output [B, N, C] after the final norm, if asked for; or its patches as [B, C, rows, columns]."""
+        if norm:
+            layer = vit.final_norm(self.config, self.weights, layer, self.plan)
+        if not reshape:
+            return layer
+        patches = layer[:, self.config.prefix_tokens :].transpose(1, 2)
+        return patches.unflatten(2, self.config.grid(size)).contiguous()
+
+    def forward_packed(self, images: Sequence[Tensor]) -> tuple[list[Output], list[list[int]]]:
+        """The forward on prepared images [1, ...] of different sizes, packed by tokens.
+
+        Returns:
+            An output for each size, and which of the images are in it.
+        """
+        members: dict[tuple[tuple[int, int], torch.dtype], list[int]] = {}
+        for i, image in enumerate(images):
+            members.setdefault((self.size(image), image.dtype), []).append(i)
+        groups = [
+            packed.Group(torch.cat([images[i] for i in group]), self.position(size))
+            for (size, _), group in members.items()
+        ]
+        shapes = tuple((len(group), self.config.tokens(size)) for (size, _), group in members.items())
+        ends = self.ends.get(shapes)
+        if ends is None:
+            ends = self.ends[shapes] = packed.lengths(shapes, self.device)
+            while len(self.ends) > POSITIONS:
+                self.ends.popitem(last=False)
+        return packed.forward(self.config, self.weights, groups, self.plan, ends), list(members.values())
 
     def outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
         """Uninitialised outputs of images of a size, on the device or in pinned host memory."""

@@ -15,6 +15,7 @@ from vitfast.integrations import replace_attention
 from vitfast.integrations.swap import Swap, original
 from vitfast.integrations.trunk import Trunk, block_forward
 from vitfast.models.checkpoints import CheckpointError, live, loadable
+from vitfast.models.config import ViTConfig
 from vitfast.ops import accuracy
 from vitfast.ops.registry import BackendError
 
@@ -100,9 +101,11 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Give a model its own blocks and attention back; nothing happens to one that was not accelerated."""
-    for part in model.modules():
-        if part.__dict__.pop("_vitfast_trunk", None) is not None:
-            part.__class__ = original(part)
+    trunks = {id(trunk): trunk for part in model.modules() if (trunk := _trunk(part)) is not None}
+    for trunk in trunks.values():
+        for block in trunk.blocks:
+            block.__class__ = original(block)
+        _forget(model, trunk)
     if (swap := _SWAPS.pop(model, None)) is not None:
         swap.restore()
 
@@ -154,37 +157,77 @@ def _accelerate(tower: nn.Module, dtype: torch.dtype | None) -> None:
         first = next(trunk.blocks[0].parameters())
         runner = trunk.runner(first.device)
         config = runner.config
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, config.in_channels, *config.image_size, generator=generator)
-        images = images.to(first.device, first.dtype)
+        trunk.follow()
         swap = Swap()
         try:
-            before = _outputs(tower, images)
+            own = {config.image_size: _outputs(tower, _images(config, config.image_size, first))}
+            if trunk.placed and config.dynamic_size:
+                own |= _other_size(tower, config, first)
             for i, block in enumerate(trunk.blocks):
                 block._vitfast_trunk = (trunk, i)  # type: ignore[assignment]
                 swap.replace(str(i), block, block_forward)
-            trunk.compared = []
-            _outputs(tower, images)
-            _check_blocks(trunk, runner.dtype)
-            trunk.compared = None
-            _check_outputs(before, _outputs(tower, images), runner.dtype)
+            for size, before in own.items():
+                try:
+                    _check(trunk, before, _images(config, size, first), runner.dtype)
+                except _Refused:
+                    if size == config.image_size:
+                        raise
+                    trunk.native_only = True
         except BaseException:
             swap.restore()
-            for block in trunk.blocks:
-                block.__dict__.pop("_vitfast_trunk", None)
+            _forget(tower, trunk)
             raise
     finally:
         for part in training:
             part.training = True
 
 
+def _forget(model: nn.Module, trunk: Trunk) -> None:
+    """Take what belongs to a trunk out of its model, but for the blocks' class."""
+    for part in model.modules():
+        if _trunk(part) is trunk:
+            del part.__dict__["_vitfast_trunk"]
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if getattr(hook, "trunk", None) is trunk:
+                del part._forward_pre_hooks[key]
+
+
+def _other_size(tower: nn.Module, config: ViTConfig, like: Tensor) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """What a tower gives of images of another size than its own; nothing if it does not take them."""
+    (height, width), patch = config.image_size, config.patch_size
+    size = (height + patch[0], width + 2 * patch[1])
+    try:
+        return {size: _outputs(tower, _images(config, size, like))}
+    except _Refused:
+        return {}
+
+
+def _images(config: ViTConfig, size: tuple[int, int], like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, config.in_channels, *size, generator=generator).to(like.device, like.dtype)
+
+
+def _check(trunk: Trunk, before: dict[str, Tensor], images: Tensor, dtype: torch.dtype) -> None:
+    """Compare a tower, and each of its blocks, with its own code on some images."""
+    trunk.compared = []
+    try:
+        _outputs(trunk.tower, images)
+        _check_blocks(trunk, dtype)
+    finally:
+        trunk.compared = None
+    _check_outputs(before, _outputs(trunk.tower, images), dtype)
+
+
 def _blocks(tower: nn.Module, depth: int, weights: Mapping[str, Tensor]) -> list[nn.Module]:
     """The modules in whose parameters the weights of blocks 0 to depth - 1 are found."""
 
     def holds(block: nn.Module, i: int) -> bool:
-        wanted = weights[f"blocks.{i}.fc2.weight"]
-        same = (p for p in block.parameters() if p.shape == wanted.shape)
-        return any(torch.equal(p.detach().to("cpu", wanted.dtype), wanted) for p in same)
+        for name in ("fc2", "fc1", "proj", "qkv", "norm1"):  # those that a family keeps in parts are in none
+            wanted = weights[f"blocks.{i}.{name}.weight"]
+            same = (p for p in block.parameters() if p.shape == wanted.shape)
+            if any(torch.equal(p.detach().to("cpu", wanted.dtype), wanted) for p in same):
+                return True
+        return False
 
     for part in tower.modules():
         if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) == depth:

@@ -7,6 +7,9 @@ where gradients are wanted, with a mask, with hooks or patched methods inside it
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import sys
 import threading
 import warnings
@@ -22,10 +25,14 @@ from vitfast.engine.runner import Runner
 from vitfast.integrations.swap import original
 from vitfast.models import vit
 from vitfast.models.checkpoints import Checkpoint, load
+from vitfast.models.config import ViTConfig
 from vitfast.ops.registry import BackendError
 
 IDLE = {"output_hidden_states", "return_dict"}
 """Arguments of a block that change nothing in it."""
+
+PLACED = re.compile(r"rope|rot|position|rel_pos|relative|resolution|interpolate_pos|grid")
+"""Arguments that tell a block where its tokens are, which the engine knows by the image's size."""
 
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -41,10 +48,14 @@ class Trunk:
         dtype: in which the blocks compute; by default that of autocast, or else the model's.
     """
 
-    def __init__(self, tower: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, tower: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None, native_only: bool = False
+    ) -> None:
         self.tower, self.blocks, self.dtype = tower, blocks, dtype
         self.compared: list[tuple[Tensor, Tensor, Tensor]] | None = None
         """While the trunk is checked: input, own output and the engine's of each call of a block."""
+        self.native_only = native_only
+        """Whether the blocks' work depends on the size of images, and is the engine's at the model's own alone."""
         self.refusal = ""
         """Why a block has last run its own code; "" if none has."""
         self._forget()
@@ -52,13 +63,15 @@ class Trunk:
     def _forget(self) -> None:
         self._seen: list[list[tuple[Any, ...]]] = []
         self._checkpoint: Checkpoint | None = None
+        self._config: ViTConfig | None = None
         self._runners: dict[torch.dtype, Runner] = {}
         self._lock = threading.RLock()
         self._last = threading.local()
         self._warned, self._problem = False, ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tower": self.tower, "blocks": self.blocks, "dtype": self.dtype}
+        names = ("tower", "blocks", "dtype", "native_only")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -101,6 +114,7 @@ class Trunk:
         with self._lock:
             if self._checkpoint is None:
                 self._checkpoint = load(self.tower)
+                self._config = self._checkpoint.config
             return self._checkpoint
 
     def _why_not(self, index: int, block: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -113,13 +127,53 @@ class Trunk:
             return "the block is in training mode"
         if not isinstance(x, Tensor) or x.ndim != 3 or not x.numel() or not x.is_floating_point():
             return f"its input is no tensor [B, N, C] with rows but {_shown(x)}"
-        for name, value in (*((f"argument {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()):
-            if value is not None and value is not False and name not in IDLE:
+        for name, value in (*zip(_names(original(block)), args, strict=False), *kwargs.items()):
+            idle = value is None or value is False or name in IDLE
+            if not idle and not (self.placed and PLACED.search(name)):
                 return f"it is called with {name} = {_shown(value)}"
-        config = self.checkpoint().config
-        if (config.rope or config.relative_position) and x.shape[1] != config.tokens():
-            return f"its positions are for {config.tokens()} tokens, its input has {x.shape[1]}"
-        return self._look(index, block, x) or self._unready(x.device)
+        return self._look(index, block, x) or self._unready(x.device) or self._misplaced(x)
+
+    @property
+    def placed(self) -> bool:
+        """Whether blocks do something that depends on where their tokens are."""
+        config = self._config or self.checkpoint().config
+        return bool(config.rope or config.relative_position)
+
+    def _misplaced(self, x: Tensor) -> str:
+        """Why it is not known where the tokens of a block's input are; "" if that is known or does not matter."""
+        if not self.placed:
+            return ""
+        config, size = self._config or self.checkpoint().config, getattr(self._last, "size", None)
+        if size is None:
+            return "the size of its image is not known"
+        if self.native_only and size != config.image_size:
+            return f"its image is {size}, and positions are known to be the model's own at {config.image_size} only"
+        try:
+            tokens = config.tokens(size)
+        except ValueError as error:
+            return str(error)
+        return "" if tokens == x.shape[1] else f"it has {x.shape[1]} tokens, of an image of {size} there are {tokens}"
+
+    def follow(self) -> None:
+        """Have the sizes of images noted where they are cut into patches, if the blocks' work depends on them.
+
+        Raises:
+            ValueError: if it does, and the patch embedding is not found.
+        """
+        if not self.placed:
+            return
+        weight = self.checkpoint().weights.get("patch_embed.weight")
+        for part in self.tower.modules():
+            if weight is None or not isinstance(part, nn.Conv2d) or part.weight.shape != weight.shape:
+                continue
+            if torch.equal(part.weight.detach().to("cpu", weight.dtype), weight):
+                part.register_forward_pre_hook(_SizeNoted(self))
+                return
+        raise ValueError("its blocks depend on the size of images, and no convolution that cuts them was found")
+
+    def note(self, images: Tensor) -> None:
+        """The size of the images that the calls to come are about."""
+        self._last.size = (images.shape[-2], images.shape[-1])
 
     def _unready(self, device: torch.device) -> str:
         """Why the engine cannot run the blocks with the weights that they have by now."""
@@ -180,7 +234,8 @@ class Trunk:
             inside = x.to(runner.dtype).contiguous()
             stats = vit.first_stats(plan, inside)
         ends = index == len(self.blocks) - 1
-        place = weights.positions.of_block(runner.config, index)
+        positions = runner.position(self._last.size) if self.placed else weights.positions
+        place = positions.of_block(runner.config, index)
         made, stats = vit.block_function(plan)(
             runner.config, weights.activation, weights.blocks[index], inside, stats, plan, place, last=ends
         )
@@ -196,6 +251,22 @@ def block_forward(block: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an accelerated block."""
     trunk, index = block._vitfast_trunk
     return trunk(index, block, x, args, kwargs)
+
+
+class _SizeNoted:
+    """A pre-hook of a patch embedding: a trunk notes the size of the images."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+
+    def __call__(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        self.trunk.note(args[0])
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...]:
+    """Of a block's arguments after its input."""
+    return tuple(inspect.signature(kind.forward).parameters)[2:]  # type: ignore[attr-defined]
 
 
 def _inventory(block: nn.Module) -> list[tuple[Any, ...]]:

@@ -9,7 +9,8 @@ positions). `Weights` is what the forward reads: canonical weights (see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -31,26 +32,52 @@ Place: TypeAlias = "dict[str, Any]"
 """What a block's attention is given of positions (see `Positions.of_block`)."""
 
 
-def forward(config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan) -> Output:
+def forward(
+    config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan, layers: Sequence[int] = ()
+) -> Output:
     """Run the model on uint8 [B, H, W, Cin] or normalised float [B, Cin, H, W] images.
 
     Args:
         positions: those of this image size (`weights.positions`, or what `positions_for` makes).
+        layers: of which blocks the output is to be kept, as it is, in `Output.layers`.
     """
     x = embed(config, weights, positions, images, plan)
-    if weights.norm_pre:
-        x = _norm(config, plan, x, weights.norm_pre)
+    x, kept = run_blocks(config, weights, x, plan, lambda i: positions.of_block(config, i), layers)
+    output = head(config, weights, final_norm(config, weights, x, plan), plan)
+    return replace(output, layers=kept) if layers else output
+
+
+def run_blocks(
+    config: ViTConfig,
+    weights: Weights,
+    x: Tensor,
+    plan: Plan,
+    place: Callable[[int], Place],
+    layers: Sequence[int] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All blocks on x [B, N, C], and the outputs of those in `layers`, in order; `place`: by a block's number."""
     run_block = block_function(plan)
     stats = first_stats(plan, x)
+    made = {}
     for i, block in enumerate(weights.blocks):
-        place = positions.of_block(config, i)
-        x, stats = run_block(config, weights.activation, block, x, stats, plan, place, last=i == config.depth - 1)
-    if weights.norm:
-        x = _norm(config, plan, x, weights.norm)
-    return _head(config, weights, x, plan)
+        x, stats = run_block(config, weights.activation, block, x, stats, plan, place(i), last=i == config.depth - 1)
+        if i in layers:
+            made[i] = x
+    return x, tuple(made[i] for i in layers)
+
+
+def final_norm(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
+    """The norm over all tokens after the blocks, where the model has one."""
+    return _norm(config, plan, x, weights.norm) if weights.norm else x
 
 
 def embed(config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan) -> Tensor:
+    """Images to the tokens [B, N, C] that the first block reads."""
+    x = _embed(config, weights, positions, images, plan)
+    return _norm(config, plan, x, weights.norm_pre) if weights.norm_pre else x
+
+
+def _embed(config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan) -> Tensor:
     """Images to tokens [B, N, C]: one launch, but where a stem makes the patches' tokens or a norm follows them."""
     uint8 = images.dtype == torch.uint8
     position, prefix = positions.embedding, weights.prefix
@@ -241,7 +268,7 @@ def _either(
     return plain(x, dense.weight, dense.bias, **epilogue)
 
 
-def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
+def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
     """Pool, norm, project and classify. A few rows only, so no fusion is worth having here."""
     patches = tokens[:, config.prefix_tokens :]
     if weights.pool:

@@ -24,10 +24,11 @@ def attention(
     mask: Tensor | None = None,
     right: int | None = None,
     scale: float | None = None,
-) -> Tensor:
-    """`reference.attention`; `right` is None, or 0: the registry sends no other window here."""
-    causal = right is not None
-    return torch.ops.vitfast_native.attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+    quantize: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.attention`; `right` is None or 0, `quantize` None or int8: the registry sends nothing else here."""
+    run = torch.ops.vitfast_native.attention if quantize is None else torch.ops.vitfast_native.attention_quantize
+    return run(q, k, v, bias=bias, mask=mask, causal=right is not None, scale=scale)
 
 
 def pack_patch_embed(
@@ -58,7 +59,8 @@ def patch_embed_packed(images: Tensor, packed: Tensor, *args: Tensor | None, **k
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Rearrange an fp32 CPU weight [N, K]; the result has the same shape, and only `linear_packed` reads it."""
+    """Rearrange an fp32 or bf16 CPU weight [N, K] for `linear_packed`, which alone reads the result: in fp32 it has the
+    same shape, in bf16 K is rounded up to a multiple of 2."""
     return torch.ops.vitfast_native.pack_linear(weight)
 
 
@@ -67,10 +69,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **epilogue: An
     return linear_packed(x, weight if weight.is_cuda else pack(weight), bias, **epilogue)
 
 
+def pack_quantized(weight: Tensor) -> Tensor:
+    """Rearrange an int8 CPU weight [N, K] for `quantized_linear_packed`, which alone reads the result: int8, K rounded
+    up to a multiple of 4."""
+    return torch.ops.vitfast_native.pack_quantized_linear(weight)
+
+
 def quantized_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **epilogue: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.quantized_linear`: on CUDA in e4m3 and around it bf16 or fp16, without SwiGLU; on the CPU in int8."""
+    if not weight.is_cuda:
+        return quantized_linear_packed(x, x_scale, pack_quantized(weight), weight_scale, bias, **epilogue)
+    return _quantized(torch.ops.vitfast_native.quantized_linear, x, x_scale, weight, weight_scale, bias, **epilogue)
+
+
+def _quantized(
+    run: Any,
+    *args: Tensor | None,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    requantize: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    outputs = run(*args, activation, layer_scale, residual, dtype, requantize)
+    return tuple(outputs) if requantize else outputs[0]
+
+
+def quantized_linear_packed(
     x: Tensor,
     x_scale: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
@@ -80,11 +110,18 @@ def quantized_linear(
     dtype: torch.dtype = torch.bfloat16,
     requantize: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.quantized_linear` on CUDA, in e4m3 and around it bf16 or fp16; without SwiGLU."""
-    run = torch.ops.vitfast_native.quantized_linear
-    epilogue = (bias, activation, layer_scale, residual, dtype, requantize)
-    outputs = run(x, x_scale, weight, weight_scale, *epilogue)
-    return tuple(outputs) if requantize else outputs[0]
+    """`reference.quantized_linear` in int8 on a `pack_quantized` weight."""
+    run = torch.ops.vitfast_native.quantized_linear_packed
+    if activation != "swiglu":
+        kwargs: Any = {"layer_scale": layer_scale, "residual": residual, "dtype": dtype, "requantize": requantize}
+        return _quantized(run, x, x_scale, packed, weight_scale, bias, activation=activation, **kwargs)
+    if packed.shape[0] % 2:
+        raise ValueError(f"quantized_linear: swiglu needs an even number of weight rows, got {packed.shape[0]}")
+    exact = torch.float32
+    bias, layer_scale, residual = (t if t is None else t.to(exact) for t in (bias, layer_scale, residual))
+    both: Any = _quantized(run, x, x_scale, packed, weight_scale, bias, dtype=exact)
+    y = reference.scale_and_add(reference.activate(both, activation), layer_scale, residual)
+    return reference.in_scale_groups(y, x.dtype) if requantize else y.to(dtype)
 
 
 def linear_packed(

@@ -382,6 +382,14 @@ def _in_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), (amax / largest).float()
 
 
+def in_scale_groups(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y [..., N] in 8 bits, and a scale for each SCALE_GROUP columns, [..., ceil(N / SCALE_GROUP)] in fp32."""
+    width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
+    padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
+    values, scale = _in_8_bits(padded, dtype)
+    return values.flatten(-2)[..., :width].contiguous(), scale.squeeze(-1)
+
+
 def scale_group(x: Tensor, x_scale: Tensor) -> int:
     """Columns of x that share a scale; 0 where a whole row does, or where x_scale has no such shape."""
     if x_scale.ndim != x.ndim:
@@ -415,10 +423,7 @@ def quantized_linear(
     layer_scale, residual = (t if t is None else t.to(exact) for t in (layer_scale, residual))
     y = scale_and_add(activate(y, activation), layer_scale, residual)
     if requantize:
-        width, groups = y.shape[-1], -(-y.shape[-1] // SCALE_GROUP)
-        padded = F.pad(y, (0, groups * SCALE_GROUP - width)).unflatten(-1, (groups, SCALE_GROUP))
-        values, scale = _in_8_bits(padded, x.dtype)
-        return values.flatten(-2)[..., :width].contiguous(), scale.squeeze(-1)
+        return in_scale_groups(y, x.dtype)
     return y if upcast else y.to(dtype)
 
 

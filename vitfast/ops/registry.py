@@ -77,7 +77,8 @@ class Backend:
     """One implementation of one op.
 
     `limits` maps a name of `Spec.dims` to its inclusive (low, high), `choices` to all values there
-    are, `multiples` to what must divide it. `per_device` has the fields that are others on some device.
+    are, `multiples` to what must divide it. `lacking` maps a dtype of `dtypes` to why this machine has not got it.
+    `per_device` has the fields that are others on some device.
     Where the backend could not be loaded `missing` says why, and `call` raises it.
     """
 
@@ -91,6 +92,7 @@ class Backend:
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
     per_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     features: tuple[str, ...] = ()
     missing: str = ""
@@ -100,7 +102,7 @@ class Backend:
         if self.missing or (self.op, self.name) in withheld:
             return [self.missing or withheld[self.op, self.name]]
         if spec.device in self.per_device:
-            here = replace(self, choices={}, limits={}, multiples={}, per_device={})
+            here = replace(self, choices={}, limits={}, multiples={}, lacking={}, per_device={})
             return replace(here, **self.per_device[spec.device]).why_not(spec)
         reasons = []
         if spec.device not in self.devices:
@@ -108,6 +110,8 @@ class Backend:
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             reasons.append(f"dtype {dtype} is not among {', '.join(self.dtypes)}")
+        elif dtype in self.lacking:
+            reasons.append(self.lacking[dtype])
         outputs = (feature.removesuffix(" output") for feature in spec.features)
         least = max(self.min_capability or (0, 0), *(_DTYPE_CAPABILITY.get(kind, (0, 0)) for kind in (dtype, *outputs)))
         have = ".".join(map(str, spec.capability or ()))

@@ -24,6 +24,7 @@ from vitfast.images.decode import ImageFile, sha256
 from vitfast.images.preprocess import Preprocess, memory, resize_and_crop
 from vitfast.pipeline.memory import Memory
 from vitfast.pipeline.sources.item import Item, file_item
+from vitfast.pipeline.stages import Stages, usable_cores
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -111,6 +112,7 @@ def embed_images(
     exif_orientation: bool = True,
     max_pixels: int | None = None,
     decode_memory: int | None = None,
+    stages: Stages | None = None,
 ) -> Iterator[Result]:
     """Embed image files, in the order given, each with its own status: a bad one stops nothing.
 
@@ -125,11 +127,12 @@ def embed_images(
         exif_orientation, max_pixels: see `vitfast.images.decode.open_image`.
         decode_memory: bytes that decoding and resizing may take, all threads together; by default a quarter of the
             memory there is, 4 GiB at most. A picture that needs more is refused; others wait for each other.
+        stages: filled in as the run goes: where its time goes.
 
     Raises:
         ValueError: if a number is below 1, or the engine knows no preprocessing.
     """
-    workers = _usable_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
     for name, value in (("max_pixels", max_pixels), ("decode_memory", decode_memory)):
@@ -138,17 +141,15 @@ def embed_images(
     if engine.preprocess is None:
         raise ValueError("the checkpoint does not say how its images are preprocessed, so files cannot be embedded")
     decoder = _Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
-    return _pipeline(engine, decoder, paths, batch_size, workers)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    stages = Stages() if stages is None else stages
+    stages.workers = workers
+    return _pipeline(engine, decoder, paths, batch_size, stages)
 
 
 def _pipeline(
-    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path | Item], batch_size: int, workers: int
+    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path | Item], batch_size: int, stages: Stages
 ) -> Iterator[Result]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vitfast-decode")
+    pool = ThreadPoolExecutor(stages.workers, thread_name_prefix="vitfast-decode")
     taken: deque[list[_Decoded]] = deque()  # batches whose results are to be given
     size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" else batch_size
 
@@ -157,7 +158,7 @@ def _pipeline(
 
     def batches_of_images() -> Iterator[list[np.ndarray]]:
         nonlocal size
-        for batch in _batches(_decoded(pool, decoder, paths, batch_size + workers), limit):
+        for batch in _batches(_decoded(pool, decoder, paths, batch_size + stages.workers, stages), limit):
             taken.append(batch)
             if images := _images(batch):
                 started = time.perf_counter()
@@ -181,7 +182,7 @@ def _pipeline(
 
 
 def _decoded(
-    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path | Item], ahead: int
+    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path | Item], ahead: int, stages: Stages
 ) -> Iterator[_Decoded]:
     """Images or reasons in order, with at most `ahead` images decoded or being decoded.
 
@@ -196,9 +197,13 @@ def _decoded(
         while len(waiting) > ahead or (waiting and held > decoder.memory.limit):
             done, size = waiting.popleft()
             held -= size
-            yield done.result()
+            with stages.spent("decode"):
+                decoded = done.result()
+            yield decoded
     while waiting:
-        yield waiting.popleft()[0].result()
+        with stages.spent("decode"):
+            decoded = waiting.popleft()[0].result()
+        yield decoded
 
 
 def _batches(items: Iterable[_Decoded], size: Callable[[], int]) -> Iterator[list[_Decoded]]:

@@ -38,6 +38,7 @@ from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.lock import FolderLock
 from vitfast.pipeline.parts import finished, table_of
 from vitfast.pipeline.sources.item import Item, file_item
+from vitfast.pipeline.stages import Stages
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -309,6 +310,7 @@ def write_parquet(
     exif_orientation: bool = True,
     on_result: Callable[[Result], None] | None = None,
     summary: Summary | None = None,
+    stages: Stages | None = None,
 ) -> Summary:
     """Write results as they come; what was done is kept even if the iteration breaks off.
 
@@ -321,6 +323,7 @@ def write_parquet(
         exif_orientation: as given to `embed_images`.
         on_result: called after each result, for a progress bar.
         summary: filled in as the run goes, so that it can be read after an interruption.
+        stages: as given to `embed_images`; the time of writing is added to it.
 
     Raises:
         InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
@@ -329,6 +332,7 @@ def write_parquet(
         ValueError: if the engine knows no preprocessing.
     """
     summary = Summary() if summary is None else summary
+    stages = Stages() if stages is None else stages
     dimension = engine.config.projection_dim or engine.config.width
     identity = Identity.of(engine, exif_orientation)
     rows: dict[str, Result] = {}
@@ -338,7 +342,8 @@ def write_parquet(
     def flush() -> None:
         nonlocal part, unwritten, written
         if unwritten:
-            folder.write_part(part, list(rows.values()), dimension, identity)
+            with stages.spent("write"):
+                folder.write_part(part, list(rows.values()), dimension, identity)
             if (name := path_text(part)) not in summary.parts:
                 summary.parts.append(name)
             if len(rows) >= PART_ROWS:

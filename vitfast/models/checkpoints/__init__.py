@@ -122,6 +122,8 @@ def _check_settings(name: str, directory: Path) -> None:
     config = files.read_json(settings)
     if "model_type" in config:
         hf.check(config, f"{name}/config.json")
+    elif "architecture" in config:
+        timm.check(directory, name)
 
 
 def _for_files(revision: str | None, weights_key: str | None, name: str, model: str | None = None) -> None:

@@ -3,6 +3,7 @@ module there; what it does is read from the module (timm_vit.py)."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,17 +140,39 @@ def build(
 
 def _no_larger_than(timm: Any, settings: _Settings, elements: int, where: str) -> None:
     """Refuse a config whose model is far larger than the weights beside it, before any memory is taken for it."""
-    try:
-        with torch.device("meta"):
-            empty = timm.create_model(settings.architecture, pretrained=False, **(settings.model_args or {}))
-    except Exception as error:  # as above
-        raise CheckpointError(f"{_cannot(settings, where, where)}: {type(error).__name__}: {error}") from error
-    wanted = sum(parameter.numel() for parameter in empty.parameters())
+    wanted = sum(parameter.numel() for parameter in _empty(timm, settings, where).parameters())
     if wanted > 2 * elements:
         raise CheckpointError(
             f"{where} describes a model of {wanted:,} weights and the files hold {elements:,}: architecture="
             f"{settings.architecture!r}, model_args={schema.shown(settings.model_args)}"
         )
+
+
+def _empty(timm: Any, settings: _Settings, where: str) -> Any:
+    """The module that a config describes, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(settings.architecture, pretrained=False, **(settings.model_args or {})).eval()
+    except Exception as error:  # as in `build`
+        raise CheckpointError(f"{_cannot(settings, where, where)}: {type(error).__name__}: {error}") from error
+
+
+def check(directory: Path, name: str) -> None:
+    """Refuse what a directory's config.json describes, as far as that can be told without the weights.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    where = f"{name}/config.json"
+    settings = _settings(directory, where)
+    module = _empty(_timm(f"{name}, whose config.json names a timm architecture,"), settings, where)
+    kind = type(module).__name__
+    if not matches(module):
+        raise CheckpointError(
+            f"{where}: timm's {kind} is not supported{f': {REFUSED[kind]}' if kind in REFUSED else ''}"
+        )
+    with contextlib.suppress(NotImplementedError):  # of some models the values of a table decide, which are not there
+        timm_vit.config_of(module, settings.architecture)
 
 
 def _cannot(settings: _Settings, name: str, where: str) -> str:

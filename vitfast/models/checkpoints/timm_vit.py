@@ -70,7 +70,7 @@ def translate(module: Any, name: str) -> Checkpoint:
         CheckpointError: naming the feature that cannot be represented, the part that is not timm's own, or the
             tensors that do not fit.
     """
-    config = _config(module, name)
+    config = config_of(module, name)
     skip = ("head", "head_dist", *(("patch_embed",) if config.stem else ()))
     live.composed(module, _ANATOMY, ("torch.nn.", "timm."), name, skip=skip)
     state = module.state_dict()
@@ -81,7 +81,12 @@ def translate(module: Any, name: str) -> Checkpoint:
     return Checkpoint(config, source.finish(config), stem=timm_stem.stem(module) if config.stem else None)
 
 
-def _config(module: Any, name: str) -> ViTConfig:
+def config_of(module: Any, name: str) -> ViTConfig:
+    """The architecture of a module of one of the `SUPPORTED` classes.
+
+    Raises:
+        CheckpointError: naming the feature that cannot be represented.
+    """
     naflex = is_a(module, "NaFlexVit")
     embed = module.embeds if naflex else module.patch_embed
     where = f"{name}: {'embeds' if naflex else 'patch_embed'} ({type(embed).__name__})"

@@ -1,0 +1,152 @@
+// attention on the CPU with both products in bf16: queries with keys, and what softmax makes of their scores, rounded,
+// with values. Scores, their exponentials' sum and the sums of values are fp32. Beside attention.cpp, whose plan it
+// follows, all that is in a block is a tile of narrow_tile.h, and keys and values are panels of pairs.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "attention_scores.h"
+#include "narrow_tile.h"
+
+namespace vitfast {
+
+#ifdef VITFAST_SIMD_LEVELS
+namespace {
+
+constexpr const char* kOp = "attention";
+
+int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Where a thread's buffers begin in its memory, in words, and how large it is.
+struct Layout {
+  int64_t head_words, key_words;        // pairs of head dims, and of keys, which are padded to whole vectors
+  int64_t score_stride, chance_stride;  // words of a row; not a multiple of a page
+  int64_t values, queries, scores, chances, sums, size;
+
+  explicit Layout(const AttentionCall& c) {
+    const Size keys = round_up(Size(kOp, c.keys), kNarrowPanel);
+    head_words = (c.head_dim + 1) / 2, key_words = keys.value() / 2;
+    score_stride = (keys + kWide).value(), chance_stride = key_words + kWide;
+    const Size values_at = keys * head_words;
+    const Size queries_at = values_at + keys * (padded(c.head_dim, kNarrowPanel) / 2);
+    const Size scores_at = queries_at + kTileRows * padded(head_words, kWide);
+    const Size chances_at = scores_at + Size(kOp, score_stride) * kTileRows;
+    const Size sums_at = chances_at + Size(kOp, chance_stride) * kTileRows;
+    values = values_at.value(), queries = queries_at.value(), scores = scores_at.value();
+    chances = chances_at.value(), sums = sums_at.value();
+    size = (sums_at + kTileRows * padded(c.head_dim, kNarrowPanel)).value();
+  }
+};
+
+// Keys as panels [head_words, kNarrowPanel] of pairs, four by four words at a time; keys beyond the last repeat it.
+VITFAST_INLINE void pack_keys(const AttentionCall& c, const Layout& l, int64_t b, int64_t h, int32_t* to) {
+  for (int64_t first = 0; first < c.keys; first += kNarrowPanel, to += l.head_words * kNarrowPanel) {
+    for (int64_t n = 0; n < kNarrowPanel; n += 4) {
+      const at::BFloat16* rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = c.k.at<at::BFloat16>(b, std::min(first + n + i, c.keys - 1), h);
+      int64_t w = 0;
+      for (; 2 * w + 8 <= c.head_dim; w += 4) {
+        Vector<4> square[4];
+        for (int i = 0; i < 4; ++i) std::memcpy(&square[i], rows[i] + 2 * w, sizeof(square[i]));
+        store_transposed(reinterpret_cast<float*>(to) + w * kNarrowPanel + n, kNarrowPanel, square);
+      }
+      for (; w < l.head_words; ++w) {
+        for (int i = 0; i < 4; ++i) {
+          int32_t word = 0;
+          std::memcpy(&word, rows[i] + 2 * w, 2 * std::min<int64_t>(2, c.head_dim - 2 * w));
+          to[w * kNarrowPanel + n + i] = word;
+        }
+      }
+    }
+  }
+}
+
+// Values as panels [key_words, kNarrowPanel] of pairs of keys, zero beyond the last key and the last column.
+VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t b, int64_t h, int32_t* to) {
+  const at::BFloat16* from = c.v.at<at::BFloat16>(b, 0, h);
+  const int64_t stride = c.v.stride[1];
+  for (int64_t first = 0; first < c.head_dim; first += kNarrowPanel) {
+    for (int64_t w = 0; w < l.key_words; ++w, to += kNarrowPanel) {
+      for (int64_t j = 0; j < kNarrowPanel; j += kWide) {
+        const int64_t d = first + j, count = std::clamp<int64_t>(c.head_dim - d, 0, kWide);
+        Bits pair[2] = {};
+        for (int64_t i = 0; i < 2; ++i) {
+          if (2 * w + i >= c.keys || count == 0) continue;
+          pair[i] = bits_of(load_floats(from + (2 * w + i) * stride + d, count));
+        }
+        const Bits words = pair[0] >> 16 | pair[1];
+        std::memcpy(to + j, &words, sizeof(words));
+      }
+    }
+  }
+}
+
+// scores [width] -> chances = bf16(exp(scores - shift)); returns 1 / their sum, 0 where no key is seen.
+VITFAST_INLINE float round_chances(const float* scores, int64_t width, float shift, at::BFloat16* chances) {
+  Floats total{};
+  for (int64_t n = 0; n < width; n += kWide) {
+    total += store_rounded(chances + n, rough_exp_of_negative<kWide>(load_floats(scores + n) - shift));
+  }
+  const float denominator = sum<kWide>(total);
+  return denominator == 0.0f ? 0.0f : 1.0f / denominator;
+}
+
+struct Scaled {
+  float* to;
+  int64_t stride;
+  float scale;
+  VITFAST_INLINE void operator()(int i, int j, const Floats& sums) const {
+    store<kWide>(to + i * stride + j * kWide, sums * scale);
+  }
+};
+
+VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
+void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
+  const Layout l(c);
+  const int64_t blocks = c.blocks(kTileRows), columns = padded(c.head_dim, kNarrowPanel);
+  int32_t* words = reinterpret_cast<int32_t*>(memory);
+  int32_t *values = words + l.values, *queries = words + l.queries, *chances = words + l.chances;
+  float *scores = memory + l.scores, *sums = memory + l.sums;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
+    if (block == begin || block % blocks == 0) {
+      pack_keys(c, l, b, h, words);
+      pack_values(c, l, b, h, values);
+    }
+    const int64_t first = c.queries * (block % blocks) / blocks;
+    const int64_t count = c.queries * (block % blocks + 1) / blocks - first;
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t* to = queries + i * l.head_words;
+      to[l.head_words - 1] = 0;
+      std::memcpy(to, c.q.at<at::BFloat16>(b, first + i, h), 2 * c.head_dim);
+    }
+    const int64_t seen = c.causal ? std::min(c.keys, first + count) : c.keys, width = padded(seen, kWide);
+    for (int64_t n = 0; n < seen; n += kNarrowPanel) {
+      multiply_tile_rows<Bfloat16Pairs>(count, FromRows(queries, l.head_words), words + n * l.head_words, l.head_words,
+                                        nullptr, Scaled{scores + n, l.score_stride, c.scale});
+    }
+    float inverse[kTileRows];
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = scores + i * l.score_stride;
+      adjust<kWide>(c, b, h, first + i, seen, width, row);
+      auto* rounded = reinterpret_cast<at::BFloat16*>(chances + i * l.chance_stride);
+      inverse[i] = round_chances(row, width, shift_of<kWide>(row, width), rounded);
+    }
+    for (int64_t d = 0; d < c.head_dim; d += kNarrowPanel) {
+      multiply_tile_rows<Bfloat16Pairs>(count, FromRows(chances, l.chance_stride), values + d * l.key_words, width / 2,
+                                        nullptr, Scaled{sums + d, columns, 1.0f});
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      write_head<at::BFloat16>(c, b, first + i, h, inverse[i], sums + i * columns);
+    }
+  }
+}
+
+}  // namespace
+
+AttentionVariant attention_bf16(const AttentionCall& call) { return {kTileRows, Layout(call).size, &attend}; }
+
+#endif
+
+}  // namespace vitfast

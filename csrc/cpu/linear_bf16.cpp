@@ -1,0 +1,52 @@
+// The product of linear in bf16 on the CPU, where there is AVX512-BF16. `vdpbf16ps` takes denormals for zero and rounds
+// each sum of two products to fp32; K of them leave less than a thousandth of what rounding the result to bf16 does.
+
+#include "linear_bf16.h"
+
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+
+#include "../guards.h"
+#include "narrow_product.h"
+
+namespace vitfast {
+namespace {
+
+constexpr const char* kOp = "linear";
+
+#ifdef VITFAST_SIMD_LEVELS
+#define VITFAST_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
+
+VITFAST_BF16 void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
+                           const AddScaled& sink) {
+  multiply_tile_rows<Bfloat16Pairs>(count, FromTile{x}, panel, words, start, sink);
+}
+
+VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
+  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16>(e, m + i, first, sums + i * kNarrowChunk);
+}
+#endif
+
+}  // namespace
+
+std::string why_no_linear_bf16_cpu() {
+  return simd_level() < Simd::avx512_bf16 ? "there is no AVX512-BF16 here" : "";
+}
+
+void pack_linear_bf16(const at::Tensor& weight, const at::Tensor& packed) {
+  if (weight.numel() == 0) return;
+  pack_narrow(static_cast<const char*>(read("pack_linear", "weight", weight)), weight.size(0), 2 * weight.size(1), 0,
+              static_cast<char*>(packed.mutable_data_ptr()));
+}
+
+void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const TileEpilogue& epilogue) {
+#ifdef VITFAST_SIMD_LEVELS
+  const int64_t row_bytes = 2 * x.size(-1);
+  run_narrow({kOp, m, packed.size(0), row_bytes, static_cast<const char*>(read(kOp, "x", x)),
+              static_cast<const char*>(read(kOp, "weight", packed)), (row_bytes + 3) / 4, nullptr, epilogue},
+             {nullptr, &multiply, &finish});
+#endif
+}
+
+}  // namespace vitfast

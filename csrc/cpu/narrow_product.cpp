@@ -1,0 +1,176 @@
+#include "narrow_product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../guards.h"
+
+namespace vitfast {
+namespace {
+
+constexpr int64_t kBlockBytes = 1 << 19;  // of tiles of x, which stay in cache while the weight goes by
+
+// x [count, bytes] -> words [ceil(bytes / 4), kTileStride], what is beyond the end of a row or of the tile zero.
+void pack_tile(const void* x, int64_t bytes, int64_t count, int32_t* words) {
+  const int64_t whole = bytes / 4, rest = bytes % 4;
+  float* to = reinterpret_cast<float*>(words);  // moved only
+  for (int64_t i = 0; i < kTileStride; i += 4) {
+    const char* rows[4];
+    for (int64_t r = 0; r < 4; ++r) rows[r] = static_cast<const char*>(x) + std::min(i + r, count - 1) * bytes;
+    int64_t k = 0;
+    for (; k + 4 <= whole; k += 4) {
+      Vector<4> square[4];
+      for (int r = 0; r < 4; ++r) std::memcpy(&square[r], rows[r] + 4 * k, sizeof(square[r]));
+      store_transposed(to + k * kTileStride + i, kTileStride, square);
+    }
+    for (; k < whole; ++k) {
+      for (int r = 0; r < 4; ++r) std::memcpy(words + k * kTileStride + i + r, rows[r] + 4 * k, 4);
+    }
+    if (rest) {
+      for (int r = 0; r < 4; ++r) {
+        int32_t word = 0;
+        std::memcpy(&word, rows[r] + 4 * whole, rest);
+        words[whole * kTileStride + i + r] = word;
+      }
+    }
+  }
+}
+
+// Rows [count, bytes] of the weight -> panel [ceil(bytes / 4), count] of words, `flip` exclusive-ored to each.
+void pack_panel(const char* rows, int64_t bytes, int64_t count, uint32_t flip, char* panel) {
+  for (int64_t k = 0; k < bytes; k += 4) {
+    for (int64_t i = 0; i < count; ++i, panel += 4) {
+      uint32_t word = 0;
+      std::memcpy(&word, rows + i * bytes + k, std::min<int64_t>(4, bytes - k));
+      word ^= flip;
+      std::memcpy(panel, &word, 4);
+    }
+  }
+}
+
+// The panel of a packed weight [N, words] whose first row is `first`; the last one, where it is narrower, in `wide`.
+const int32_t* panel_at(const void* packed, int64_t first, int64_t n, int64_t words, const int32_t* wide) {
+  return first + kNarrowPanel > n ? wide : static_cast<const int32_t*>(packed) + first * words;
+}
+
+// wide [words, kNarrowPanel] = the last panel, if it is narrower, and zeros.
+void widen_last_panel(const void* packed, int64_t n, int64_t words, int32_t* wide) {
+  const int64_t width = n % kNarrowPanel;
+  if (width == 0) return;
+  const char* panel = static_cast<const char*>(packed) + (n - width) * words * 4;
+  std::fill(wide, wide + words * kNarrowPanel, 0);
+  for (int64_t k = 0; k < words; ++k) std::memcpy(wide + k * kNarrowPanel, panel + k * width * 4, width * 4);
+}
+
+// Rows or columns [begin, end).
+struct Share {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Share i of n, as equal as whole steps allow.
+Share share_of(int64_t size, int64_t step, int64_t i, int64_t n) {
+  const int64_t units = (size + step - 1) / step;
+  return {std::min(units * i / n * step, size), std::min(units * (i + 1) / n * step, size)};
+}
+
+// Tile t of a share of rows: as high as the others, rather than with a few rows in the last.
+Share tile_of(Share rows, int64_t t, int64_t tiles) {
+  return {rows.begin + rows.size() * t / tiles, rows.begin + rows.size() * (t + 1) / tiles};
+}
+
+// How y [M, N] is shared out among threads: shares of rows times shares of columns, the largest as small as can be. Of
+// two such, the one that reads the smaller operand more often.
+struct Grid {
+  int64_t rows = 1, columns = 1;
+
+  Grid(int64_t m, int64_t n, int64_t threads) {
+    const int64_t chunks = (n + kNarrowChunk - 1) / kNarrowChunk;
+    const auto largest = [&](int64_t r, int64_t c) { return (m + r - 1) / r * ((chunks + c - 1) / c); };
+    for (int64_t i = 1; i <= threads; ++i) {
+      const int64_t r = m < n ? i : threads / i, c = threads / r;
+      if (largest(r, c) < largest(rows, columns)) rows = r, columns = c;
+    }
+  }
+};
+
+// Memory of a thread, in words: tiles of x, the sums that each starts with, and the last panel, widened.
+struct Layout {
+  int64_t tiles, tile, starts, panel, size;
+
+  explicit Layout(const NarrowCall& c) {
+    const Size words = Size(c.op, c.words()) * kTileStride;
+    tile = words.value();
+    tiles = std::max<int64_t>(1, kBlockBytes / 4 / tile);
+    starts = (words * tiles).value();
+    const Size panel_at = round_up(Size(c.op, starts) + Size(c.op, c.groups() * tiles) * kTileStride, kWide);
+    panel = panel_at.value();
+    size = (panel_at + Size(c.op, c.words()) * kNarrowPanel).value();
+  }
+};
+
+// Rows x columns of y. A block of tiles of x meets the weight, chunk of columns by chunk.
+void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
+             int32_t* memory) {
+  const int64_t words = c.words(), groups = c.groups(), tiles = (rows.size() + kTileRows - 1) / kTileRows;
+  int32_t* wide = memory + l.panel;
+  if (columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
+  alignas(64) float sums[kTileRows * kNarrowChunk];
+  for (int64_t block = 0; block < tiles; block += l.tiles) {
+    const int64_t block_end = std::min(block + l.tiles, tiles);
+    for (int64_t t = block; t < block_end; ++t) {
+      const Share tile = tile_of(rows, t, tiles);
+      const char* x = c.x + tile.begin * c.row_bytes;
+      pack_tile(x, c.row_bytes, tile.size(), memory + (t - block) * l.tile);
+      if (steps.start) steps.start(c, x, tile.size(), memory + l.starts + (t - block) * groups * kTileStride);
+    }
+    for (int64_t n = columns.begin; n < columns.end; n += kNarrowChunk) {
+      const int64_t n_end = std::min(n + kNarrowChunk, columns.end);
+      for (int64_t t = block; t < block_end; ++t) {
+        const Share tile = tile_of(rows, t, tiles);
+        const int32_t* x = memory + (t - block) * l.tile;
+        const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
+        for (int64_t p = n; p < n_end; p += kNarrowPanel) {
+          const int32_t* panel = panel_at(c.packed, p, c.n, words, wide);
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t from = g * c.group, to = std::min(from + c.group, words);
+            const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
+            steps.multiply(tile.size(), x + from * kTileStride, panel + from * kNarrowPanel, to - from,
+                           start + g * kTileStride, {sums + (p - n), scale, groups, g == 0});
+          }
+        }
+        steps.finish(c.epilogue, tile.begin, tile.size(), n, sums);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
+  const Grid grid(c.m, c.n, at::get_num_threads());
+  const Layout layout(c);
+  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor memory = at::empty({layout.size}, at::kInt);
+    for (int64_t i = begin; i < end; ++i) {
+      compute(c, steps, layout, share_of(c.m, 1, i / grid.columns, grid.rows),
+              share_of(c.n, kNarrowChunk, i % grid.columns, grid.columns), memory.mutable_data_ptr<int32_t>());
+    }
+  });
+}
+
+void pack_narrow(const char* rows, int64_t n, int64_t row_bytes, uint32_t flip, char* packed) {
+  const int64_t padded = (row_bytes + 3) / 4 * 4;
+  at::parallel_for(0, (n + kNarrowPanel - 1) / kNarrowPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kNarrowPanel; i < std::min(end * kNarrowPanel, n); i += kNarrowPanel) {
+      pack_panel(rows + i * row_bytes, row_bytes, std::min(kNarrowPanel, n - i), flip, packed + i * padded);
+    }
+  });
+}
+
+}  // namespace vitfast

@@ -1,0 +1,122 @@
+// Vectors of 16 numbers in the dtypes of tensors, to and from floats; and rows of floats in 8 bits.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "vector.h"
+
+namespace vitfast {
+
+constexpr int kWide = 16;  // lanes; below avx512f they are several registers
+
+using Floats = Vector<kWide>;
+using Bits = typename VectorOf<kWide>::ints;
+typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
+typedef int8_t Bytes __attribute__((vector_size(kWide)));
+
+VITFAST_INLINE Bits bits_of(const Floats& x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+VITFAST_INLINE Floats floats_of(const Bits& bits) {
+  Floats x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+VITFAST_INLINE Floats load_floats(const float* from) { return load<kWide>(from); }
+VITFAST_INLINE Floats load_floats(const at::Half* from) { return load_as_float<kWide>(from); }
+VITFAST_INLINE Floats load_floats(const at::BFloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return floats_of(__builtin_convertvector(halves, Bits) << 16);
+}
+
+// x as the dtype of `to` has it, there and in what is returned.
+VITFAST_INLINE Floats store_rounded(float* to, const Floats& x) {
+  store<kWide>(to, x);
+  return x;
+}
+VITFAST_INLINE Floats store_rounded(at::Half* to, const Floats& x) {
+  Floats rounded;
+  for (int i = 0; i < kWide; ++i) {
+    to[i] = static_cast<at::Half>(x[i]);
+    rounded[i] = static_cast<float>(to[i]);
+  }
+  return rounded;
+}
+VITFAST_INLINE Floats store_rounded(at::BFloat16* to, const Floats& x) {
+  const Bits bits = bits_of(x), even = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits kept = x == x ? even : Bits{} + 0x7fc0u;
+  const Halves halves = __builtin_convertvector(kept, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+  return floats_of(kept << 16);
+}
+
+// The first `count` of 16 numbers, `beyond` in place of the others.
+template <typename scalar_t>
+VITFAST_INLINE Floats load_floats(const scalar_t* from, int64_t count, float beyond = 0.0f) {
+  if (count >= kWide) return load_floats(from);
+  scalar_t some[kWide];
+  std::fill(some, some + kWide, static_cast<scalar_t>(beyond));
+  std::copy(from, from + count, some);
+  return load_floats(some);
+}
+template <typename scalar_t>
+VITFAST_INLINE Floats store_rounded(scalar_t* to, const Floats& x, int64_t count) {
+  if (count >= kWide) return store_rounded(to, x);
+  scalar_t some[kWide];
+  const Floats rounded = store_rounded(some, x);
+  std::copy(some, some + count, to);
+  return rounded;
+}
+
+template <int lanes>
+VITFAST_INLINE uint32_t largest(const typename VectorOf<lanes>::ints& x) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    typename VectorOf<lanes / 2>::ints half[2];
+    std::memcpy(half, &x, sizeof(x));
+    return largest<lanes / 2>(half[0] > half[1] ? half[0] : half[1]);
+  }
+}
+
+// QUANTIZED and LEAST_AMAX of vitfast/ops/reference.py.
+constexpr float kLargestInt8 = 127.0f, kLeastAmax = 0x1p-100f;
+
+// reference.quantize of a row [n] in int8: its scale, or NaN, with zeros for values, where it is not finite.
+VITFAST_INLINE float quantize_row(const float* row, int64_t n, int8_t* values) {
+  constexpr float kRound = 0x1.8p23f;  // a sum with it ends in the bits of the integer
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  Bits most{};  // magnitudes, whose bits are ordered as they are; NaN comes above infinity
+  for (int64_t i = 0; i < n; i += kWide) {
+    const Bits magnitude = bits_of(load_floats(row + i, n - i)) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  const uint32_t largest_bits = largest<kWide>(most);
+  float amax;
+  std::memcpy(&amax, &largest_bits, sizeof(amax));
+  if (!(amax < kInfinity)) {
+    std::fill(values, values + n, static_cast<int8_t>(0));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  amax = std::max(amax, kLeastAmax);
+  const float inverse = kLargestInt8 / amax;
+  for (int64_t i = 0; i < n; i += kWide) {
+    const Bytes bytes = __builtin_convertvector(bits_of(load_floats(row + i, n - i) * inverse + kRound), Bytes);
+    std::memcpy(values + i, &bytes, std::min<int64_t>(kWide, n - i));
+  }
+  return amax / kLargestInt8;
+}
+
+}  // namespace vitfast

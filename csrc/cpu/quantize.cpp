@@ -1,0 +1,112 @@
+// quantize on the CPU in int8, as vitfast/ops/reference.py defines it: rows of x, or of its LayerNorm, with a scale for
+// each. One pass over a row after the first has brought it into cache. Bound by memory.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "../guards.h"
+#include "../ops.h"
+#include "numbers.h"
+#include "row_moments.h"
+
+namespace vitfast {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr const char* kOp = "quantize";
+constexpr int64_t kMinRows = 16;  // a thread is worth waking for
+
+template <typename scalar_t>
+struct Rows {
+  int8_t* values;
+  float* scales;
+  const scalar_t *x, *weight, *bias;  // weight and bias null without a norm
+  int64_t width;
+  float eps;
+};
+
+template <typename scalar_t>
+VITFAST_INLINE void quantize_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
+  const int64_t n = rows.width;
+  float* normed = buffer + n;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* row = widened(rows.x + r * n, n, buffer);
+    if (rows.weight) {
+      const Moments moments = moments_of(row, n, rows.eps);
+      for (int64_t i = 0; i < n; i += kWide) {
+        const Floats weight = load_floats(rows.weight + i, n - i), bias = load_floats(rows.bias + i, n - i);
+        const Floats value = (load_floats(row + i, n - i) - moments.mean) * moments.rstd * weight + bias;
+        store_rounded(normed + i, value, n - i);
+      }
+      row = normed;
+    }
+    rows.scales[r] = quantize_row(row, n, rows.values + r * n);
+  }
+}
+
+VITFAST_SIMD void quantize_rows(const Rows<float>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop(rows, begin, end, buffer);
+}
+VITFAST_SIMD void quantize_rows(const Rows<at::Half>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop(rows, begin, end, buffer);
+}
+VITFAST_SIMD void quantize_rows(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop(rows, begin, end, buffer);
+}
+
+template <typename scalar_t>
+void run(const at::Tensor& values, const at::Tensor& scales, const at::Tensor& x, const Optional& weight,
+         const Optional& bias, double eps) {
+  // Copied if need be.
+  const at::Tensor source = contiguous(kOp, "x", x);
+  const Optional w = contiguous(kOp, "norm_weight", weight), b = contiguous(kOp, "norm_bias", bias);
+  const Rows<scalar_t> rows{values.mutable_data_ptr<int8_t>(),
+                            scales.mutable_data_ptr<float>(),
+                            read<scalar_t>(kOp, "x", source),
+                            read<scalar_t>(kOp, "norm_weight", w),
+                            read<scalar_t>(kOp, "norm_bias", b),
+                            x.size(-1),
+                            static_cast<float>(eps)};
+  const int64_t size = (Size(kOp, x.size(-1)) * 2).value();
+  at::parallel_for(0, rows_of(kOp, x), kMinRows, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
+    const at::Tensor buffer = at::empty({size}, at::kFloat);
+    quantize_rows(rows, begin, end, buffer.mutable_data_ptr<float>());
+  });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> quantize_cpu(const at::Tensor& x, const Optional& norm_weight,
+                                                const Optional& norm_bias, double eps, at::ScalarType dtype) {
+  check_dtype(kOp, "x", x, {at::kFloat, at::kHalf, at::kBFloat16});
+  TORCH_CHECK_VALUE(dtype == at::kChar, kOp, ": dtype must be torch.int8 on the CPU, got ", dtype_text(dtype));
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, kOp, ": x must have a non-empty last axis, got shape ",
+                    shape_text(x.sizes()));
+  TORCH_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(), kOp,
+                    ": norm_weight and norm_bias go together; only one was given");
+  check_shape(kOp, "norm_weight", norm_weight, {x.size(-1)});
+  check_shape(kOp, "norm_bias", norm_bias, {x.size(-1)});
+  if (norm_weight) {
+    check_dtype(kOp, "norm_weight", *norm_weight, {x.scalar_type()});
+    check_dtype(kOp, "norm_bias", *norm_bias, {x.scalar_type()});
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const at::Tensor scales = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  if (x.numel() > 0) {
+    auto* call = x.scalar_type() == at::kFloat ? &run<float> : &run<at::BFloat16>;
+    if (x.scalar_type() == at::kHalf) call = &run<at::Half>;
+    call(values, scales, x, norm_weight, norm_bias, eps);
+  }
+  return {values, scales};
+}
+
+}  // namespace vitfast
