@@ -5,15 +5,17 @@ BIN := .venv/bin
 # Worker processes of the tests, empty for none. One thread each: with more they fight for the cores and
 # take longer than a single process would.
 WORKERS ?= 2
-# How long `make gpu` measures.
-BUDGET ?= 8m
+# How long `make gpu` takes, and the folder that it fills.
+BUDGET ?= 9m
+OUT ?= gpu-results
+GPU_TEST_ARGS ?= -n 8
 PYTEST_ARGS ?=
 PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
 
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-bench gpu-test demo clean
+.PHONY: help test test-full test-oldest-triton lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-sanitize gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -42,6 +44,12 @@ test-full: $(READY) ## run all tests
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 # One target for each hook of .pre-commit-config.yaml.
+# The oldest Triton of pyproject.toml in a folder of its own, which stands before the environment's on the path.
+OLDEST_TRITON := 3.6.0
+test-oldest-triton: $(READY) ## compile the kernels for Hopper with the oldest Triton that vitfast takes
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton triton==$(OLDEST_TRITON)
+	VITFAST_OLDEST_TRITON="$(CURDIR)/build/triton" $(PYTEST) -m full -k oldest_triton tests/diagnostics $(PYTEST_ARGS)
+
 lint: lint-ruff lint-mypy lint-clang-format ## check style and types
 
 lint-ruff: $(READY)
@@ -74,22 +82,43 @@ sanitize: $(READY) ## test the C++ extension under the address and undefined-beh
 demo: $(READY) ## embed sample photos and find the ones alike
 	$(BIN)/python examples/demo.py
 
-# On a GPU machine, with the Python, torch and triton found there: no environment, no network, no install. The
-# benchmarks come first: they have correctness gates of their own, stop when BUDGET is spent and keep what they have.
-# Test files that need a package missing there are reported and the others run.
-gpu: ## measure for BUDGET, then test, with $(PYTHON) as it is, on its GPU
-	@status=0; \
-	$(MAKE) --no-print-directory gpu-bench || status=$$?; \
-	$(MAKE) --no-print-directory gpu-test || status=$$?; \
-	exit $$status
+# On a GPU machine, with the Python, torch and triton found there: no environment, no network, no install. All that is
+# measured and tested stands in OUT as soon as it is known, in at most six files; a second call goes on where the first
+# one stopped. docs/benchmarking.md says how to read it.
+ON_GPU = PYTHONPATH="$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
-gpu-bench: ## the measuring part of `make gpu`
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m vitfast bench all --budget $(BUDGET)
+gpu: ## measure and test a GPU for BUDGET, with $(PYTHON) as it is; results in OUT
+	$(ON_GPU) -m vitfast bench all --budget $(BUDGET) --out $(OUT) --extension $(PACKAGE)
 
-gpu-test: ## the testing part of `make gpu`
-	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	workers=$$($(PYTHON) -c "import importlib.util as u; print('-n 8' if u.find_spec('xdist') else '')"); \
-	$(PYTHON) -m pytest $$workers --continue-on-collection-errors $(PYTEST_ARGS)
+gpu-sanitize: ## launch every kernel once under compute-sanitizer's memcheck and racecheck
+	$(ON_GPU) -m vitfast bench all --sanitize --budget $(BUDGET) --out $(OUT)-sanitize
+
+# The C++ extension for a GPU machine that has no time to build it: made here, where there need be no GPU, against the
+# torch and for the Python found there, with the nvcc of that torch's CUDA. $(PACKAGE) is the folder to carry; `make gpu`
+# takes it from there.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_CUDA ?= 13.0
+GPU_ARCHS ?= 80;90
+GPU := build/gpu
+PACKAGE := $(GPU)/package
+NVCC_WHEELS := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl
+gpu-package: ## build the C++ extension for a GPU machine into build/gpu/package (minutes; needs no GPU)
+	test -x $(GPU)/venv/bin/python || $(GPU_PYTHON) -m venv $(GPU)/venv
+	$(GPU)/venv/bin/python -m pip install -q torch==$(GPU_TORCH) numpy ninja 'setuptools>=77.0.3' \
+	  $(addsuffix ==$(GPU_CUDA).*,$(NVCC_WHEELS))
+	set -e; cuda=$$($(GPU)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13; \
+	  mkdir -p $(GPU)/cuda/lib64; ln -sfn $$cuda/bin $$cuda/include $$cuda/nvvm $(GPU)/cuda/; \
+	  ln -sfn $$cuda/lib/libcudart.so.13 $(GPU)/cuda/lib64/libcudart.so
+	rm -rf $(PACKAGE)
+	CUDA_HOME="$(CURDIR)/$(GPU)/cuda" VITFAST_BUILD=1 VITFAST_CUDA_ARCHS="$(GPU_ARCHS)" \
+	  PATH="$(CURDIR)/$(GPU)/cuda/bin:$(CURDIR)/$(GPU)/venv/bin:$$PATH" \
+	  $(GPU)/venv/bin/python setup.py -q build_ext --build-lib $(PACKAGE) --build-temp $(GPU)/temp
+	strip --strip-unneeded $(PACKAGE)/vitfast/_C*.so
+	$(GPU)/venv/bin/python benchmarks/carried.py $(PACKAGE)
+
+gpu-test: ## the tests for a GPU, as `make gpu` runs them
+	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS)
 
 clean: ## remove the environment and all that was built
 	rm -rf .venv build dist demo site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so

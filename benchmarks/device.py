@@ -13,12 +13,14 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vitfast.benchmarks.watch import ContextLost
 
 CallList = Sequence[Callable[[], Any]]
 
@@ -79,6 +81,13 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
+
+    def check(self) -> None:
+        """Look whether the device still works, after something failed on it.
+
+        Raises:
+            ContextLost: if it does not.
+        """
 
     def telemetry(self) -> dict[str, Any]:
         """Clocks, power, temperature and reasons for throttling at this moment; empty where unknown."""
@@ -177,10 +186,11 @@ class CudaDevice(Device):
         try:
             with self._cuda.graph(graph):
                 loop()
-        except RuntimeError as error:
+        except Exception as error:  # a library's own, too
             self._cuda.synchronize()
             loop()
-            return Program(loop, len(calls), "stream", loop.output, f"not captured: {str(error).splitlines()[0]}")
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            return Program(loop, len(calls), "stream", loop.output, f"not captured: {why}")
         graph.replay()
         return Program(graph.replay, len(calls), "graph", loop.output)  # the replay writes where the capture did
 
@@ -196,6 +206,13 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         """Wait for the GPU."""
         self._cuda.synchronize()
+
+    def check(self) -> None:
+        """By waiting for it: every call on a dead context fails."""
+        try:
+            self._cuda.synchronize()
+        except Exception as error:  # RuntimeError, or AcceleratorError where torch has it
+            raise ContextLost(f"the GPU's context is dead: {(str(error).splitlines() or [''])[0]}") from error
 
     def allocated(self) -> int | None:
         """By torch's allocator: what CUDA itself takes is not included."""
@@ -215,20 +232,36 @@ class CudaDevice(Device):
         return self._cuda.max_memory_allocated(self.torch_device)
 
     def telemetry(self) -> dict[str, Any]:
-        """By NVML."""
-        nvml, handle = self._nvml, self._handle
-        if handle is None:
+        """By NVML, as far as it answers: a virtual machine may be refused any of these. `nvml_refused`: what was."""
+        if self._handle is None:
             return {}
-        reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-        reasons = reasons or nvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
-        bits = reasons(handle)
-        return {
-            "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "throttled_by": [name for bit, name in CLOCK_REASONS.items() if bits & bit],
-        }
+
+        def throttled_by(nvml: Any, handle: Any) -> list[str]:
+            reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+            reasons = reasons or nvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
+            bits = reasons(handle)
+            return [name for bit, name in CLOCK_REASONS.items() if bits & bit]
+
+        return self._asked(
+            {
+                "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+                "power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+                "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+                "throttled_by": throttled_by,
+            }
+        )
+
+    def _asked(self, queries: Mapping[str, Callable[[Any, Any], Any]]) -> dict[str, Any]:
+        """What NVML answers to each query; those that it refuses are named, with its reason."""
+        answers: dict[str, Any] = {}
+        refused: dict[str, str] = {}
+        for name, query in queries.items():
+            try:
+                answers[name] = query(self._nvml, self._handle)
+            except (self._nvml.NVMLError, AttributeError) as error:  # or an NVML too old to know the question
+                refused[name] = str(error)
+        return answers | ({"nvml_refused": refused} if refused else {})
 
     def facts(self) -> dict[str, Any]:
         """Name, size, driver, and the clocks and power it may use at most."""
@@ -242,13 +275,14 @@ class CudaDevice(Device):
         }
         if self._handle is None:
             return facts | {"nvml": self._no_nvml}
-        nvml, handle = self._nvml, self._handle
-        return facts | {
-            "driver": str(nvml.nvmlSystemGetDriverVersion()),
-            "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "max_sm_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "idle": self.telemetry(),
-        }
+        asked = self._asked(
+            {
+                "driver": lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion()),
+                "power_limit_w": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+                "max_sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            }
+        )
+        return facts | asked | {"idle": self.telemetry()}
 
     def _open_nvml(self) -> tuple[Any, str]:
         """This GPU in NVML, which does not number devices as CUDA does; or None and why not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -25,16 +26,20 @@ PACKAGES = (
 )  # fmt: skip
 """Distributions whose version can explain a number."""
 
+SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}
+"""Suffixes of what a result depends on."""
+
 VARIABLES = re.compile(r"(CUDA_|NVIDIA_|OMP_|MKL_|KMP_|TORCH|TRITON_|PYTORCH_|VITFAST_)\w*")
 PATHS = re.compile(r"\w*(PATH|DIR|HOME|CACHE)\w*")
 
 
 def environment(device: Device) -> dict[str, Any]:
     """Everything about the machine and the software that a reader needs to repeat a result."""
-    commit = _git("rev-parse", "HEAD")
+    commit = commit_of()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
+        "sources": sources_digest(),
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -55,6 +60,20 @@ def environment(device: Device) -> dict[str, Any]:
         },
         **device.facts(),
     }
+
+
+def commit_of() -> str | None:
+    """The commit of the checkout; None where this is none."""
+    return _git("rev-parse", "HEAD")
+
+
+def sources_digest() -> str:
+    """A short name for what the code is, which a copy of a checkout without .git has, too."""
+    digest = hashlib.sha256()
+    folders = [ROOT / name for name in ("vitfast", "kernels", "benchmarks", "csrc")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(name: str) -> str | None:

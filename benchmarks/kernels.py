@@ -7,7 +7,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vitfast.benchmarks.cases import OPS, Call, Case, gate_size, nbytes
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.providers import BASELINE, Absent, Provider, Thunk, providers_of
 from vitfast.benchmarks.shapes import awkward_dims, model_dims
+from vitfast.benchmarks.watch import LIMIT_S, SLOW_LIMIT_S, ContextLost, Watch
 from vitfast.models.config import NAMED
 from vitfast.ops import accuracy
 
@@ -54,6 +55,9 @@ def run(
     seconds: float = math.inf,
     slow: bool = False,
     extra: Mapping[str, Provider] | None = None,
+    finished: Container[str] = (),
+    died: Mapping[tuple[str, str], dict[str, Any]] | None = None,
+    watch: Watch | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[str]:
     """Benchmark cases in order; `on_rows` gets the rows of each as soon as they are there.
@@ -61,37 +65,65 @@ def run(
     Args:
         rounds: of all providers in turn. seconds: for everything; cases that are left then are not run.
         slow: also providers that take long to compile. extra: further providers by name.
+        finished: names of cases to leave alone. died: (case, provider) -> the row of one that is not to run again.
+        watch: told what is about to run.
 
     Returns:
         Names of the cases that there was no time for.
+
+    Raises:
+        ContextLost: if the device cannot go on; its `row` names what that is due to.
     """
-    start = time.perf_counter()
+    start, lost = time.perf_counter(), died or {}
+    cases = [case for case in cases if case.name not in finished and (case.name, REFERENCE) not in lost]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             return [left.name for left in cases[index:]]
-        on_rows(run_case(case, device, providers_of(case, slow=slow, extra=extra), rounds))
+        able = providers_of(case, slow=slow, extra=extra)
+        rows = [lost[case.name, name] for name in able if (case.name, name) in lost]
+        able = {name: provider for name, provider in able.items() if (case.name, name) not in lost}
+        on_rows([*run_case(case, device, able, rounds, watch or Watch()), *rows])
     return []
 
 
+REFERENCE = "reference"
+"""Stands for a provider where the case itself failed: its inputs, or the answer to compare with."""
+
+
 @torch.no_grad()
-def run_case(case: Case, device: Device, providers: Mapping[str, Provider], rounds: int) -> list[dict[str, Any]]:
-    """One row per provider. Only those whose output is right have times."""
+def run_case(
+    case: Case, device: Device, providers: Mapping[str, Provider], rounds: int, watch: Watch | None = None
+) -> list[dict[str, Any]]:
+    """One row per provider. Only those whose output is right have times.
+
+    Raises:
+        ContextLost: if the device cannot go on; its `row` names what that is due to.
+    """
     from vitfast.kernels._parts.launch import launched_configs
 
+    watch = watch or Watch()
     torch.compiler.reset()  # or a shape too many would silently run uncompiled
-    call = case.inputs()
-    gate = Gate(case, call)
-    moved = nbytes(call.args, call.kwargs) + gate.output_bytes
-    # The call that the gate knows the answer to comes last: its output is looked at again after the timing.
-    copies = [*(case.inputs(seed) for seed in range(1, timing.copies_needed(moved, device.cache_bytes))), call]
+    about: dict[str, Any] = {
+        "case": case.name, "op": case.op, "dtype": str(case.operand_dtype).removeprefix("torch."),
+        "dims": dict(case.dims), "flops": case.flops, "correct": False,
+    }  # fmt: skip
+    watch.begin(case.name, REFERENCE, "making inputs and the right answer")
+    try:
+        call = case.inputs()
+        gate = Gate(case, call)
+        moved = nbytes(call.args, call.kwargs) + gate.output_bytes
+        # The call that the gate knows the answer to comes last: its output is looked at again after the timing.
+        copies = [*(case.inputs(seed) for seed in range(1, timing.copies_needed(moved, device.cache_bytes))), call]
+    except Exception as error:  # for want of memory, say: the cases after this one may have enough
+        row = about | {"provider": REFERENCE, "error": reason(error)}
+        check(device, row)
+        device.release()
+        return [row]
     rows, programs = [], {}
     for provider in providers.values():
-        row: dict[str, Any] = {
-            "case": case.name, "op": case.op, "provider": provider.name,
-            "dtype": str(case.operand_dtype).removeprefix("torch."),
-            "dims": dict(case.dims), "flops": case.flops, "bytes": moved, "correct": False, "checked": gate.checked,
-        }  # fmt: skip
+        row = about | {"provider": provider.name, "bytes": moved, "checked": gate.checked}
         rows.append(row)
+        watch.begin(case.name, provider.name, "preparing", SLOW_LIMIT_S if provider.slow else LIMIT_S)
         try:
             with quiet(), launched_configs() as configs:
                 row |= gate.judge(provider.build(call), provider)
@@ -101,10 +133,24 @@ def run_case(case: Case, device: Device, providers: Mapping[str, Provider], roun
                     programs[provider.name] = timing.program(device, [provider.build(copy) for copy in copies])
         except Exception as error:  # whatever a library raises is the reason in its cell
             row |= {"correct": False, "error": reason(error)}
-    times, telemetry = timing.time_interleaved(programs, device, rounds)
+            programs.pop(provider.name, None)
+            check(device, row)
+    failed: dict[str, Exception] = {}
+    by_provider = {row["provider"]: row for row in rows}
+    try:
+        times, telemetry = timing.time_interleaved(
+            programs, device, rounds, failed=failed, before=lambda name: watch.begin(case.name, name, "being timed")
+        )
+    except ContextLost as error:
+        name = list(failed)[-1]
+        error.row = by_provider[name] | {"correct": False, "died": True, "error": f"{reason(failed[name])}; {error}"}
+        raise
+    watch.begin(case.name, REFERENCE, "comparing after the timing")
     cold = moved * len(copies) >= 2 * device.cache_bytes
     for row in rows:
-        if row["provider"] in programs:
+        if row["provider"] in failed:
+            row |= {"correct": False, "error": reason(failed[row["provider"]])}
+        elif row["provider"] in programs:
             program = programs[row["provider"]]
             row |= gate.judge(program.output, providers[row["provider"]], when="after the timing")
         if row["correct"]:
@@ -115,7 +161,17 @@ def run_case(case: Case, device: Device, providers: Mapping[str, Provider], roun
     add_ratios(rows, BASELINE)
     del copies, programs, call, gate
     device.release()
+    watch.end()
     return rows
+
+
+def check(device: Device, row: dict[str, Any]) -> None:
+    """Whether the device still works after the error in a row; if not, that row is what its process died of."""
+    try:
+        device.check()
+    except ContextLost as error:
+        error.row = row | {"died": True, "error": f"{row['error']}; {error}"}
+        raise
 
 
 class Gate:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitfast.benchmarks import timing
-from vitfast.benchmarks.device import Device
-from vitfast.benchmarks.kernels import add_ratios, quiet, reason
+from vitfast.benchmarks.device import Device, Program
+from vitfast.benchmarks.kernels import REFERENCE, add_ratios, check, quiet, reason
 from vitfast.benchmarks.model_providers import BASELINE, EIGHT_BIT, PROVIDERS
+from vitfast.benchmarks.watch import SLOW_LIMIT_S, ContextLost, Watch
 from vitfast.diagnostics.predict import predict
 from vitfast.models import libraries
 from vitfast.models.config import NAMED
@@ -44,66 +45,127 @@ def compare(
     providers: Sequence[str],
     rounds: int = 15,
     seconds: float = math.inf,
+    died: Mapping[tuple[str, str], dict[str, Any]] | None = None,
+    watch: Watch | None = None,
+    on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """One row per provider.
 
     Args:
         name: of a timm model. providers: names in PROVIDERS; timm eager runs in any case.
         seconds: for everything. Providers that are not ready when most of it is spent are left out and say so.
+        died: (case, provider) -> the row of one that is not to run again. watch: told what is about to run.
+        on_rows: gets the row of every provider as soon as it is ready, with times of its own and `provisional`.
 
     Returns:
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
         logit), cosine (of an image's logits to those, the mean), build_s (making the provider), first_call_ms
         (compiling on demand included) and peak_memory_bytes (what it added: weights, activations, graph pools; on a
         CPU the process's resident memory).
+
+    Raises:
+        ContextLost: if the device cannot go on; its `row` names what that is due to.
     """
     torch.compiler.reset()
-    start = time.perf_counter()
+    start, watch, case = time.perf_counter(), watch or Watch(), case_name(name, batch, dtype)
     timm = libraries.import_library("timm")
+    watch.begin(case, REFERENCE, "making the model and the right answer", SLOW_LIMIT_S)
     torch.manual_seed(0)
     oracle = timm.create_model(name, pretrained=False).eval().to(device.torch_device)
     images = torch.randn(batch, 3, *oracle.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
     images = images.to(device.torch_device)
     given, expected = images.to(dtype), oracle(images).double()
-    rows: list[dict[str, Any]] = []
-    programs, accuracy = {}, {}
     short = str(dtype).removeprefix("torch.")
-    for provider in dict.fromkeys((*providers, BASELINE)):
-        row: dict[str, Any] = {"case": f"{name} batch {batch} {short}", "provider": provider, "correct": False}
-        eight_bits = {"dtype": EIGHT_BIT[provider], "eight_bit": True} if provider in EIGHT_BIT else {}
-        rows.append(row | {"model": name, "batch": batch, "dtype": short, **_work(name, batch), **eight_bits})
-        if provider != BASELINE and time.perf_counter() > start + 0.7 * seconds:
-            rows[-1]["error"] = "no time left to prepare it"
+    rows: dict[str, dict[str, Any]] = {provider: {} for provider in (*providers, BASELINE)}
+    programs: dict[str, Program] = {}
+    bound = PEER_TOLERANCE
+    # The baseline first: it says how far apart right answers in this dtype may be.
+    for provider in dict.fromkeys((BASELINE, *providers)):
+        row: dict[str, Any] = {"case": case, "provider": provider, "correct": False, "model": name, "batch": batch}
+        row |= {"dtype": EIGHT_BIT.get(provider, short), **_work(name, batch)}
+        row |= {"eight_bit": True} if provider in EIGHT_BIT else {}
+        rows[provider] = row
+        if (case, provider) in (died or {}):
+            rows[provider] = dict((died or {})[case, provider])
             continue
+        if provider != BASELINE and time.perf_counter() > start + 0.7 * seconds:
+            row["error"] = "no time left to prepare it"
+            continue
+        watch.begin(case, provider, "preparing", SLOW_LIMIT_S)
         try:
             with quiet():
                 run, made = _prepare(provider, oracle, given, device)
-                accuracy[provider] = _accuracy(run(given), expected)
-                call = functools.partial(_until_done, device, run, given) if batch <= LATENCY_BATCH else None
-                programs[provider] = device.prepare([call or functools.partial(run, given)], capture=False)
-            rows[-1] |= made | accuracy[provider]
+                row |= made | _accuracy(run(given), expected)
+                if provider == BASELINE:
+                    bound = max(2 * row["max_error"], PEER_TOLERANCE)
+                if why := _why_wrong(row, bound):
+                    row["error"] = f"incorrect: {why}"
+                else:
+                    call = functools.partial(_until_done, device, run, given) if batch <= LATENCY_BATCH else None
+                    program = device.prepare([call or functools.partial(run, given)], capture=False)
+                    times, telemetry = timing.time_interleaved({provider: program}, device, timing.FEWEST_ROUNDS)
+                    programs[provider] = program
+                    row |= _timed(row, times[provider], telemetry, program) | {"provisional": True}
         except Exception as error:  # whatever a library raises is the reason in its cell
-            rows[-1]["error"] = reason(error)
-    bound = max(2 * accuracy.get(BASELINE, {}).get("max_error", 0.0), PEER_TOLERANCE)
-    wrong = {provider: _why_wrong(measured, bound, provider in EIGHT_BIT) for provider, measured in accuracy.items()}
-    right = {provider: program for provider, program in programs.items() if not wrong[provider]}
-    times, telemetry = timing.time_interleaved(right, device, rounds, seconds=start + seconds - time.perf_counter())
-    for provider, program in right.items():  # what was timed was right as well
-        wrong[provider] = _why_wrong(_accuracy(program.output(), expected), bound, provider in EIGHT_BIT)
-    for row in rows:
-        provider = row["provider"]
-        if provider in programs and not wrong[provider]:
-            row |= {"correct": True, **timing.summary(times[provider]), **timing.clocks(telemetry)}
-            row["timed_by"] = "synchronised" if batch <= LATENCY_BATCH else right[provider].how
-            row["images_per_s"] = 1e3 * batch / row["median_ms"]
-            if "flops" in row:
-                row["tflops"] = row["flops"] / row["median_ms"] / 1e9
-        elif provider in programs:
-            row["error"] = f"incorrect: {wrong[provider]}"
-    add_ratios(rows, BASELINE)
-    del programs, right, oracle
+            row |= {"correct": False, "error": reason(error)}
+            programs.pop(provider, None)
+            check(device, row)
+        on_rows([row])
+    failed: dict[str, Exception] = {}
+    try:
+        times, telemetry = timing.time_interleaved(
+            programs, device, rounds, seconds=start + seconds - time.perf_counter(), failed=failed,
+            before=lambda provider: watch.begin(case, provider, "being timed"),
+        )  # fmt: skip
+    except ContextLost as error:
+        provider = list(failed)[-1]
+        why = f"{reason(failed[provider])}; {error}"
+        error.row = _untimed(rows[provider]) | {"correct": False, "died": True, "error": why}
+        raise
+    for provider, program in programs.items():
+        row = rows[provider] = _untimed(rows[provider])
+        if provider in failed:
+            row |= {"correct": False, "error": reason(failed[provider])}
+            continue
+        row |= _accuracy(program.output(), expected)  # what was timed was right as well
+        if why := _why_wrong(row, bound):
+            row |= {"correct": False, "error": f"incorrect: {why}"}
+        else:
+            row |= _timed(row, times[provider], telemetry, program)
+    made_rows = list(rows.values())
+    add_ratios(made_rows, BASELINE)
+    del programs, oracle
     device.release()
-    return rows
+    watch.end()
+    return made_rows
+
+
+def settled(case: str, finished: Container[str], died: Container[tuple[str, str]]) -> bool:
+    """Whether a run that goes on has nothing left to do in a case: it is finished, or its model itself does harm."""
+    return case in finished or (case, REFERENCE) in died
+
+
+def case_name(name: str, batch: int, dtype: torch.dtype) -> str:
+    """What the rows of one comparison have as their case."""
+    return f"{name} batch {batch} {str(dtype).removeprefix('torch.')}"
+
+
+def _timed(row: dict[str, Any], times: Sequence[float], telemetry: Sequence[Any], program: Program) -> dict[str, Any]:
+    """What a right row says about its times."""
+    said: dict[str, Any] = {"correct": True, **timing.summary(times), **timing.clocks(telemetry)}
+    said["timed_by"] = "synchronised" if row["batch"] <= LATENCY_BATCH else program.how
+    said["images_per_s"] = 1e3 * row["batch"] / said["median_ms"]
+    if "flops" in row:
+        said["tflops"] = row["flops"] / said["median_ms"] / 1e9
+    return said
+
+
+TIMES = {"median_ms", "p20_ms", "p80_ms", "rounds", "spread", "noisy", "images_per_s", "tflops", "provisional"}
+
+
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the times it had alone."""
+    return {name: value for name, value in row.items() if name not in TIMES}
 
 
 def _prepare(
@@ -128,9 +190,9 @@ def _accuracy(logits: Tensor, expected: Tensor) -> dict[str, float]:
     return {"max_error": error.item(), "cosine": cosine.item()}
 
 
-def _why_wrong(measured: dict[str, float], bound: float, eight_bit: bool) -> str:
+def _why_wrong(measured: Mapping[str, Any], bound: float) -> str:
     """What is wrong with logits, or nothing. NaN exceeds every bound."""
-    if eight_bit:
+    if measured.get("eight_bit"):
         cosine = measured["cosine"]
         return "" if cosine >= EIGHT_BIT_COSINE else f"cosine {cosine:.4f} is below {EIGHT_BIT_COSINE}"
     return "" if measured["max_error"] <= bound else f"error {measured['max_error']:.1e} exceeds {bound:.1e}"

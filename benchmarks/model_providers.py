@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.benchmarks.providers import Absent
+from vitfast.benchmarks.providers import INTERPRETED, Absent
 from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
 
@@ -40,8 +40,15 @@ def _classifier(built: Engine) -> Run:
 
 
 def engine(model: Any, images: Tensor) -> Run:
-    """vitfast's engine, on the images' device and dtype."""
+    """vitfast's engine as it is planned, on the images' device and dtype."""
     return _classifier(load(model, device=images.device, dtype=images.dtype))
+
+
+def engine_on(backend: str, model: Any, images: Tensor) -> Run:
+    """vitfast's engine with one backend for all that it can run."""
+    if backend == "triton" and not images.is_cuda:
+        raise Absent(INTERPRETED)
+    return _classifier(load(model, device=images.device, dtype=images.dtype, backend=backend))
 
 
 def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
@@ -217,6 +224,8 @@ def _export(model: Any, images: Tensor, path: Path) -> None:
 
 PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vitfast": engine,
+    "vitfast triton": functools.partial(engine_on, "triton"),
+    "vitfast native": functools.partial(engine_on, "native"),
     "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
     "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
     "timm eager": eager,
@@ -235,6 +244,9 @@ EIGHT_BIT = {"vitfast fp8": "float8_e4m3fn", "vitfast int8": "int8", "torchao FP
 
 DEFAULTS = {
     "cpu": ("vitfast", "timm eager", "torch.compile", "ONNX Runtime", "OpenVINO"),
-    "cuda": ("vitfast", "vitfast fp8", "timm eager", "timm CUDA graph", "torch.compile", "transformers", "TensorRT"),
-}
-"""Who takes part unless told otherwise; max-autotune takes minutes to compile."""
+    "cuda": (
+        "vitfast", "vitfast triton", "vitfast native", "vitfast fp8", "timm eager", "timm CUDA graph", "transformers",
+        "torch.compile", "TensorRT",
+    ),
+}  # fmt: skip
+"""Who takes part unless told otherwise, those that compile last; max-autotune takes minutes."""

@@ -34,18 +34,39 @@ td.text, th.text { text-align: left; }
 summary { cursor: pointer; margin-top: 1rem; }
 """
 
-TEXT = ("case", "provider", "notes", "name", "value")
+TEXT = ("case", "provider", "notes", "name", "value", "state", "why", "error")
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page of one or several results."""
-    title = "vitfast benchmarks"
-    body = "\n".join(_section(result) for result in results)
+    return _document([_section(result) for result in results])
+
+
+def _document(parts: Sequence[str]) -> str:
+    title, body = "vitfast benchmarks", "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
     )
+
+
+def campaign_page(content: Mapping[str, Any]) -> str:
+    """The page of a campaign (`benchmarks/campaign_file.py`): how its steps went, then what each measured."""
+    steps = content["steps"]
+    rows = [(name, step["state"], f"{step['seconds']:.0f} s", step.get("why", "")) for name, step in steps.items()]
+    culprits = [(name, *(c[key] for key in TEXT_OF_CULPRIT)) for name, step in steps.items() for c in step["culprits"]]
+    parts = ["<h2>Steps</h2>", _table(("name", "state", "seconds", "why"), rows)]
+    if culprits:
+        parts += ["<h2>What failed or was wrong</h2>", _table(("name", *TEXT_OF_CULPRIT), culprits)]
+    for step in steps.values():
+        if failed := (step.get("answer") or {}).get("failed"):
+            named = [(test["name"], test["message"]) for test in failed]
+            parts += ["<h2>Tests that failed</h2>", _table(("name", "value"), named)]
+    return _document(parts + [_section(step["result"]) for step in steps.values() if step.get("result")])
+
+
+TEXT_OF_CULPRIT = ("case", "provider", "error")
 
 
 def _section(result: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     stats = vit.first_stats(plan, x)  # in a model, the block before writes them
 
     def run() -> Tensor:
-        return run_block(config, prepared.activation, prepared.blocks[0], x, stats, plan, last=False)[0]
+        return run_block(config, prepared.activation, prepared.blocks[0], x, stats, plan, {}, last=False)[0]
 
     return run
 

@@ -11,6 +11,10 @@ Schema 3, one JSON object:
                  median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...;
                  configs: those of the Triton kernels of ours that one call launches, in order
     not_run      cases that there was no time for
+    finished     cases whose rows are all there; a run that goes on leaves them alone
+
+A row with `died` is of a provider that took its whole process with it, or hung: `error` says how. One with
+`provisional` was timed alone, before the rounds in which all providers take turns.
 """
 
 from __future__ import annotations
@@ -42,13 +46,31 @@ HEADINGS = {
 
 
 class Results:
-    """A result file in the making: rows come in, and the file is whole after every `add`."""
+    """A result file in the making: rows come in, and the file is whole after every `add`.
 
-    def __init__(self, kind: str, device: Device, method: dict[str, Any], path: Path | None = None) -> None:
+    Args:
+        resume: go on with the file at `path`, if there is one.
+    """
+
+    def __init__(
+        self, kind: str, device: Device, method: dict[str, Any], path: Path | None = None, *, resume: bool = False
+    ) -> None:
         entry = environment(device)
         self.path = path or _default_path(kind, device, entry)
         self.content: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "environment": entry, "method": method}
-        self.content |= {"roofs": {}, "rows": [], "not_run": []}
+        self.content |= {"roofs": {}, "rows": [], "not_run": [], "finished": []}
+        if resume and self.path.is_file():
+            self.content |= read(self.path) | {"method": method, "not_run": []}
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Cases whose rows are all there."""
+        return frozenset(self.content["finished"])
+
+    @property
+    def died(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(case, provider) -> the row of what took its process with it."""
+        return {(row["case"], row["provider"]): row for row in self.rows if row.get("died")}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -56,8 +78,15 @@ class Results:
         return self.content["rows"]
 
     def add(self, rows: Sequence[dict[str, Any]] = (), **content: Any) -> None:
-        """Take rows, replace other parts, and write the file."""
-        self.rows.extend(rows)
+        """Take rows, in place of those of the same case and provider; replace other parts, and write the file."""
+        place = {(row["case"], row["provider"]): at for at, row in enumerate(self.rows)}
+        for row in rows:
+            key = (row["case"], row["provider"])
+            if key in place:
+                self.rows[place[key]] = row
+            else:
+                place[key] = len(self.rows)
+                self.rows.append(row)
         self.content |= content
         _add_roof_share(self.rows, self.content["roofs"])
         write(self.path, json.dumps(self.content, indent=1) + "\n")
@@ -104,6 +133,7 @@ def read(path: Path) -> dict[str, Any]:
             if row["correct"]:
                 row["spread"] = (row["p80_ms"] - row["p20_ms"]) / row["median_ms"]
                 row["noisy"] = row["spread"] > NOISY
+    result.setdefault("finished", [])
     if schema < 3:
         result["rows"] = [_renamed(row) for row in rows]
     return result

@@ -39,9 +39,10 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
             call = _square_gemm(side, where, kind_of)
             call()
             calls[name] = call
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            refused[name] = str(error).splitlines()[0]
-    source = torch.randn(COPY_BYTES[kind] // 4, device=where)
+        except Exception as error:  # whatever the library raises
+            refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            device.check()
+    source = torch.randn(COPY_BYTES[kind] // 4, device=where, generator=_generator(where))
     target = torch.empty_like(source)
     calls["copy"] = functools.partial(target.copy_, source)
     programs = {name: device.prepare([call]) for name, call in calls.items()}
@@ -58,8 +59,14 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     }
 
 
+def _generator(device: torch.device) -> torch.Generator:
+    """One of its own: a capture that fails may leave torch's default generator of a GPU unusable."""
+    return torch.Generator(device).manual_seed(0)
+
+
 def _square_gemm(side: int, device: torch.device, dtype: torch.dtype) -> Any:
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    generator = _generator(device)
+    a, b = (torch.randn(side, side, device=device, generator=generator) for _ in range(2))
     if dtype == torch.int8:
         return functools.partial(torch._int_mm, a.mul(32).to(dtype), b.mul(32).to(dtype).t())
     if dtype != FP8:
@@ -91,9 +98,10 @@ def drift(roofs: dict[str, Any]) -> float | None:
 @contextlib.contextmanager
 def around(file: Results, device: Device, dtype: torch.dtype, *, wanted: bool = True) -> Iterator[None]:
     """Measure the roofs before and after what is done inside, and put the higher ones into a result file."""
-    if wanted:
-        before = measure(device, dtype)
-        file.add(roofs=before)
+    if not wanted:
+        yield
+        return
+    before = file.content["roofs"] or measure(device, dtype)  # a run that goes on has those of its beginning
+    file.add(roofs=before)
     yield
-    if wanted:
-        file.add(roofs=better(before, measure(device, dtype)))
+    file.add(roofs=better(before, measure(device, dtype)))

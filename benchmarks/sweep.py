@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE, Provider, Thunk, providers_of
 from vitfast.benchmarks.result_file import write
+from vitfast.benchmarks.watch import Watch
 from vitfast.engine.planner import FUSED_MAX_WIDTH
 from vitfast.models.plan import SITES
 
@@ -55,12 +56,21 @@ def sweep(
     *,
     rounds: int = 10,
     seconds: float = math.inf,
+    before: Sequence[dict[str, Any]] = (),
+    finished: Container[str] = (),
+    died: Mapping[tuple[str, str], dict[str, Any]] | None = None,
+    watch: Watch | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None],
 ) -> dict[str, Any]:
     """Check and time every config that a case can run; `on_rows` gets the rows of each case.
 
     Args:
         seconds: for everything; cases that are left then are not swept.
+        before: rows of an earlier run: those of the cases in `finished` count as swept.
+        died: (case, provider) -> the row of one that is not to run again. watch: told what is about to run.
+
+    Raises:
+        ContextLost: if the device cannot go on; its `row` names what that is due to.
 
     Returns:
         swept and proven: op -> dtypes; configs as they stand in the table.
@@ -76,8 +86,14 @@ def sweep(
             proven = {op: [t for t in dtypes if (op, t) not in left] for op, dtypes in choices["proven"].items()}
             return choices | {"proven": {op: dtypes for op, dtypes in proven.items() if dtypes}}
         key = problem_of(case, case.inputs()).key if case.op in TUNED else ""
-        rows = kernels.run_case(case, device, _providers(case), rounds)
-        on_rows(rows)
+        rows = [row for row in before if row["case"] == case.name]
+        if case.name not in finished:
+            lost = {name: row for (of, name), row in (died or {}).items() if of == case.name}
+            able = {name: provider for name, provider in _providers(case).items() if name not in lost}
+            rows = list(lost.values())
+            if kernels.REFERENCE not in lost:
+                rows += kernels.run_case(case, device, able, rounds, watch)
+            on_rows(rows)
         swept.append((case, key, rows))
     return decide(swept)
 

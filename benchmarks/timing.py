@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitfast.benchmarks.device import CallList, Device, Program
@@ -35,20 +35,39 @@ def program(device: Device, calls: CallList) -> Program:
 
 
 def time_interleaved(
-    programs: Mapping[str, Program], device: Device, rounds: int, *, seconds: float = math.inf
+    programs: Mapping[str, Program],
+    device: Device,
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    before: Callable[[str], None] = lambda name: None,
+    failed: dict[str, Exception] | None = None,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
     """Milliseconds of one call of every program in every round, and the telemetry after each round.
 
     Args:
         seconds: stop early after so long, but not before FEWEST_ROUNDS rounds.
+        before: told the name of the program that is about to run.
+        failed: takes the error of a program that fails, which then has no times; without it the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in programs}
     order, telemetry, start = list(programs), [], time.perf_counter()
     for done in range(rounds if programs else 0):
         if done >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name in order:
-            times[name].append(device.time(programs[name]) / programs[name].calls)
+        for name in tuple(order):
+            before(name)
+            try:
+                times[name].append(device.time(programs[name]) / programs[name].calls)
+            except Exception as error:  # whatever a library raises
+                if failed is None:
+                    raise
+                failed[name] = error
+                order.remove(name)
+                del times[name]
+                device.check()
+        if not order:
+            break
         order.append(order.pop(0))
         telemetry.append(device.telemetry())
     return times, telemetry
@@ -70,13 +89,19 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def clocks(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Median clock and power over the rounds, the highest temperature, and all reasons for throttling; or nothing."""
-    seen = [sample for sample in telemetry if sample]
-    if not seen:
-        return {}
-    return {
-        "sm_clock_mhz": statistics.median(sample["sm_clock_mhz"] for sample in seen),
-        "power_w": statistics.median(sample["power_w"] for sample in seen),
-        "temperature_c": max(sample["temperature_c"] for sample in seen),
-        "throttled_by": sorted({reason for sample in seen for reason in sample["throttled_by"]}),
+    """Median clock and power over the rounds, the highest temperature, and all reasons for throttling.
+
+    What no sample has is left out, and `nvml_refused` says why.
+    """
+    samples: dict[str, list[Any]] = {}
+    for sample in telemetry:
+        for name, value in sample.items():
+            samples.setdefault(name, []).append(value)
+    reduced: dict[str, Callable[[list[Any]], Any]] = {
+        "sm_clock_mhz": statistics.median,
+        "power_w": statistics.median,
+        "temperature_c": max,
+        "throttled_by": lambda lists: sorted({reason for reasons in lists for reason in reasons}),
+        "nvml_refused": lambda refusals: {name: why for refused in refusals for name, why in refused.items()},
     }
+    return {name: reduce(samples[name]) for name, reduce in reduced.items() if name in samples}

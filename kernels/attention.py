@@ -107,7 +107,6 @@ GENERAL_CONFIGS = [
     _config("dense-128", 64, 32, 8, 2, _dense(128)),
     _config("dense-256", 64, 16, 8, 2, _dense(256)),
     _config("heads-64", 64, 64, 8, 2, _heads(64)),
-    _config("heads-96-sm90", 64, 64, 8, 2, _heads(96), (9, 0)),
     _config("heads-96", 64, 32, 8, 2, _heads(96)),
     _config("heads-128-sm90", 64, 32, 8, 2, _heads(128), (9, 0)),
     _config("heads-128", 32, 32, 8, 2, _heads(128)),

@@ -45,11 +45,11 @@ HEAD_DIMS = (32, 64)
 # thread, and BLOCK_F, the columns of q, k, v and of attention's output that are computed with at a time, is as large as
 # spills no register. The name has the largest C. "keys32" pads less at some N. None has been timed.
 CONFIGS = [
-    Config("width192", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 64}, 4, 2, (9, 0)),
-    Config("width192_keys32", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 64}, 4, 2, (9, 0)),
+    Config("width192", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32}, 4, 2, (9, 0)),
+    Config("width192_keys32", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 32}, 4, 2, (9, 0)),
     Config("width192_sm80", {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_F": 32}, 4, 2),
-    Config("width384", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 64}, 8, 2, (9, 0)),
-    Config("width384_keys32", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 64}, 8, 2, (9, 0)),
+    Config("width384", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32}, 8, 3, (9, 0)),
+    Config("width384_keys32", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 32}, 8, 3, (9, 0)),
     Config("width384_sm80", {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_F": 32}, 8, 2),
 ]
 

@@ -95,14 +95,14 @@ SUM_CONFIG = Config("sum", {"BLOCK_M": 8, "BLOCK_N": 128}, num_warps=4, num_stag
 
 MULTIPLY_ADDS_PER_US = 3_000_000
 """Of one multiprocessor, to set what a split costs against what it saves: an H100's, by its data sheet."""
-OPERAND = 64
-"""Multiply-adds in the time that one operand takes from L2 to a multiprocessor: 2 bytes at 64 a clock, as A100 and H100
-are said to have, against 2048 multiply-adds a clock."""
-UNHIDDEN = 0.25
-"""The share of the shorter of the two, products and operands, that the longer does not hide. An assumption."""
-EPILOGUE = 208
-"""The same for one element of the output: 13 instructions, as many as the epilogues of `_compile/linear.py` have on
+OPERAND = 104
+"""Multiply-adds in the time that one operand takes from L2 to a multiprocessor: 2 bytes at the 39 a clock that each of
+132 gets of an H200's L2 (`vitfast.diagnostics.code_times.L2_BYTES_PER_CLOCK`), against 2048 multiply-adds a clock."""
+EPILOGUE = 272
+"""The same for one element of the output: 17 instructions, as many as the epilogues of `_compile/linear.py` have on
 average on sm_90, at 128 a clock."""
+ALONE = 64
+"""As OPERAND, where few multiprocessors ask: the 64 bytes a clock that one of them can take."""
 LAUNCH_US = 1.3
 """What one launch more costs in a CUDA graph. An assumption, as the next."""
 PARTIAL_BYTES_PER_US = 60_000
@@ -190,10 +190,10 @@ def why_not(config: Config, problem: Problem) -> list[str]:
 def pick_config(problem: Problem, sms: int) -> Config:
     """The tile that keeps the busiest of `sms` multiprocessors busy for the shortest time, by a model.
 
-    A tile takes the longer of its products and its operands, and some of the shorter; then its epilogue, unless a
-    second program of 4 warps is on the multiprocessor, whose products hide all epilogues but the last. Where there
-    are fewer tiles than multiprocessors K may be split, at the price of one more launch and of writing and reading the
-    partial sums, if that saves SPLIT_SAVES.
+    A tile takes as long as its operands come in, or as its products and then its epilogue, if that is more; a second
+    program of 4 warps on the multiprocessor hides all epilogues but the last. Where there are fewer tiles than
+    multiprocessors K may be split, at the price of one more launch and of writing and reading the partial sums, if that
+    saves SPLIT_SAVES.
     """
 
     def price(config: Config) -> float:
@@ -204,15 +204,16 @@ def pick_config(problem: Problem, sms: int) -> Config:
             return float("inf")
         rounds = triton.cdiv(tiles * split, sms)
         steps = triton.cdiv(triton.cdiv(problem.K, block_k), split)
-        products, operands = block_m * block_n, OPERAND * (block_m + block_n)
-        product = steps * block_k * (max(products, operands) + UNHIDDEN * min(products, operands))
+        operand = max(ALONE, OPERAND * min(tiles * split, sms) / sms)
+        products, operands = block_m * block_n, operand * (block_m + block_n)
+        product = steps * block_k * max(products, operands)
         epilogue = EPILOGUE * block_m * block_n
         if split > 1:
             partial_us = rounds * block_m * block_n * 8 / PARTIAL_BYTES_PER_US
             return (rounds * product + MULTIPLY_ADDS_PER_US * (LAUNCH_US + partial_us)) / (1 - SPLIT_SAVES)
         if config.num_warps == 4:
             return rounds * max(product, epilogue) + epilogue
-        return rounds * (product + epilogue)
+        return rounds * max(product, steps * block_k * products + epilogue)
 
     # Where rows allow it, tiles by TMA: the others are for what it cannot read.
     configs = [config for config in CONFIGS if not why_not(config, problem)]

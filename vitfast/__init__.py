@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitfast.images.decode import ImageError
     from vitfast.images.preprocess import Preprocess
     from vitfast.integrations import Swap, replace_attention
+    from vitfast.integrations.accelerate import accelerate
     from vitfast.models.checkpoints import Checkpoint, CheckpointError
     from vitfast.models.config import ViTConfig
     from vitfast.models.output import Output
@@ -42,6 +43,7 @@ _PUBLIC = {
     "Preprocess": "vitfast.images.preprocess",
     "Swap": "vitfast.integrations",
     "ViTConfig": "vitfast.models.config",
+    "accelerate": "vitfast.integrations.accelerate",
     "attention_backend": "vitfast.attention.sdpa",
     "explain": "vitfast.attention.sdpa",
     "flash_attn_func": "vitfast.attention.flash_attn",
@@ -67,6 +69,7 @@ __all__ = [
     "Swap",
     "ViTConfig",
     "__version__",
+    "accelerate",
     "attention_backend",
     "explain",
     "flash_attn_func",

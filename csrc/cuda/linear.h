@@ -23,12 +23,13 @@ constexpr int64_t linear_tiles(int64_t m, int64_t n, int columns) {
   return (m + kLinearRows - 1) / kLinearRows * ((n + columns - 1) / columns);
 }
 
-// Columns of a tile, 256 or 128: what keeps the busiest of `processors` busy for the shorter time, as pick_config in
-// kernels/_linear_configs.py counts it (multiply-adds, and 64 for each operand read; an assumption, no measurement).
+// Columns of a tile, 256 or 128: what keeps the busiest of `processors` busy for the shorter time. A tile takes as long
+// as its operands come from L2, 104 multiply-adds each, or as its products, as pick_config in kernels/linear.py has it.
 constexpr int linear_columns(int64_t m, int64_t n, int processors) {
   const auto price = [=](int columns) {
     const int64_t rounds = (linear_tiles(m, n, columns) + processors - 1) / processors;
-    return rounds * (kLinearRows * columns + 64 * (kLinearRows + columns));
+    const int64_t products = kLinearRows * columns, operands = 104 * (kLinearRows + columns);
+    return rounds * (products > operands ? products : operands);
   };
   return price(256) <= price(128) ? 256 : 128;
 }

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import re
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from helpers.benching import CountedDevice, bench, result, rows_of, timed_provider
 
 from vitfast import testing
-from vitfast.benchmarks import campaign, compare, model, model_providers, page, report, result_file, svg
+from vitfast.benchmarks import compare, model, model_providers, page, report, result_file, svg
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE
@@ -96,9 +95,9 @@ def test_a_second_run_of_a_day_does_not_overwrite_the_first(tmp_path, monkeypatc
 def test_roof_share_by_hand(tmp_path):
     file = result_file.Results("kernels", CpuDevice(), {}, tmp_path / "r.json")
     roofs = {"tflops": {"bfloat16": 800.0}, "copy_gb_per_s": 3000.0}
-    product = row(ms=1.0, flops=4e11, bytes=3e8, dtype="bfloat16")  # 0.5 ms at 800 TFLOP/s, 0.1 ms at 3 TB/s
-    memory = row(ms=1.0, flops=0, bytes=6e8, dtype="bfloat16")  # 0.2 ms
-    unknown = row(ms=1.0, flops=4e11, bytes=3e8, dtype="float16")
+    product = row("a", ms=1.0, flops=4e11, bytes=3e8, dtype="bfloat16")  # 0.5 ms at 800 TFLOP/s, 0.1 ms at 3 TB/s
+    memory = row("b", ms=1.0, flops=0, bytes=6e8, dtype="bfloat16")  # 0.2 ms
+    unknown = row("c", ms=1.0, flops=4e11, bytes=3e8, dtype="float16")
     file.add([product, memory, unknown], roofs=roofs)
     assert (product["roof_share"], product["roof_bound"]) == (pytest.approx(0.5), "product")
     assert (memory["roof_share"], memory["roof_bound"]) == (pytest.approx(0.2), "memory")
@@ -334,7 +333,8 @@ def test_model_command(timm, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [one["provider"] for one in rows] == ["vitfast", "timm eager"] and all(one["correct"] for one in rows)
+    assert {one["provider"] for one in rows} == {"vitfast", "timm eager"} and all(one["correct"] for one in rows)
+    assert not any("provisional" in one for one in rows)  # times in turn have taken the place of those alone
     assert "test_vit batch 2 float32" in (tmp_path / "r.html").read_text()
 
 
@@ -356,48 +356,3 @@ def test_transformers_provider_has_timms_weights(timm):
 def test_flops_of_known_models_are_in_the_rows():
     assert model._work("vit_base_patch16_224", 2)["flops"] == pytest.approx(2 * 35.13e9, rel=2e-3)
     assert model._work("resnet50", 2) == {}
-
-
-# --- the campaign ---
-
-STEP = """
-import json, sys, time
-print(sys.argv)
-name, path = sys.argv[1], sys.argv[sys.argv.index("--json") + 1]
-content = json.loads(open(sys.argv[2]).read())
-open(path, "w").write(json.dumps(content))
-if name == "hangs":
-    time.sleep(60)
-sys.exit(3 if name == "fails" else 0)
-"""
-
-
-def test_campaign_keeps_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "results_folder", lambda: tmp_path / "results")
-    monkeypatch.setattr(campaign, "STOPPING_S", 1.0)
-    (tmp_path / "step.py").write_text(STEP)
-    (tmp_path / "results" / "cpu").mkdir(parents=True)
-    given = str(saved(tmp_path / "given.json", full_result()))
-    steps = [campaign.Step(name, (name, given), share) for name, share in
-             (("works", 0.5), ("fails", 0.5), ("hangs", 0.2), ("tiny", 0.01))]  # fmt: skip
-    said = []
-    command = (sys.executable, str(tmp_path / "step.py"))
-    shown, failed, unfinished = campaign.run(CpuDevice(), 15.0, steps=steps, say=said.append, command=command)
-    assert failed == ["fails: exit code 3"]
-    assert unfinished == ["hangs: stopped after 3 s; finished cases are kept", "tiny: not begun, no time"]
-    assert len(list((tmp_path / "results" / "cpu").glob("*.json"))) == 3
-    assert shown.read_text().count("<h2>") == 3
-
-
-def test_campaign_steps_are_commands():
-    """Every step parses: its device is refused by the command itself, not by the parser."""
-    for step in campaign.STEPS:
-        own = ("--device", "cuda:99", "--budget", "30s", "--json", "unwritten.json")
-        done = bench(*step.arguments, *own)
-        assert done.exit_code == 2 and "cuda:99" in done.output and "Usage" not in done.output, done.output
-
-
-def test_all_wants_a_gpu():
-    if not torch.cuda.is_available():
-        done = bench("all", "--budget", "1m")
-        assert done.exit_code == 2 and "no CUDA device" in done.output

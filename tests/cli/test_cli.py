@@ -18,6 +18,9 @@ import vitfast
 from vitfast.cli.app import app
 from vitfast.pipeline.parquet import read_embeddings
 
+DEFAULTS = {"model": None, "preprocess": None}
+"""What `load` is asked for where the options for bare files are not given."""
+
 
 @pytest.fixture
 def photos(tmp_path):
@@ -58,13 +61,36 @@ def test_embed(photos, tmp_path, engine):
     out = tmp_path / "out"
     result = run("embed", photos, "-m", "hub/model", "-o", out, "--batch-size", 3, "--dtype", "bf16", "--device", "cpu")
     assert result.exit_code == 1  # three are bad
-    asked = {"device": "cpu", "dtype": "bf16", "allow_pickle": False, "weights_key": None}
+    asked = {"device": "cpu", "dtype": "bf16", "allow_pickle": False, "weights_key": None} | DEFAULTS
     assert engine.loaded == [("hub/model", asked)]
     assert max(engine.batches) == 3
     assert "10 done, 3 failed, 0 skipped" in result.stdout
     assert "img/s" in result.stdout
     assert f"failed: {photos / 'b00.jpg'}: not an image in a known format" in result.stdout
     assert pq.read_table(out).num_rows == 13
+
+
+def test_a_bare_file_by_name_and_its_preprocessing(photos, engine):
+    options = [
+        "--arch",
+        "vit_base_patch16_224",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.1,0.2,0.3",
+        "--size",
+        "9",
+        "--crop",
+        "8x16",
+    ]
+    run("classify", photos / "p0.png", "-m", "last.pth", "--allow-pickle", *options)
+    (_, asked), *_ = engine.loaded
+    assert (asked["model"], asked["allow_pickle"]) == ("vit_base_patch16_224", True)
+    assert asked["preprocess"] == {"mean": [0.5], "std": [0.1, 0.2, 0.3], "size": 9, "crop": (8, 16)}
+    for option, value in (("--mean", "bright"), ("--size", "8xx8"), ("--crop", "")):
+        result = run("classify", photos / "p0.png", "-m", "last.pth", option, value)
+        assert result.exit_code == 2
+        assert "expected" in result.stderr
 
 
 def test_embed_json_and_resume(photos, tmp_path, engine):
@@ -152,7 +178,7 @@ def test_an_unreadable_folder_fails_the_run(photos, tmp_path, engine, monkeypatc
         save(photos / name)
     result = run("embed", photos, "-m", "m", "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert f"failed: {photos / 'closed'}: cannot read folder: Permission denied" in result.stdout
+    assert f"failed: {photos / 'closed'}: cannot be read: Permission denied" in result.stdout
     assert "13 done" in result.stdout
 
 
@@ -367,7 +393,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "int8": "int8"}
 @pytest.mark.parametrize(("given", "short"), DTYPES.items())
 def test_dtypes_go_by_both_names(given, short, engine, tmp_path, photos):
     run("embed", photos, "-m", "m", "-o", tmp_path / "out", "--dtype", given, "--allow-pickle")
-    asked = {"device": None, "dtype": short, "allow_pickle": True, "weights_key": None}
+    asked = {"device": None, "dtype": short, "allow_pickle": True, "weights_key": None} | DEFAULTS
     assert engine.loaded == [("m", asked)]
 
 

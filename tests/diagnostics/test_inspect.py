@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import pytest
@@ -20,6 +21,22 @@ SLOW = {("sm_100", file) for file in KERNEL_FILES}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
 SLOW |= {("sm_80", file) for file in ("attention", "linear", "quantized_linear")}
 SLOW |= {("sm_90", file) for file in ("attention", "quantized_linear")}
+
+
+OLDEST = os.environ.get("VITFAST_OLDEST_TRITON", "")
+"""A folder with the oldest Triton that vitfast takes (`make test-oldest-triton`): its kernels must be as good."""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not OLDEST, reason="VITFAST_OLDEST_TRITON names no folder with an older Triton")
+@pytest.mark.parametrize("kernel", KERNEL_FILES)
+def test_kernels_compile_well_with_the_oldest_triton(kernel):
+    version = compiling("-c", "import triton; print(triton.__version__)", PYTHONPATH=OLDEST).strip()
+    assert f'"triton>={version.rpartition(".")[0]}; ' in (ROOT / "pyproject.toml").read_text()
+    options = ("--arch", "sm_90", "--kernel", kernel, "--json")
+    rows = json.loads(compiling("-m", "vitfast", "inspect", *options, PYTHONPATH=OLDEST))
+    assert {row["file"] for row in rows} == {kernel}
+    assert [f"{row['kernel']}/{row['config']}: {problem}" for row in rows for problem in problems(row)] == []
 
 
 # One process per chip and file: the work spreads over the workers of pytest-xdist, and a new file
@@ -71,10 +88,20 @@ def has_half_operands(row):
     return bool({"bf16", "fp16"} & set(row["dtypes"]))
 
 
+def expected_warnings(row):
+    """C7517: sums in fp8 are moved to fp32 after every 128 columns, for which products must be waited for."""
+    promoted = row["kernel"] == "quantized_linear" and "fp8e4nv" in row["dtypes"] and row["arch"] == "sm_90"
+    return {"C7517"} if promoted else set()
+
+
 def problems(row):
     """What is wrong with one row of the report, sentences."""
     if row["spill_bytes"]:
         yield f"{row['spill_bytes']} bytes spilled"
+    if unexpected := set(row["ptxas_warnings"]) - expected_warnings(row):
+        yield f"the assembler warns of {', '.join(sorted(unexpected))}"
+    if row["accumulator_conversions"] and row["arch"] == "sm_90":
+        yield f"{row['accumulator_conversions']} accumulators go through shared memory"
     if not row["fits"]:
         yield f"{row['shared_bytes']} bytes of shared memory, {row['registers']} registers do not fit"
     multiplies = row["file"] in PRODUCTS and row["kernel"] != "linear_sum"
@@ -108,6 +135,19 @@ def product(y, x, w, residual, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.
     tl.store(y + rows[:, None] * N + columns[None, :], total.to(tl.bfloat16))
 
 @triton.jit
+def clumsy(y, x, w, K, TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(x + rows[:, None] * K + (k + inner)[None, :])
+        total = tl.dot(a, tl.load(w + columns[None, :] * K + (k + inner)[:, None]), total)
+        if not TURNED:
+            total *= 0.5  # waits for the product
+    if TURNED:
+        total += tl.trans(total)  # goes through shared memory
+    tl.store(y + rows[:, None] * N + columns[None, :], total.to(tl.bfloat16))
+
+@triton.jit
 def scale(y, a, b, SIZE: tl.constexpr):
     offsets = tl.arange(0, SIZE)
     if a is not None:
@@ -116,10 +156,11 @@ def scale(y, a, b, SIZE: tl.constexpr):
         value = tl.load(b + offsets)
     tl.store(y + offsets, value)
 
-def case(config, m, n, stages, **constexprs):
+def case(config, m, n, stages, fn=product, **constexprs):
     constexprs = {"M": m, "N": n, "BLOCK_K": 64, "residual": None} | constexprs
+    constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
     pointers = dict.fromkeys(("y", "x", "w"), "*bf16")
-    return CompileCase("seeded", config, product, pointers | {"K": "i32"}, constexprs, 4, stages,
+    return CompileCase("seeded", config, fn, pointers | {"K": "i32"}, constexprs, 4, stages,
                        aligned=("y", "x", "w", "K"), tile={"M": m, "N": n})
 
 def swapped(present, absent):
@@ -127,6 +168,7 @@ def swapped(present, absent):
                        {absent: None, "SIZE": 512}, 4, 1, tile={"C": 512})
 
 cases = [case("good", 64, 64, 3), case("spilling", 128, 256, 3), case("greedy", 64, 256, 8),
+         case("waiting", 64, 64, 3, fn=clumsy, TURNED=False), case("turned", 64, 64, 3, fn=clumsy, TURNED=True),
          swapped("a", "b"), swapped("b", "a")]
 rows = {}
 for one in cases:
@@ -176,6 +218,17 @@ def test_too_much_shared_memory_does_not_fit(seeded):
     assert row["shared_bytes"] > row["shared_limit"] == 232_448
     assert row["fits"] is False
     assert row["occupancy"] == {"blocks_per_sm": 0, "fraction": 0.0, "limited_by": "shared memory"}
+
+
+def test_products_waited_for_and_sums_moved_are_noticed(seeded):
+    rows, logs, _ = seeded
+    found = {name: list(problems({**rows[name], "file": "seeded"})) for name in ("good", "waiting", "turned")}
+    assert found == {
+        "good": [],
+        "waiting": ["the assembler warns of C7517"],
+        "turned": ["1 accumulators go through shared memory"],
+    }
+    assert "C7517" in logs["waiting"]
 
 
 def test_cases_that_swap_a_pointer_for_none_are_not_confused(seeded):

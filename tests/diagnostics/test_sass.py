@@ -99,7 +99,8 @@ def test_clocks_of_a_tile(listing):
     assert tile["pipes"]["issue"] == issue
     assert tile["pipes"]["mufu"] == 8 * 2
     assert tile["pipes"]["fma"] == 8 * (2 * 0.25 + 0.5)
-    assert tile["pipes"]["shared memory"] == 8 * 32 * (8 + 16) / 128
+    operands = 10 * 2 * 2 * 32 * (64 + 256) / 128  # rows of 32 bytes of both, of each instruction of each warpgroup
+    assert tile["pipes"]["shared memory"] == 8 * 32 * (8 + 16) / 128 + operands
     assert tile["pipes"]["global memory"] == 8 * 32 * 16 / 64
     rest = max(11 * 8 / 4, 8 * 32 * 16 / 64)
     alone = products + rest + throughput.BARRIER_CLOCKS + throughput.FILL_CLOCKS + throughput.PRODUCT_TAIL_CLOCKS
@@ -122,6 +123,27 @@ def test_products_waited_for_at_once_overlap_with_nothing(listing):
     options = {"arch": "sm_90", "warps": 8, "blocks": 1, "elements": 1}
     fast, slow = (throughput.tile_clocks(code, [10], **options)["clocks"] for code in (listing, waiting))
     assert slow == fast + 10 * 7 * 8 / 4  # the loop's issue slots
+
+
+def test_what_tma_writes_takes_shared_memory_too(listing):
+    options = {"arch": "sm_90", "warps": 8, "elements": 1, "blocks": 2}
+    bare, with_copies = (throughput.tile_clocks(listing, [10], copied=copied, **options) for copied in (0, 128 * 500))
+    assert with_copies["pipes"]["shared memory"] == bare["pipes"]["shared memory"] + 10 * 500
+    assert (bare["bound"], with_copies["bound"]) == ("products", "shared memory")
+    assert with_copies["tensor_busy"] < 0.8
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
+    assert throughput.copied_bytes("linear", blocks, 2) == (128 + 64) * 64 * 2
+    assert throughput.copied_bytes("linear", {**blocks, "ACTIVATION": "swiglu"}, 2) == (128 + 2 * 64) * 64 * 2
+    assert throughput.copied_bytes("attention", blocks, 2) == 0
+
+
+def test_operands_in_registers_are_not_read_again():
+    """With a in registers the first register is the accumulator's, the second a's."""
+    shared = sass.parse("        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;")
+    half = sass.parse("        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, R8, gdesc[UR4], R24 ;")
+    rates = throughput.RATES["sm_90"]
+    clocks = [throughput.phase(code.instructions, 4, rates).operands for code in (shared, half)]
+    assert clocks == [32 * (64 + 128) / 128, 32 * 128 / 128]
 
 
 def test_what_cannot_be_said_is_none(listing):

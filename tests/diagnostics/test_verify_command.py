@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers.peers import VIT, import_transformers, transformers_model
 from helpers.scripts import python
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vitfast.cli.app import app
@@ -57,6 +59,20 @@ def test_command_with_another_model(saved):
     assert result.exit_code == 1
     assert "differs" in result.stdout
     assert run(saved / "one", "--against", saved / "one", "--device", "cpu").exit_code == 0
+
+
+def test_command_with_one_of_several_weights(saved, tmp_path):
+    """`verify` and `doctor --plan` take the weights that --weights-key names, as `embed` does."""
+    shutil.copy(saved / "one" / "config.json", tmp_path)
+    averaged, raw = (load_file(saved / name / "model.safetensors") for name in ("one", "other"))
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, tmp_path / "checkpoint.pth.tar")
+    several = [tmp_path / "checkpoint.pth.tar", "--allow-pickle", "--device", "cpu"]
+    assert run(*several, "--weights-key", "state_dict", "--against", saved / "other").exit_code == 0
+    assert run(*several, "--weights-key", "state_dict", "--against", saved / "one").exit_code == 1
+    arguments = ["doctor", "--plan", *map(str, several), "--weights-key", "none"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "no weights called 'none'" in result.output
 
 
 def test_command_with_images(saved, tmp_path):

@@ -6,66 +6,18 @@ import threading
 import pytest
 import torch
 from helpers.engines import FAMILIES, PREPROCESS, SMALL, engine
+from helpers.forwards import changed, check, oracle
 
 import vitfast
 from vitfast import testing
 from vitfast.engine import plan_cache, planner
 from vitfast.engine.engine import Engine
 from vitfast.images.preprocess import preprocess_batch
-from vitfast.models import vit, weights
+from vitfast.models import positions
 from vitfast.models.plan import SITES
 from vitfast.models.weights import prepare_weights
-from vitfast.ops import accuracy
 
 TINY = vitfast.ViTConfig((224, 224), (16, 16), width=192, depth=12, heads=3, mlp_dim=768, num_classes=1000)
-
-
-def oracle(config, images):
-    """The same forward in float64 on unrounded weights, torch ops only."""
-    plan = planner.build(config, device=testing.device(), dtype=torch.float64, backend="torch")
-    weights = prepare_weights(
-        config,
-        testing.random_weights(config),
-        plan,
-        device=testing.device(),
-        dtype=torch.float64,
-        mean=PREPROCESS.mean,
-        std=PREPROCESS.std,
-    )
-    if images.dtype != torch.uint8:
-        images = images.double()
-    return vit.forward(config, weights, weights.position, images, plan)
-
-
-def changed(plan, fused=(), fold_norm=None):
-    """A plan that fuses these halves on Triton, and no others; what only a measurement puts into a plan, too."""
-    calls = {site: vitfast.ops.registry.backend(site, "triton").call for site in fused}
-    fold_norm = plan.fold_norm if fold_norm is None else fold_norm
-    return dataclasses.replace(plan, **{"attention_block": None, "mlp": None} | calls, fold_norm=fold_norm)
-
-
-def check(config, images, dtype, backend, **plan_changes):
-    """Every output of a backend against float64, measured against the torch backend's own error."""
-    candidate, baseline = engine(config, dtype=dtype, backend=backend), engine(config, dtype=dtype, backend="torch")
-    if plan_changes:
-        runner = candidate.runner
-        runner.plan = changed(runner.plan, **plan_changes)
-        runner.weights = prepare_weights(
-            config,
-            testing.random_weights(config),
-            runner.plan,
-            device=runner.device,
-            dtype=runner.dtype,
-            mean=PREPROCESS.mean,
-            std=PREPROCESS.std,
-        )
-    got, base, want = candidate(images), baseline(images), oracle(config, images)
-    for field in ("tokens", "embedding", "logits"):
-        values = [getattr(output, field) for output in (got, want, base)]
-        if values[1] is None:
-            assert values[0] is None
-        else:
-            accuracy.assert_close(*values, what=f"{backend} {field}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,13 +143,13 @@ def test_dynamic_size_resizes_the_position_embedding():
     dynamic = engine(config, dtype="fp32")
     assert dynamic(testing.make(1, 3, 64, 16)).tokens.shape == (1, 1 + 4, 64)
     grid = testing.random_weights(config)["position"].to(testing.device())
-    same = weights.resize_position(grid, (2, 3), (2, 3), antialias=False)
+    same = positions.resize_position(grid, (2, 3), (2, 3), antialias=False)
     assert torch.equal(same, grid)
     want = torch.nn.functional.interpolate(grid.view(1, 2, 3, 64).permute(0, 3, 1, 2), size=(4, 1), mode="bicubic")
-    got = weights.resize_position(grid, (2, 3), (4, 1), antialias=False)
+    got = positions.resize_position(grid, (2, 3), (4, 1), antialias=False)
     torch.testing.assert_close(got, want.permute(0, 2, 3, 1).reshape(4, 64))
-    smooth = weights.resize_position(grid, (2, 3), (1, 1), antialias=True)
-    assert not torch.allclose(smooth, weights.resize_position(grid, (2, 3), (1, 1), antialias=False))
+    smooth = positions.resize_position(grid, (2, 3), (1, 1), antialias=True)
+    assert not torch.allclose(smooth, positions.resize_position(grid, (2, 3), (1, 1), antialias=False))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((0, 32, 48, 3), torch.uint8), ((0, 3, 32, 48), torch.float32)])

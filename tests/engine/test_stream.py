@@ -276,7 +276,7 @@ def test_graphs_are_few_share_a_pool_and_keep_what_they_read(monkeypatch):
             same(output, plain(batch))
     captured = queues.engine._graphs._captured
     assert len(captured) == 10 and len(queues.engine.runner.positions) <= 8
-    assert all(graph.position is not None for graph in captured.values())
+    assert all(graph.positions.embedding is not None for graph in captured.values())
     assert len(queues.cuda.pools) == 1
 
 

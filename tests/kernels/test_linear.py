@@ -263,15 +263,16 @@ def test_pick_config():
         return kernels.pick_config(kernels.Problem(M, N, K, dtype, tma, gated, stats), sms).name
 
     half = torch.bfloat16
-    assert name(256 * 197, 3072, half, tma=True) == "tma_128x128x64_pair"  # epilogues hidden
-    assert name(256 * 197, 1024, half, tma=True, K=4096) == "tma_128x256x64"  # operands shared
+    assert name(256 * 197, 768, half, tma=True, K=192) == "tma_128x128x64_pair"  # epilogues hidden
+    for width, depth in ((3072, 768), (1024, 4096)):  # operands shared: L2 gives no more
+        assert name(256 * 197, width, half, tma=True, K=depth) == "tma_128x256x64"
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"
     assert name(197, 576, half, tma=True, K=192) == "tma_64x64x64"
     assert name(197, 192, half, tma=True, K=192, stats=True) == "tma_64x128x64"
     few = {"tma": True, "stats": True, "sms": 132}
     assert name(197, 768, half, K=3072, **few) == "tma_64x128x64_split4"  # 24 tiles, 48 steps
     assert name(2 * 197, 768, half, K=768, **few) == "tma_64x128x64"  # 42 tiles, but only 12 steps
-    assert name(197, 768, half, K=3072, **few | {"sms": 24}) == "tma_64x128x64"  # as many tiles as that
+    assert "split" not in name(197, 768, half, K=3072, **few | {"sms": 12})  # as many tiles as that
     assert name(197, 768, half, K=3072, **few, gated=True) == "tma_64x128x64"
     assert name(256 * 197, 4096, half, tma=True, gated=True) == "tma_64x64x64"
     assert name(256 * 197, 4096, half, tma=False, gated=True) == "128x64x64"

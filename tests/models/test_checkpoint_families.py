@@ -148,6 +148,15 @@ def timm_layers(name: str):
     return getattr(layers, name)
 
 
+def gated_model() -> nn.Module:
+    model = timm_model(**TIMM)
+    for block in model.blocks:
+        block.attn = peers.randomised(timm_layers("Attention")(48, 3, qkv_bias=True, gated=True))
+    return model
+
+
+SMALL_EVA = TIMM | {"embed_dim": 64, "num_heads": 4, "img_size": (24, 32)}
+SMALL_NAFLEX = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32, "num_classes": 7}
 TIMM_CASES = {
     "vit_tiny_patch16_224, whole": lambda: timm_model(depth=3),
     "deit_tiny_distilled_patch16_224": lambda: timm_model("deit_tiny_distilled_patch16_224", **TIMM),
@@ -174,6 +183,38 @@ TIMM_CASES = {
     "no final norm": lambda: timm_model(**TIMM, final_norm=False),
     "no pooling": lambda: timm_model(**(TIMM | {"num_classes": 0}), global_pool=""),
     "one channel, not square": lambda: timm_model(**(TIMM | {"img_size": (32, 48), "patch_size": (8, 16)}), in_chans=1),
+    "qk_norm": lambda: timm_model(**TIMM, qk_norm=True),
+    "norms inside attention and MLP": lambda: timm_model(**TIMM, scale_attn_norm=True, scale_mlp_norm=True),
+    "attention pooling": lambda: timm_model(**TIMM, global_pool="map", class_token=False),
+    "maximum and mean": lambda: timm_model(**TIMM, global_pool="avgmax"),
+    "maximum": lambda: timm_model(**TIMM, global_pool="max"),
+    "halves in parallel": lambda: timm_model("vit_base_patch16_xp_224", **TIMM),
+    "norms at the end": lambda: timm_model("vit_base_patch16_rpn_224", **TIMM),
+    "branches in parallel": lambda: timm_model("vit_small_patch16_18x2_224", **TIMM, init_values=0.5),
+    "RMSNorm": lambda: timm_model(**TIMM, norm_layer=timm_layers("RmsNorm"), qk_norm=True),
+    "a norm of the patch embeddings": lambda: timm_model(**TIMM, embed_norm_layer=timm_layers("LayerNorm")),
+    "a gate": gated_model,
+    "EVA-02": lambda: timm_model("eva02_base_patch14_224", **SMALL_EVA),
+    "EVA-02, scale norms": lambda: timm_model("eva02_large_patch14_224", **SMALL_EVA, scale_attn_inner=True),
+    "EVA, post-norm": lambda: timm_model("eva02_large_patch14_224", **SMALL_EVA, use_post_norm=True),
+    "rotary, by axis": lambda: timm_model("vit_small_patch16_rope_224", **SMALL_EVA),
+    "rotary, learned": lambda: timm_model("vit_small_patch16_rope_mixed_ape_224", **SMALL_EVA),
+    "DINOv3": lambda: timm_model("vit_small_plus_patch16_dinov3", **SMALL_EVA),
+    "PE": lambda: timm_model("vit_pe_core_base_patch16_224", **SMALL_EVA, attn_pool_num_heads=4),
+    "grouped key heads": lambda: timm_model("vit_base_patch16_sapiens2", **SMALL_EVA, num_kv_heads=(4, 2)),
+    "BEiT": lambda: timm_model("beit_base_patch16_224", **TIMM),
+    "BEiT, shared": lambda: timm_model(
+        "beit_base_patch16_224", **TIMM, use_rel_pos_bias=False, use_shared_rel_pos_bias=True
+    ),
+    "relative position by an MLP": lambda: timm_model("vit_relpos_base_patch16_cls_224", **TIMM),
+    "shared relative position": lambda: timm_model("vit_srelpos_small_patch16_224", **TIMM),
+    "relative position, not square": lambda: timm_model(
+        "vit_relpos_base_patch32_plus_rpn_256", **(TIMM | {"img_size": (32, 48)}), rel_pos_type="bias"
+    ),
+    "NaFlex": lambda: timm_model("naflexvit_base_patch16_par_gap", **SMALL_NAFLEX),
+    "NaFlex, SigLIP": lambda: timm_model("naflexvit_base_patch16_siglip", **SMALL_NAFLEX),
+    "a hybrid stem": lambda: timm_model("vit_tiny_r_s16_p8_224", depth=2, num_classes=7),
+    "ViTamin": lambda: timm_model("vitamin_small_224", depth=2, num_classes=7),
     "patch dropout (training only)": lambda: timm_model(**TIMM, patch_drop_rate=0.5, drop_path_rate=0.1),
 }
 
@@ -196,10 +237,16 @@ def test_timm(case):
             assert output.logits is None
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_base_patch14_224"),
+        *("vit_small_patch16_rope_mixed_224", "vit_small_plus_patch16_dinov3"),
+    ],
+)
 def test_timm_at_another_size(name):
     patch = 14 if "14" in name else 8
-    arguments = TIMM | {"patch_size": patch, "img_size": 3 * patch}
+    arguments = TIMM | {"patch_size": patch, "img_size": 3 * patch, "embed_dim": 64, "num_heads": 4}
     model = timm_model(name, **arguments, dynamic_img_size=True)
     pixels = images(5 * patch, 4 * patch)
     with torch.no_grad():
@@ -207,21 +254,11 @@ def test_timm_at_another_size(name):
 
 
 TIMM_REFUSED = {
-    "qk_norm": lambda: timm_model(**TIMM, qk_norm=True),
-    "scale_attn_norm": lambda: timm_model(**TIMM, scale_attn_norm=True),
-    "scale_mlp_norm": lambda: timm_model(**TIMM, scale_mlp_norm=True),
-    "attn_pool": lambda: timm_model(**TIMM, global_pool="map", class_token=False),
-    "avgmax": lambda: timm_model(**TIMM, global_pool="avgmax"),
-    "ParallelScalingBlock": lambda: timm_model("vit_base_patch16_xp_224", **TIMM),
-    "ResPostBlock": lambda: timm_model("vit_base_patch16_rpn_224", **TIMM),
-    "ParallelThingsBlock": lambda: timm_model("vit_small_patch16_18x2_224", **TIMM),
-    "HybridEmbed": lambda: timm_model("vit_tiny_r_s16_p8_224", depth=2),
     "DiffAttention": lambda: timm_model(**(TIMM | {"embed_dim": 64, "num_heads": 2}), attn_layer="diff"),
-    "RmsNorm": lambda: timm_model(**TIMM, norm_layer=timm_layers("RmsNorm")),
     "LeakyReLU": lambda: timm_model(**TIMM, act_layer=nn.LeakyReLU),
-    "embed_norm_layer": lambda: timm_model(**TIMM, embed_norm_layer=nn.LayerNorm),
-    "rotary position embedding": lambda: timm_model("vit_small_patch16_rope_224", embed_dim=48, depth=1, num_heads=3),
-    "NaFlex": lambda: timm_model("naflexvit_base_patch16_gap", embed_dim=48, depth=1, num_heads=3),
+    "SimpleNorm": lambda: timm_model(**TIMM, norm_layer=timm_layers("SimpleNorm")),
+    "AttentionPoolPrr": lambda: timm_model(**TIMM, global_pool="prr"),
+    "pooling of queries between stages": lambda: timm_model("hiera_tiny_224", stages=(1, 1, 1, 1)),
     "resnet.ResNet": lambda: timm_model("resnet10t"),
 }
 

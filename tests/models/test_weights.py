@@ -12,7 +12,8 @@ from vitfast import testing
 from vitfast.engine import planner
 from vitfast.models import checkpoints
 from vitfast.models.checkpoints.source import Source
-from vitfast.models.weights import QUICK_GELU, prepare_weights, resize_position
+from vitfast.models.positions import resize_position
+from vitfast.models.weights import QUICK_GELU, prepare_weights
 
 CPU = torch.device("cpu")
 HALVES = pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
@@ -128,7 +129,7 @@ def test_a_position_embedding_is_resized_before_it_is_rounded(stored):
     want = resize_position(exact["position"], (2, 3), (4, 2), antialias=True).to(stored)
     twice = resize_position(exact["position"].to(stored), (2, 3), (4, 2), antialias=True)
     assert not torch.equal(want, twice)
-    assert torch.equal(made.runner.position(made.runner.size(images)), want)
+    assert torch.equal(made.runner.position(made.runner.size(images)).embedding, want)
 
 
 @pytest.mark.parametrize("changes", [{}, {"fold_norm": True}], ids=["plain", "folded"])

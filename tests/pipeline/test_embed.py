@@ -17,6 +17,7 @@ from vitfast.images.preprocess import Preprocess
 from vitfast.pipeline import embed
 from vitfast.pipeline.embed import classify_images, embed_images
 from vitfast.pipeline.memory import Memory, default_limit
+from vitfast.pipeline.sources import item
 
 
 @pytest.fixture
@@ -88,13 +89,13 @@ def test_output_that_is_not_finite_is_said(photos):
 def test_decoding_stays_a_bounded_way_ahead(photos, monkeypatch):
     """A folder of millions must not be decoded into memory while the model is busy."""
     started = []
-    original = embed.regular_file
+    original = item.regular_file
 
     def counting(path):
         started.append(path)
         return original(path)
 
-    monkeypatch.setattr(embed, "regular_file", counting)
+    monkeypatch.setattr(item, "regular_file", counting)
     results = embed_images(FakeEngine(), [photos / "p0.png"] * 500, batch_size=4, workers=2)
     next(results)
     assert len(started) < 40

@@ -9,16 +9,43 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from enum import Enum
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, render
+from vitfast.cli import bench, render, search
 from vitfast.cli.answer import Unfailing, command, run
+from vitfast.cli.options import (
+    AllowPickle,
+    Arch,
+    BackendName,
+    BatchSize,
+    Columns,
+    Crop,
+    DecodeMemory,
+    Device,
+    DtypeOption,
+    ImageColumn,
+    Json,
+    MaxPixels,
+    Mean,
+    Model,
+    Size,
+    Sources,
+    Std,
+    WeightsKey,
+    Workers,
+    decode_options,
+    dtype_name,
+    load_engine,
+    prepared,
+)
 from vitfast.cli.signals import exit_code
 from vitfast.version import __version__
+
+if TYPE_CHECKING:
+    from vitfast.pipeline.sources import Item
 
 NAMES_IN_JSON = 1000
 
@@ -40,67 +67,7 @@ app = App(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench.app, name="bench")
-
-
-def dtype_name(text: str) -> str:
-    """What --dtype takes, by its short name.
-
-    Raises:
-        typer.BadParameter: for anything else.
-    """
-    from vitfast.engine import dtypes
-
-    try:
-        return dtypes.dtype_name(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-class BackendName(str, Enum):
-    """What --backend takes."""
-
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-    native = "native"
-
-
-Sources = Annotated[list[str], typer.Argument(metavar="SRC", help="Image files, folders or quoted glob patterns.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
-WeightsKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY", help="Which weights of a training checkpoint, e.g. state_dict. [default: averaged ones first]"
-    ),
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        parser=dtype_name,
-        metavar="[fp32|fp16|bf16|fp8|int8]",
-        help="What to compute in; float32 and its like mean the same. [default: bf16 on a GPU, else fp32]",
-    ),
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: one per CPU core]")]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Largest picture to decode; a larger JPEG is decoded at a part of its size. [default: 89 million]"
-    ),
-]
-DecodeMemory = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="MIB", help="Memory for decoding, all threads together. [default: a quarter, 4096 at most]"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+app.add_typer(search.app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,6 +99,11 @@ def embed(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -142,40 +114,53 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace all that the folder holds.")] = False,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
+    columns: Columns = None,
+    image_column: ImageColumn = None,
     as_json: Json = False,
 ) -> None:
     """Embed images into a folder of Parquet files.
 
-    One row per image: path, embedding, status and more. The same command again goes on where it stopped; bad
-    images are noted in the status column and tried again.
+    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet
+    file or a URL. One row per image: path, embedding, status and more. The same command again goes on where it stopped;
+    bad images are noted in the status column and tried again.
     """
     with command(context, as_json) as answer:
-        from vitfast.images.files import find_images
         from vitfast.pipeline.embed import embed_images
         from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_parquet
+        from vitfast.pipeline.parts import OWN_COLUMNS
+        from vitfast.pipeline.sources import find_sources
+        from vitfast.pipeline.stages import Stages
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
-        listing = find_images(sources)
-        summary, stopped = Summary(), None
+        carried = columns.split(",") if columns else []
+        if own := set(carried) & set(OWN_COLUMNS):
+            raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
+        images = find_sources(sources, columns=carried, image_column=image_column)
+        listing = images.listing
+        summary, stages, stopped = Summary(), Stages(), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
-            todo = folder.remaining(listing.images, refresh=refresh, content=checksum)
-            summary.skipped, summary.changed = len(listing.images) - len(todo), folder.changed
-            engine = _load(model, device, dtype, allow_pickle, weights_key)
-            with _progress("embedding", len(todo)) as advance:
+            todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
+            total = None
+            if images.count is not None:
+                todo = list(todo)
+                total = len(todo)
+            engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+            with _progress("embedding", total) as advance:
 
                 def on_result(_: Any) -> None:
                     advance()
                     answer.stopping.check()
 
-                options = _decode_options(max_pixels, decode_memory)
-                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, **options)
+                options = decode_options(max_pixels, decode_memory)
+                results = embed_images(engine, todo, batch_size=batch_size, workers=workers, stages=stages, **options)
                 try:
-                    write_parquet(results, folder, engine, on_result=on_result, summary=summary)
+                    write_parquet(results, folder, engine, on_result=on_result, summary=summary, stages=stages)
                 except KeyboardInterrupt as error:
                     stopped = error
-        summary.failed |= {path: f"cannot read folder: {reason}" for path, reason in listing.unreadable.items()}
+        summary.skipped, summary.changed = folder.skipped, folder.changed
+        summary.failed |= {path: f"cannot be read: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
         answer.json = {
             "model": folder.model,
@@ -192,10 +177,12 @@ def embed(
             "repaired": summary.repaired,
             "seconds": round(summary.seconds, 3),
             "images_per_second": round(summary.images_per_second, 2),
+            "stage_seconds": {name: round(getattr(stages, name), 3) for name in ("decode", "model", "write")},
+            "bound": stages.bound if stages.total else None,
             "parts": summary.parts,
             "interrupted": stopped is not None,
         }
-        answer.text = render.embedding(summary, listing, out, stopped is not None)
+        answer.text = render.embedding(summary, stages, listing, out, stopped is not None)
 
 
 @app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
@@ -209,25 +196,31 @@ def classify(
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
     weights_key: WeightsKey = None,
+    arch: Arch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    crop: Crop = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
+    image_column: ImageColumn = None,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image."""
     with command(context, as_json) as answer:
-        from vitfast.images.files import find_images, path_text
+        from vitfast.images.files import path_text
         from vitfast.pipeline.embed import classify_images
+        from vitfast.pipeline.sources import find_sources
 
-        listing = find_images(sources)
-        engine = _load(model, device, dtype, allow_pickle, weights_key)
-        options = _decode_options(max_pixels, decode_memory)
+        images = find_sources(sources, image_column=image_column)
+        listing = images.listing
+        engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        options = decode_options(max_pixels, decode_memory)
         rows, stopped = [], None
-        with _progress("classifying", len(listing.images)) as advance:
+        with _progress("classifying", images.count) as advance:
             try:
-                for row in classify_images(
-                    engine, listing.images, k=topk, batch_size=batch_size, workers=workers, **options
-                ):
+                for row in classify_images(engine, images, k=topk, batch_size=batch_size, workers=workers, **options):
                     rows.append(row)
                     advance()
                     answer.stopping.check()
@@ -239,7 +232,8 @@ def classify(
         answer.text = [line for row in rows for line in render.classes(row)]
         answer.remarks = render.remarks({path_text(r.path): r.note for r in rows if r.note}, listing)
         if stopped:
-            answer.remarks.append(f"interrupted after {len(rows)} of {len(listing.images)} images")
+            of = f" of {images.count}" if images.count else ""
+            answer.remarks.append(f"interrupted after {len(rows)}{of} images")
 
 
 @app.command(epilog="Example: `vitfast doctor --json`")
@@ -251,6 +245,7 @@ def doctor(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     as_json: Json = False,
 ) -> None:
     """Show what would run here, and every reason why not."""
@@ -258,11 +253,12 @@ def doctor(
         from vitfast.diagnostics import doctor as module
 
         if plan is not None:
-            answer.json = module.plan(plan, device=device, dtype=dtype, allow_pickle=allow_pickle)
+            options: dict[str, Any] = {"allow_pickle": allow_pickle, "weights_key": weights_key}
+            answer.json = module.plan(plan, device=device, dtype=dtype, **options)
             answer.text = module.render_plan(answer.json)
             return
-        if device or dtype or allow_pickle:
-            raise ValueError("--device, --dtype and --allow-pickle go with --plan MODEL")
+        if device or dtype or allow_pickle or weights_key:
+            raise ValueError("--device, --dtype, --allow-pickle and --weights-key go with --plan MODEL")
         answer.json = module.report()
         answer.text = module.render(answer.json)
 
@@ -334,6 +330,7 @@ def verify(
     device: Device = None,
     dtype: DtypeOption = None,
     allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
     backend: Annotated[BackendName, typer.Option(help="What runs MODEL.")] = BackendName.auto,
     as_json: Json = False,
 ) -> None:
@@ -353,30 +350,20 @@ def verify(
             dtype=dtype,
             backend=backend.value,
             allow_pickle=allow_pickle,
+            weights_key=weights_key,
         )
         answer.code = 0 if report.ok else 1
         answer.json = report.to_dict()
         answer.text = render(report)
 
 
-def _load(model: str, device: str | None, dtype: str | None, allow_pickle: bool, weights_key: str | None) -> Any:
-    from vitfast.engine.load import load
-
-    return load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
-
-
-def _decode_options(max_pixels: int | None, decode_memory: int | None) -> dict[str, Any]:
-    """The options as `embed_images` takes them; Pillow's own limit, which some of its decoders look at, goes along."""
-    if max_pixels is not None:
-        from PIL import Image
-
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    return {"max_pixels": max_pixels, "decode_memory": None if decode_memory is None else decode_memory << 20}
-
-
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it."""
+def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it.
+
+    Args:
+        total: how many images there are, None where that is not known before they are read.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 

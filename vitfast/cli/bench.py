@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from vitfast.benchmarks.device import Device as Measured
+    from vitfast.benchmarks.watch import Watch
 
 app = typer.Typer(
     help="Benchmarks: kernels, whole models, comparisons and reports.",
@@ -55,6 +58,12 @@ JsonFile = Annotated[
 ]
 CsvFile = Annotated[Path | None, typer.Option("--csv", help="Also write the rows as CSV.")]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="Also write a page with plots.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the result file that is there; cases that are finished are kept.")
+]
+Without = Annotated[
+    list[str] | None, typer.Option(metavar="OP/BACKEND", help="Backend that must not run; may be repeated.")
+]
 Roofs = Annotated[bool, typer.Option("--roofs/--no-roofs", help="Measure the device's own roofs, before and after.")]
 
 
@@ -76,6 +85,8 @@ def kernels(
     rounds: Rounds = 20,
     budget: Budget = None,
     roofs: Roofs = True,
+    without: Without = None,
+    resume: Resume = False,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
@@ -99,15 +110,16 @@ def kernels(
         _check("--op", op or (), OPS)
         _check("--model", model, NAMED)
         measured, what = _open(device, dtype, threads)
+        _withhold(without)
         extra = {path: providers.from_outside(path) for path in _named(provider, peer)}
         batches = batch or [8 if measured.slug == "cpu" else 64]
         cases = module.grid(grid.value, op or (), model, batches, measured.torch_device, what)
         method = {"baseline": providers.BASELINE, "grid": grid.value, "rounds": rounds, "budget": budget}
-        file = Results("kernels", measured, method, json_file)
-        with around(file, measured, what, wanted=roofs):
+        file = Results("kernels", measured, method, json_file, resume=resume)
+        with _going_on(answer, file, resume) as watch, around(file, measured, what, wanted=roofs):
             left = module.run(
-                cases, measured, rounds=rounds, seconds=limit, slow=slow,
-                extra=extra, on_rows=file.add,
+                cases, measured, rounds=rounds, seconds=limit, slow=slow, extra=extra, finished=file.finished,
+                died=file.died, watch=watch, on_rows=functools.partial(_add_case, file),
             )  # fmt: skip
             file.add(not_run=left)
         _finish(answer, file, csv_file, html_file, given=extra)
@@ -128,6 +140,8 @@ def model(
     rounds: Rounds = 15,
     budget: Budget = None,
     roofs: Roofs = True,
+    without: Without = None,
+    resume: Resume = False,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
     html_file: HtmlFile = None,
@@ -151,16 +165,22 @@ def model(
         measured, what = _open(device, dtype, threads)
         providers = named or model_providers.DEFAULTS[measured.torch_device.type]
         method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
-        file = Results("model", measured, method, json_file)
+        _withhold(without)
+        file = Results("model", measured, method, json_file, resume=resume)
         todo = [(name, size) for name in model for size in batch or [8 if measured.slug == "cpu" else 256]]
+        todo = [pair for pair in todo if not module.settled(module.case_name(*pair, what), file.finished, file.died)]
         end = time.perf_counter() + (seconds(budget) if budget else math.inf)
-        with around(file, measured, what, wanted=roofs):
+        with _going_on(answer, file, resume) as watch, around(file, measured, what, wanted=roofs):
             for index, (name, size) in enumerate(todo):
                 left = end - time.perf_counter()
                 if left <= 0:
                     file.add(not_run=[f"{name} batch {size}" for name, size in todo[index:]])
                     break
-                file.add(module.compare(name, size, measured, what, providers=providers, rounds=rounds, seconds=left))
+                rows = module.compare(
+                    name, size, measured, what, providers=providers, rounds=rounds, seconds=left, died=file.died,
+                    watch=watch, on_rows=file.add,
+                )  # fmt: skip
+                _add_case(file, rows)
         _finish(answer, file, csv_file, html_file)
 
 
@@ -174,6 +194,8 @@ def sweep(
     dtype: Dtype = None,
     rounds: Rounds = 10,
     budget: Budget = None,
+    without: Without = None,
+    resume: Resume = False,
     json_file: JsonFile = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Table to write. [default: this GPU's, in kernels/configs]")
@@ -200,37 +222,127 @@ def sweep(
             raise ValueError("no CUDA device is seen here, and Triton kernels are tuned for one")
         ops = op or module.OPS
         cases = kernel_cases.grid("quick", ops, model, batch or [1, 64, 256], measured.torch_device, what)
-        file = Results("kernels", measured, {"baseline": BASELINE, "sweep": True, "rounds": rounds}, json_file)
-        choices = module.sweep(cases, measured, rounds=rounds, seconds=limit, on_rows=file.add)
-        path = out or module.table_path(measured)
-        module.write_table(path, choices, file.content["environment"])
+        _withhold(without)
+        method = {"baseline": BASELINE, "sweep": True, "rounds": rounds}
+        file = Results("kernels", measured, method, json_file, resume=resume)
+        with _going_on(answer, file, resume) as watch:
+            choices = module.sweep(
+                cases, measured, rounds=rounds, seconds=limit, before=file.rows, finished=file.finished,
+                died=file.died, watch=watch, on_rows=functools.partial(_add_case, file),
+            )  # fmt: skip
+            path = out or module.table_path(measured)
+            module.write_table(path, choices, file.content["environment"])
+            answer.remarks.append(f"written {path}; proven: {', '.join(choices['proven']) or 'none'}")
         _finish(answer, file, None, None)
-        answer.text.append(f"written {path}; proven: {', '.join(choices['proven']) or 'none'}")
 
 
-@app.command(name="all", epilog="Example: `vitfast bench all --budget 8m`")
-def everything(
+@app.command(epilog="Example: `vitfast bench smoke --op linear --backend triton`")
+def smoke(
     context: typer.Context,
-    budget: Annotated[str, typer.Option(help="Time for everything.")] = "8m",
+    op: Annotated[list[str] | None, typer.Option(help="Op to try; may be repeated. [default: all]")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend; may be repeated. [default: triton, native]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="At this model's shapes, and without a comparison.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="With --model: images.")] = 256,
     device: Device = None,
+    dtype: Dtype = None,
+    without: Without = None,
+    resume: Resume = False,
+    json_file: JsonFile = None,
 ) -> None:
-    """Measure what is worth knowing about a GPU, the most telling first, and stop when the time is up.
+    """Launch every op once on a backend, at small shapes, and compare with the reference.
 
-    Exit code 1: a step failed or something was wrong. Running out of time is no failure; what was measured is kept.
+    With --model at that model's shapes, which fills the cache of Triton's compiler. Exit code 1: something was wrong.
     """
     from vitfast.cli.answer import command
 
     with command(context, False) as answer:
-        from vitfast.benchmarks import campaign
+        from vitfast.benchmarks import kernels as kernel_cases
+        from vitfast.benchmarks import smoke as module
+        from vitfast.benchmarks.result_file import Results
+        from vitfast.models.config import NAMED
+        from vitfast.ops.registry import BACKENDS
+
+        ops, backends = op or list(module.SMALL), backend or ["triton", "native"]
+        _check("--op", ops, module.SMALL)
+        _check("--backend", backends, BACKENDS)
+        _check("--model", [model] if model else [], NAMED)
+        measured, what = _open(device, dtype, None)
+        _withhold(without)
+        if model:
+            cases = kernel_cases.grid("quick", ops, [model], [batch], measured.torch_device, what)
+        else:
+            cases = [case for name in ops for case in module.cases(name, measured.torch_device, what)]
+        method = {"baseline": "", "smoke": True, "model": model}
+        file = Results("kernels", measured, method, json_file, resume=resume)
+        with _going_on(answer, file, resume) as watch:
+            for name in backends:
+                done = [row["case"] for row in file.rows if row["provider"] == module.BACKEND_NAMES[name]]
+                module.smoke(cases, name, measured, compare=model is None, finished=done, watch=watch, on_rows=file.add)
+        wrong = [row for row in file.rows if not row["correct"] and not row.get("absent")]
+        answer.code = answer.code or int(bool(wrong))
+        answer.text = [f"{row['case']}: {row['provider']}: {row['error']}" for row in file.rows if not row["correct"]]
+        answer.text.append(f"{len(file.rows)} launches, {len(wrong)} of them wrong; written {file.path}")
+
+
+@app.command(name="all", epilog="Example: `vitfast bench all --budget 9m --out gpu-results`")
+def everything(
+    context: typer.Context,
+    budget: Annotated[str, typer.Option(help="Time for everything.")] = "9m",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; one that is there is gone on with.")
+    ] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Only the smoke set, under compute-sanitizer's memcheck and racecheck.")
+    ] = False,
+    extension: Annotated[
+        Path | None, typer.Option(help="Folder of `make gpu-package`: its C++ extension is used where it fits.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Measure what is worth knowing about a GPU, the most telling first, and stop when the time is up.
+
+    Exit code 1: a step failed or something was wrong. Running out of time is no failure; a second call goes on.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        from vitfast.benchmarks import campaign, carried
         from vitfast.benchmarks.device import open_device
+        from vitfast.benchmarks.environment import ROOT
+        from vitfast.benchmarks.result_file import results_folder
         from vitfast.engine.dtypes import resolve_device
 
         limit, where = seconds(budget), resolve_device(device)
         if where.type != "cuda":
             raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
-        shown, failed, unfinished = campaign.run(open_device(where), limit, say=lambda text: typer.echo(text, err=True))
+        folder = out or results_folder() / "campaign"
+        said = carried.use(extension, ROOT / "vitfast") if extension else ""
+        if said:
+            typer.echo(said, err=True)
+        failed, unfinished = campaign.Campaign(
+            open_device(where), folder, limit, steps=campaign.SANITIZING if sanitize else campaign.STEPS,
+            say=lambda text: typer.echo(text, err=True), extension=said,
+        ).run()  # fmt: skip
         answer.code = int(bool(failed))
-        answer.text = [*unfinished, *failed, f"written {shown}"]
+        answer.text = [*unfinished, *failed, f"written {folder}"]
+
+
+@app.command(epilog="Example: `vitfast bench unpack gpu-results/campaign.json`")
+def unpack(
+    context: typer.Context,
+    campaign: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="campaign.json of `vitfast bench all`.")],
+) -> None:
+    """Write what a campaign measured as result files, one a step, to be committed; its tuning table, too."""
+    from vitfast.cli.answer import command
+
+    with command(context, False) as answer:
+        from vitfast.benchmarks import campaign_file
+
+        answer.text = [f"written {path}" for path in campaign_file.unpack(campaign)]
 
 
 @app.command(epilog="Example: `vitfast bench compare before.json after.json`")
@@ -308,6 +420,41 @@ def _named(providers: list[str] | None, peers: list[str] | None) -> list[str]:
     return [*(providers or ()), *(peers or ())]
 
 
+def _withhold(without: list[str] | None) -> None:
+    """Keep backends from running in this process, as --without names them."""
+    from vitfast.ops import registry
+
+    for name in without or ():
+        op, _, backend = name.partition("/")
+        if op not in registry.OPS or backend not in registry.BACKENDS:
+            raise ValueError(f"--without takes an op and a backend, as in linear/native; got {name!r}")
+        registry.withheld[op, backend] = f"it must not run here (--without {name})"
+
+
+@contextlib.contextmanager
+def _going_on(answer: Any, file: Any, resume: bool) -> Iterator[Watch]:
+    """A watch beside the result file; a dead GPU context leaves the row of what killed it, and an exit code of its own.
+
+    Only a run that can be gone on with has a watch: it is for the process that would begin the next.
+    """
+    from vitfast.benchmarks.watch import CONTEXT_LOST, ContextLost, Watch
+
+    if resume:
+        file.add()  # whoever puts a culprit's row into it finds it there
+    try:
+        yield Watch(file.path.with_suffix(".now") if resume else None)
+    except ContextLost as error:
+        if error.row:
+            file.add([error.row])
+        answer.remarks.append(f"{error}; --resume goes on with what is left")
+        answer.code = CONTEXT_LOST
+
+
+def _add_case(file: Any, rows: list[dict[str, Any]]) -> None:
+    """The rows of a finished case."""
+    file.add(rows, finished=sorted({*file.finished, *(row["case"] for row in rows)}))
+
+
 def _open(device: str | None, dtype: str | None, threads: int | None) -> tuple[Measured, torch.dtype]:
     """The device to measure, threads pinned, and the dtype."""
     from vitfast.benchmarks.device import open_device, pin_threads
@@ -334,5 +481,6 @@ def _finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | Non
     wrong = sorted({row["provider"] for row in file.rows if str(row.get("error", "")).startswith("incorrect")})
     if wrong:
         lines.append(f"wrong: {', '.join(wrong)}")
-    answer.code = int(any(provider.startswith("vitfast") or provider in given for provider in wrong))
+    ours = any(provider.startswith("vitfast") or provider in given for provider in wrong)
+    answer.code = answer.code or int(ours)
     answer.text = [*table(file.content), *lines]

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from vitfast.images.files import ImageListing
     from vitfast.pipeline.embed import Classified
     from vitfast.pipeline.parquet import Summary
+    from vitfast.pipeline.stages import Stages
 
 FAILURES_SHOWN = 20
 NAMES_SHOWN = 5
 
 
-def embedding(summary: Summary, listing: ImageListing, out: str, interrupted: bool) -> list[str]:
+def embedding(summary: Summary, stages: Stages, listing: ImageListing, out: str, interrupted: bool) -> list[str]:
     """What a run of `embed` did: failures by name, remarks, one line of numbers."""
     lines = [f"failed: {escaped(path)}: {reason}" for path, reason in list(summary.failed.items())[:FAILURES_SHOWN]]
     if len(summary.failed) > FAILURES_SHOWN:
@@ -31,6 +32,8 @@ def embedding(summary: Summary, listing: ImageListing, out: str, interrupted: bo
         f"{summary.done} done, {len(summary.failed)} failed, {skipped}, "
         f"{summary.images_per_second:.1f} img/s -> {escaped(out)}"
     )
+    if advice := stages.advice():
+        lines.append(advice)
     if interrupted:
         lines.append("interrupted; the same command goes on from here")
     return lines

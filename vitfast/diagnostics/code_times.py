@@ -9,7 +9,7 @@ The longest of three times, plus that of starting it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitfast.diagnostics.chips import LAUNCH_US
@@ -18,9 +18,17 @@ SUSTAINED_CLOCK = 0.85
 """Share of the boost clock that an H100 keeps under dense products. An assumption: of the 989 TFLOP/s at its boost
 clock, large products reach about 800, by tiles whose tensor cores are busy 95 % of the time."""
 
-L2_BYTES_PER_CLOCK = 5120
-"""Read by all multiprocessors together: an A100's ("NVIDIA A100 Tensor Core GPU Architecture", 2020). No such figure is
-published for later GPUs, which are taken to have the same."""
+L2_BYTES_PER_CLOCK = {(8, 0): 3840, (9, 0): 5180}
+"""By compute capability, read by all multiprocessors together. Measured by others (github.com/te42kyfo/gpu-benches at
+commit 3088b33, gpu-l2-cache): an A100 gives 5.4 TB/s at 1.41 GHz; an H200, whose chip an H100 SXM has too, 10.25 TB/s
+at 1.98 GHz of 6 to 8 MB, which are what the tiles of one round read, and 9.7 TB/s of 12 to 40 MB. An H100 PCIe with 114
+multiprocessors gives 7.0 TB/s at 1.755 GHz; Luo et al. 2024 (arXiv 2402.13499) found 3942 bytes a clock on one. Later
+chips are taken to have the last."""
+
+
+def l2_bytes_per_clock(capability: Sequence[int]) -> int:
+    """Of a chip of this compute capability, or of the newest one before it that has a figure."""
+    return L2_BYTES_PER_CLOCK[max(known for known in L2_BYTES_PER_CLOCK if known <= tuple(capability))]
 
 
 def problem_of(row: Mapping[str, Any]) -> dict[str, int]:
@@ -60,7 +68,7 @@ def time_by_code(
     share = tiles / (chip["multiprocessors"] * row["wave_efficiency"] * clock)
     times = {
         tile["bound"]: share * tile["clocks"],
-        "L2": copied / (L2_BYTES_PER_CLOCK * clock),
+        "L2": copied / (l2_bytes_per_clock(chip["capability"]) * clock),
         "memory": row["memory_us"],
     }
     bound = max(times, key=lambda name: times[name])
@@ -80,7 +88,10 @@ def add_whole(prediction: dict[str, Any]) -> None:
         "time_us": total,
         "images_per_s": prediction["batch"] / total * 1e6,
         "launches_by_code": len(known),
-        "assumptions": {"sustained_clock": SUSTAINED_CLOCK, "l2_bytes_per_clock": L2_BYTES_PER_CLOCK},
+        "assumptions": {
+            "sustained_clock": SUSTAINED_CLOCK,
+            "l2_bytes_per_clock": l2_bytes_per_clock(prediction["chip"]["capability"]),
+        },
     }
 
 

@@ -113,12 +113,17 @@ def report() -> dict[str, Any]:
 
 
 def plan(
-    source: Any, *, device: str | None = None, dtype: str | None = None, allow_pickle: bool = False
+    source: Any,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    weights_key: str | None = None,
 ) -> dict[str, Any]:
     """Which backend runs each part of a model here, and by what measurement; measures what is not in the cache.
 
     Args:
-        source: as `vitfast.load` takes it. device, dtype, allow_pickle: likewise.
+        source: as `vitfast.load` takes it. device, dtype, allow_pickle, weights_key: likewise.
 
     Returns:
         model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
@@ -129,7 +134,7 @@ def plan(
     """
     from vitfast.engine import load
 
-    made = load.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle)
+    made = load.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
     sites = []
     for site, uses in made.plan.backends.items():
         spec = site_spec(made.config, SITES[site], 1, made.device, made.dtype, made.plan.quantized)

@@ -22,7 +22,7 @@ from vitfast.diagnostics.chips import (
 )
 from vitfast.engine.cases import OPS, Dims
 from vitfast.engine.dtypes import QUANTIZED
-from vitfast.engine.sites import scales_heads, site_dims
+from vitfast.engine.sites import folds_norms, scales_heads, site_dims
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES
 
@@ -73,20 +73,42 @@ class _Step:
 
 
 def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
-    """The forward in order: with folded norms, or with products in 8 bits ("fp8" or "int8")."""
+    """The forward in order: with norms folded where they can be, or with products in 8 bits ("fp8" or "int8").
+
+    RMSNorm is predicted as LayerNorm; a stem, a gate and attention pooling, which run in torch, are left out.
+    """
+    folded = folds_norms(config)
 
     def step(site: str, count: int = 1, name: str = "", **changes: Any) -> _Step:
         entry = SITES[site]
-        dims = site_dims(config, entry, batch, precision=precision if entry.quantized else "", folded=True)
+        dims = site_dims(config, entry, batch, precision=precision if entry.quantized else "", folded=folded)
         return _Step(name or site, count, entry.op, {**dims, **changes})
 
-    depth = config.depth
-    yield step("patch_embed")
+    def norm(name: str, wanted: bool, **changes: Any) -> Iterator[_Step]:
+        if wanted:
+            yield step("layer_norm", config.depth, name, **changes)
+
+    depth, before, after = config.depth, config.block != "post" and not folded, config.block == "post"
+    if not config.stem:
+        yield step("patch_embed")
+    if config.embed_norm:
+        yield step("layer_norm", name="embed_norm")
     if config.pre_norm:
         yield step("layer_norm", name="norm_pre")
     if not precision:
-        yield step("row_stats")
-        yield from (step(site, depth) for site in ("qkv", "attention", "proj", "fc1", "fc2"))
+        if folded:
+            yield step("row_stats")
+        yield from norm("norm1", before)
+        yield from (step(site, depth) for site in ("qkv", "attention"))
+        yield from norm("attention_norm", config.attention_norm, width=config.heads * config.head_dim)
+        yield step("proj", depth)
+        yield from norm("norm1", after)
+        yield from norm("norm2", before)
+        yield from norm("norm3", config.double_norm)
+        yield step("fc1", depth)
+        yield from norm("mlp_norm", config.mlp_norm, width=config.mlp_dim)
+        yield step("fc2", depth)
+        yield from norm("norm2", after)
     else:
         yield step("quantize", depth, "quantize_qkv")
         yield step("quantized_qkv", depth)
@@ -232,7 +254,7 @@ def _attention(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     tile_efficiency = tokens * tokens * head_dim / (queries * keys * sum(head_chunks(head_dim)))
     wave_efficiency = _wave_efficiency(programs, card.multiprocessors * (8 // tile.num_warps))
     rows, width = batch * tokens, heads * head_dim
-    in_8_bits = bool(step.dims.get("variant"))
+    in_8_bits = "to" in step.dims.get("variant", "").split()
     moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if in_8_bits else dtype.itemsize * width))
     work = OPS["attention"].flops(step.dims)
     exponentials = batch * heads * queries * keys

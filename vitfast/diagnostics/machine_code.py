@@ -11,7 +11,11 @@ from typing import Any
 
 from vitfast.diagnostics import sass, throughput
 
-_CONVERSION = re.compile(r"ttg\.convert_layout %\S+ : tensor<(\d+)x(\d+)xf32, (#[\w.]+).*-> tensor<\S+ (#[\w.]+)")
+_CONVERSION = re.compile(
+    r"(%\w+) = ttg\.convert_layout %\S+ : tensor<(\d+)x(\d+)xf32, (#[\w.]+).*-> tensor<\S+ (#[\w.]+)"
+)
+_PRODUCT = re.compile(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .*-> tensor<(\d+)x(\d+)xf32")
+_WARPGROUP_ROWS = re.compile(r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 3,.*warpsPerCTA = \[(\d+), 1\]")
 _WARNING = re.compile(r"\(?(C\d{4})\)?")
 HEAD_DIM = 64
 """Of a row that names no head dim."""
@@ -39,16 +43,28 @@ def ptxas_warnings(ptx: str, ptxas: Path) -> list[str]:
     return sorted(set(_WARNING.findall(result.stderr + result.stdout)))
 
 
-def accumulator_conversions(ttgir: str, elements: int) -> int:
+def accumulator_conversions(ttgir: str) -> int:
     """How often a large part of the sums of products changes its layout: through shared memory, behind barriers.
 
+    Two do not count: between layouts of wgmma whose warps divide rows alone, which differ in the width of an
+    instruction and put each element in the same lane; and into nothing but a store, through which all outputs go.
+
     Args:
-        ttgir: Triton's GPU dialect of the kernel. elements: of the tile; parts of a quarter and more count.
+        ttgir: Triton's GPU dialect of the kernel. Parts of a quarter and more of the largest product count.
     """
-    return sum(
-        4 * int(m[1]) * int(m[2]) >= elements and not m[3].startswith("#blocked") and m[3] != m[4]
-        for m in _CONVERSION.finditer(ttgir)
-    )
+    elements = max((int(m[1]) * int(m[2]) for m in _PRODUCT.finditer(ttgir)), default=0)
+    rows = {m[1]: m[2] for m in _WARPGROUP_ROWS.finditer(ttgir)}
+
+    def counts(m: re.Match[str]) -> bool:
+        name, source, target = m[1], m[4], m[5]
+        large = 4 * int(m[2]) * int(m[3]) >= elements > 0
+        same = source == target or (source in rows and rows[source] == rows.get(target))
+        scope = ttgir[m.end() :].split(f"{name} = ", 1)[0]  # names come again in other regions
+        uses = [line for line in scope.splitlines() if re.search(rf"{name}\b", line)]
+        stored = bool(uses) and all(re.search(rf"tt\.store %\w+, {name}\b", line) for line in uses)
+        return large and not source.startswith("#blocked") and not same and not stored
+
+    return sum(counts(m) for m in _CONVERSION.finditer(ttgir))
 
 
 def describe(
@@ -64,23 +80,31 @@ def describe(
     """
     sizes = {name: value for name, value in case.constexprs.items() if isinstance(value, int)}
     steps = throughput.steps_of(case.kernel, sizes, k=k, tokens=tokens)
-    elements = 0
     clocks = None
     if steps:
         head_dim = sizes.get("HEAD_DIM", HEAD_DIM)
         elements = throughput.output_elements(case.kernel, sizes, head_dim, tokens)
         clocks = throughput.tile_clocks(
-            listing, steps, arch=arch, warps=warps, blocks=max(1, blocks), elements=elements
-        )
+            listing, steps, arch=arch, warps=warps, blocks=max(1, blocks), elements=elements,
+            copied=_copied(case, listing),
+        )  # fmt: skip
     return {
         "ptxas_warnings": ptxas_warnings(asm["ptx"], ptxas()),
-        "accumulator_conversions": accumulator_conversions(asm["ttgir"], elements) if elements else 0,
+        "accumulator_conversions": accumulator_conversions(asm["ttgir"]),
         "product_loops": [_part(listing.of(loop)) for loop in listing.product_loops],
         "rest": _part(listing.outside()),
         "epilogue_instructions_per_element": clocks and clocks.pop("epilogue_instructions_per_element"),
         "tensor_busy": clocks and clocks["tensor_busy"],
         "tile_clocks": clocks,
     }
+
+
+def _copied(case: Any, listing: sass.Listing) -> int:
+    """Bytes by TMA in a step, by `throughput.copied_bytes`."""
+    if not any(i.base == "UTMALDG" for i in listing.instructions):
+        return 0
+    size = 1 if case.kernel == "quantized_linear" else 2
+    return throughput.copied_bytes(case.kernel, case.constexprs, size)
 
 
 def _part(instructions: tuple[sass.Instruction, ...]) -> dict[str, Any]:

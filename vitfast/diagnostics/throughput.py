@@ -10,10 +10,15 @@ The model, for a multiprocessor that holds b blocks:
 
 tensor_busy is the share of these clocks in which tensor cores multiply. Latencies inside a phase are taken to be
 hidden, so it is a bound from above; launches, waves, L2 and memory are not in it (see `vitfast.diagnostics.launches`).
+
+Shared memory has one port of 128 bytes a clock for all: loads and stores, the operands of wgmma (which with both in
+shared memory has its full rate from 64 columns on, where these are 128 bytes a clock: Luo et al. 2024), and what TMA
+writes, of which this is an assumption.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +71,13 @@ RATES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """Clocks that the instructions of a part of the code need on each pipe, for all warps of a block, once."""
+    """Clocks that the instructions of a part of the code need on each pipe, for all warps of a block, once.
+
+    `operands`: of shared memory's, those in which products read theirs.
+    """
 
     tensor: float
+    operands: float
     pipes: Mapping[str, float]
     instructions: int
     waits_for_own_products: bool
@@ -81,8 +90,8 @@ class Phase:
     @property
     def clocks(self) -> float:
         """Of one pass of one block through it."""
-        other = self.pipes[self.busiest]
-        return self.tensor + other if self.waits_for_own_products else max(self.tensor, other)
+        other, products = self.pipes[self.busiest], max(self.tensor, self.operands)
+        return products + other if self.waits_for_own_products else max(products, other)
 
 
 def phase(instructions: Sequence[Instruction], warps: int, rates: Rates) -> Phase:
@@ -91,22 +100,23 @@ def phase(instructions: Sequence[Instruction], warps: int, rates: Rates) -> Phas
     pipes = {name: counts[name] * clocks * warps for name, clocks in rates.pipes.items()}
     pipes["fma"] += pipes.pop("imad")  # the heavy half of the same unit
     pipes["shared memory"] = _bytes_moved(instructions, "shared") * warps * WARP / rates.shared_bytes
+    operands = _operand_bytes(instructions) * warps / 4 / rates.shared_bytes
     pipes["global memory"] = _bytes_moved(instructions, "global") * warps * WARP / rates.global_bytes
     pipes["issue"] = len(instructions) * rates.issue * warps
     waits = [i for i in instructions if i.name.startswith("WARPGROUP.DEPBAR")]
     asynchronous = any(i.base.endswith("GMMA") for i in instructions)
     own = (not asynchronous and counts["tensor"] > 0) or any("gsb0, 0x0" in i.operands for i in waits)
-    return Phase(_product_clocks(instructions, warps, rates), pipes, len(instructions), own)
+    return Phase(_product_clocks(instructions, warps, rates), operands, pipes, len(instructions), own)
 
 
 def tile_clocks(
-    listing: Listing, steps: Sequence[int], *, arch: str, warps: int, blocks: int, elements: int
+    listing: Listing, steps: Sequence[int], *, arch: str, warps: int, blocks: int, elements: int, copied: int = 0
 ) -> dict[str, Any] | None:
     """What a tile takes on a multiprocessor that holds `blocks` of these blocks.
 
     Args:
         steps: how often each of the product loops runs for a tile, in the order of the code.
-        elements: of the tile's output.
+        elements: of the tile's output. copied: bytes that TMA writes to shared memory in a step of the first loop.
 
     Returns:
         clocks: a tile, at the rate of all blocks together; tensor_clocks: of its products; tensor_busy: their ratio;
@@ -124,6 +134,8 @@ def tile_clocks(
     pipes: Counter[str] = Counter(rest.pipes)
     for part, n in parts:
         pipes.update({name: clocks * n for name, clocks in part.pipes.items()})
+    pipes["shared memory"] += rest.operands + sum(part.operands * n for part, n in parts)
+    pipes["shared memory"] += copied * steps[0] / rates.shared_bytes
     tensor = rest.tensor + sum(part.tensor * n for part, n in parts)
     barriers = sum(i.base == "BAR" for i in rest_code) * BARRIER_CLOCKS
     alone = rest.clocks + barriers + FILL_CLOCKS + PRODUCT_TAIL_CLOCKS + sum(part.clocks * n for part, n in parts)
@@ -149,6 +161,17 @@ def _product_clocks(instructions: Iterable[Instruction], warps: int, rates: Rate
         issuers = warps / 4 if name.endswith("GMMA") else warps
         clocks += issuers * 2 * m * n * k / flops
     return clocks
+
+
+def _operand_bytes(instructions: Iterable[Instruction]) -> int:
+    """Bytes that a warpgroup's products read from shared memory: rows of 32 bytes of b, and of a if it is there."""
+    total = 0
+    for i in instructions:
+        for name, m, n, _ in tensor_instructions([i]):
+            if name.endswith("GMMA"):
+                a_in_registers = len(re.findall(r"\bR\d+", i.operands.partition("gdesc")[0])) > 1
+                total += 32 * (n + (0 if a_in_registers else m))
+    return total
 
 
 def _bytes_moved(instructions: Iterable[Instruction], pipe: str) -> int:
@@ -187,6 +210,14 @@ def steps_of(kernel: str, blocks: Mapping[str, int], *, k: int | None = None, to
     if kernel == "attention_short" and tokens is not None:
         return [_covering(tokens, blocks["BLOCK_M"])]
     return []
+
+
+def copied_bytes(kernel: str, blocks: Mapping[str, Any], size: int) -> int:
+    """What TMA writes to shared memory for a step of a product's loop, elements of `size` bytes; else 0."""
+    if kernel not in ("linear", "quantized_linear"):
+        return 0
+    columns = blocks["BLOCK_N"] * (2 if blocks.get("ACTIVATION") == "swiglu" else 1)
+    return (blocks["BLOCK_M"] + columns) * blocks["BLOCK_K"] * size
 
 
 def output_elements(kernel: str, blocks: Mapping[str, int], head_dim: int, tokens: int) -> int:

@@ -117,6 +117,7 @@ def verify_model(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     allow_pickle: bool = False,
+    weights_key: str | None = None,
 ) -> Report:
     """Compare a model as `vitfast.load` gives it with plain torch ops in fp32, on the same device.
 
@@ -125,7 +126,7 @@ def verify_model(
     TF32, which torch allows in convolutions by default, is off meanwhile: its error would pass for the engine's.
 
     Args:
-        source, device, dtype, backend, allow_pickle: as for `vitfast.load`.
+        source, device, dtype, backend, allow_pickle, weights_key: as for `vitfast.load`.
         against: "torch" for the same model, or another source that should give the same outputs.
         images: files, folders or patterns; each model preprocesses them its own way. Without any, four
             images of seeded normal noise of the model's size.
@@ -137,7 +138,7 @@ def verify_model(
     from vitfast.models.checkpoints import load
     from vitfast.ops import BackendError
 
-    checkpoint = load(source, allow_pickle=allow_pickle)
+    checkpoint = load(source, allow_pickle=allow_pickle, weights_key=weights_key)
     other = checkpoint if against == "torch" else load(against, allow_pickle=allow_pickle)
     try:
         engine = Engine(checkpoint, device=device, dtype=dtype, backend=backend)

@@ -221,7 +221,7 @@ def _attention(d: Dims, make: Maker) -> Call:
         angle = make.normal(tokens - 1, head_dim // 2, scale=3.0).repeat(1, 2)
         kwargs |= {"cos": angle.cos(), "sin": angle.sin()}
     if "to" in variant:
-        kwargs["quantize"] = QUANTIZED[variant[1]]
+        kwargs["quantize"] = QUANTIZED[variant[variant.index("to") + 1]]
     return Call(tuple(qkv.unbind(2)), kwargs, (0, 1, 2))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitfast.engine.runner import Runner
 from vitfast.models.output import Output
+from vitfast.models.positions import Positions
 
 MAX_GRAPHS = 16
 """Graphs that an engine keeps; the least recently used goes first."""
@@ -31,7 +32,7 @@ class _Graph:
 
     graph: Any
     images: Tensor
-    position: Tensor | None
+    positions: Positions
     output: Output
 
 
@@ -99,11 +100,11 @@ class Graphs:
             with cuda.stream(self._stream):
                 # Allocated on this stream, so that freed memory is not given out on one that has not waited.
                 static = images.new_zeros(bucket, *images.shape[1:])
-                position = self._runner.position(self._runner.size(static))
-                self._runner.forward(static, position)  # compiles kernels and fills caches outside the capture
+                positions = self._runner.position(self._runner.size(static))
+                self._runner.forward(static, positions)  # compiles kernels and fills caches outside the capture
             current.wait_stream(self._stream)
             graph = cuda.CUDAGraph()
             # "thread_local": what other threads do, allocate or pin memory, does not break the capture.
             with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = self._runner.forward(static, position)
-        return _Graph(graph, static, position, output)
+                output = self._runner.forward(static, positions)
+        return _Graph(graph, static, positions, output)

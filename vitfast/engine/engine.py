@@ -6,21 +6,29 @@ import functools
 import html
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.engine import streaming
+from vitfast.engine import planner, streaming
 from vitfast.engine.calibration import Calibration
 from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
-from vitfast.models.checkpoints import Checkpoint
+from vitfast.images import inputs
+from vitfast.models.checkpoints import Checkpoint, saved
 from vitfast.models.output import Output
 from vitfast.models.plan import Plan
+
+Images: TypeAlias = "Tensor | Sequence[Tensor] | inputs.Picture | Sequence[inputs.Picture]"
+"""What an engine takes (see `Engine.__call__`)."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a CUDA graph is captured; a batch runs in the smallest that holds it."""
@@ -91,6 +99,21 @@ class Engine:
         checkpoint, _ = self._made_of
         return fingerprint(checkpoint.config, checkpoint.weights)
 
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
+
+        Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
+        model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
+        elsewhere it is made anew.
+
+        Raises:
+            CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.
+        """
+        checkpoint, options = self._made_of
+        planned = options["backend"] == "auto" and not options["deterministic"]
+        plan = planner.record(self.plan, self.config, device=self.device, dtype=self.dtype) if planned else None
+        saved.write(checkpoint, Path(directory), plan)
+
     @property
     def plan(self) -> Plan:
         """Which backend runs each part."""
@@ -102,15 +125,34 @@ class Engine:
         return "+".join(sorted(set(self.plan.backends.values())))
 
     @isolated
-    def __call__(self, images: Tensor, *, preprocessed: bool = False) -> Output:
+    def __call__(
+        self,
+        images: Images,
+        *,
+        preprocessed: bool = False,
+        normalize: bool = False,
+        layers: Sequence[int] = (),
+        norm: bool = True,
+        reshape: bool = False,
+        attention_maps: Sequence[int] = (),
+    ) -> Output:
         """Run the model.
 
         Args:
-            images: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
+            images: pictures: a Pillow image, a path, an http(s) URL or a uint8 array [H, W, 3], or a list of such, of
+                any sizes, prepared as the model's own processor does it. Files are turned upright by EXIF. Or a
+                tensor: uint8 [B, H, W, 3], any size: preprocessed as the model's own processor does it
                 (resize, crop, normalise); or floating point [B, 3, H, W], already normalised, of the model's size
                 or any other size if the model allows it: multiples of the patch size, and what is no multiple is
-                cropped or padded where the model's family does so. Moved to the engine's device if elsewhere.
+                cropped or padded where the model's family does so. Moved to the engine's device if elsewhere. Or a list
+                of tensors, each one image of its own size, float [3, H, W] or, with `preprocessed`, uint8 [H, W, 3]:
+                they run in one pass, packed by tokens, and none is padded (see `vitfast.models.packed`).
             preprocessed: uint8 images have been resized and cropped already, and are only normalised.
+            normalize: scale embeddings to unit length.
+            layers: numbers of blocks, from 0, or from -1 backwards, whose outputs are wanted, too.
+            norm: give layers after the model's final norm. reshape: give their patches only, as [B, C, rows, columns].
+            attention_maps: numbers of blocks whose attention is wanted: computed by the reference, 4 B H N² bytes each
+                and about four times that in the making. These and layers run without CUDA graphs.
 
         Returns:
             Output with tokens, embedding and logits in the engine's dtype, on its device. An empty
@@ -118,21 +160,95 @@ class Engine:
             autocast mode the caller is in.
 
         Raises:
-            ValueError: for a wrong number of axes, channel count, dtype or size.
+            ValueError: for a wrong number of axes, channel count, dtype or size, or a block that there is not.
+            ImageError: for a file or URL that cannot be read as a picture.
         """
-        if not isinstance(images, Tensor):
-            raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        wanted, maps = self._blocks(layers, "layers"), self._blocks(attention_maps, "attention_maps")
+        if _are_tensors(images):
+            if wanted or maps:
+                raise ValueError("layers and attention_maps are of images of one size: pass them as one tensor")
+            output = self._packed(images, preprocessed)
+        else:
+            if not isinstance(images, Tensor):
+                images, preprocessed = self._read(images, preprocessed), True
+            output = self._of_one_size(images, preprocessed, wanted, maps, norm=norm, reshape=reshape)
+        return replace(output, embedding=_unit(output.embedding)) if normalize else output
+
+    def _of_one_size(
+        self, images: Tensor, preprocessed: bool, layers: list[int], maps: list[int], *, norm: bool, reshape: bool
+    ) -> Output:
         runner = self.runner
         runner.check(images.shape, images.dtype)
         images = runner.prepare(images.to(self.device, non_blocking=True), preprocessed)
         size = runner.size(images)
-        if images.shape[0] == 0:
+        if images.shape[0] == 0 and not layers and not maps:
             return runner.outputs(0, size)
+        if layers or maps:
+            output = runner.observe(images, runner.position(size), layers, maps)
+            made = output.layers or ()
+            return replace(
+                output, layers=tuple(runner.features(x, size, norm=norm, reshape=reshape) for x in made) or None
+            )
         if self._graphs is not None:
             output = runner.outputs(images.shape[0], size)
             self._graphs(images, output)
             return output
         return runner.forward(images, runner.position(size))
+
+    def _packed(self, images: Sequence[Tensor], preprocessed: bool) -> Output:
+        """Images of different sizes in one pass."""
+        runner, prepared = self.runner, []
+        for i, image in enumerate(images):
+            try:
+                runner.check((1, *image.shape), image.dtype)
+                moved = image[None].to(self.device, non_blocking=True)
+                prepared.append(runner.prepare(moved, preprocessed))
+                runner.size(prepared[-1])
+            except ValueError as error:
+                raise ValueError(f"image {i}: {error}") from error
+        outputs, members = runner.forward_packed(prepared)
+        order = [i for group in members for i in group]
+        places = sorted(range(len(order)), key=order.__getitem__)
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            # Taken by slices: an index would have to be copied to the device.
+            each = torch.cat(parts).split(1)
+            return torch.cat([each[place] for place in places])
+
+        tokens = [one for output in outputs if output.tokens is not None for one in output.tokens]
+        logits = [output.logits for output in outputs if output.logits is not None]
+        return Output(
+            tokens=None,
+            embedding=rows([output.embedding for output in outputs]),
+            logits=rows(logits) if logits else None,
+            image_tokens=tuple(tokens[place] for place in places),
+        )
+
+    def _blocks(self, numbers: Sequence[int], name: str) -> list[int]:
+        """Numbers of blocks from 0."""
+        depth = self.config.depth
+        if not isinstance(numbers, (list, tuple, range)):
+            raise ValueError(f"{name} must be a list of block numbers, got {numbers!r}")
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or not -depth <= number < depth:
+                raise ValueError(f"{name} must be block numbers from {-depth} to {depth - 1}, got {number!r}")
+        return [number % depth for number in numbers]
+
+    def _read(self, images: Any, preprocessed: bool) -> Tensor:
+        """Pictures as the model's own processor prepares them."""
+        if not inputs.is_picture(images) and not isinstance(images, (list, tuple)):
+            raise ValueError(
+                "images must be a torch.Tensor, a Pillow image, a path, a URL, a uint8 array [H, W, 3] or a list of "
+                f"such, got {type(images).__name__}"
+            )
+        if preprocessed:
+            raise ValueError(f"preprocessed=True goes with tensors, got {type(images).__name__}")
+        if self.preprocess is None or self.config.in_channels != 3:
+            raise ValueError(
+                f"the checkpoint does not say how pictures are prepared for its {self.config.in_channels} channels: "
+                "load it with preprocess=, or pass normalised float tensors [B, C, H, W]"
+            )
+        return inputs.read_pictures([images] if inputs.is_picture(images) else images, self.preprocess)
 
     def stream(
         self, batches: Iterable[streaming.Batch], *, preprocessed: bool = False, tokens: bool = False
@@ -200,6 +316,14 @@ class Engine:
             self._graphs(images, output)
         elif images.shape[0]:
             output.copy_(self.run(images))
+
+
+def _are_tensors(images: Any) -> TypeGuard[Sequence[Tensor]]:
+    return isinstance(images, (list, tuple)) and len(images) > 0 and all(isinstance(i, Tensor) for i in images)
+
+
+def _unit(embedding: Tensor) -> Tensor:
+    return F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
 
 
 def _remade(checkpoint: Checkpoint, options: dict[str, Any]) -> Engine:

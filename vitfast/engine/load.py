@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vitfast.engine import plan_cache
 from vitfast.engine.calibrate import calibrate
 from vitfast.engine.calibration import TARGET, Calibration
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.engine.engine import Engine
 from vitfast.engine.runner import Runner
+from vitfast.images.preprocess import Preprocess
 from vitfast.models.checkpoints import load as load_checkpoint
+from vitfast.models.checkpoints import saved
 from vitfast.models.plan import PRODUCTS
 
 if TYPE_CHECKING:
@@ -32,14 +37,16 @@ def load(
     allow_pickle: bool = False,
     revision: str | None = None,
     weights_key: str | None = None,
+    model: str | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
     deterministic: bool = False,
     keep: tuple[str, ...] | None = None,
 ) -> Engine:
     """Load a Vision Transformer and make it ready to run.
 
     Args:
-        source: a live timm, transformers or torchvision model, of which the engine is a snapshot; a directory or
-            .safetensors file; or a Hugging Face hub id.
+        source: a live timm, transformers or torchvision model, of which the engine is a snapshot; a directory, also one
+            that `Engine.save` wrote; a weight file; or a Hugging Face hub id.
         device: "cpu", "cuda", "cuda:1"...; the GPU if there is one by default.
         dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default. "fp8" and
             "int8" compute the products of the blocks on quantised operands and all else in bf16; on the CPU
@@ -54,6 +61,10 @@ def load(
         revision: of a hub id.
         weights_key: which of a training checkpoint's state dicts, "state_dict" or "model_ema"; by default the one that
             timm's own loader takes, the averaged weights first, with a warning that says so.
+        model: the architecture of a bare weight file, by name: "vit_base_patch16_224" (timm), "vit_b_16" (torchvision),
+            "dinov2_vits14" (the dinov2 repository), "ViT-B/32" (OpenAI's CLIP), "ViT-B-32" (open_clip).
+        preprocess: how images are prepared, in place of what the source says: a `Preprocess`, or a mapping with some
+            of size (shortest side, or (height, width)), crop, mean, std, interpolation.
         deterministic: with backend "auto", choose backends by a fixed order and not by their times, so that the same
             weights and pixels give the same bits after every load (docs/numerics.md); on a GPU that is PyTorch's op
             unless a shipped table names another.
@@ -68,7 +79,16 @@ def load(
         if skip_quantize:
             raise ValueError(f"keep={keep!r} is the old name of skip_quantize={skip_quantize!r}: give one of them")
         skip_quantize = keep
-    checkpoint = load_checkpoint(source, allow_pickle=allow_pickle, revision=revision, weights_key=weights_key)
+    checkpoint = load_checkpoint(
+        source,
+        allow_pickle=allow_pickle,
+        revision=revision,
+        weights_key=weights_key,
+        model=model,
+        preprocess=preprocess,
+    )
+    if not isinstance(source, torch.nn.Module) and (folder := Path(source).expanduser()).is_dir():
+        plan_cache.adopt(saved.plan(folder))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "deterministic": deterministic}
     measured: Calibration | None = None
     if calibration is not None:

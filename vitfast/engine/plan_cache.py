@@ -114,6 +114,19 @@ def load_plan(key: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]] |
     return plan["choices"], plan["measured"]
 
 
+def adopt(plan: Any) -> None:
+    """Keep a plan that came with a model, as `record` gives it, where there is none for its key.
+
+    A plan made for another machine or version is kept under a key that is not asked for here. A damaged one is left
+    out: it costs a measurement.
+    """
+    if plan is None or _fault(plan):
+        return
+    path = plan_path(plan["key"])
+    if path is not None and not path.exists():
+        save_plan(plan["key"], plan["choices"], plan["measured"])
+
+
 def _fault(plan: Any) -> str:
     """What is wrong with a plan's form; "" if nothing is."""
     if not isinstance(plan, dict) or not all(

@@ -20,7 +20,7 @@ import torch
 
 from vitfast.engine import plan_cache, progress
 from vitfast.engine.cases import Call, Case
-from vitfast.engine.sites import plan_sites, site_case, site_spec
+from vitfast.engine.sites import folds_norms, plan_sites, site_case, site_spec, why_not_quantized
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES, Plan, Site
 from vitfast.ops import accuracy, mkldnn, native, reference, registry, scaled_mm
@@ -276,10 +276,13 @@ def build(
             the choice does not depend on a clock; nothing is read from the cache or kept there.
 
     Raises:
+        ValueError: if products are to be quantised in blocks that do more than such blocks can.
         BackendError: if a forced backend cannot run a site; the message has every reason.
         PlanError: if no backend gives a right result on this device.
     """
-    batch = batch or (GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens()))
+    if quantized and (reason := why_not_quantized(config)):
+        raise ValueError(f"products in 8 bits are not for blocks with {reason}: load the model in another dtype")
+    batch = batch or default_batch(config, device)
     asked = _Request(config, device, dtype, backend, batch, quantized, skip_quantize, deterministic)
     measured: dict[str, Any] = {}
     if backend != "auto":
@@ -300,6 +303,20 @@ def _key(asked: _Request) -> dict[str, Any]:
     if asked.quantized:
         key |= {"quantized": str(asked.quantized), "sites": [site.name for site in asked.sites()]}
     return key
+
+
+def record(
+    plan: Plan, config: ViTConfig, *, device: torch.device, dtype: torch.dtype, batch: int | None = None
+) -> dict[str, Any]:
+    """A measured plan as `vitfast.engine.plan_cache` keeps it: for what it was made, choices and measurements."""
+    batch = batch or default_batch(config, device)
+    asked = _Request(config, device, dtype, "auto", batch, plan.quantized, plan.skip_quantize, False)
+    return {"key": _key(asked), "choices": dict(plan.backends), "measured": dict(plan.measured)}
+
+
+def default_batch(config: ViTConfig, device: torch.device) -> int:
+    """The batch size whose shapes are measured."""
+    return GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens())
 
 
 def _remembered(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]] | None:
@@ -370,7 +387,7 @@ def assemble(
     return Plan(
         **calls,
         backends=names,
-        fold_norm=on_triton >= folding,
+        fold_norm=on_triton >= folding and folds_norms(config),
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
         quantized=quantized,

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfast.engine import planner
 from vitfast.engine.dtypes import QUANTIZED, resolve_device, resolve_dtype
 from vitfast.engine.sites import skipped_products
 from vitfast.images.preprocess import normalize, preprocess_batch
-from vitfast.models import vit
+from vitfast.models import observe, packed, vit
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
-from vitfast.models.weights import prepare_weights, resize_position
+from vitfast.models.positions import Positions, positions_for
+from vitfast.models.weights import prepare_weights
 
 POSITIONS = 8
-"""Image sizes whose resized position embedding is kept."""
+"""Image sizes whose positions are kept."""
 
 
 class Runner:
@@ -60,9 +61,12 @@ class Runner:
         )
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self.weights = prepare_weights(
-            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std
-        )
-        self.positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+            self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std,
+            stem=checkpoint.stem,
+        )  # fmt: skip
+        self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
+        self.ends: OrderedDict[tuple[tuple[int, int], ...], Tensor] = OrderedDict()
+        """Of packed images of these numbers and sizes, where each begins (see `vitfast.models.packed.lengths`)."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
@@ -104,6 +108,9 @@ class Runner:
 
     def _on_grid(self, images: Tensor) -> Tensor:
         """Images whose sides are whole patches: cropped or padded where the model's family does so."""
+        if self.config.stem and images.dtype == torch.uint8:
+            assert self.preprocess is not None
+            images = normalize(images, self.preprocess, self.dtype)
         channels_last = images.dtype == torch.uint8
         height, width = images.shape[1:3] if channels_last else images.shape[2:4]
         if self.config.off_grid == "refuse":
@@ -131,31 +138,68 @@ class Runner:
         self.config.grid(size)
         return size
 
-    def position(self, size: tuple[int, int]) -> Tensor | None:
-        """The position embedding for an image size; the last few sizes are kept."""
+    def position(self, size: tuple[int, int]) -> Positions:
+        """The positions for an image size; those of the last few sizes are kept."""
         weights = self.weights
-        if weights.position is None or size == self.config.image_size:
-            return weights.position
-        position = self.positions.get(size)
-        if position is None:
-            assert weights.exact_position is not None
-            position = resize_position(
-                weights.exact_position,
-                self.config.grid(self.config.image_size),
-                self.config.grid(size),
-                antialias=self.config.position_antialias,
-                offset=self.config.position_offset,
-            ).to(self.dtype)
+        if size == self.config.image_size or not weights.exact_positions:
+            return weights.positions
+        positions = self.positions.get(size)
+        if positions is None:
+            positions = positions_for(self.config, weights.exact_positions, size, self.dtype)
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
-            self.positions[size] = position
+                torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
+            self.positions[size] = positions
             while len(self.positions) > POSITIONS:
                 self.positions.popitem(last=False)
-        return position
+        return positions
 
-    def forward(self, images: Tensor, position: Tensor | None) -> Output:
-        """The forward on prepared images, with the position embedding for their size."""
-        return vit.forward(self.config, self.weights, position, images, self.plan)
+    def forward(self, images: Tensor, positions: Positions) -> Output:
+        """The forward on prepared images, with the positions for their size."""
+        return vit.forward(self.config, self.weights, positions, images, self.plan)
+
+    def observe(self, images: Tensor, positions: Positions, layers: Sequence[int], maps: Sequence[int]) -> Output:
+        """The forward with the outputs of some blocks, and the attention of some, kept.
+
+        Raises:
+            ValueError: if the plan computes attention inside a fused block, and that of one is asked for.
+        """
+        plan, seen = self.plan, observe.Attention(self.plan.attention, maps)
+        if maps:
+            if plan.attention_block is not None:
+                raise ValueError("attention maps: this plan computes attention inside a fused block")
+            plan = replace(plan, attention=seen, attention_quantize=None)
+        output = vit.forward(self.config, self.weights, positions, images, plan, layers)
+        return replace(output, attention_maps=seen.maps()) if maps else output
+
+    def features(self, layer: Tensor, size: tuple[int, int], *, norm: bool, reshape: bool) -> Tensor:
+        """A block's output [B, N, C] after the final norm, if asked for; or its patches as [B, C, rows, columns]."""
+        if norm:
+            layer = vit.final_norm(self.config, self.weights, layer, self.plan)
+        if not reshape:
+            return layer
+        patches = layer[:, self.config.prefix_tokens :].transpose(1, 2)
+        return patches.unflatten(2, self.config.grid(size)).contiguous()
+
+    def forward_packed(self, images: Sequence[Tensor]) -> tuple[list[Output], list[list[int]]]:
+        """The forward on prepared images [1, ...] of different sizes, packed by tokens.
+
+        Returns:
+            An output for each size, and which of the images are in it.
+        """
+        members: dict[tuple[tuple[int, int], torch.dtype], list[int]] = {}
+        for i, image in enumerate(images):
+            members.setdefault((self.size(image), image.dtype), []).append(i)
+        groups = [
+            packed.Group(torch.cat([images[i] for i in group]), self.position(size))
+            for (size, _), group in members.items()
+        ]
+        shapes = tuple((len(group), self.config.tokens(size)) for (size, _), group in members.items())
+        ends = self.ends.get(shapes)
+        if ends is None:
+            ends = self.ends[shapes] = packed.lengths(shapes, self.device)
+            while len(self.ends) > POSITIONS:
+                self.ends.popitem(last=False)
+        return packed.forward(self.config, self.weights, groups, self.plan, ends), list(members.values())
 
     def outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
         """Uninitialised outputs of images of a size, on the device or in pinned host memory."""
@@ -178,9 +222,13 @@ class Runner:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a tree of dataclasses and tuples."""
+    """The tensors in a tree of dataclasses, tuples, mappings and modules."""
     if isinstance(tree, Tensor):
         yield tree
+    elif isinstance(tree, nn.Module):
+        yield from (*tree.parameters(), *tree.buffers())
+    elif isinstance(tree, Mapping):
+        yield from _tensors(tuple(tree.values()))
     elif is_dataclass(tree):
         yield from _tensors(tuple(getattr(tree, field.name) for field in fields(tree)))
     elif isinstance(tree, tuple):

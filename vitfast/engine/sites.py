@@ -24,11 +24,48 @@ def scales_heads(config: ViTConfig) -> bool:
     return config.head_dim in SCALE_GROUPS
 
 
+def folds_norms(config: ViTConfig) -> bool:
+    """Whether every norm of the blocks is a LayerNorm before a product, which nothing else reads."""
+    special = config.block == "post" or config.gated_attention or config.double_norm
+    return config.norm == "layer_norm" and not special
+
+
+def fits_in_one(config: ViTConfig, site: Site) -> bool:
+    """Whether a site that is half a block in one launch does all that this half of the model's blocks does."""
+    special = not config.plain_attention
+    if site.op == "mlp":
+        special = config.mlp_norm or config.double_norm or not config.fused_activation
+    return config.block == "pre" and config.norm == "layer_norm" and not special
+
+
+def why_not_quantized(config: ViTConfig) -> str:
+    """What the model's blocks have that quantised ones do not; "" if nothing."""
+    asked = {
+        f"norms that are no LayerNorm before a product (norm={config.norm!r}, block={config.block!r})": (
+            config.norm != "layer_norm" or config.block != "pre"
+        ),
+        "a gate on attention (gated_attention)": config.gated_attention,
+        "a norm of what attention gives (attention_norm)": config.attention_norm,
+        "a norm of the hidden activations (mlp_norm)": config.mlp_norm,
+        "two norms before fc1 (double_norm)": config.double_norm,
+        f"the activation {config.activation}": not config.fused_activation,
+    }
+    return ", ".join(name for name, wanted in asked.items() if wanted)
+
+
+def attention_variant(config: ViTConfig) -> str:
+    """What attention does beside the products, in the words of `vitfast.engine.cases`."""
+    words = {"bias": config.relative_position, "qk-norm": config.qk_norm, "rope": config.rope}
+    return " ".join(word for word, wanted in words.items() if wanted)
+
+
 def plan_sites(config: ViTConfig, quantized: torch.dtype | None, skip: frozenset[str]) -> tuple[Site, ...]:
     """The sites that a plan has to choose a backend for; `skip`: the products that are not quantised, by full name."""
     skipped = {name.rpartition(".")[2] for name in skip}
 
     def wanted(site: Site) -> bool:
+        if (site.fused and not fits_in_one(config, site)) or (site.op == "patch_embed" and config.stem):
+            return False
         if quantized is None:
             return not site.quantized
         if not site.quantized:
@@ -75,7 +112,7 @@ def site_dims(
     rows = batch * tokens
     if site.op in ("linear", "quantized_linear"):
         weight_rows, k = _weight_shape(config, site)
-        gated = config.gated and "activation" in site.features
+        gated = config.fused_activation == "swiglu" and "activation" in site.features
         dims = {
             "M": rows if site.product else batch, "K": k, "N": weight_rows // (2 if gated else 1),
             "epilogue": _epilogue(config, site, folded=folded, layer_scale=layer_scale),
@@ -83,7 +120,8 @@ def site_dims(
         return dims | ({"precision": precision} if site.quantized else {})
     heads = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.head_dim}
     if site.op == "attention":
-        return heads | ({"variant": f"to {precision}"} if site.quantized else {})
+        variant = " ".join(filter(None, (f"to {precision}" if site.quantized else "", attention_variant(config))))
+        return heads | ({"variant": variant} if variant else {})
     if site.op == "attention_block":
         return {**heads, "width": width}
     if site.op == "mlp":
@@ -110,7 +148,7 @@ def _epilogue(config: ViTConfig, site: Site, *, folded: bool, layer_scale: bool)
     words = {
         "norm": "norm" if folded else "",
         "stats": "stats" if folded else "",
-        "activation": config.activation,
+        "activation": config.fused_activation,
         "residual": "residual" if layer_scale else "add",
         "requantize": "requantize",
         "group scales": "groups",
@@ -159,6 +197,10 @@ def site_spec(
 ) -> Spec:
     """What backends are asked about a site: the spec of its `site_case`, of the widest rows that it is called on."""
     spec = site_case(config, site, batch, device, dtype, quantized).spec
+    if site.op == "layer_norm":
+        spread = ((config.attention_norm, config.heads * config.head_dim), (config.mlp_norm, config.mlp_dim))
+        widest = max(config.width, *(width for wanted, width in spread if wanted), 0)
+        return replace(spec, dims={**spec.dims, "width": widest})
     if site.op != "quantize":
         return spec
     widest = max(config.width, config.heads * config.head_dim, config.mlp_dim)

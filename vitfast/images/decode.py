@@ -70,8 +70,9 @@ class ImageFile:
         self._image: Image.Image | None = None
         self.note = ""
         with _reasons(path):
-            if os.fstat(file.fileno()).st_size == 0:
+            if file.seek(0, os.SEEK_END) == 0:
                 raise ImageError(path, "the file is empty")
+            file.seek(0)
             size = jxl_size(file)  # its plugin decodes all when it opens a file, so that has to wait for `decode`
             kind, mode, progressive = "JXL", "RGBA", False
             if size is None:
@@ -124,28 +125,34 @@ class ImageFile:
                 self._image = identify(self._file, os.fspath(self._path))
             self._image.load()
             turn = _TURNS.get(_orientation(self._image)) if self._exif_orientation else None
-            image = self._eight_bit(self._image).convert("RGB")
+            image, note = eight_bit(self._image, self._path)
+            self.note = note or self.note
+            image = image.convert("RGB")
             return image if turn is None else image.transpose(turn)
 
-    def _eight_bit(self, image: Image.Image) -> Image.Image:
-        """The image with 16 bits, 32 bits or floats a pixel scaled to 8; any other as it is."""
-        tags = getattr(image, "tag_v2", {})
-        if not image.mode.startswith("I") and image.mode != "F":
-            return image
-        values = np.asarray(image)
-        if image.mode.startswith("I;16"):
-            bits = int(np.max(tags.get(258, 16)))  # a TIFF of 12 bits has this mode, too
-            grey = (values >> (bits - 8)).astype(np.uint8)
-        else:
-            low, high = _range(image)
-            if low is None or high is None or not low < high or not np.isfinite(values).all():
-                kind = "floating-point" if image.mode == "F" else "32-bit or signed"
-                raise ImageError(self._path, f"{kind} pixels without a known range; convert the picture to 8 or 16 bit")
-            grey = ((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
-        if tags.get(262) == 0:  # white is zero
-            grey = 255 - grey
-        self.note = f"{image.mode} grey scaled to 8 bits (the model's own processor would clip it at 255)"
-        return Image.fromarray(grey)
+
+def eight_bit(image: Image.Image, path: str | Path) -> tuple[Image.Image, str]:
+    """An image with 16 bits, 32 bits or floats a pixel scaled to 8, and a note of that; any other as it is.
+
+    Raises:
+        ImageError: if its pixels are numbers without a known range.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image, ""
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        bits = int(np.max(tags.get(258, 16)))  # a TIFF of 12 bits has this mode, too
+        grey = (values >> (bits - 8)).astype(np.uint8)
+    else:
+        low, high = _range(image)
+        if low is None or high is None or not low < high or not np.isfinite(values).all():
+            kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+            raise ImageError(path, f"{kind} pixels without a known range; convert the picture to 8 or 16 bit")
+        grey = ((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    if tags.get(262) == 0:  # white is zero
+        grey = 255 - grey
+    return Image.fromarray(grey), f"{image.mode} grey scaled to 8 bits (the model's own processor would clip it at 255)"
 
 
 def _range(image: Image.Image) -> tuple[float | None, float | None]:

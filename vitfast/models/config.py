@@ -6,24 +6,40 @@ description by `vitfast.models.checkpoints`; `vitfast.models.vit` reads nothing 
 Canonical weights (a flat dict; C width, H heads, D head dim, F hidden width, P prefix tokens,
 L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated):
 
-    patch_embed.weight [C, in_channels, ph, pw]     patch_embed.bias [C]            (optional)
+    patch_embed.weight [C, in_channels, ph, pw]     patch_embed.bias [C]            (optional; unless stem)
+    embed_norm.{weight,bias} [C]                                                    (if embed_norm)
     prefix             [P, C]   CLS, then distillation, then register tokens, each with its own
                                 position embedding already added                     (if P > 0)
     position           [L, C]   position embedding of the patch tokens, row-major   (if position)
+    rope   [1, 1, 2, D/2], or [blocks, H, 2, D/2] if rope_learned: radians that channel pair d of a head
+                                turns by for a step down and for a step to the right (if rope)
+    relative_position  [S, H, T]  by (row, column) of query less key from -(rows - 1) on, row-major, then
+                                CLS to patch, patch to CLS, CLS to CLS where there is a CLS token;
+                                S is 1 if shared, else one a block                  (if relative_position)
     norm_pre.{weight,bias} [C]                                                      (if pre_norm)
     blocks.{i}.norm1.{weight,bias} [C]
     blocks.{i}.qkv.weight [3*H*D, C]  rows ordered q, k, v     .bias [3*H*D]        (optional)
+    blocks.{i}.q_norm.{weight,bias}, blocks.{i}.k_norm.{weight,bias} [D]            (if qk_norm)
+    blocks.{i}.gate.weight [H*D, C]   .bias [H*D]                                   (if gated_attention)
+    blocks.{i}.attention_norm.{weight,bias} [H*D]                                   (if attention_norm)
     blocks.{i}.proj.weight [C, H*D]   .bias [C]                                     (optional)
     blocks.{i}.layer_scale1 [C]                                                     (if layer_scale)
     blocks.{i}.norm2.{weight,bias} [C]
+    blocks.{i}.norm3.{weight,bias} [C]                                              (if double_norm)
     blocks.{i}.fc1.weight [R, C]  gated: gate rows first, then up rows   .bias [R]  (optional)
+    blocks.{i}.mlp_norm.{weight,bias} [F]                                           (if mlp_norm)
     blocks.{i}.fc2.weight [C, F]  .bias [C]                                         (optional)
     blocks.{i}.layer_scale2 [C]                                                     (if layer_scale)
     norm.{weight,bias} [C]       over all tokens, before pooling                    (if final_norm)
+    pool.query [C]  the learned query, projected    pool.kv.weight [2*C, C]  .bias [2*C]  (if pool is map or map_all)
+    pool.proj.weight [C, C]  .bias [C]    pool.k_norm.{weight,bias} [C / pool_heads]  (if pool_qk_norm)
+    pool.norm.{weight,bias} [C]    pool.fc1, pool.fc2 as in a block                 (if pool_mlp_dim)
     pool_norm.{weight,bias} [C]  over the pooled vector (timm's fc_norm)            (if pool_norm)
     projection.weight [E, C]     pooled vector -> embedding, no bias (CLIP)         (if projection_dim)
     head.weight [classes, C or 2C]  head.bias [classes]                                (if num_classes)
     head_dist.weight, head_dist.bias   as head, on the distillation token           (if distilled)
+
+The bias of a norm is optional everywhere.
 """
 
 from __future__ import annotations
@@ -33,13 +49,23 @@ from typing import Annotated
 
 from vitfast.models import schema
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu")
-"""gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu")
+"""gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up, geglu gelu(gate) * up."""
 
-POOLS = ("cls", "avg", "avg_all", "cls_dist", "none")
+POOLS = ("cls", "avg", "avg_all", "max", "avg_max", "cls_dist", "map", "map_all", "none")
 """How tokens become one vector: the CLS token; the mean of the patch tokens; the mean of all
-tokens; the mean of CLS and distillation token (the embedding of a distilled DeiT); or not at all
-(then `embedding` is the CLS token)."""
+tokens; their maximum, or the mean of that and their mean; the mean of CLS and distillation token (the embedding of a
+distilled DeiT); attention of a learned query over the patch tokens, or all tokens (MAP); or not at all
+(then `embedding` is the CLS token, or the mean of the patch tokens where there is none)."""
+
+NORMS = ("layer_norm", "rms_norm")
+
+BLOCKS = ("pre", "post", "parallel")
+"""Where a block has its norms: x + f(norm(x)), half after half; x + norm(f(x)); or both halves of the same norm(x)."""
+
+ROPE_GRIDS = ("", "index", "span", "centered")
+"""Coordinates of rotary position embedding, along each side of s patches: none; 0 to s - 1; -1 to 1; or the patches'
+centres, from -1 to 1 at the image's edges."""
 
 
 OFF_GRID = ("refuse", "crop", "pad")
@@ -78,16 +104,52 @@ class ViTConfig:
     head_dim: Annotated[int, schema.whole(0, 65_536)] = 0
     """0 means width // heads."""
     activation: Annotated[str, schema.one_of(*ACTIVATIONS)] = "gelu"
+    norm: Annotated[str, schema.one_of(*NORMS)] = "layer_norm"
     norm_eps: Eps = 1e-6
+    block: Annotated[str, schema.one_of(*BLOCKS)] = "pre"
     prefix_tokens: Tokens = 1
     """CLS + distillation + register tokens."""
     class_token: Flag = True
     position: Flag = True
+    stem: Annotated[str, schema.TEXT] = ""
+    """What makes tokens of images where it is no patch convolution: the class of a module that runs as it is."""
+    embed_norm: Flag = False
+    """A norm of the patch embeddings, before position and prefix tokens (AIMv2)."""
+    rope: Annotated[str, schema.one_of(*ROPE_GRIDS)] = ""
+    """Rotary position embedding of the patch tokens: its coordinates."""
+    rope_interleaved: Flag = False
+    """Channels 2d and 2d + 1 of a head are rotated together, not d and d + D / 2."""
+    rope_learned: Flag = False
+    """Each head of each block has frequencies of its own."""
+    rope_offset: Annotated[float, schema.number(-65_536, 65_536)] = 0.0
+    """Added to coordinates in patches."""
+    rope_reference: Annotated[tuple[int, int], schema.sides(0, 65_536)] = (0, 0)
+    """Grid (rows, columns) that coordinates are stretched to (EVA-02); (0, 0) leaves them."""
+    relative_position: Annotated[str, schema.one_of("", "shared", "blocks")] = ""
+    """A learned bias of the scores by relative position, the same in all blocks or one for each."""
+    qk_norm: Annotated[str, schema.one_of("", *NORMS)] = ""
+    """A norm of each head of q and k."""
+    attention_scale: Annotated[float, schema.number(0, 1e6)] = 0.0
+    """Of the scores; 0 means 1 / sqrt(head_dim)."""
+    gated_attention: Flag = False
+    """What attention gives is multiplied by sigmoid(gate(norm1(x)))."""
+    attention_norm: Flag = False
+    """A norm of what attention gives, before the projection."""
+    mlp_norm: Flag = False
+    """A norm of the hidden activations, before fc2."""
+    double_norm: Flag = False
+    """Another norm after norm2, before fc1 (ViTamin)."""
     pre_norm: Flag = False
     """A LayerNorm between embedding and blocks (CLIP)."""
     layer_scale: Flag = False
     final_norm: Flag = True
     pool: Annotated[str, schema.one_of(*POOLS)] = "cls"
+    pool_heads: Annotated[int, schema.whole(0, 4_096)] = 0
+    """Heads of attention pooling."""
+    pool_qk_norm: Annotated[str, schema.one_of("", *NORMS)] = ""
+    pool_mlp_dim: Annotated[int, schema.whole(0, 1_048_576)] = 0
+    """Hidden width of the feed-forward network that attention pooling ends with; 0 is none."""
+    pool_activation: Annotated[str, schema.one_of(*ACTIVATIONS)] = "gelu"
     pool_norm: Flag = False
     distilled: Flag = False
     projection_dim: Annotated[int, schema.whole(0, 65_536)] = 0
@@ -97,6 +159,10 @@ class ViTConfig:
     dynamic_size: Flag = False
     """Whether images of another size are accepted, the position embedding being resized."""
     off_grid: Annotated[str, schema.one_of(*OFF_GRID)] = "refuse"
+    position_interpolation: Annotated[str, schema.one_of("bicubic", "bilinear")] = "bicubic"
+    position_align_corners: Flag = False
+    position_square: Flag = False
+    """Resized to a square on the grid's longer side, of which the grid's part is taken (NaFlex, RADIO)."""
     position_antialias: Flag = True
     """timm resizes with antialiasing, transformers and the original DINOv2 without."""
     position_offset: Annotated[float, schema.number(0, 1)] = 0.0
@@ -112,16 +178,42 @@ class ViTConfig:
             raise ValueError(f"ViTConfig.heads must be at most the width {self.width}, got {self.heads}")
         if self.class_token and self.prefix_tokens < 1:
             raise ValueError("ViTConfig.class_token needs prefix_tokens >= 1, got 0")
-        if not self.class_token and self.pool in ("cls", "cls_dist", "none"):
+        if not self.class_token and self.pool in ("cls", "cls_dist"):
             raise ValueError(f"ViTConfig.pool={self.pool!r} needs a class token, got class_token=False")
         if self.pool == "cls_dist" and self.prefix_tokens < 2:
             raise ValueError(f"ViTConfig.pool='cls_dist' needs prefix_tokens >= 2, got {self.prefix_tokens}")
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"ViTConfig.rope needs an even head_dim, got {self.head_dim}")
+        if self.attention_pool and (self.pool_heads < 1 or self.width % self.pool_heads):
+            raise ValueError(f"ViTConfig.pool_heads must divide the width {self.width}, got {self.pool_heads}")
+        if self.pool_mlp_dim and self.pool_activation in ("swiglu", "geglu"):
+            raise ValueError(f"ViTConfig.pool_activation must not be gated, got {self.pool_activation!r}")
+        if self.relative_position and self.prefix_tokens != self.class_token:
+            raise ValueError(
+                f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix"
+            )
         self.grid(self.image_size)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether attention is softmax of scaled products, and nothing stands between it and its products."""
+        special = (self.rope, self.relative_position, self.qk_norm, self.gated_attention, self.attention_norm)
+        return not any(special) and not self.attention_scale
+
+    @property
+    def attention_pool(self) -> bool:
+        """Whether tokens are pooled by attention."""
+        return self.pool in ("map", "map_all")
 
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate and an up projection."""
-        return self.activation == "swiglu"
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def fused_activation(self) -> str:
+        """The activation that fc1 does itself; "" where it is a step of its own."""
+        return "" if self.activation == "geglu" else self.activation
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patches (rows, columns) of an image of (height, width) pixels.
@@ -159,18 +251,27 @@ class ViTConfig:
         """Canonical weight name -> (shape, required). The one list that loading checks against."""
         c, hd, f = self.width, self.heads * self.head_dim, self.mlp_dim
         rows, columns = self.grid(self.image_size)
-        shapes: dict[str, tuple[tuple[int, ...], bool]] = {
-            "patch_embed.weight": ((c, self.in_channels, *self.patch_size), True),
-            "patch_embed.bias": ((c,), False),
-        }
+        shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
 
-        def norm(name: str) -> None:
-            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = ((c,), True)
+        def norm(name: str, width: int = c) -> None:
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = ((width,), True), ((width,), False)
 
         def dense(name: str, out: int, inp: int, *, bias: bool = False) -> None:
             shapes[f"{name}.weight"] = ((out, inp), True)
             shapes[f"{name}.bias"] = ((out,), bias)
 
+        if not self.stem:
+            shapes["patch_embed.weight"] = ((c, self.in_channels, *self.patch_size), True)
+            shapes["patch_embed.bias"] = ((c,), False)
+        if self.embed_norm:
+            norm("embed_norm")
+        if self.rope:
+            per = (self.depth, self.heads) if self.rope_learned else (1, 1)
+            shapes["rope"] = ((*per, 2, self.head_dim // 2), True)
+        if self.relative_position:
+            steps = (2 * rows - 1) * (2 * columns - 1) + 3 * self.class_token
+            tables = 1 if self.relative_position == "shared" else self.depth
+            shapes["relative_position"] = ((tables, self.heads, steps), True)
         if self.prefix_tokens:
             shapes["prefix"] = ((self.prefix_tokens, c), True)
         if self.position:
@@ -180,14 +281,34 @@ class ViTConfig:
         for i in range(self.depth):
             norm(f"blocks.{i}.norm1")
             dense(f"blocks.{i}.qkv", 3 * hd, c)
+            for name in ("q_norm", "k_norm") if self.qk_norm else ():
+                norm(f"blocks.{i}.{name}", self.head_dim)
+            if self.gated_attention:
+                dense(f"blocks.{i}.gate", hd, c)
+            if self.attention_norm:
+                norm(f"blocks.{i}.attention_norm", hd)
             dense(f"blocks.{i}.proj", c, hd)
             norm(f"blocks.{i}.norm2")
             dense(f"blocks.{i}.fc1", 2 * f if self.gated else f, c)
+            if self.double_norm:
+                norm(f"blocks.{i}.norm3")
+            if self.mlp_norm:
+                norm(f"blocks.{i}.mlp_norm", f)
             dense(f"blocks.{i}.fc2", c, f)
             if self.layer_scale:
                 shapes[f"blocks.{i}.layer_scale1"] = shapes[f"blocks.{i}.layer_scale2"] = ((c,), True)
         if self.final_norm:
             norm("norm")
+        if self.attention_pool:
+            shapes["pool.query"] = ((c,), True)
+            dense("pool.kv", 2 * c, c)
+            if self.pool_qk_norm:
+                norm("pool.k_norm", c // self.pool_heads)
+            dense("pool.proj", c, c)
+            if self.pool_mlp_dim:
+                norm("pool.norm")
+                dense("pool.fc1", self.pool_mlp_dim, c)
+                dense("pool.fc2", c, self.pool_mlp_dim)
         if self.pool_norm:
             norm("pool_norm")
         if self.projection_dim:

@@ -17,11 +17,17 @@ class Output:
         embedding: [B, E], what the family's own users take: the projected image embedding for
             CLIP, the normalised CLS token for ViT and DINOv2, the pooled vector where a model pools.
         logits: [B, classes], or None if the model has no classifier.
+        layers: of each block that was asked for, [B, N, C], or [B, C, rows, columns] of the patches alone.
+        attention_maps: of each block that was asked for, [B, H, N, N] fp32, a row a query.
+        image_tokens: of images of different sizes, [N, C] of each; tokens is None then.
     """
 
     tokens: Tensor | None
     embedding: Tensor
     logits: Tensor | None
+    layers: tuple[Tensor, ...] | None = None
+    attention_maps: tuple[Tensor, ...] | None = None
+    image_tokens: tuple[Tensor, ...] | None = None
 
     def tensors(self) -> list[Tensor]:
         """Those that are there."""

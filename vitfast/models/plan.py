@@ -120,9 +120,15 @@ class LinearOp(Protocol):
 
 
 class AttentionOp(Protocol):
-    """`vitfast.ops.attention` of q, k and v [B, N, H, D]. A Tensor; with `quantize` values and scales."""
+    """`vitfast.ops.attention` of q, k and v [B, N, H, D]. A Tensor; with `quantize` values and scales.
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, /, *, quantize: torch.dtype | None = None) -> Any:
+    `heads`: norm and rotation of q and k, by the names of `vitfast.ops.heads.OPTIONS`.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, /, *, bias: Tensor | None = None, scale: float | None = None,
+        quantize: torch.dtype | None = None, **heads: Any,
+    ) -> Any:  # fmt: skip
         """Shapes, dtypes and errors are those of the op."""
 
 
@@ -176,7 +182,7 @@ class QuantizedLinearOp(Protocol):
 
 
 def absent(*args: Any, **kwargs: Any) -> Any:
-    """Stands in a plan for a product that no block of the model has: plain ones, or quantised ones.
+    """Stands in a plan for an op that the model does not have: plain products or quantised ones, patches under a stem.
 
     Raises:
         RuntimeError: always.
@@ -203,11 +209,11 @@ class Plan:
         measured: what the choices were made by, for each site that had one (see `vitfast.engine.planner.measure`).
     """
 
-    patch_embed: PatchEmbedOp
     layer_norm: LayerNormOp
     attention: AttentionOp
     head: LinearOp
     backends: Mapping[str, str]
+    patch_embed: PatchEmbedOp = absent
     qkv: LinearOp = absent
     proj: LinearOp = absent
     fc1: LinearOp = absent

@@ -2,50 +2,108 @@
 
 "An Image Is Worth 16x16 Words" (Dosovitskiy et al. 2020) and its pre-norm descendants: DeiT
 (distillation token), CLIP (a norm before the blocks, a projection after), DINOv2 (LayerScale,
-register tokens, SwiGLU). `Weights` is what the forward reads: canonical weights (see
+register tokens, SwiGLU), EVA-02 and DINOv3 (rotary positions), SigLIP (attention pooling), BEiT (relative
+positions). `Weights` is what the forward reads: canonical weights (see
 `vitfast.models.config`) in the order and form the plan wants them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast.models.config import ViTConfig
 from vitfast.models.output import Output
 from vitfast.models.plan import LinearOp, Plan, QuantizedLinearOp
-from vitfast.models.weights import Block, Dense, Norm, Weights
+from vitfast.models.positions import Positions
+from vitfast.models.weights import AttentionPool, Block, Dense, Norm, Weights
+from vitfast.ops import reference
 
 State: TypeAlias = "tuple[Tensor, Tensor | None]"
 """The residual stream [B, N, C], and its row statistics where the next product wants them."""
 
 
-def forward(config: ViTConfig, weights: Weights, position: Tensor | None, images: Tensor, plan: Plan) -> Output:
+Place: TypeAlias = "dict[str, Any]"
+"""What a block's attention is given of positions (see `Positions.of_block`)."""
+
+
+def forward(
+    config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan, layers: Sequence[int] = ()
+) -> Output:
     """Run the model on uint8 [B, H, W, Cin] or normalised float [B, Cin, H, W] images.
 
     Args:
-        position: [L, C] for this image size (`weights.position`, or that resized).
+        positions: those of this image size (`weights.positions`, or what `positions_for` makes).
+        layers: of which blocks the output is to be kept, as it is, in `Output.layers`.
     """
-    uint8 = images.dtype == torch.uint8
-    embed = weights.embed_uint8 if uint8 else weights.embed_float
-    assert embed is not None, "uint8 images need a known normalisation; Runner.check has seen to it"
-    x = plan.patch_embed(
-        images, embed.weight, embed.bias, position, weights.prefix, patch_size=config.patch_size, channels_last=uint8
-    )
-    if weights.norm_pre:
-        x = plan.layer_norm(x, weights.norm_pre.weight, weights.norm_pre.bias, config.norm_eps)
-    run_block: Callable[..., State] = fused_block if plan.fused else folded_block
-    if plan.quantized is not None:
-        run_block = quantized_block
+    x = embed(config, weights, positions, images, plan)
+    x, kept = run_blocks(config, weights, x, plan, lambda i: positions.of_block(config, i), layers)
+    output = head(config, weights, final_norm(config, weights, x, plan), plan)
+    return replace(output, layers=kept) if layers else output
+
+
+def run_blocks(
+    config: ViTConfig,
+    weights: Weights,
+    x: Tensor,
+    plan: Plan,
+    place: Callable[[int], Place],
+    layers: Sequence[int] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All blocks on x [B, N, C], and the outputs of those in `layers`, in order; `place`: by a block's number."""
+    run_block = block_function(plan)
     stats = first_stats(plan, x)
+    made = {}
     for i, block in enumerate(weights.blocks):
-        x, stats = run_block(config, weights.activation, block, x, stats, plan, last=i == config.depth - 1)
-    if weights.norm:
-        x = plan.layer_norm(x, weights.norm.weight, weights.norm.bias, config.norm_eps)
-    return _head(config, weights, x, plan)
+        x, stats = run_block(config, weights.activation, block, x, stats, plan, place(i), last=i == config.depth - 1)
+        if i in layers:
+            made[i] = x
+    return x, tuple(made[i] for i in layers)
+
+
+def final_norm(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
+    """The norm over all tokens after the blocks, where the model has one."""
+    return _norm(config, plan, x, weights.norm) if weights.norm else x
+
+
+def embed(config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan) -> Tensor:
+    """Images to the tokens [B, N, C] that the first block reads."""
+    x = _embed(config, weights, positions, images, plan)
+    return _norm(config, plan, x, weights.norm_pre) if weights.norm_pre else x
+
+
+def _embed(config: ViTConfig, weights: Weights, positions: Positions, images: Tensor, plan: Plan) -> Tensor:
+    """Images to tokens [B, N, C]: one launch, but where a stem makes the patches' tokens or a norm follows them."""
+    uint8 = images.dtype == torch.uint8
+    position, prefix = positions.embedding, weights.prefix
+    if weights.stem is not None:
+        x = weights.stem(images)
+    else:
+        dense = weights.embed_uint8 if uint8 else weights.embed_float
+        assert dense is not None, "uint8 images need a known normalisation; Runner.check has seen to it"
+        added = (None, None) if weights.embed_norm else (position, prefix)
+        x = plan.patch_embed(
+            images, dense.weight, dense.bias, *added, patch_size=config.patch_size, channels_last=uint8
+        )
+        if not weights.embed_norm:
+            return x
+    if weights.embed_norm:
+        x = _norm(config, plan, x, weights.embed_norm)
+    if position is not None:
+        x = x + position
+    return x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+
+def block_function(plan: Plan) -> Callable[..., State]:
+    """The block as this plan runs it: `folded_block`, `fused_block` or `quantized_block`."""
+    if plan.quantized is not None:
+        return quantized_block
+    return fused_block if plan.fused else folded_block
 
 
 def first_stats(plan: Plan, x: Tensor) -> Tensor | None:
@@ -54,20 +112,26 @@ def first_stats(plan: Plan, x: Tensor) -> Tensor | None:
 
 
 def folded_block(
-    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> State:
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, place: Place,
+    *, last: bool,
+) -> State:  # fmt: skip
     """A launch for each op: five with folded norms, seven where the plan has norms of their own."""
-    x, stats = _attention_half(config, block, x, stats, plan, want_stats=plan.fold_norm)
-    return _mlp_half(config, activation, block, x, stats, plan, want_stats=plan.fold_norm and not last)
+    want = plan.fold_norm and not last
+    if config.block == "parallel":  # both halves read the same x, whose statistics serve both
+        y, _ = _attention_half(config, block, x, stats, plan, place, want_stats=False)
+        return _mlp_half(config, activation, block, x, stats, plan, residual=y, want_stats=want)
+    x, stats = _attention_half(config, block, x, stats, plan, place, want_stats=plan.fold_norm)
+    return _mlp_half(config, activation, block, x, stats, plan, residual=x, want_stats=want)
 
 
 def fused_block(
-    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> State:
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, place: Place,
+    *, last: bool,
+) -> State:  # fmt: skip
     """One half in one launch, or each: two to four with folded norms. A fused half finds its row statistics itself."""
     want_stats = plan.fold_norm and plan.mlp is None
     if plan.attention_block is None:
-        x, stats = _attention_half(config, block, x, stats, plan, want_stats=want_stats)
+        x, stats = _attention_half(config, block, x, stats, plan, place, want_stats=want_stats)
     else:
         normed, folded = _normed(config, plan, x, block.norm1, block.qkv)
         qkv, proj = block.qkv, block.proj
@@ -78,7 +142,7 @@ def fused_block(
         x, stats = made if want_stats else (made, None)
     want_stats = plan.fold_norm and plan.attention_block is None and not last
     if plan.mlp is None:
-        return _mlp_half(config, activation, block, x, stats, plan, want_stats=want_stats)
+        return _mlp_half(config, activation, block, x, stats, plan, residual=x, want_stats=want_stats)
     normed, folded = _normed(config, plan, x, block.norm2, block.fc1)
     fc1, fc2 = block.fc1, block.fc2
     made = plan.mlp(
@@ -89,19 +153,21 @@ def fused_block(
 
 
 def quantized_block(
-    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> State:
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, place: Place,
+    *, last: bool,
+) -> State:  # fmt: skip
     """Products in 8 bits, but for those left alone: seven launches where attention and fc1 write 8 bits themselves."""
     qkv = _either(config, plan, plan.quantized_qkv, plan.qkv, x, block.qkv, block.norm1)
     q, k, v = _split(config, qkv)
+    options = {**block.heads, **place}
     epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x}
     proj, fc1, fc2 = block.proj, block.fc1, block.fc2
     if plan.attention_quantize is not None and proj.scale is not None:
-        values, scale = plan.attention_quantize(q, k, v, quantize=plan.quantized)
+        values, scale = plan.attention_quantize(q, k, v, quantize=plan.quantized, **options)
         values = values.view(*x.shape[:2], -1)
         x = plan.proj_head_scales(values, scale, proj.weight, proj.scale, proj.bias, dtype=x.dtype, **epilogue)
     else:
-        mixed = plan.attention(q, k, v).view(*x.shape[:2], -1)
+        mixed = plan.attention(q, k, v, **options).view(*x.shape[:2], -1)
         x = _either(config, plan, plan.quantized_proj, plan.proj, mixed, proj, **epilogue)
     epilogue = {"layer_scale": block.layer_scale2, "residual": x}
     if plan.fc1_requantize is not None and fc1.scale is not None and fc2.scale is not None:
@@ -117,37 +183,65 @@ def quantized_block(
 
 
 def _attention_half(
-    config: ViTConfig, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, want_stats: bool
+    config: ViTConfig, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, place: Place, *, want_stats: bool
 ) -> State:
     """Attention with its products; `want_stats`: also the row statistics that fc1 wants."""
     normed, folded = _normed(config, plan, x, block.norm1, block.qkv)
     if plan.fold_norm:
         folded["row_stats"] = stats
     q, k, v = _split(config, plan.qkv(normed, block.qkv.weight, block.qkv.bias, **folded))
-    mixed = plan.attention(q, k, v).view(*x.shape[:2], -1)
-    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale1, "residual": x, "stats": want_stats}
-    made = plan.proj(mixed, block.proj.weight, block.proj.bias, **epilogue)
-    return made if want_stats else (made, None)
+    mixed = plan.attention(q, k, v, **block.heads, **place).view(*x.shape[:2], -1)
+    if block.attention_norm:
+        mixed = _norm(config, plan, mixed, block.attention_norm)
+    if block.gate:
+        mixed = mixed * F.linear(normed, block.gate.weight, block.gate.bias).sigmoid()
+    return _second(config, plan, plan.proj, mixed, block.proj, block.layer_scale1, block.norm1, x, want_stats)
 
 
 def _mlp_half(
-    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *, want_stats: bool
-) -> State:
-    """The feed-forward network; `want_stats`: also the row statistics that the next block's qkv wants."""
+    config: ViTConfig, activation: str, block: Block, x: Tensor, stats: Tensor | None, plan: Plan, *,
+    residual: Tensor, want_stats: bool,
+) -> State:  # fmt: skip
+    """The feed-forward network of x, added to `residual`; `want_stats`: also the row statistics for the next qkv."""
     normed, folded = _normed(config, plan, x, block.norm2, block.fc1)
     if plan.fold_norm:
         folded["row_stats"] = stats
-    hidden = plan.fc1(normed, block.fc1.weight, block.fc1.bias, activation=activation, **folded)
-    epilogue: dict[str, Any] = {"layer_scale": block.layer_scale2, "residual": x, "stats": want_stats}
-    made = plan.fc2(hidden, block.fc2.weight, block.fc2.bias, **epilogue)
+    if block.norm3:
+        normed = _norm(config, plan, normed, block.norm3)
+    hidden = plan.fc1(normed, block.fc1.weight, block.fc1.bias, activation=activation or None, **folded)
+    if not activation:
+        hidden = reference.activate(hidden, config.activation)
+    if block.mlp_norm:
+        hidden = _norm(config, plan, hidden, block.mlp_norm)
+    return _second(config, plan, plan.fc2, hidden, block.fc2, block.layer_scale2, block.norm2, residual, want_stats)
+
+
+def _second(
+    config: ViTConfig, plan: Plan, product: LinearOp, x: Tensor, dense: Dense, layer_scale: Tensor | None, norm: Norm,
+    residual: Tensor, want_stats: bool,
+) -> State:  # fmt: skip
+    """The product that ends a half, and the sum; with norms at the end of a half, the norm between the two."""
+    if config.block == "post":
+        return residual + _norm(config, plan, product(x, dense.weight, dense.bias), norm), None
+    made = product(x, dense.weight, dense.bias, layer_scale=layer_scale, residual=residual, stats=want_stats)
     return made if want_stats else (made, None)
 
 
 def _normed(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm, first: Dense) -> tuple[Tensor, dict[str, Any]]:
-    """x after its LayerNorm; or, where that is folded into the product `first`, x and what tells the product so."""
+    """x after the norm before a half, if it has one; or, where that is folded into the product `first`, x and what
+    tells the product so."""
+    if config.block == "post":
+        return x, {}
     if plan.fold_norm:
         return x, {"weight_sum": first.weight_sum, "eps": config.norm_eps}
-    return plan.layer_norm(x, norm.weight, norm.bias, config.norm_eps), {}
+    return _norm(config, plan, x, norm), {}
+
+
+def _norm(config: ViTConfig, plan: Plan, x: Tensor, norm: Norm) -> Tensor:
+    """A norm that is folded into nothing; RMSNorm is torch's."""
+    if norm.bias is None:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, config.norm_eps)
+    return plan.layer_norm(x, norm.weight, norm.bias, config.norm_eps)
 
 
 def _split(config: ViTConfig, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -170,23 +264,29 @@ def _either(
         values, scale = _quantize(config, plan, x, norm)
         return quantized(values, scale, dense.weight, dense.scale, dense.bias, dtype=x.dtype, **epilogue)
     if norm:
-        x = plan.layer_norm(x, norm.weight, norm.bias, config.norm_eps)
+        x = _norm(config, plan, x, norm)
     return plain(x, dense.weight, dense.bias, **epilogue)
 
 
-def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
+def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
     """Pool, norm, project and classify. A few rows only, so no fusion is worth having here."""
     patches = tokens[:, config.prefix_tokens :]
-    if config.pool == "avg":
-        pooled = patches.mean(dim=1)
-    elif config.pool == "avg_all":
-        pooled = tokens.mean(dim=1)
+    if weights.pool:
+        pooled = attention_pool(config, weights.pool, tokens if config.pool == "map_all" else patches, plan)
     elif config.pool == "cls_dist":
         pooled = (tokens[:, 0] + tokens[:, 1]) / 2
-    else:
+    elif config.pool == "max":
+        pooled = patches.amax(dim=1)
+    elif config.pool == "avg_max":
+        pooled = (patches.amax(dim=1) + patches.mean(dim=1)) / 2
+    elif config.pool == "avg_all":
+        pooled = tokens.mean(dim=1)
+    elif config.pool == "cls" or (config.pool == "none" and config.class_token):
         pooled = tokens[:, 0].contiguous()
+    else:
+        pooled = patches.mean(dim=1)
     if weights.pool_norm:
-        pooled = plan.layer_norm(pooled, weights.pool_norm.weight, weights.pool_norm.bias, config.norm_eps)
+        pooled = _norm(config, plan, pooled, weights.pool_norm)
     embedding = plan.head(pooled, weights.projection.weight, None) if weights.projection else pooled
     logits = None
     if weights.head:
@@ -198,3 +298,22 @@ def _head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Ou
         else:
             logits = plan.head(features, weights.head.weight, weights.head.bias)
     return Output(tokens, embedding, logits)
+
+
+def attention_pool(config: ViTConfig, pool: AttentionPool, tokens: Tensor, plan: Plan) -> Tensor:
+    """Pool tokens [B, N, C] to [B, C] by attention of a learned query, then a feed-forward network (SigLIP's MAP head).
+
+    In torch: one query an image is no work for a kernel.
+    """
+    heads = (config.pool_heads, config.width // config.pool_heads)
+    k, v = F.linear(tokens, pool.kv.weight, pool.kv.bias).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+    if pool.k_norm:
+        k = _norm(config, plan, k.contiguous(), pool.k_norm)
+    q = pool.query.view(1, heads[0], 1, heads[1]).expand(len(tokens), -1, -1, -1)
+    pooled = F.scaled_dot_product_attention(q, k, v).flatten(1)
+    pooled = F.linear(pooled, pool.proj.weight, pool.proj.bias)
+    if pool.fc1 and pool.fc2:
+        normed = _norm(config, plan, pooled, pool.norm) if pool.norm else pooled
+        hidden = reference.activate(F.linear(normed, pool.fc1.weight, pool.fc1.bias), config.pool_activation)
+        pooled = pooled + F.linear(hidden, pool.fc2.weight, pool.fc2.bias)
+    return pooled

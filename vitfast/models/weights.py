@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import PRODUCTS, Plan
+from vitfast.models.positions import Positions, positions_for
 from vitfast.ops import fold_norm, pack_patch_embed, quantize
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Scale and shift of a LayerNorm, [C] each."""
+    """Scale and shift of a LayerNorm, [C] each; of an RMSNorm the shift is None."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Block:
-    """One pre-norm transformer block."""
+    """One transformer block."""
 
     norm1: Norm
     qkv: Dense
@@ -47,6 +48,26 @@ class Block:
     fc1: Dense
     fc2: Dense
     layer_scale2: Tensor | None
+    heads: Mapping[str, Any] = field(default_factory=dict)
+    """What attention does to q and k, and its scale, by the names of the op's backends."""
+    gate: Dense | None = None
+    attention_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    norm3: Norm | None = None
+    """Between norm2 and fc1."""
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """Attention pooling: a learned query over the tokens, and a feed-forward network (see `vit.attention_pool`)."""
+
+    query: Tensor
+    kv: Dense
+    k_norm: Norm | None
+    proj: Dense
+    norm: Norm | None
+    fc1: Dense | None
+    fc2: Dense | None
 
 
 @dataclass(frozen=True)
@@ -54,19 +75,22 @@ class Weights:
     """Canonical weights prepared for one plan, dtype and device."""
 
     activation: str
-    """The config's, or "silu" where the plan turned quick_gelu into it."""
+    """The config's, or "silu" where the plan turned quick_gelu into it; "" where it is a step after fc1."""
     embed_uint8: Dense | None
     """For uint8 [B, H, W, Cin], mean and std folded in; None if the model's normalisation is unknown."""
-    embed_float: Dense
-    """For normalised float [B, Cin, H, W]."""
+    embed_float: Dense | None
+    """For normalised float [B, Cin, H, W]; None where a stem makes the tokens."""
+    stem: nn.Module | None
+    embed_norm: Norm | None
     prefix: Tensor | None
-    position: Tensor | None
-    """Of the native image size, in the model's dtype."""
-    exact_position: Tensor | None
-    """The same in fp32, to be resized and then rounded; None if the model takes one size only."""
+    positions: Positions
+    """Of the native image size."""
+    exact_positions: Mapping[str, Tensor]
+    """What positions of other sizes are computed from, not yet rounded; empty if the model takes one size only."""
     norm_pre: Norm | None
     blocks: tuple[Block, ...]
     norm: Norm | None
+    pool: AttentionPool | None
     pool_norm: Norm | None
     projection: Dense | None
     head: Dense | None
@@ -86,6 +110,7 @@ def prepare_weights(
     dtype: torch.dtype,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    stem: nn.Module | None = None,
 ) -> Weights:
     """Cast, move, fold and pack canonical weights once; the result shares no memory with them.
 
@@ -108,8 +133,12 @@ def prepare_weights(
     def get(name: str, factor: float = 1.0) -> Tensor | None:
         return cast(name, factor) if name in weights else None
 
-    def norm(name: str) -> Norm:
-        return Norm(cast(f"{name}.weight"), cast(f"{name}.bias"))
+    def shift(name: str) -> Tensor:
+        """The bias of a norm: zeros where it has none."""
+        return weights.get(f"{name}.bias", torch.zeros_like(weights[f"{name}.weight"])).detach().to(device)
+
+    def norm(name: str, kind: str = config.norm) -> Norm:
+        return Norm(cast(f"{name}.weight"), None if kind == "rms_norm" else shift(name).to(dtype, copy=True))
 
     def optional_norm(name: str) -> Norm | None:
         return norm(name) if f"{name}.weight" in weights else None
@@ -131,11 +160,11 @@ def prepare_weights(
         if not plan.fold_norm:
             return dense(name, site, factor, factor)
         weight, bias = exact(f"{name}.weight", factor), exact_bias(f"{name}.bias", factor)
-        folded, total, shift = fold_norm(weight, bias, exact(f"{before}.weight"), exact(f"{before}.bias"), dtype=dtype)
-        return Dense(pack(site, folded), shift, total)
+        folded, total, bias = fold_norm(weight, bias, exact(f"{before}.weight"), shift(before), dtype=dtype)
+        return Dense(pack(site, folded), bias, total)
 
     def embed(*, uint8: bool, channels_last: bool) -> Dense:
-        weight, shift = pack_patch_embed(
+        weight, offset = pack_patch_embed(
             exact("patch_embed.weight"),
             exact_bias("patch_embed.bias"),
             mean=mean if uint8 else None,
@@ -145,9 +174,31 @@ def prepare_weights(
             channels_last=channels_last,
         )
         layout = {"patch_size": config.patch_size, "channels_last": channels_last, "uint8": uint8}
-        return Dense(pack("patch_embed", weight, **layout), shift)
+        return Dense(pack("patch_embed", weight, **layout), offset)
 
-    as_silu = config.activation == "quick_gelu" and plan.quick_gelu_as_silu
+    def plain(name: str) -> Dense:
+        return Dense(cast(f"{name}.weight"), get(f"{name}.bias"))
+
+    def heads(block: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"scale": config.attention_scale} if config.attention_scale else {}
+        if config.qk_norm:
+            q, k = (norm(f"{block}.{name}", config.qk_norm) for name in ("q_norm", "k_norm"))
+            options |= {"q_weight": q.weight, "k_weight": k.weight, "q_bias": q.bias, "k_bias": k.bias}
+            options |= {"norm_eps": config.norm_eps, "rms": config.qk_norm == "rms_norm"}
+        return options
+
+    def attention_pool() -> AttentionPool:
+        return AttentionPool(
+            query=cast("pool.query"),
+            kv=plain("pool.kv"),
+            k_norm=norm("pool.k_norm", config.pool_qk_norm) if config.pool_qk_norm else None,
+            proj=plain("pool.proj"),
+            norm=optional_norm("pool.norm"),
+            fc1=plain("pool.fc1") if config.pool_mlp_dim else None,
+            fc2=plain("pool.fc2") if config.pool_mlp_dim else None,
+        )
+
+    as_silu = config.activation == "quick_gelu" and plan.quick_gelu_as_silu and not config.mlp_norm
     factor = QUICK_GELU if as_silu else 1.0
     blocks = tuple(
         Block(
@@ -159,47 +210,34 @@ def prepare_weights(
             fc1=normed(f"blocks.{i}.fc1", f"blocks.{i}.norm2", "fc1", factor),
             fc2=dense(f"blocks.{i}.fc2", "fc2", 1 / factor),
             layer_scale2=get(f"blocks.{i}.layer_scale2"),
+            heads=heads(f"blocks.{i}"),
+            gate=plain(f"blocks.{i}.gate") if config.gated_attention else None,
+            attention_norm=optional_norm(f"blocks.{i}.attention_norm"),
+            mlp_norm=optional_norm(f"blocks.{i}.mlp_norm"),
+            norm3=optional_norm(f"blocks.{i}.norm3"),
         )
         for i in range(config.depth)
     )
-    position, resized = get("position"), None
-    if position is not None and config.dynamic_size:
-        resized = position if dtype in (torch.float32, torch.float64) else exact("position").float().clone()
+    placed = {
+        name: exact(name).to(torch.promote_types(weights[name].dtype, torch.float32), copy=True)
+        for name in ("position", "rope", "relative_position")
+        if name in weights
+    }
     return Weights(
-        activation="silu" if as_silu else config.activation,
-        embed_uint8=embed(uint8=True, channels_last=True) if mean and std else None,
-        embed_float=embed(uint8=False, channels_last=False),
+        activation="silu" if as_silu else config.fused_activation,
+        embed_uint8=embed(uint8=True, channels_last=True) if mean and std and not config.stem else None,
+        embed_float=None if config.stem else embed(uint8=False, channels_last=False),
+        stem=copy.deepcopy(stem).to(device, dtype).eval().requires_grad_(False) if stem is not None else None,
+        embed_norm=optional_norm("embed_norm"),
         prefix=get("prefix"),
-        position=position,
-        exact_position=resized,
+        positions=positions_for(config, placed, config.image_size, dtype),
+        exact_positions=placed if config.dynamic_size else {},
         norm_pre=optional_norm("norm_pre"),
         blocks=blocks,
         norm=optional_norm("norm"),
+        pool=attention_pool() if config.attention_pool else None,
         pool_norm=optional_norm("pool_norm"),
         projection=optional_head("projection"),
         head=optional_head("head"),
         head_dist=optional_head("head_dist"),
     )
-
-
-def resize_position(
-    position: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool, offset: float = 0.0
-) -> Tensor:
-    """Resample a position embedding [rows * columns, C] to another grid, bicubic, in fp32; in its own dtype.
-
-    Args:
-        antialias: timm's convention if True; transformers' and the original DINOv2's if False.
-        offset: added to the new grid's sides before the scale factor is formed, as the original
-            DINOv2 does (0.1); 0 resizes to the exact size.
-    """
-    if old == new:
-        return position
-    grid = position.float().view(1, *old, -1).permute(0, 3, 1, 2)
-    if offset:
-        factor = ((new[0] + offset) / old[0], (new[1] + offset) / old[1])
-        grid = F.interpolate(grid, scale_factor=factor, mode="bicubic", antialias=antialias)
-    else:
-        grid = F.interpolate(grid, size=new, mode="bicubic", antialias=antialias, align_corners=False)
-    if tuple(grid.shape[2:]) != new:
-        raise ValueError(f"position embedding {old} resized to {tuple(grid.shape[2:])}, expected {new}")
-    return grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(position.dtype).contiguous()

@@ -58,7 +58,7 @@ def _up(upcast: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """Element-wise activation, or `silu(gate) * up` over the halves of the last axis for "swiglu".
+    """Element-wise activation; over the halves of the last axis `silu(gate) * up` for "swiglu", gelu's for "geglu".
 
     Raises:
         ValueError: for an unknown name.
@@ -66,6 +66,9 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if activation == "geglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate) * up
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {(*_ACTIVATIONS, 'swiglu')}, got {activation!r}")
     return _ACTIVATIONS[activation](x)

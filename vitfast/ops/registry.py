@@ -35,6 +35,11 @@ _QUANTIZED = ("float8_e4m3fn", "int8")
 _DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
+withheld: dict[tuple[str, str], str] = {}
+"""(op, backend) -> why this process must not run it, whatever it can; what is put here counts as a reason of its own.
+For whoever knows from another process that a kernel does harm on this machine."""
+
+
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run this call; the message has every reason."""
 
@@ -94,8 +99,8 @@ class Backend:
 
     def why_not(self, spec: Spec) -> list[str]:
         """Every reason why this backend cannot run `spec`; empty if it can."""
-        if self.missing:
-            return [self.missing]
+        if self.missing or (self.op, self.name) in withheld:
+            return [self.missing or withheld[self.op, self.name]]
         if spec.device in self.per_device:
             here = replace(self, choices={}, limits={}, multiples={}, lacking={}, per_device={})
             return replace(here, **self.per_device[spec.device]).why_not(spec)

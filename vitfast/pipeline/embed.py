@@ -12,17 +12,19 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vitfast.images.decode import ImageFile, regular_file, sha256
+from vitfast.images.decode import ImageFile, sha256
 from vitfast.images.preprocess import Preprocess, memory, resize_and_crop
 from vitfast.pipeline.memory import Memory
+from vitfast.pipeline.sources.item import Item, file_item
+from vitfast.pipeline.stages import Stages, usable_cores
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -35,10 +37,10 @@ _FIRST_BATCH = 8
 
 
 class Stamp(NamedTuple):
-    """A file as it was read: bytes, modification time in ns, SHA-256 of the content."""
+    """A file as it was read: bytes, modification time in ns where it has one, SHA-256 of the content."""
 
     size: int
-    mtime_ns: int
+    mtime_ns: int | None
     sha256: bytes
 
 
@@ -46,14 +48,16 @@ class Stamp(NamedTuple):
 class Result:
     """What became of one image: status "ok" with an embedding (and logits if the model has a head),
     or the reason why not. Arrays are float32 [E] and [classes]. `note` says what was done to an unusual picture
-    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was."""
+    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was, `columns` what its source says of it besides.
+    `path` is text for an image that is no file (see `vitfast.pipeline.sources.Item`)."""
 
-    path: Path
+    path: str | Path
     status: str
     embedding: np.ndarray | None = None
     logits: np.ndarray | None = None
     note: str = ""
     stamp: Stamp | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,11 +77,11 @@ class _Decoder:
     exif_orientation: bool
     max_pixels: int | None
 
-    def __call__(self, path: Path) -> _Decoded:
+    def __call__(self, item: Item) -> _Decoded:
         """The image, or the reason why there is none, whatever goes wrong: a bad file stops nothing."""
-        result = Result(path, OK)
+        result = Result(item.path, OK, columns=item.columns)
         try:
-            return _Decoded(result, self._read(path, result))
+            return _Decoded(result, self._read(item, result))
         except BaseException as error:  # a panic of a decoder written in Rust is not even an Exception
             reason = " ".join(str(getattr(error, "reason", error)).split())
             if isinstance(error, MemoryError):
@@ -86,11 +90,11 @@ class _Decoder:
             result.status = reason if known else f"{type(error).__name__}: {reason}".removesuffix(": ")
             return _Decoded(result)
 
-    def _read(self, path: Path, result: Result) -> np.ndarray:
-        with regular_file(path) as file:
-            status = os.fstat(file.fileno())
-            result.stamp = Stamp(status.st_size, status.st_mtime_ns, sha256(file))
-            with ImageFile(file, path, self.exif_orientation, self.max_pixels) as image:
+    def _read(self, item: Item, result: Result) -> np.ndarray:
+        with item.open() as file:
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns if isinstance(item.path, Path) else item.mtime_ns
+            result.stamp = Stamp(file.seek(0, os.SEEK_END), mtime_ns, sha256(file))
+            with ImageFile(file, item.path, self.exif_orientation, self.max_pixels) as image:
                 sizes = ((image.height, image.width), (image.width, image.height))  # turned upright or not
                 resizing = max(memory(self.preprocess, *size) for size in sizes)
                 with self.memory.reserve(image.bytes + resizing):
@@ -101,13 +105,14 @@ class _Decoder:
 
 def embed_images(
     engine: Engine,
-    paths: Iterable[str | Path],
+    paths: Iterable[str | Path | Item],
     *,
     batch_size: int = 64,
     workers: int | None = None,
     exif_orientation: bool = True,
     max_pixels: int | None = None,
     decode_memory: int | None = None,
+    stages: Stages | None = None,
 ) -> Iterator[Result]:
     """Embed image files, in the order given, each with its own status: a bad one stops nothing.
 
@@ -116,17 +121,18 @@ def embed_images(
 
     Args:
         engine: from `vitfast.load`.
-        paths: image files; consumed as needed.
+        paths: image files, or items of `vitfast.pipeline.sources`; consumed as needed.
         batch_size: images per run of the model, at most: on a CPU fewer where a run would take too long.
         workers: decoding threads; the number of usable CPU cores by default.
         exif_orientation, max_pixels: see `vitfast.images.decode.open_image`.
         decode_memory: bytes that decoding and resizing may take, all threads together; by default a quarter of the
             memory there is, 4 GiB at most. A picture that needs more is refused; others wait for each other.
+        stages: filled in as the run goes: where its time goes.
 
     Raises:
         ValueError: if a number is below 1, or the engine knows no preprocessing.
     """
-    workers = _usable_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
     for name, value in (("max_pixels", max_pixels), ("decode_memory", decode_memory)):
@@ -135,17 +141,15 @@ def embed_images(
     if engine.preprocess is None:
         raise ValueError("the checkpoint does not say how its images are preprocessed, so files cannot be embedded")
     decoder = _Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
-    return _pipeline(engine, decoder, paths, batch_size, workers)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    stages = Stages() if stages is None else stages
+    stages.workers = workers
+    return _pipeline(engine, decoder, paths, batch_size, stages)
 
 
 def _pipeline(
-    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path], batch_size: int, workers: int
+    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path | Item], batch_size: int, stages: Stages
 ) -> Iterator[Result]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vitfast-decode")
+    pool = ThreadPoolExecutor(stages.workers, thread_name_prefix="vitfast-decode")
     taken: deque[list[_Decoded]] = deque()  # batches whose results are to be given
     size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" else batch_size
 
@@ -154,7 +158,7 @@ def _pipeline(
 
     def batches_of_images() -> Iterator[list[np.ndarray]]:
         nonlocal size
-        for batch in _batches(_decoded(pool, decoder, paths, batch_size + workers), limit):
+        for batch in _batches(_decoded(pool, decoder, paths, batch_size + stages.workers, stages), limit):
             taken.append(batch)
             if images := _images(batch):
                 started = time.perf_counter()
@@ -178,16 +182,28 @@ def _pipeline(
 
 
 def _decoded(
-    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path], ahead: int
+    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path | Item], ahead: int, stages: Stages
 ) -> Iterator[_Decoded]:
-    """Images or reasons in order, with at most `ahead` images decoded or being decoded."""
-    waiting: deque[Future[_Decoded]] = deque()
-    for path in map(Path, paths):
-        waiting.append(pool.submit(decoder, path))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
+    """Images or reasons in order, with at most `ahead` images decoded or being decoded.
+
+    Fewer where their sources hold them in memory: together no more than decoding may take.
+    """
+    waiting: deque[tuple[Future[_Decoded], int]] = deque()
+    held = 0
+    for path in paths:
+        item = path if isinstance(path, Item) else file_item(path)
+        waiting.append((pool.submit(decoder, item), item.held))
+        held += item.held
+        while len(waiting) > ahead or (waiting and held > decoder.memory.limit):
+            done, size = waiting.popleft()
+            held -= size
+            with stages.spent("decode"):
+                decoded = done.result()
+            yield decoded
     while waiting:
-        yield waiting.popleft().result()
+        with stages.spent("decode"):
+            decoded = waiting.popleft()[0].result()
+        yield decoded
 
 
 def _batches(items: Iterable[_Decoded], size: Callable[[], int]) -> Iterator[list[_Decoded]]:
@@ -231,13 +247,15 @@ class Classified:
     """The likeliest classes of one image, best first: dicts of "index", "label" and "probability" (0..1; the value
     itself under "value" for a model that regresses). Empty where status is not "ok"."""
 
-    path: Path
+    path: str | Path
     status: str
     classes: list[dict[str, Any]]
     note: str = ""
 
 
-def classify_images(engine: Engine, paths: Iterable[str | Path], *, k: int = 5, **options: Any) -> Iterator[Classified]:
+def classify_images(
+    engine: Engine, paths: Iterable[str | Path | Item], *, k: int = 5, **options: Any
+) -> Iterator[Classified]:
     """The k likeliest classes (or all, if there are fewer) of each image, in the order given.
 
     Probabilities are the softmax over all classes, but of each class by itself (sigmoid) where the model's

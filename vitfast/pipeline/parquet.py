@@ -21,7 +21,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,12 +31,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vitfast.images.decode import ImageError, regular_file, sha256
+from vitfast.images.decode import sha256
 from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.embed import OK, Result
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.lock import FolderLock
 from vitfast.pipeline.parts import finished, table_of
+from vitfast.pipeline.sources.item import Item, file_item
+from vitfast.pipeline.stages import Stages
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -75,7 +77,8 @@ class EmbeddingFolder:
         overwrite: everything in the folder is to be replaced: it is taken away when the first part is written.
 
     Attributes:
-        changed: paths, as text, that `remaining` left out although the files have changed since.
+        changed: paths, as text, that `remaining` left out although the files have changed since. skipped: how many it
+            left out.
         repaired: how many doubled rows were found and taken out.
 
     Raises:
@@ -86,6 +89,7 @@ class EmbeddingFolder:
         self.path = Path(folder)
         self.model = os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
         self.changed: list[str] = []
+        self.skipped = 0
         self.repaired = 0
         self._overwrite = overwrite
         self._lock = FolderLock(self.path)
@@ -175,8 +179,7 @@ class EmbeddingFolder:
             raise
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path_text(part)!r} is not a readable part of an embedding folder: {error}") from error
-        metadata = schema.metadata or {}
-        self._identities[part] = metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))
+        self._identities[part] = identity_of(schema)
         unknown = [None] * len(table)
         values = [table[c].to_pylist() if c in columns else unknown for c in ("file_size", "file_mtime_ns")]
         rows = zip(table["path"].to_pylist(), pc.equal(table["status"], OK).to_pylist(), *values, strict=True)
@@ -200,19 +203,23 @@ class EmbeddingFolder:
             refresh: take those, too, whose file has another size or modification time than when it was embedded.
             content: with `refresh`, compare the files' contents instead.
         """
+        return [Path(item.path) for item in self.todo(map(file_item, paths), refresh=refresh, content=content)]
+
+    def todo(self, items: Iterable[Item], *, refresh: bool = False, content: bool = False) -> Iterator[Item]:
+        """As `remaining`, of the items of any source, one after another; `skipped` counts the others."""
         hashes = self._hashes() if refresh and content else {}
-        todo, self.changed = [], []
-        for path in paths:
-            text = path_text(path)
-            row = self._rows.get(text)
-            if row is None or not row.ok:
-                todo.append(path)
-            elif _differs(path, row, hashes.get(text)):
-                if refresh:
-                    todo.append(path)
-                else:
-                    self.changed.append(text)
-        return todo
+        self.changed, self.skipped = [], 0
+        for item in items:
+            key = item.key
+            row = self._rows.get(key)
+            if row is not None and row.ok:
+                differs = _differs(item, row, hashes.get(key))
+                if not (differs and refresh):
+                    self.skipped += 1
+                    if differs:
+                        self.changed.append(key)
+                    continue
+            yield item
 
     def _hashes(self) -> dict[str, bytes]:
         hashes: dict[str, bytes] = {}
@@ -303,6 +310,7 @@ def write_parquet(
     exif_orientation: bool = True,
     on_result: Callable[[Result], None] | None = None,
     summary: Summary | None = None,
+    stages: Stages | None = None,
 ) -> Summary:
     """Write results as they come; what was done is kept even if the iteration breaks off.
 
@@ -315,6 +323,7 @@ def write_parquet(
         exif_orientation: as given to `embed_images`.
         on_result: called after each result, for a progress bar.
         summary: filled in as the run goes, so that it can be read after an interruption.
+        stages: as given to `embed_images`; the time of writing is added to it.
 
     Raises:
         InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
@@ -323,6 +332,7 @@ def write_parquet(
         ValueError: if the engine knows no preprocessing.
     """
     summary = Summary() if summary is None else summary
+    stages = Stages() if stages is None else stages
     dimension = engine.config.projection_dim or engine.config.width
     identity = Identity.of(engine, exif_orientation)
     rows: dict[str, Result] = {}
@@ -332,7 +342,8 @@ def write_parquet(
     def flush() -> None:
         nonlocal part, unwritten, written
         if unwritten:
-            folder.write_part(part, list(rows.values()), dimension, identity)
+            with stages.spent("write"):
+                folder.write_part(part, list(rows.values()), dimension, identity)
             if (name := path_text(part)) not in summary.parts:
                 summary.parts.append(name)
             if len(rows) >= PART_ROWS:
@@ -370,16 +381,16 @@ def write_parquet(
     return summary
 
 
-def _differs(path: Path, row: _Row, digest: bytes | None) -> bool:
-    """Whether a file is not the one that a row was made from; by its content if that is known."""
+def _differs(item: Item, row: _Row, digest: bytes | None) -> bool:
+    """Whether an image is not the one that a row was made from; by its content if that is known."""
     try:
         if digest is None:
-            status = path.stat()
-            return row.size is not None and (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns)
-        with regular_file(path) as file:
+            stat = item.stat()
+            return stat is not None and row.size is not None and stat != (row.size, row.mtime_ns)
+        with item.open() as file:
             return sha256(file) != digest
-    except (OSError, ImageError):
-        return False  # gone or unreadable: what is known of it stays
+    except Exception:  # gone or unreadable, in its source's own words: what is known of it stays
+        return False
 
 
 def read_embeddings(folder: str | Path) -> pa.Table:
@@ -397,9 +408,15 @@ def read_embeddings(folder: str | Path) -> pa.Table:
         raise InputError(f"{path_text(folder)!r} holds no embeddings")
     if len({(table.schema.metadata or {}).get(_IDENTITY) for table in tables}) > 1:
         raise InputError(f"{path_text(folder)!r} mixes embeddings of different models or settings")
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(tables, promote_options="default")  # parts may differ in what sources carried along
     if doubled := len(table) - len(pc.unique(table["path"])):
         raise InputError(
             f"{path_text(folder)!r} has more than one row for {doubled} paths; the next run that writes it repairs that"
         )
     return table
+
+
+def identity_of(schema: pa.Schema) -> tuple[str, Identity | None]:
+    """The model's name and the identity that the schema of an embedding folder carries; None where it states none."""
+    metadata = schema.metadata or {}
+    return metadata.get(_MODEL, b"").decode(), Identity.from_json(metadata.get(_IDENTITY))

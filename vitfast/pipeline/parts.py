@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,11 @@ from vitfast.pipeline.embed import Result
 
 
 def table_of(results: Sequence[Result], dimension: int, metadata: dict[bytes, bytes | str]) -> pa.Table:
-    """Results as the columns of an embedding folder."""
+    """Results as the columns of an embedding folder; those that sources carry along are text.
+
+    Raises:
+        ValueError: if a source's column has the name of one of the folder's own.
+    """
     good = np.array([r.embedding is not None for r in results])
     values = np.zeros((len(results), dimension), np.float32)
     for row, result in zip(values, results, strict=True):
@@ -33,7 +39,20 @@ def table_of(results: Sequence[Result], dimension: int, metadata: dict[bytes, by
         "file_mtime_ns": pa.array([s and s.mtime_ns for s in stamps], pa.int64()),
         "file_sha256": pa.array([s and s.sha256 for s in stamps], pa.binary()),
     }
+    for name in dict.fromkeys(name for result in results for name in result.columns):
+        if name in OWN_COLUMNS:
+            raise ValueError(f"a column of the source is called {name!r}, as one of an embedding folder is")
+        columns[name] = pa.array([_text(result.columns.get(name)) for result in results], pa.string())
     return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _text(value: Any) -> str | None:
+    """A carried value: text as it is, anything else as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+
+
+OWN_COLUMNS = ("path", "embedding", "status", "note", "file_size", "file_mtime_ns", "file_sha256")
+"""Names that columns of sources cannot have."""
 
 
 @contextlib.contextmanager

@@ -19,9 +19,16 @@ from vitfast.models.checkpoints.source import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pth.tar", ".pt.tar")
-_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-_SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+NAMES = ("model.safetensors", "pytorch_model.bin")
+"""What weights are called in a folder, safe and pickled."""
+_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
+_SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors")
+_PICKLED = (
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,20 +46,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_weights(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
+def find_weights(directory: Path, *, allow_pickle: bool = False, names: tuple[str, str] = NAMES) -> list[Path]:
     """The weight files of a directory: model.safetensors, the shards of an index, or a lone file.
+
+    Args:
+        names: of the safe and of the pickled file, if not those of NAMES.
 
     Raises:
         CheckpointError: if there are none, shards are absent, or only pickles and they are not allowed.
     """
-    kinds: list[tuple[str, tuple[str, ...]]] = [("model.safetensors", (".safetensors",))]
+    kinds: list[tuple[str, tuple[str, ...]]] = [(names[0], (".safetensors",))]
     if allow_pickle:
-        kinds.append(("pytorch_model.bin", PICKLES))
-    for name, suffixes in kinds:
+        kinds.append((names[1], PICKLES))
+    for name, _ in kinds:
         if (directory / name).is_file():
             return [directory / name]
         if (directory / f"{name}.index.json").is_file():
             return _shards(directory / f"{name}.index.json")
+    for name, suffixes in kinds:
         lone = sorted(path for path in directory.iterdir() if path.name.endswith(suffixes))
         if len(lone) == 1:
             return lone
@@ -190,5 +201,5 @@ def cached(hub_id: str, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None  # without the package there is no cache to look in
-    cached = try_to_load_from_cache(hub_id, name)
-    return Path(cached) if isinstance(cached, str) else None
+    file = try_to_load_from_cache(hub_id, name)
+    return Path(file) if isinstance(file, str) else None

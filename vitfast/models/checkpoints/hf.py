@@ -17,10 +17,14 @@ from vitfast.images.preprocess import Preprocess
 from vitfast.models import schema
 from vitfast.models.checkpoints import (
     files,
+    hf_aimv2,
+    hf_beit,
     hf_clip,
     hf_common,
     hf_dinov2,
+    hf_dinov3,
     hf_live,
+    hf_siglip,
     hf_vit,
     live,
     preprocess,
@@ -29,22 +33,64 @@ from vitfast.models.checkpoints import (
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, read_settings
 from vitfast.models.config import ViTConfig
 
-FAMILIES: tuple[Any, ...] = (hf_vit, hf_dinov2, hf_clip)
+FAMILIES: tuple[Any, ...] = (
+    *(hf_vit, hf_dinov2, hf_clip),
+    *(hf_dinov3.FAMILY, hf_beit.FAMILY, hf_beit.INTERNVL, hf_siglip.SIGLIP, hf_siglip.SIGLIP2, hf_siglip.TOWERS),
+    *(hf_aimv2.FAMILY,),
+)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
+_VIDEO = "patches of several frames, or attention between frames"
+_PATCHES = "patches and their grids as input (image_grid_thw), and attention over images packed together"
+_STAGES = "pooling between stages (a hierarchical model)"
+_WINDOWS = "windowed attention with decomposed relative position, and a neck of convolutions"
+_MAPS = "feature maps as output; load the files as the model without Backbone"
+_DECODER = "a decoder or head beside the encoder; pass the encoder"
 REFUSED = {
-    "DINOv3ViTModel": "rotary position embedding (RoPE)",
-    "SiglipVisionModel": "attention pooling (MAP head)",
-    "SiglipModel": "attention pooling (MAP head)",
-    "Siglip2VisionModel": "attention pooling (MAP head)",
-    "Siglip2Model": "attention pooling (MAP head)",
-    "BeitModel": "relative position bias",
-    "BeitForImageClassification": "relative position bias",
     "ViTForMaskedImageModeling": "a decoder; pass its encoder, model.vit",
     "DeiTForMaskedImageModeling": "a decoder; pass its encoder, model.deit",
+    "ViTMAEForPreTraining": "a decoder; pass its encoder, model.vit",
     "Dinov2Backbone": "feature maps as output; load the files as Dinov2Model",
     "Dinov2WithRegistersBackbone": "feature maps as output; load the files as Dinov2WithRegistersModel",
+    **dict.fromkeys(
+        ("DINOv3ViTBackbone", "BeitBackbone", "VitDetBackbone", "HieraBackbone", "Tipsv2VisionBackbone"), _MAPS
+    ),
+    **dict.fromkeys(
+        (
+            *("BeitForMaskedImageModeling", "BeitForSemanticSegmentation", "Data2VecVisionForSemanticSegmentation"),
+            *("DPTForDepthEstimation", "DPTForSemanticSegmentation", "DepthAnythingForDepthEstimation"),
+            *("YolosForObjectDetection", "VitPoseForPoseEstimation", "CLIPSegForImageSegmentation"),
+            *("OwlViTForObjectDetection", "Owlv2ForObjectDetection", "EomtForUniversalSegmentation"),
+            *("EomtDinov3ForUniversalSegmentation", "Aimv2Model"),
+        ),
+        _DECODER,
+    ),
+    "YolosModel": "detection tokens after the patches, and position embeddings in every block",
+    "VitPoseBackbone": "patches that overlap (a patch convolution with padding)",
+    "MLCDVisionModel": "rotary embedding of the class token",
+    "PixtralVisionModel": "images of several sizes packed together, under a block-diagonal mask",
+    **dict.fromkeys(("XCLIPVisionModel", "XCLIPModel"), "message tokens between frames"),
+    **dict.fromkeys(
+        ("VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "VivitForVideoClassification"), _VIDEO
+    ),
+    **dict.fromkeys(("HieraModel", "HieraForImageClassification", "Sam2VisionModel", "Sam3VisionModel"), _STAGES),
+    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel", "SamModel", "VitDetModel"), _WINDOWS),
+    **dict.fromkeys(
+        (
+            *("Qwen2VLVisionModel", "Qwen2_5_VLVisionModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
+            *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Glm4vVisionModel", "Glm4vMoeVisionModel"),
+            *("PaddleOCRVisionModel", "VideoLlama3VisionModel"),
+        ),
+        _PATCHES,
+    ),
+    **dict.fromkeys(
+        ("MllamaVisionModel", "Llama4VisionModel"), "tiles of images, with embeddings of their aspect ratio"
+    ),
+    "Phi4MultimodalVisionModel": "positions and pooling that follow patch_attention_mask",
+    "AlignVisionModel": "an EfficientNet",
+    "GroupViTVisionModel": "grouping of tokens between stages",
+    "Pix2StructVisionModel": "patches with their row and column as input",
 }
 """transformers classes that are near enough to be tried, with what the forward lacks for them."""
 
@@ -71,9 +117,11 @@ def from_module(module: Any) -> Checkpoint:
             makes of its config, or the tensors that do not fit.
     """
     kind = type(module).__name__
-    hf_live.check(module)
+    family = next(family for family in FAMILIES if family.matches(kind))
+    no_say = tuple(name for name in hf_live.NO_SAY if name not in getattr(family, "says", ()))
+    hf_live.check(module, no_say)
     config = module.config.to_dict() | {"architectures": [kind]}
-    state = {name: t for name, t in module.state_dict().items() if name.partition(".")[0] not in hf_live.NO_SAY}
+    state = {name: t for name, t in module.state_dict().items() if name.partition(".")[0] not in no_say}
     for head in hf_live.HEADS:
         if hasattr(module, head):  # which may have been replaced without a word to the config
             linear, inner = live.linear_head(getattr(module, head), f"{kind}.{head}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from torch import Tensor
 
 from vitfast.models import config, schema
-from vitfast.models.checkpoints.source import CheckpointError, Source
+from vitfast.models.checkpoints.source import CheckpointError, Source, read_settings
 from vitfast.models.config import ViTConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -145,19 +145,33 @@ class BlockNames:
     fc2: str
     layer_scales: tuple[str, str] | None = None
 
-    def read(self, source: Source, config: ViTConfig, prefix: str, *, qkv_bias: bool = True) -> None:
-        """Take every block from `source`."""
+    def read(
+        self, source: Source, config: ViTConfig, prefix: str, *, qkv_bias: bool = True, key_bias: bool = True,
+        proj_bias: bool = True, mlp_bias: bool = True,
+    ) -> None:  # fmt: skip
+        """Take every block from `source`; without `key_bias` q and v have a bias, and k has none."""
         for i in range(config.depth):
             ours, theirs = f"blocks.{i}.", prefix + self.block.format(i)
-            source.norm(f"{ours}norm1", theirs + self.norm1)
-            source.dense(f"{ours}qkv", *(theirs + name for name in self.qkv), bias=qkv_bias)
-            source.dense(f"{ours}proj", theirs + self.proj)
-            source.norm(f"{ours}norm2", theirs + self.norm2)
-            source.dense(f"{ours}fc1", *(theirs + name for name in self.fc1))
-            source.dense(f"{ours}fc2", theirs + self.fc2)
-            if self.layer_scales:
+            self.norm(source, config, f"{ours}norm1", theirs + self.norm1)
+            qkv = [theirs + name for name in self.qkv]
+            source.dense(f"{ours}qkv", *qkv, bias=qkv_bias and key_bias)
+            if qkv_bias and not key_bias:
+                given = (f"{qkv[0]}bias", None, f"{qkv[2]}bias")
+                source.join_biases(f"{ours}qkv.bias", given, config.heads * config.head_dim)
+            source.dense(f"{ours}proj", theirs + self.proj, bias=proj_bias)
+            self.norm(source, config, f"{ours}norm2", theirs + self.norm2)
+            source.dense(f"{ours}fc1", *(theirs + name for name in self.fc1), bias=mlp_bias)
+            source.dense(f"{ours}fc2", theirs + self.fc2, bias=mlp_bias)
+            if self.layer_scales and config.layer_scale:
                 source.copy(f"{ours}layer_scale1", theirs + self.layer_scales[0])
                 source.copy(f"{ours}layer_scale2", theirs + self.layer_scales[1])
+
+    @staticmethod
+    def norm(source: Source, config: ViTConfig, ours: str, theirs: str) -> None:
+        """Take a LayerNorm, or an RMSNorm, which has no bias."""
+        source.copy(f"{ours}.weight", f"{theirs}weight")
+        if config.norm == "layer_norm":
+            source.copy(f"{ours}.bias", f"{theirs}bias")
 
     def present(self, state: Mapping[str, Tensor], prefix: str) -> int:
         """How many of the first block's dense weights `state` holds under these names."""
@@ -172,3 +186,80 @@ def layout(state: Mapping[str, Tensor], prefix: str, *candidates: BlockNames) ->
 
 FILE_ATTENTION = ("attention.attention.query.", "attention.attention.key.", "attention.attention.value.")
 MEMORY_ATTENTION = ("attention.q_proj.", "attention.k_proj.", "attention.v_proj.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes of transformers that differ in little: what `vitfast.models.checkpoints.hf` asks of a family.
+
+    Attributes:
+        architectures: the classes. bases: what may stand before the encoder's names in files or modules of a class.
+        by_model_type: what a file that names no class is. marker: a name that every encoder has.
+        settings: of config.json, with defaults that all the classes have; defaults: class -> others.
+        make: settings, class and name to the fields of ViTConfig beyond `Settings.common`.
+        weights: takes all weights (source, config, settings, prefix, class). ignorable: names that may be left over.
+        says: of `hf_live.NO_SAY`, the parts that have a say here.
+    """
+
+    architectures: tuple[str, ...]
+    bases: Callable[[str], tuple[str, ...]]
+    by_model_type: Mapping[str, Callable[[Mapping[str, Tensor]], str]]
+    marker: str
+    settings: type[Settings]
+    make: Callable[[Any, str, int], dict[str, Any]]
+    weights: Callable[[Source, ViTConfig, Any, str, str], None]
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ignorable: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
+
+    @property
+    def ARCHITECTURES(self) -> tuple[str, ...]:
+        """The classes."""
+        return self.architectures
+
+    @property
+    def BY_MODEL_TYPE(self) -> Mapping[str, Callable[[Mapping[str, Tensor]], str]]:
+        """What a file that names no class is."""
+        return self.by_model_type
+
+    @property
+    def MARKER(self) -> str:
+        """A name that every encoder has."""
+        return self.marker
+
+    def matches(self, architecture: str) -> bool:
+        """Whether this family has the class."""
+        return architecture in self.architectures
+
+    def prefixes(self, architecture: str) -> tuple[str, ...]:
+        """What may stand before the encoder's names."""
+        return self.bases(architecture)
+
+    def read(self, config: Mapping[str, Any], architecture: str, where: str) -> Settings:
+        """The encoder's settings, out of a whole model's `vision_config` if need be.
+
+        Raises:
+            CheckpointError: with each field that is out of its domain.
+        """
+        inner = config.get("vision_config")
+        if inner is not None and not schema.OBJECT.holds(inner):
+            raise CheckpointError(f"{where}: vision_config must be an object, got {schema.shown(inner)}")
+        given = {**self.defaults.get(architecture, {}), **{k: v for k, v in (inner or config).items() if v is not None}}
+        return read_settings(self.settings, given, where, "" if inner is None else "vision_config.")
+
+    def translate(
+        self, facts: Any, classes: int, state: Mapping[str, Tensor], architecture: str, name: str
+    ) -> tuple[ViTConfig, dict[str, Tensor]]:
+        """Settings and state dict, of files or of a module, to ours.
+
+        Raises:
+            CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
+        """
+        classes = classes if architecture.endswith("ForImageClassification") else 0
+        fields = facts.common(name) | self.make(facts, architecture, classes)
+        ours = ViTConfig(**fields, num_classes=classes, name=name)
+        source = Source(state, name)
+        self.weights(source, ours, facts, find_prefix(state, self.prefixes(architecture), self.marker), architecture)
+        if classes:
+            source.dense("head", "classifier.")
+        return ours, source.finish(ours, self.ignorable)

@@ -1,4 +1,4 @@
-"""transformers DINOv2, without and with register tokens.
+"""transformers DINOv2, without and with register tokens, and TIPSv2's vision tower.
 
 `embedding` is the normalised CLS token. The classifiers read it together with the mean of the
 patch tokens. Position embeddings are resized without antialiasing in the models without registers
@@ -23,8 +23,10 @@ ARCHITECTURES = (
     "Dinov2ForImageClassification",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersForImageClassification",
+    "Tipsv2VisionModel",
 )
 BY_MODEL_TYPE = {
+    "tipsv2_vision_model": lambda state: "Tipsv2VisionModel",
     "dinov2": lambda state: "Dinov2ForImageClassification" if "classifier.weight" in state else "Dinov2Model",
     "dinov2_with_registers": lambda state: (
         "Dinov2WithRegistersForImageClassification" if "classifier.weight" in state else "Dinov2WithRegistersModel"
@@ -72,8 +74,8 @@ def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
     Raises:
         CheckpointError: with each field that is out of its domain.
     """
-    del architecture
-    return read_settings(Settings, config, where)
+    given = {"num_register_tokens": 1, "image_size": 448} if architecture.startswith("Tipsv2") else {}
+    return read_settings(Settings, {**given, **{k: v for k, v in config.items() if v is not None}}, where)
 
 
 def prefixes(architecture: str) -> tuple[str, str]:
@@ -90,7 +92,9 @@ def translate(
     Raises:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
-    registers = facts.num_register_tokens if "WithRegisters" in architecture else 0
+    tips = architecture.startswith("Tipsv2")
+    registered = tips or "WithRegisters" in architecture
+    registers = facts.num_register_tokens if registered else 0
     classes = classes if architecture.endswith("ForImageClassification") else 0
     hidden = int(facts.hidden_size * facts.mlp_ratio)
     if facts.use_swiglu_ffn:
@@ -102,7 +106,8 @@ def translate(
         layer_scale=True,
         num_classes=classes,
         head_concat_mean=architecture.endswith("ForImageClassification"),
-        position_antialias="WithRegisters" in architecture,
+        position_antialias=registered,
+        position_interpolation="bilinear" if tips else "bicubic",
         name=name,
     )
     prefix = common.find_prefix(state, prefixes(architecture), MARKER)

@@ -25,14 +25,17 @@ _NO_MATTER = {"training", "p", "drop_prob", "attention_dropout", "dropout", "gra
 _SIMPLE = (bool, int, float, str)
 
 
-def check(module: Any) -> None:
+def check(module: Any, no_say: tuple[str, ...] = NO_SAY) -> None:
     """Refuse a module that is not what its class makes of its config.
+
+    Args:
+        no_say: parts that the outputs do not depend on.
 
     Raises:
         CheckpointError: naming the part, what it is and what it should be.
     """
     name = live.kind_of(module).__name__
-    live.unchanged(module, name, NO_SAY)
+    live.unchanged(module, name, no_say)
     _known_attention(module, name)
     try:
         with torch.device("meta"):
@@ -42,7 +45,7 @@ def check(module: Any) -> None:
             f"{name}: its config no longer builds it, so that its parts cannot be checked: "
             f"{type(error).__name__}: {error}"
         ) from error
-    _compare(built, module, name, "", (*NO_SAY, *HEADS))
+    _compare(built, module, name, "", (*no_say, *HEADS))
 
 
 def _compare(built: nn.Module, have: nn.Module, name: str, path: str, skip: tuple[str, ...] = ()) -> None:

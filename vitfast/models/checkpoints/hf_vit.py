@@ -1,4 +1,4 @@
-"""transformers ViT and DeiT.
+"""transformers ViT and DeiT; ViT-MSN, ViT-MAE's encoder (of whole images: nothing is masked), I-JEPA and DPT's encoder.
 
 `embedding` is the normalised CLS token; the tanh pooler of ViTModel and DeiTModel is not part of
 it and its weights are ignored. For DeiTForImageClassificationWithTeacher, which averages two
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vitfast.models.checkpoints import hf_common as common
-from vitfast.models.checkpoints.source import Source, read_settings
+from vitfast.models.checkpoints.source import Source, read_settings, require
 from vitfast.models.config import Flag, Hidden, ViTConfig
 
 ARCHITECTURES = (
@@ -23,8 +23,14 @@ ARCHITECTURES = (
     "DeiTModel",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
+    *("ViTMSNModel", "ViTMSNForImageClassification", "ViTMAEModel", "IJepaModel", "IJepaForImageClassification"),
+    "DPTModel",
 )
 BY_MODEL_TYPE = {
+    "vit_msn": lambda state: "ViTMSNForImageClassification" if "classifier.weight" in state else "ViTMSNModel",
+    "vit_mae": lambda state: "ViTMAEModel",
+    "ijepa": lambda state: "IJepaForImageClassification" if "classifier.weight" in state else "IJepaModel",
+    "dpt": lambda state: "DPTModel",
     "vit": lambda state: "ViTForImageClassification" if "classifier.weight" in state else "ViTModel",
     "deit": lambda state: (
         "DeiTForImageClassificationWithTeacher"
@@ -44,6 +50,8 @@ class Settings(common.Settings):
 
     intermediate_size: Hidden = 3072
     qkv_bias: Flag = True
+    is_hybrid: Flag = False
+    """Of DPT."""
 
 
 _FILE = common.BlockNames(
@@ -77,13 +85,17 @@ def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
     Raises:
         CheckpointError: with each field that is out of its domain.
     """
-    del architecture
-    return read_settings(Settings, config, where)
+    defaults: dict[str, dict[str, Any]] = {"ViTMSN": {"layer_norm_eps": 1e-6}, "DPT": {"image_size": 384}}
+    given = next((values for start, values in defaults.items() if architecture.startswith(start)), dict[str, Any]())
+    facts = read_settings(Settings, {**given, **{k: v for k, v in config.items() if v is not None}}, where)
+    require(not facts.is_hybrid, "a ResNet before the blocks (is_hybrid)", where)
+    return facts
 
 
 def prefixes(architecture: str) -> tuple[str, str]:
     """What may stand before the encoder's names: in the class's own files, and in others that hold the encoder."""
-    base = "deit." if architecture.startswith("DeiT") else "vit."
+    bases = {"DeiT": "deit.", "IJepa": "ijepa.", "DPT": "dpt."}
+    base = next((base for start, base in bases.items() if architecture.startswith(start)), "vit.")
     return ("", base) if architecture.endswith("Model") else (base, "")
 
 
@@ -97,20 +109,24 @@ def translate(
     """
     deit, with_teacher = architecture.startswith("DeiT"), architecture.endswith("WithTeacher")
     classes = classes if "ForImageClassification" in architecture else 0
+    jepa = architecture.startswith("IJepa")
     ours = ViTConfig(
         **facts.common(name),
         mlp_dim=facts.intermediate_size,
-        prefix_tokens=2 if deit else 1,
-        pool="cls_dist" if with_teacher else "cls",
+        prefix_tokens=0 if jepa else 2 if deit else 1,
+        class_token=not jepa,
+        pool="avg" if jepa else "cls_dist" if with_teacher else "cls",
         distilled=with_teacher and classes > 0,
         num_classes=classes,
         position_antialias=False,
+        position_interpolation="bilinear" if architecture.startswith("DPT") else "bicubic",
         name=name,
     )
     prefix = common.find_prefix(state, prefixes(architecture), MARKER)
     source = Source(state, name)
     source.dense("patch_embed", f"{prefix}embeddings.patch_embeddings.projection.")
-    tokens = [f"{prefix}embeddings.cls_token", *([f"{prefix}embeddings.distillation_token"] if deit else [])]
+    tokens = [] if jepa else [f"{prefix}embeddings.cls_token"]
+    tokens += [f"{prefix}embeddings.distillation_token"] if deit else []
     source.tokens(ours, tokens, f"{prefix}embeddings.position_embeddings", covered=len(tokens))
     names = common.layout(state, prefix, _FILE, _MEMORY)
     names.read(source, ours, prefix, qkv_bias=facts.qkv_bias)

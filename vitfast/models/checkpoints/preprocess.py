@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
 from vitfast.images.preprocess import Preprocess
@@ -113,7 +113,7 @@ def from_transformers(
     facts = read_settings(_Processor, inner if isinstance(inner, Mapping) else settings, what)
     _same_channels(what, image_mean=facts.image_mean, image_std=facts.image_std)
     processor = _PROCESSORS.get(model_type)
-    return _attempt(lambda: Preprocess.from_transformers(settings, image_size, processor), config, what)
+    return attempt(lambda: Preprocess.from_transformers(settings, image_size, processor), config, what)
 
 
 def from_timm(
@@ -132,7 +132,61 @@ def from_timm(
     facts = read_settings(TimmSettings, settings, what)
     _same_channels(what, mean=facts.mean, std=facts.std)
     sized = {**settings, "input_size": (config.in_channels, *image_size)}
-    return _attempt(lambda: Preprocess.from_timm(sized), config, what)
+    return attempt(lambda: Preprocess.from_timm(sized), config, what)
+
+
+CHANGES = ("size", "crop", "mean", "std", "interpolation")
+"""What of a model's preprocessing can be given by name."""
+
+
+def changed(found: Preprocess | None, given: Preprocess | Mapping[str, Any], config: ViTConfig) -> Preprocess:
+    """A model's preprocessing with what the user says of it.
+
+    Args:
+        found: what its source says. given: all of it, or a mapping with some of CHANGES:
+            size: what images are resized to, shortest side or (height, width);
+            crop: the centre that is cut out, side or (height, width); by default nothing is cut from an exact size,
+            and the model's own size from a shortest side;
+            mean, std: one number a channel, or one for all; interpolation: "bicubic", "bilinear", ...
+
+    Raises:
+        CheckpointError: for another name, a value that does not fit, or mean and std that nobody says.
+    """
+    try:
+        made = given if isinstance(given, Preprocess) else _changed(found, given, config)
+        if len(made.mean) != config.in_channels:
+            raise ValueError(f"mean {made.mean} for a model of {config.in_channels} input channel(s)")
+        if made.size != config.image_size and not config.dynamic_size:
+            raise ValueError(f"images of {made.size}, and the model takes {config.image_size} only")
+        config.grid(config.fit(made.size) if config.off_grid != "refuse" else made.size)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"preprocess: {error}") from error
+    return made
+
+
+def _changed(found: Preprocess | None, given: Mapping[str, Any], config: ViTConfig) -> Preprocess:
+    if not isinstance(given, Mapping) or not given.keys() <= set(CHANGES):
+        raise ValueError(f"expected a Preprocess or a mapping with {', '.join(CHANGES)}, got {schema.shown(given)}")
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name in ("mean", "std"):
+        if name in changes:
+            values = changes[name]
+            each = values if isinstance(values, (list, tuple)) else [values]
+            many = each * config.in_channels if len(each) == 1 else each
+            changes[name] = tuple(float(value) for value in many)
+    size, crop = changes.pop("size", None), changes.pop("crop", None)
+    if found is None:
+        if missing := [name for name in ("mean", "std") if name not in changes]:
+            raise ValueError(f"the model's source does not say how images are normalised: give {' and '.join(missing)}")
+        found = Preprocess(size=config.image_size, resize=min(config.image_size))
+    if isinstance(size, (list, tuple)):
+        size = tuple(size)
+        changes |= {"resize": size, "size": size, "center_crop": False, "cover": False}
+    elif size is not None:
+        changes |= {"resize": size, "size": config.image_size, "center_crop": True, "cover": False}
+    if crop is not None:
+        changes |= {"size": tuple(crop) if isinstance(crop, (list, tuple)) else (crop, crop), "center_crop": True}
+    return replace(found, **changes)
 
 
 def _same_channels(where: str, **values: Any) -> None:
@@ -142,7 +196,8 @@ def _same_channels(where: str, **values: Any) -> None:
         raise CheckpointError(f"{where}: {' and '.join(values)} must have as many numbers, got {given}")
 
 
-def _attempt(make: Callable[[], Preprocess], config: ViTConfig, what: str) -> Preprocess | None:
+def attempt(make: Callable[[], Preprocess], config: ViTConfig, what: str) -> Preprocess | None:
+    """What `make` makes; None, with a warning that gives the reason, if it raises ValueError or does not fit."""
     try:
         preprocess = make()
         if len(preprocess.mean) != config.in_channels:

@@ -39,6 +39,7 @@ class Checkpoint:
         weights: canonical name (see `vitfast.models.config`) -> tensor, in the dtype they are stored in.
         preprocess: how its images are prepared; None where the source does not say.
         labels: the classes' names, one per row of the head; None where the source does not say.
+        stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
     """
@@ -48,6 +49,7 @@ class Checkpoint:
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
+    stem: nn.Module | None = None
 
 
 def require(condition: bool, feature: str, where: str) -> None:
@@ -133,6 +135,40 @@ class Source:
         self.copy(f"{canonical}.weight", *(f"{name}weight" for name in names))
         if bias:
             self.copy(f"{canonical}.bias", *(f"{name}bias" for name in names))
+
+    def derive(
+        self, canonical: str, shape: tuple[int, ...], make: Callable[..., Tensor], names: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Compute a weight of this shape from tensors of the source, or from none.
+
+        Args:
+            make: gets the tensors in order, in fp32 at least, once all shapes are known to be right.
+            names: the source's own -> the shape that it must have.
+        """
+        found = [self._fetch(canonical, name) for name in names]
+        for (name, want), part in zip(names.items(), found, strict=True):
+            if part is not None and tuple(part.shape) != tuple(want):
+                self._misshapen.append(f"{name} {_shape(part)}, expected {list(want)} (for {canonical})")
+        tensors = [part for part in found if part is not None]
+        self._origins[canonical] = tuple(names)
+        if len(tensors) == len(found):
+            self._parts[canonical] = _Part(tuple(shape), lambda: make(*map(_widened, tensors)))
+
+    def join_biases(self, canonical: str, names: Sequence[str | None], width: int) -> None:
+        """Take one bias of several [width] each; None stands for zeros."""
+
+        def join(*given: Tensor) -> Tensor:
+            parts = iter(given)
+            return torch.cat([next(parts) if name else given[0].new_zeros(width) for name in names])
+
+        self.derive(canonical, (len(names) * width,), join, {name: (width,) for name in names if name})
+
+    def transposed(self, canonical: str, name: str) -> None:
+        """Take a matrix that the source keeps the other way round, [in, out]."""
+        tensor = self._fetch(canonical, name)
+        if tensor is not None:
+            self._parts[canonical] = _Part(tuple(reversed(tensor.shape)), lambda: tensor.mT.contiguous())
+            self._origins[canonical] = (name,)
 
     def swap_halves(self, canonical: str) -> None:
         """Exchange the two halves of a dense layer's rows (a gate that the source keeps last)."""
@@ -233,6 +269,10 @@ class Source:
         return tensor
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _rolled(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def rolled() -> Tensor:
         rows = make()
@@ -257,5 +297,9 @@ def _unreadable(tensor: Tensor) -> str:
 
 
 def _not_finite(tensor: Tensor) -> str:
-    finite = torch.isfinite(tensor.detach()).sum().item()
+    tensor = tensor.detach()
+    # The edges are NaN if any value is: one pass that writes nothing, where the count below takes three.
+    if tensor.numel() and tensor.itemsize >= 2 and all(bool(edge.isfinite()) for edge in tensor.aminmax()):
+        return ""
+    finite = torch.isfinite(tensor).sum().item()
     return "" if finite == tensor.numel() else f"holds {tensor.numel() - finite} NaN or infinite value(s)"

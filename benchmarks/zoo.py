@@ -1,0 +1,395 @@
+"""The zoo: models of timm, transformers and torchvision, built small, every parameter perturbed, loaded and compared.
+
+    python -m vitfast.benchmarks.zoo --write docs/zoo.md
+
+A term that a translation drops shows only where it is not at its initial value: so all parameters are moved, and with
+them the running statistics of batch norms. Depth is two blocks where the library lets one say so; widths, heads and
+image sizes are those of the model. A model counts as equal if tokens and outputs differ by at most `TOLERANCE` of the
+largest value, in fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitfast.engine.engine import Engine
+from vitfast.models import checkpoints, libraries
+from vitfast.ops.registry import BackendError
+
+TOLERANCE = 1e-4
+"""Largest difference, as a share of the largest value."""
+
+LARGEST = 1024
+"""Pixels along the side of an image; a model for larger ones that takes others is tried at that, and not square."""
+
+TIMM_MODULES = {
+    "vision_transformer": "ViT, CLIP, DINOv2, SigLIP, AIMv2",
+    "deit": "DeiT",
+    "eva": "EVA, EVA-02, DINOv3, PE",
+    "beit": "BEiT",
+    "vision_transformer_relpos": "ViT with relative position",
+    "vision_transformer_hybrid": "ViT after a ResNet or conv stem",
+    "vitamin": "ViTamin",
+    "vision_transformer_sam": "SAM, ViTDet",
+    "naflexvit": "NaFlex",
+    "qwen3_vit": "Qwen3-VL",
+    "gemma4_vit": "Gemma 4",
+    "deepseek_vit": "DeepSeek",
+    "hiera": "Hiera",
+    "hieradet_sam2": "SAM 2",
+}
+"""Modules of timm that hold Vision Transformers -> what is in them."""
+
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32,
+    "patch_size": 8, "layer_norm_eps": 1e-3, "projection_dim": 24,
+}  # fmt: skip
+_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
+_RELATIVE = {"use_relative_position_bias": True}
+
+
+def _each(names: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: dict(settings) for name in names}
+
+
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    **_each(
+        (
+            *("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"),
+            *("DeiTForImageClassificationWithTeacher", "ViTMSNModel", "ViTMSNForImageClassification"),
+            *("IJepaModel", "IJepaForImageClassification", "DPTModel", "DINOv3ViTModel", "InternVLVisionModel"),
+            *("CLIPVisionModel", "CLIPVisionModelWithProjection", "MetaClip2VisionModel", "GitVisionModel"),
+            *("MetaClip2VisionModelWithProjection", "ChineseCLIPVisionModel", "AltCLIPVisionModel"),
+            *("CLIPSegVisionModel", "SiglipVisionModel", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
+            *("BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel", "InstructBlipVideoVisionModel"),
+            *("OwlViTVisionModel", "Owlv2VisionModel", "Aimv2VisionModel"),
+            *(
+                "XCLIPVisionModel",
+                "YolosModel",
+                "VitPoseBackbone",
+                "VitDetModel",
+                "VideoMAEModel",
+                "PixtralVisionModel",
+            ),
+            *("MLCDVisionModel", "Phi4MultimodalVisionModel", "SamVisionModel", "ViTForMaskedImageModeling"),
+            *("DeiTForMaskedImageModeling", "Dinov2Backbone", "DINOv3ViTBackbone", "ViTMAEForPreTraining"),
+            *("VivitModel", "HieraModel", "Sam2VisionModel", "Qwen3VLVisionModel"),
+            *("BlipModel", "SamModel", "Glm4vVisionModel", "MllamaVisionModel"),
+            *("YolosForObjectDetection", "DPTForDepthEstimation", "BeitForMaskedImageModeling", "BeitBackbone"),
+        ),
+        {},
+    ),
+    "ViTMAEModel": {"mask_ratio": 0.0},
+    "Dinov2Model": {"mlp_ratio": 2},
+    "Dinov2ForImageClassification": {"mlp_ratio": 2, "use_swiglu_ffn": True},
+    "Dinov2WithRegistersModel": {"mlp_ratio": 2},
+    "Dinov2WithRegistersForImageClassification": {"mlp_ratio": 2},
+    "Tipsv2VisionModel": {"mlp_ratio": 2},
+    "BeitModel": _RELATIVE | {"use_absolute_position_embeddings": True},
+    "BeitForImageClassification": {"use_shared_relative_position_bias": True},
+    "Data2VecVisionModel": _RELATIVE | {"use_mean_pooling": False},
+    "Data2VecVisionForImageClassification": {"use_relative_position_bias": True},
+    "JanusVisionModel": {"mlp_ratio": 2.0, "hidden_act": "gelu"},
+    **_each(
+        (
+            *("CLIPModel", "CLIPForImageClassification", "MetaClip2Model", "MetaClip2ForImageClassification"),
+            *("ChineseCLIPModel", "AltCLIPModel", "CLIPSegModel", "SiglipModel", "SiglipForImageClassification"),
+        ),
+        {"vision_config": SMALL, "text_config": _TEXT},
+    ),
+    "Siglip2VisionModel": {"num_patches": 9},
+    **_each(
+        ("Siglip2Model", "Siglip2ForImageClassification"),
+        {"vision_config": SMALL | {"num_patches": 16}, "text_config": _TEXT},
+    ),
+}
+"""Class of transformers -> what its config has beyond SMALL; a whole model's, what it has instead."""
+
+_UNNORMED = ("CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP", "Owl")
+"""Beginnings of classes whose last_hidden_state is before the last norm."""
+_TANH = ("ViT", "DeiT", "DPT", "IJepa", "Yolos")
+"""Beginnings of classes whose pooler_output passes a dense layer and tanh, which is no part of `embedding`."""
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to try: how it is built, and what its library gives for images."""
+
+    library: str
+    family: str
+    name: str
+    build: Callable[[], nn.Module]
+    outputs: Callable[[nn.Module, Tensor], Outputs]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a model: "equal", "different", "refused" or "not built", its largest error, and the reason."""
+
+    case: Case
+    status: str
+    error: float = 0.0
+    reason: str = ""
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """A model in evaluation mode with every parameter, and batch norms' statistics, off its initial value."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 0
+            parameter.add_(noise(parameter), alpha=0.5 * fan**-0.5 if fan else 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(noise(buffer), alpha=0.1)
+            elif name.endswith("running_var"):
+                buffer.mul_(1 + 0.2 * noise(buffer).abs())
+    return model.eval()
+
+
+def timm_cases(modules: Sequence[str] = tuple(TIMM_MODULES), small: bool = False) -> Iterator[Case]:
+    """timm's models; `small`: only those narrower than 400 channels."""
+    timm = libraries.import_library("timm")
+    for module in modules:
+        for name in timm.list_models(module=module):
+            if not small or any(word in name for word in ("tiny", "small", "wee", "little", "pwee", "mediumd")):
+                yield Case("timm", TIMM_MODULES[module], name, partial(_timm, name), _timm_outputs)
+
+
+def _timm(name: str) -> nn.Module:
+    timm = libraries.import_library("timm")
+    tried: list[dict[str, Any]] = [{"depth": 2}, {"depth": 2, "num_kv_heads": (8, 4)}, {}]
+    for arguments in tried:
+        with contextlib.suppress(TypeError, AssertionError):
+            return timm.create_model(name, **arguments)
+    return timm.create_model(name)
+
+
+def _timm_outputs(model: Any, images: Tensor) -> Outputs:
+    wanted = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if wanted and getattr(model.patch_embed, "strict_img_size", True):  # pixels that no whole patch is left for
+        images = nn.functional.pad(images, (0, wanted[1] - images.shape[3], 0, wanted[0] - images.shape[2]))
+    made = {"tokens": model.forward_features(images), "output": model(images)}
+    return {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
+
+
+def transformers_cases(names: Sequence[str] = tuple(TRANSFORMERS)) -> Iterator[Case]:
+    """transformers' classes, two narrow blocks of each."""
+    for name in names:
+        yield Case("transformers", name, name, partial(_transformers, name), _transformers_outputs)
+
+
+def _transformers(name: str) -> nn.Module:
+    library = libraries.import_library("transformers")
+    kind, changes = getattr(library, name), TRANSFORMERS[name]
+    settings = changes if "vision_config" in changes else SMALL | changes
+    try:
+        return kind(kind.config_class(**settings))
+    except Exception:  # a config whose sizes have other names or kinds, built as small as it lets itself be
+        return kind(kind.config_class(num_hidden_layers=2))
+
+
+def _transformers_outputs(model: Any, images: Tensor) -> Outputs:
+    name = type(model).__name__
+    if hasattr(model, "get_image_features"):
+        made = model.get_image_features(**_patches(images) if name.startswith("Siglip2") else {"pixel_values": images})
+        return {"embedding": made if isinstance(made, Tensor) else made.pooler_output}
+    given = _patches(images) if name.startswith("Siglip2") else {"pixel_values": images}
+    if name.startswith("ViTMAE"):  # random numbers by which patches are shuffled
+        given["noise"] = torch.arange(model.config.image_size**2 // model.config.patch_size**2)[None].float()
+    found = model(**given)
+    outputs: Outputs = {}
+    for key, ours in (("logits", "output"), ("image_embeds", "embedding"), ("last_hidden_state", "tokens")):
+        if isinstance(tensor := getattr(found, key, None), Tensor):
+            outputs[ours] = tensor
+    pooled = getattr(found, "pooler_output", None)
+    if isinstance(pooled, Tensor) and "embedding" not in outputs and not name.startswith(_TANH):
+        outputs["embedding"] = pooled
+    if name.startswith(_UNNORMED):
+        outputs.pop("tokens", None)
+    if name.startswith("Janus"):  # whose pooler_output is the first patch's, normalised twice
+        outputs.pop("embedding", None)
+    return outputs
+
+
+def _patches(images: Tensor) -> dict[str, Tensor]:
+    """Images as SigLIP 2 takes them."""
+    side, grid = SMALL["patch_size"], [size // SMALL["patch_size"] for size in images.shape[2:]]
+    cut = images.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+    rows = cut.reshape(len(images), grid[0] * grid[1], -1)
+    mask = torch.ones(rows.shape[:2], dtype=torch.long)
+    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([grid] * len(images))}
+
+
+def torchvision_cases() -> Iterator[Case]:
+    """torchvision's five Vision Transformers, and what its weights change of their sizes."""
+    library = libraries.import_library("torchvision").models
+    sizes = {
+        "vit_b_16": (224, 384),
+        "vit_b_32": (224,),
+        "vit_l_16": (224, 512),
+        "vit_l_32": (224,),
+        "vit_h_14": (224, 518),
+    }
+    for name, images in sizes.items():
+        for size in images:
+            build = partial(_torchvision, library, name, size)
+            yield Case("torchvision", "VisionTransformer", f"{name} at {size}", build, _torchvision_outputs)
+
+
+def _torchvision(library: Any, name: str, size: int) -> nn.Module:
+    dims = {"b": (768, 12, 3072), "l": (1024, 16, 4096), "h": (1280, 16, 5120)}
+    width, heads, hidden = dims[name.split("_")[1]]
+    patch = int(name.split("_")[2])
+    return library.VisionTransformer(size, patch, 2, heads, width, hidden)
+
+
+def _torchvision_outputs(model: Any, images: Tensor) -> Outputs:
+    return {"output": model(images)}
+
+
+def tried(case: Case) -> Result:
+    """Build, perturb, load and compare one model."""
+    torch.manual_seed(0)
+    try:
+        model = perturbed(case.build())
+    except Exception as error:  # whatever a library raises where a model cannot be built so small
+        return Result(case, "not built", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    try:
+        checkpoint = checkpoints.load(model)
+        engine = Engine(checkpoint, device="cpu", dtype="fp32", backend="torch")
+    except (ValueError, BackendError) as error:
+        return Result(case, "refused", reason=_short(str(error)))
+    config = checkpoint.config
+    size = config.image_size
+    if max(size) > LARGEST and config.dynamic_size:
+        patch = config.patch_size
+        size = (LARGEST // patch[0] * patch[0], LARGEST // 2 // patch[1] * patch[1])
+    images = torch.randn(1, config.in_channels, *size, generator=torch.Generator().manual_seed(1))
+    try:
+        with torch.no_grad():
+            expected = case.outputs(model, images)
+    except Exception as error:  # the library's own, which then has nothing to compare with
+        return Result(case, "different", float("inf"), f"{type(error).__name__}: {error}".splitlines()[0])
+    made = engine(images)
+    given = {"tokens": made.tokens, "embedding": made.embedding}
+    given["output"] = made.embedding if made.logits is None else made.logits
+    errors = {name: _difference(given[name], tensor) for name, tensor in expected.items()}
+    if not errors:
+        return Result(case, "different", float("inf"), "nothing to compare with")
+    worst = max(errors.values())
+    told = ", ".join(f"{name} {share:.1e}" for name, share in errors.items())
+    return Result(case, "equal" if worst <= TOLERANCE else "different", worst, "" if worst <= TOLERANCE else told)
+
+
+def _difference(actual: Tensor | None, expected: Tensor) -> float:
+    """The largest difference as a share of the largest value; infinite where sizes differ or NaNs are about."""
+    if actual is None or actual.numel() != expected.numel():
+        return float("inf")
+    share = ((actual.reshape(expected.shape) - expected).abs().max() / expected.abs().max()).item()
+    return share if share == share else float("inf")
+
+
+def _short(message: str) -> str:
+    """The part of a refusal that says what is missing."""
+    line = message.splitlines()[0].partition(". Supported:")[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."
+
+
+def report(results: Sequence[Result]) -> str:
+    """docs/zoo.md."""
+    lines = [
+        "# The zoo",
+        "",
+        "Which models of other libraries run on the engine. Each is built small (two blocks where the library lets one",
+        "say so), every parameter perturbed so that a dropped term shows, loaded as a live module and compared with",
+        f"its library in fp32 on the CPU: equal is within {TOLERANCE:g} of the largest value, tokens and output.",
+        "",
+        "    python -m vitfast.benchmarks.zoo --write docs/zoo.md",
+        "",
+    ]
+    for library in dict.fromkeys(result.case.library for result in results):
+        mine = [result for result in results if result.case.library == library]
+        counts = Counter(result.status for result in mine)
+        said = ", ".join(f"{counts[status]} {status}" for status in _STATUSES if counts[status])
+        lines += [f"## {library}", "", f"{len(mine)} tried: {said}.", ""]
+        lines += ["| family | tried | equal | refused | different | largest error |", "|---|---|---|---|---|---|"]
+        families: dict[str, list[Result]] = defaultdict(list)
+        for result in mine:
+            families[result.case.family].append(result)
+        for family, members in families.items():
+            c = Counter(result.status for result in members)
+            worst = max((result.error for result in members if result.status == "equal"), default=None)
+            shown = "" if worst is None else f"{worst:.0e}"
+            lines.append(f"| {family} | {len(members)} | {c['equal']} | {c['refused']} | {c['different']} | {shown} |")
+        lines.append("")
+        reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for result in mine:
+            if result.status != "equal":
+                reasons[result.status, _without_name(result)].append(result.case.name)
+        for (status, reason), names in sorted(reasons.items()):
+            lines.append(f"* {status}: {', '.join(names)}: {reason}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_STATUSES = ("equal", "refused", "different", "not built")
+
+
+def _without_name(result: Result) -> str:
+    """A reason without the model's name and place in it, so that like ones can be told together."""
+    _, _, rest = result.reason.partition(": ")
+    return rest if rest and result.case.name in result.reason.partition(": ")[0] else result.reason
+
+
+def cases(only: Mapping[str, Callable[[], Iterator[Case]]] | None = None) -> Iterator[Case]:
+    """All of them."""
+    for made in (only or ALL).values():
+        yield from made()
+
+
+ALL: dict[str, Callable[[], Iterator[Case]]] = {
+    "timm": timm_cases,
+    "transformers": transformers_cases,
+    "torchvision": torchvision_cases,
+}
+
+
+def main() -> None:
+    """Try them, print what is not equal, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", choices=tuple(ALL), action="append", help="by default all")
+    parser.add_argument("--name", default="", help="only models whose names contain this")
+    parser.add_argument("--write", type=Path, help="where to write the report")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results = []
+    for case in cases({name: ALL[name] for name in options.library or ALL}):
+        if options.name in case.name:
+            results.append(tried(case))
+            if results[-1].status != "equal":
+                print(f"{case.name}: {results[-1].status}: {results[-1].reason}", flush=True)
+    print(Counter((result.case.library, result.status) for result in results))
+    if options.write:
+        options.write.write_text(report(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""vitfast.pipeline.search and the commands on it: exact answers, in order, and refusals of what cannot be compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.photos import FakeEngine, make_photos, save
+from typer.testing import CliRunner
+
+from vitfast.cli.app import app
+from vitfast.images.files import InputError, collect, path_text
+from vitfast.pipeline import search
+from vitfast.pipeline.embed import OK, Result, embed_images
+from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.parquet import EmbeddingFolder, write_parquet
+from vitfast.pipeline.search import Index
+
+
+def folder_of(vectors, out, names=None):
+    """An embedding folder that holds these vectors, in parts of a few rows."""
+    engine = FakeEngine()
+    folder = EmbeddingFolder(out, "m")
+    names = names or [f"/{number:04d}.png" for number in range(len(vectors))]
+    results = [Result(name, OK, np.asarray(v, np.float32)) for name, v in zip(names, vectors, strict=True)]
+    with folder:
+        for start in range(0, len(results), 7):
+            folder.write_part(folder.new_part(), results[start : start + 7], len(vectors[0]), Identity.of(engine))
+    return out
+
+
+@pytest.fixture
+def vectors():
+    return np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 16384], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("topk", [1, 7, 60])
+def test_search_is_exact(vectors, rows, topk, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK_ROWS", rows)
+    index = Index(folder_of(vectors, tmp_path / "out"))
+    query = np.random.default_rng(1).standard_normal(6) * 1e3
+    cosines = (vectors @ query) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
+    best = np.argsort(-cosines)[:topk]
+    matches = index.search(query, topk)
+    assert [m.path for m in matches] == [f"/{row:04d}.png" for row in best]
+    np.testing.assert_allclose([m.similarity for m in matches], cosines[best], atol=1e-6)
+
+
+def test_equals_come_in_the_order_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK_ROWS", 4)
+    index = Index(folder_of([[1, 0], [0, 1]] * 9, tmp_path / "out"))
+    assert [m.path for m in index.search([1, 0], 4)] == ["/0000.png", "/0002.png", "/0004.png", "/0006.png"]
+    without = index.search([1, 0], 3, without="/0002.png")
+    assert [m.path for m in without] == ["/0000.png", "/0004.png", "/0006.png"]
+    everything = index.search([1, 0], 100, without="/0002.png")
+    assert len(everything) == 17
+
+
+def test_duplicates_are_groups_of_what_is_joined(tmp_path):
+    def at(degrees):
+        return [np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]
+
+    index = Index(folder_of([at(d) for d in (0, 90, 8, 16, 91, 200)], tmp_path / "out"))
+    groups = index.duplicates(np.cos(np.radians(10)))  # 0 and 16 are joined by 8
+    assert [[m.path for m in g] for g in groups] == [
+        ["/0000.png", "/0002.png", "/0003.png"],
+        ["/0001.png", "/0004.png"],
+    ]
+    assert groups[0][2].similarity == pytest.approx(np.cos(np.radians(16)), abs=1e-6)
+    assert index.duplicates(1) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda index: index.search(np.ones(5), 3), r"shape \[5\], the folder's vectors have \[6\]"),
+        (lambda index: index.search(np.zeros(6), 3), "not zero"),
+        (lambda index: index.search(np.full(6, np.nan), 3), "finite"),
+        (lambda index: index.search(np.ones(6), 0), "at least 1, got 0"),
+        (lambda index: index.duplicates(1.5), "got 1.5"),
+    ],
+)
+def test_refusals(vectors, call, message, tmp_path):
+    index = Index(folder_of(vectors, tmp_path / "out"))
+    with pytest.raises(ValueError, match=message):
+        call(index)
+
+
+def test_an_engine_of_another_kind_is_refused(vectors, tmp_path):
+    index = Index(folder_of(vectors, tmp_path / "out"))
+    index.check(FakeEngine())
+    with pytest.raises(InputError, match="weights 'weights of a fake', not 'others'"):
+        index.check(FakeEngine(fingerprint="others"))
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """Photos, three of them bad, and their embedding folder by a fake engine, which the commands load."""
+    photos, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    write_parquet(embed_images(FakeEngine(), collect([photos])), EmbeddingFolder(out, "m"), FakeEngine())
+    loaded = []
+
+    def load(source, **options):
+        loaded.append((source, options["dtype"]))
+        return FakeEngine(fingerprint="others" if source == "other" else "weights of a fake")
+
+    monkeypatch.setattr("vitfast.engine.load.load", load)
+    return photos, out, loaded
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_similar_to_an_image_of_the_folder_needs_no_model(embedded):
+    _, out, loaded = embedded
+    index = Index(out)
+    query = index.paths[0]
+    answer = json.loads(run("similar", query, out, "--topk", 3, "--json").stdout)
+    assert (answer["query"], answer["images"], answer["model"]) == (query, 10, "m")
+    expected = index.search(index.vectors[0], 3, without=query)
+    assert [m["path"] for m in answer["matches"]] == [m.path for m in expected]
+    assert loaded == []
+    lines = run("similar", query, out, "--topk", 3).stdout.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == [m.path for m in expected]
+
+
+def test_similar_to_another_image_embeds_it_as_the_folder_was(embedded, tmp_path):
+    photos, out, loaded = embedded
+    twin = tmp_path / "twin.png"
+    original = save(photos / "new.png", 77)
+    twin.write_bytes(original.read_bytes())
+    write_parquet(embed_images(FakeEngine(), [original]), EmbeddingFolder(out, "m"), FakeEngine())
+    answer = json.loads(run("similar", twin, out, "-k", 1, "--json").stdout)
+    assert [m["path"] for m in answer["matches"]] == [path_text(original)]
+    assert answer["matches"][0]["similarity"] == pytest.approx(1, abs=1e-6)
+    assert loaded == [("m", "float32")]
+    result = run("similar", twin, out, "-m", "other")
+    assert result.exit_code == 2
+    assert "weights" in result.output
+    bad = tmp_path / "bad.png"
+    bad.write_text("no")
+    assert "cannot be embedded" in run("similar", bad, out).output
+    assert run("similar", tmp_path / "nothing.png", out).exit_code == 2
+
+
+def test_duplicates_command(embedded):
+    photos, out, _ = embedded
+    copy = photos / "copy.png"
+    original = next(path for path in Index(out).paths if path.endswith(".png"))
+    copy.write_bytes(Path(original).read_bytes())
+    write_parquet(embed_images(FakeEngine(), [copy]), EmbeddingFolder(out, "m"), FakeEngine())
+    answer = json.loads(run("duplicates", out, "--above", 0.999999, "--json").stdout)
+    assert [sorted(m["path"] for m in group) for group in answer["groups"]] == [sorted([original, str(copy)])]
+    assert "1 groups of images alike among 11" in run("duplicates", out, "--above", 0.999999).stdout
+    assert run("duplicates", out, "--above", 2).exit_code == 2
+    assert run("duplicates", photos).exit_code == 2

@@ -1,0 +1,66 @@
+"""vitfast.pipeline.stages: the stage that is made slow is the one that is named."""
+
+import json
+import re
+import time
+
+import pytest
+from helpers.photos import FakeEngine, make_photos
+from typer.testing import CliRunner
+
+from vitfast.cli.app import app
+from vitfast.pipeline import embed, stages
+from vitfast.pipeline.parquet import EmbeddingFolder
+from vitfast.pipeline.stages import Stages
+
+
+class SlowEngine(FakeEngine):
+    def __call__(self, *arguments, **options):
+        time.sleep(0.3)
+        return super().__call__(*arguments, **options)
+
+
+def slowed(function, seconds):
+    def slow(*arguments, **options):
+        time.sleep(seconds)
+        return function(*arguments, **options)
+
+    return slow
+
+
+@pytest.mark.parametrize("slow", ["decode", "model", "write"])
+def test_the_slow_stage_is_named(slow, tmp_path, monkeypatch):
+    engine = SlowEngine() if slow == "model" else FakeEngine()
+    monkeypatch.setattr("vitfast.engine.load.load", lambda *_, **__: engine)
+    monkeypatch.setattr(stages, "usable_cores", lambda: 3)
+    if slow == "decode":
+        monkeypatch.setattr(embed, "resize_and_crop", slowed(embed.resize_and_crop, 0.1))
+    if slow == "write":
+        monkeypatch.setattr(EmbeddingFolder, "write_part", slowed(EmbeddingFolder.write_part, 0.6))
+    photos = make_photos(tmp_path / "photos")
+
+    def run(out, *options):
+        command = ["embed", photos, "-m", "m", "-o", tmp_path / out, "--workers", 2, "--batch-size", 2, *options]
+        return CliRunner().invoke(app, [str(part) for part in command]).stdout
+
+    answer = json.loads(run("one", "--json"))
+    assert answer["bound"] == slow
+    seconds = answer["stage_seconds"]
+    assert max(seconds, key=seconds.get) == slow
+    assert sum(seconds.values()) == pytest.approx(answer["seconds"], abs=0.2)
+    advice = {
+        "decode": r"decode-bound: model \d+% busy; try --workers 3", "model": r"model-bound: model \d+% busy$",
+        "write": "write-bound: .* the output folder is slow",
+    }  # fmt: skip
+    text = run("two")
+    assert re.search(advice[slow], text, re.MULTILINE), text
+
+
+def test_nothing_done_says_nothing():
+    assert Stages().advice() == ""
+
+
+def test_no_more_workers_than_cores_are_advised(monkeypatch):
+    monkeypatch.setattr(stages, "usable_cores", lambda: 2)
+    done = Stages(decode=3.0, total=4.0, workers=2)
+    assert done.advice() == "decode-bound: model 25% busy; all 2 cores decode already"

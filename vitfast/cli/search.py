@@ -1,0 +1,104 @@
+"""`vitfast similar` and `vitfast duplicates`: search in what `vitfast embed` has written."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitfast.cli.answer import command, escaped
+from vitfast.cli.options import AllowPickle, Arch, Device, Json, WeightsKey, load_engine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vitfast.pipeline.search import Index
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="Folder that `vitfast embed` has written.")]
+
+
+@app.command(epilog="Example: `vitfast similar photos/cat.jpg embeddings/ --topk 5`")
+def similar(
+    context: typer.Context,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="An image file.")],
+    index: Folder,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Images to find.")] = 10,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="What embeds QUERY. [default: the model noted in INDEX]")
+    ] = None,
+    device: Device = None,
+    allow_pickle: AllowPickle = False,
+    weights_key: WeightsKey = None,
+    arch: Arch = None,
+    as_json: Json = False,
+) -> None:
+    """Find the images most similar to one. The search is exact; similarity is the cosine, -1 to 1.
+
+    An image that is in INDEX needs no model, and is not found itself. Any other is embedded as those in INDEX were;
+    another model, dtype or version is refused.
+    """
+    with command(context, as_json) as answer:
+        from vitfast.images.files import path_text
+        from vitfast.pipeline.search import Index
+
+        searched = Index(index)
+        key = path_text(os.path.abspath(query))
+        vector = searched.vector_of(key)
+        if vector is None:
+            options = {"allow_pickle": allow_pickle, "weights_key": weights_key, "arch": arch, "device": device}
+            vector = _embedded(searched, query, model, options)
+        matches = searched.search(vector, topk, without=key)
+        answer.json = {
+            "query": key,
+            "index": path_text(index),
+            "model": searched.model,
+            "images": len(searched),
+            "matches": [{"path": match.path, "similarity": round(match.similarity, 6)} for match in matches],
+        }
+        answer.text = [f"{match.similarity:7.4f}  {escaped(match.path)}" for match in matches]
+
+
+def _embedded(index: Index, query: str, model: str | None, options: dict[str, Any]) -> np.ndarray:
+    """The vector of an image that the folder does not have, by the model that the folder was made with."""
+    from vitfast.images.files import InputError, path_text
+    from vitfast.pipeline.embed import OK, embed_images
+
+    if not os.path.lexists(query):
+        raise InputError(f"no such file: {path_text(query)!r}")
+    dtype = index.identity.dtype.partition(" ")[0] if index.identity else None
+    engine = load_engine(model or index.model, dtype=dtype, preprocess=None, **options)
+    index.check(engine)
+    result = next(embed_images(engine, [query]))
+    if result.status != OK or result.embedding is None:
+        raise InputError(f"{path_text(query)!r} cannot be embedded: {result.status}")
+    return result.embedding
+
+
+@app.command(epilog="Example: `vitfast duplicates embeddings/ --above 0.98`")
+def duplicates(
+    context: typer.Context,
+    index: Folder,
+    above: Annotated[float, typer.Option(min=-1, max=1, help="The cosine from which two images are alike.")] = 0.98,
+    as_json: Json = False,
+) -> None:
+    """List groups of images that are alike. All pairs are compared."""
+    with command(context, as_json) as answer:
+        from vitfast.images.files import path_text
+        from vitfast.pipeline.search import Index
+
+        searched = Index(index)
+        groups = searched.duplicates(above)
+        answer.json = {
+            "index": path_text(index),
+            "images": len(searched),
+            "above": above,
+            "groups": [[{"path": m.path, "similarity": round(m.similarity, 6)} for m in group] for group in groups],
+        }
+        lines = []
+        for first, *others in groups:
+            lines.append(escaped(first.path))
+            lines += [f"  {match.similarity:.4f}  {escaped(match.path)}" for match in others]
+        answer.text = [*lines, f"{len(groups)} groups of images alike among {len(searched)}"]

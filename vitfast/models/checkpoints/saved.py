@@ -1,0 +1,110 @@
+"""What `Engine.save` writes: vitfast_config.json, which describes the model in our own words, and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from vitfast.images.preprocess import Preprocess
+from vitfast.models import schema
+from vitfast.models.checkpoints import files
+from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, Source
+from vitfast.models.config import ViTConfig
+from vitfast.version import __version__
+
+DESCRIPTION = "vitfast_config.json"
+FORMAT = 1
+
+
+def write(checkpoint: Checkpoint, directory: Path, plan: Mapping[str, Any] | None = None) -> None:
+    """Save a checkpoint such that `read` gives it back; files of an earlier save are replaced.
+
+    Args:
+        plan: what was chosen to run it, and for which machine (see `vitfast.engine.plan_cache`).
+
+    Raises:
+        CheckpointError: if the package safetensors is absent, or the model has a stem, which no file describes.
+        OSError: if the folder cannot be written.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise CheckpointError("saving a model needs the package safetensors: pip install safetensors") from error
+    if checkpoint.stem is not None:
+        raise CheckpointError(f"a model whose tokens come from a {checkpoint.config.stem} cannot be saved")
+    description = {
+        "format": FORMAT,
+        "vitfast": __version__,
+        "config": asdict(checkpoint.config),
+        "preprocess": asdict(checkpoint.preprocess) if checkpoint.preprocess else None,
+        "labels": checkpoint.labels,
+        "problem_type": checkpoint.problem_type,
+        "plan": plan,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    new = {name: directory / f".{name}.tmp" for name in ("model.safetensors", DESCRIPTION)}
+    save_file(weights, new["model.safetensors"], metadata={"format": "pt"})
+    new[DESCRIPTION].write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    for name, path in new.items():
+        os.replace(path, directory / name)
+
+
+def read(directory: Path, name: str) -> Checkpoint:
+    """Read what `write` wrote.
+
+    Raises:
+        CheckpointError: for a file of another format, settings out of their domain, or tensors that do not fit.
+    """
+    where = f"{name}/{DESCRIPTION}"
+    found = files.read_json(directory / DESCRIPTION)
+    if found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where}: format must be {FORMAT}, got {schema.shown(found.get('format'))} "
+            f"(written by vitfast {schema.shown(found.get('vitfast'))}, this is {__version__})"
+        )
+    config = _made(ViTConfig, found.get("config"), f"{where}: config")
+    preprocess = found.get("preprocess")
+    labels, problem_type = found.get("labels"), found.get("problem_type")
+    if labels is not None and (not schema.TEXTS.holds(labels) or len(labels) != config.num_classes):
+        raise CheckpointError(
+            f"{where}: labels must be null or a text for each of {config.num_classes} classes, "
+            f"got {schema.shown(labels)}"
+        )
+    if problem_type is not None and not isinstance(problem_type, str):
+        raise CheckpointError(f"{where}: problem_type must be null or a text, got {schema.shown(problem_type)}")
+    state = files.read_weights(files.find_weights(directory))
+    source = Source(state, name)
+    for canonical, (_, required) in config.weight_shapes().items():
+        if required or canonical in source:
+            source.copy(canonical, canonical)
+    return Checkpoint(
+        config,
+        source.finish(config),
+        None if preprocess is None else _made(Preprocess, preprocess, f"{where}: preprocess"),
+        None if labels is None else tuple(labels),
+        problem_type,
+    )
+
+
+def plan(directory: Path) -> Any:
+    """The plan beside a saved model; None if there is none."""
+    path = directory / DESCRIPTION
+    return files.read_json(path).get("plan") if path.is_file() else None
+
+
+def _made(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from its fields as JSON has them, with lists for tuples."""
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{where} must be an object, got {schema.shown(values)}")
+    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+        raise CheckpointError(f"{where} has {', '.join(map(schema.shown, unknown))}, which this version does not know")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
