@@ -112,7 +112,8 @@ gpu-package: ## build the C++ extension for a GPU machine into build/gpu/package
 	$(GPU)/venv/bin/python benchmarks/carried.py $(PACKAGE)
 
 gpu-test: ## the tests for a GPU, as `make gpu` runs them
-	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS)
+	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS) \
+	  $$(grep -rl --include='test_*.py' mark.device tests)
 
 clean: ## remove the environment and all that was built
 	rm -rf .venv build dist demo site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so

@@ -356,6 +356,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 def test_gpu_graph_and_events():
     gpu = device.open_device(torch.device("cuda", 0))
@@ -369,6 +370,7 @@ def test_gpu_graph_and_events():
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 def test_gpu_roofs_and_telemetry():
     gpu = device.open_device(torch.device("cuda", 0))
