@@ -134,8 +134,9 @@ def tile_clocks(
     pipes: Counter[str] = Counter(rest.pipes)
     for part, n in parts:
         pipes.update({name: clocks * n for name, clocks in part.pipes.items()})
-    pipes["shared memory"] += rest.operands + sum(part.operands * n for part, n in parts)
-    pipes["shared memory"] += copied * steps[0] / rates.shared_bytes
+    operands = rest.operands + sum(part.operands * n for part, n in parts)
+    shared: Mapping[str, Any] = {"shared memory": operands + copied * steps[0] / rates.shared_bytes}
+    pipes.update(shared)
     tensor = rest.tensor + sum(part.tensor * n for part, n in parts)
     barriers = sum(i.base == "BAR" for i in rest_code) * BARRIER_CLOCKS
     alone = rest.clocks + barriers + FILL_CLOCKS + PRODUCT_TAIL_CLOCKS + sum(part.clocks * n for part, n in parts)
