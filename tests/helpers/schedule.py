@@ -1,8 +1,8 @@
 """Two consumer warpgroups, one producer and the tensor cores of a multiprocessor: a model of schedules, step by step.
 
-The producer fills a ring of stages: a copy comes `latency` clocks after its stage was given back, and copies follow each
-other at a multiprocessor's share of L2's rate. Tensor cores take one warpgroup's products of a step at a time, as they
-are asked for. Where two epilogues overlap, each waits for the other's issue slots.
+The producer fills a ring of stages: a copy comes LATENCY clocks after its stage was given back, and copies follow
+each other at a multiprocessor's share of L2's rate. Tensor cores take one warpgroup's products of a step at a time, as
+they are asked for. Where two epilogues overlap, each waits for the other's issue slots.
 """
 
 from dataclasses import dataclass
