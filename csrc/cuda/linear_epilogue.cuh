@@ -94,16 +94,14 @@ VITFAST_DEVICE float gelu(float x) {
 }
 
 // `exact`: GELU by the error function.
-template <int count>
-VITFAST_DEVICE void activate(float (&sums)[count], LinearActivation activation, bool exact) {
+template <bool exact, int count>
+VITFAST_DEVICE void activate(float (&sums)[count], LinearActivation activation) {
   const auto each = [&sums](auto f) {
 #pragma unroll
     for (int i = 0; i < count; ++i) sums[i] = f(sums[i]);
   };
-  if (activation == LinearActivation::gelu && exact) {
-    each([](float x) { return 0.5f * x * (1.0f + erff(0.707106781f * x)); });
-  } else if (activation == LinearActivation::gelu) {
-    each([](float x) { return gelu(x); });
+  if (activation == LinearActivation::gelu) {
+    each([](float x) { return exact ? 0.5f * x * (1.0f + erff(0.707106781f * x)) : gelu(x); });
   } else if (activation == LinearActivation::gelu_tanh) {
     each([](float x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); });
   } else if (activation == LinearActivation::quick_gelu) {
