@@ -135,7 +135,11 @@ def extension() -> dict:
 
 setup(
     packages=PACKAGES,
-    package_data={"vitfast": ["py.typed"], "vitfast.kernels": ["configs/*.json"]},
+    package_data={
+        "vitfast": ["py.typed"],
+        "vitfast.kernels": ["configs/*.json"],
+        "vitfast.benchmarks": ["published/*.json"],
+    },
     include_package_data=False,
     **extension(),
 )
