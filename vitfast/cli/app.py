@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, models, render, search
+from vitfast.cli import bench, models, render, search, serve
 from vitfast.cli.answer import Unfailing, command, run
 from vitfast.cli.options import (
     AllowPickle,
@@ -69,6 +69,7 @@ app = App(
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app)
 app.add_typer(models.app)
+app.add_typer(serve.app)
 
 
 def _show_version(wanted: bool) -> None:
