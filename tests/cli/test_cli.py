@@ -308,6 +308,14 @@ def test_reports(command, file, monkeypatch):
         assert asked == {"archs": ["sm_80", "sm_90"], "kernels": ["linear"]}
 
 
+def test_models_lists_what_loads_and_what_does_not_and_why():
+    rows = answer(run("models", "--json"))
+    assert {"library": "transformers", "class": "SiglipVisionModel", "refused": ""} in rows
+    assert {row["class"] for row in rows if row["library"] == "timm"} >= {"VisionTransformer", "Eva", "Hiera"}
+    assert "Hiera" in run("models", "hiera").stdout and "hierarchical" in run("models", "hiera").stdout
+    assert run("models", "nothing").exit_code == 2
+
+
 def test_doctor_runs_here():
     assert answer(run("doctor", "--json"))
     assert "torch" in run("doctor").stdout
@@ -347,7 +355,7 @@ def test_python_dash_m():
     assert "Usage: vitfast " in python("-m", "vitfast", "--help").stdout
 
 
-@pytest.mark.parametrize("command", ["embed", "classify", "doctor", "inspect"])
+@pytest.mark.parametrize("command", ["embed", "classify", "doctor", "inspect", "models"])
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, render, search
+from vitfast.cli import bench, models, render, search, serve
 from vitfast.cli.answer import Unfailing, command, run
 from vitfast.cli.options import (
     AllowPickle,
@@ -68,6 +68,8 @@ app = App(
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app)
+app.add_typer(models.app)
+app.add_typer(serve.app)
 
 
 def _show_version(wanted: bool) -> None:

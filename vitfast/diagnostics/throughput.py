@@ -19,7 +19,7 @@ writes, of which this is an assumption.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,9 +131,10 @@ def tile_clocks(
     rest_code = listing.outside()
     rest = phase(rest_code, warps, rates)
     parts = [(phase(listing.of(loop), warps, rates), n) for loop, n in zip(loops, steps, strict=True)]
-    pipes: Counter[str] = Counter(rest.pipes)
+    pipes: dict[str, float] = defaultdict(float, rest.pipes)
     for part, n in parts:
-        pipes.update({name: clocks * n for name, clocks in part.pipes.items()})
+        for name, clocks in part.pipes.items():
+            pipes[name] += clocks * n
     pipes["shared memory"] += rest.operands + sum(part.operands * n for part, n in parts)
     pipes["shared memory"] += copied * steps[0] / rates.shared_bytes
     tensor = rest.tensor + sum(part.tensor * n for part, n in parts)

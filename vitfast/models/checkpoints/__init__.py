@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vitfast.models.checkpoints import files, folders, hf, live, named, open_cli
 from vitfast.models.checkpoints.preprocess import changed
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "loadable"]
+__all__ = ["Checkpoint", "CheckpointError", "known", "load", "loadable"]
 
 SUPPORTED = f"timm {', '.join(timm.SUPPORTED)}; transformers {', '.join(hf.supported())}; torchvision VisionTransformer"
 
@@ -133,6 +133,20 @@ def _for_files(revision: str | None, weights_key: str | None, name: str, model: 
         raise CheckpointError(f"weights_key={weights_key!r} applies to files only, and {name} is a live module")
     if model is not None:
         raise CheckpointError(f"model={model!r} is the architecture of a file, and {name} is a live module")
+
+
+def known() -> list[dict[str, str]]:
+    """The classes of other libraries that are known: library, class, and why it is refused, "" if it is not."""
+    listed: tuple[tuple[str, Sequence[str], Mapping[str, str]], ...] = (
+        ("timm", timm.SUPPORTED, timm.REFUSED),
+        ("transformers", hf.supported(), hf.REFUSED),
+        ("torchvision", ("VisionTransformer",), {}),
+    )
+    return [
+        {"library": library, "class": name, "refused": reason}
+        for library, supported, refused in listed
+        for name, reason in {**dict.fromkeys(supported, ""), **refused}.items()
+    ]
 
 
 def loadable(module: nn.Module) -> bool:
