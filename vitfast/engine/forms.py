@@ -87,7 +87,7 @@ def measure(
             stats = vit.first_stats(plan, x)  # in a model, the block before writes them
 
             def run(plan: Plan = plan, prepared: Weights = prepared, stats: Tensor | None = stats) -> Any:
-                return _block(config, prepared, 0, x, stats, plan, last=False)
+                return vit.run_block(config, prepared, 0, x, stats, plan, prepared.positions.of_block(config, 0))
 
             runs[name] = clock.captured(run, device)
         except Exception as error:  # a compiler's errors, a kernel's, a wrong result: all are reasons
@@ -120,14 +120,9 @@ def _prepared(
     return prepare_weights(config, weights, plan, device=device, dtype=dtype)
 
 
-def _block(
-    config: ViTConfig, weights: Weights, index: int, x: Tensor, stats: Tensor | None, plan: Plan, *, last: bool
-) -> vit.State:
-    run = vit.fused_block if plan.fused else vit.folded_block
-    return run(config, weights.activation, weights.blocks[index], x, stats, plan, last=last)
-
-
 def _blocks(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
     """Both blocks, the second on what the first hands on."""
-    x, stats = _block(config, weights, 0, x, vit.first_stats(plan, x), plan, last=False)
-    return _block(config, weights, 1, x, stats, plan, last=True)[0]
+    stats = vit.first_stats(plan, x)
+    for i in range(config.depth):
+        x, stats = vit.run_block(config, weights, i, x, stats, plan, weights.positions.of_block(config, i))
+    return x
