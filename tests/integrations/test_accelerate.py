@@ -91,7 +91,11 @@ def test_torchvision(ran):
     check(peers.torchvision_model(), lambda m: m(x), ran=ran)
 
 
+FULL = ("ViTMSNModel", "Aimv2VisionModel", "IJepaModel")
 TRANSFORMERS = {
+    "DINOv3ViTModel": peers.VIT | {"num_register_tokens": 2},
+    "SiglipVisionModel": peers.VIT,
+    **dict.fromkeys(FULL, peers.VIT),
     "ViTModel": peers.VIT,
     "ViTForImageClassification": peers.VIT,
     "DeiTForImageClassificationWithTeacher": peers.VIT,
@@ -103,21 +107,37 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in TRANSFORMERS]
+)
 def test_transformers(ran, name):
-    x = images(TRANSFORMERS[name]["image_size"])
+    settings = TRANSFORMERS[name]
+    x, other = images(settings["image_size"]), images(settings["patch_size"] * 6)
+    interpolates = name.startswith(("ViTModel", "ViTFor", "DeiT", "CLIP", "Siglip"))
+    resized = {"interpolate_pos_encoding": True} if interpolates else {}
     check(
-        peers.transformers_model(name, TRANSFORMERS[name]),
+        peers.transformers_model(name, settings),
         lambda m: m(x),
         lambda m: m(x, output_hidden_states=True),
         lambda m: m(x, return_dict=False),
-        lambda m: (
-            m(pixel_values=images(TRANSFORMERS[name]["patch_size"] * 6), interpolate_pos_encoding=True)
-            if "Dinov2" not in name
-            else m(images(84))
-        ),
+        lambda m: m(pixel_values=other if interpolates or name.upper().startswith("DINO") else x, **resized),
         ran=ran,
     )
+
+
+def test_shuffled_tokens_and_sizes_told_to_blocks(ran):
+    """ViTMAE shuffles its tokens; BEiT without relative positions tells its blocks the image's size all the same."""
+    for name, settings in (("ViTMAEModel", peers.VIT | {"mask_ratio": 0.5}), ("BeitForImageClassification", peers.VIT)):
+        model, own = (peers.transformers_model(name, settings) for _ in range(2))
+        vitfast.accelerate(model, strict=True)
+        ran.clear()
+        outputs = []
+        for m in (own, model):
+            torch.manual_seed(3)
+            with torch.inference_mode():
+                outputs.append(m(images()))
+        assert len(ran) == 2
+        same(*outputs)
 
 
 def test_the_vision_tower_inside_a_clip(ran):

@@ -122,6 +122,7 @@ def _prepared(
 
 def _blocks(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
     """Both blocks, the second on what the first hands on."""
-    places = [weights.positions.of_block(config, i) for i in range(config.depth)]
-    x, stats = vit.run_block(config, weights, 0, x, vit.first_stats(plan, x), plan, places[0])
-    return vit.run_block(config, weights, 1, x, stats, plan, places[1])[0]
+    stats = vit.first_stats(plan, x)
+    for i in range(config.depth):
+        x, stats = vit.run_block(config, weights, i, x, stats, plan, weights.positions.of_block(config, i))
+    return x

@@ -241,7 +241,10 @@ def _blocks(tower: nn.Module, depth: int, weights: Mapping[str, Tensor]) -> list
 @torch.no_grad()
 def _outputs(tower: nn.Module, images: Tensor) -> dict[str, Tensor]:
     try:
-        return dict(_leaves("output", tower(images)))
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices):  # a masked autoencoder shuffles its tokens, each time in the same way here
+            torch.manual_seed(0)
+            return dict(_leaves("output", tower(images)))
     except Exception as error:  # a model that takes something else than images may raise anything
         raise _Refused(f"it cannot be tried on images {list(images.shape)}: {type(error).__name__}: {error}") from error
 

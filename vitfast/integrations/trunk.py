@@ -137,7 +137,8 @@ class Trunk:
             return f"its input is no tensor [B, N, C] with rows but {_shown(x)}"
         for name, value in (*zip(_names(original(block)), args, strict=False), *kwargs.items()):
             idle = value is None or value is False or name in IDLE
-            if not idle and not (self.placed and PLACED.search(name)):
+            # A model without rotary or relative positions may tell its blocks the image's size, but no tensor of them.
+            if not idle and not (PLACED.search(name) and (self.placed or _plain(value))):
                 return f"it is called with {name} = {_shown(value)}"
         return self._look(index, block, x) or self._unready(x.device) or self._misplaced(x)
 
@@ -298,6 +299,11 @@ def _acting(part: nn.Module) -> str:
         if set(recorded) - {"hidden_states", "_hidden_states_layers"}:
             return f"what is inside it is recorded ({', '.join(recorded)})"
     return ""
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is numbers alone."""
+    return isinstance(value, (bool, int, float)) or (isinstance(value, (tuple, list)) and all(map(_plain, value)))
 
 
 def _shown(value: Any) -> str:
