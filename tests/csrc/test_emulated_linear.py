@@ -125,7 +125,7 @@ def check_gelu(kernels, dtype):
     want[bias == -torch.inf] = 0.0
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
     finite, rounding = want.isfinite(), torch.finfo(dtype).eps / 2
-    assert ((y - want).abs()[finite] <= torch.clamp(bias.double().abs() * rounding, min=1e-3)[finite]).all()
+    assert ((y - want).abs()[finite] <= torch.clamp(want.abs() * rounding, min=1e-3)[finite]).all()
 
 
 def test_gelu_of_any_value(kernels):
@@ -252,7 +252,7 @@ FAULTS = {
     ),
     "statistics of half a row": (EPILOGUE, "return x + shuffle_xor(x, 2);", "return x;", ""),
     "polynomial of gelu turns back": (EPILOGUE, "fminf(x * x, 30.0f)", "x * x", ""),
-    "gelu's tail grows": (EPILOGUE, "0.5f * fmaxf(x, -3.9f)", "0.5f * x", ""),
+    "gelu's tail grows": (EPILOGUE, "x = fmaxf(x, -3.9f);", "", ""),
     "no eps": (EPILOGUE, " + p.eps", "", ""),
     "last tile of statistics taken as whole": (EPILOGUE, "kLinearStats ? left : kL", "kLinearStats ? 128 : kL", ""),
     "ends before y is read": (BODY, "if (thread == 0) store_wait_read<0>();  // shared", "//", "nobody has waited for"),
