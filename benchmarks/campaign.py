@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -72,12 +73,19 @@ OTHERS = ("vit_tiny_patch16_224", "vit_huge_patch14_224")
 OURS = ("vitfast", "vitfast triton", "vitfast native", "vitfast fp8")
 GRAPH = "timm CUDA graph"
 
-WARM_UP = tuple(("smoke", "--op", op, "--backend", "triton", "-m", BASE, "--batch", "256") for op in smoke.SMALL)
+PARTS = {"linear": 3, "quantized_linear": 4, "attention": 2}
+"""Processes among which an op's cases are dealt out to be compiled; one is enough for the others."""
+WARM_UP = tuple(
+    ("smoke", "--op", op, "--backend", "triton", "-m", BASE, "--batch", "256", "--part", f"{part}/{parts}")
+    for op in smoke.SMALL
+    for parts in (PARTS.get(op, 1),)
+    for part in range(1, parts + 1)
+)
 SMOKE = tuple(("smoke", "--op", op, "--backend", backend) for op, backend in smoke.pairs())
 SWEEP = ("sweep", "-m", BASE, "--op", "linear", "--op", "attention", "--batch", "256")
 
 STEPS = (
-    Step("doctor", "doctor", limit_s=20, each_machine=True),
+    Step("doctor", "doctor", limit_s=30, each_machine=True),
     Step("warm-up", "jobs", WARM_UP, limit_s=60, each_machine=True),
     Step("smoke", "jobs", SMOKE, limit_s=60),
     Step("kernels-base", "bench", (("kernels", "-m", BASE, "--batch", "256"),), limit_s=120),
@@ -282,7 +290,7 @@ class Campaign:
 
     def _job(self, step: Step, entry: dict[str, Any], end: float, job: tuple[str, ...]) -> None:
         name = " ".join(job)
-        path = self._work / step.name / f"{'-'.join(part for part in job[1:] if not part.startswith('-'))}.json"
+        path = self._work / step.name / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
         tool = job[:1] if job[0].startswith("compute-sanitizer") else ()
         start = time.monotonic()
         ends = []
@@ -328,7 +336,7 @@ class Campaign:
             entry["answer"] = json.loads(text[text.index("{") :])
         if "answer" not in entry:
             entry["answer"] = {"text": text}
-        entry |= {"state": "done" if done.code == 0 else "failed", "exit_code": done.code}
+        entry |= {"state": "cut" if done.why else "done" if done.code == 0 else "failed", "exit_code": done.code}
 
     def _tests(self, step: Step, entry: dict[str, Any], end: float) -> None:
         report = self._folder / "tests.json"

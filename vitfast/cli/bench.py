@@ -247,6 +247,7 @@ def smoke(
         str | None, typer.Option("--model", "-m", help="At this model's shapes, and without a comparison.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="With --model: images.")] = 256,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Every N-th case, from the K-th on.")] = "1/1",
     device: Device = None,
     dtype: Dtype = None,
     without: Without = None,
@@ -276,6 +277,7 @@ def smoke(
             cases = kernel_cases.grid("quick", ops, [model], [batch], measured.torch_device, what)
         else:
             cases = [case for name in ops for case in module.cases(name, measured.torch_device, what)]
+        cases = _dealt(cases, part)
         method = {"baseline": "", "smoke": True, "model": model}
         file = Results("kernels", measured, method, json_file, resume=resume)
         with _going_on(answer, file, resume) as watch:
@@ -437,6 +439,14 @@ def _named(providers: list[str] | None, peers: list[str] | None) -> list[str]:
     if peers:
         typer.echo("--peer is now --provider; the old name goes with the release after the next", err=True)
     return [*(providers or ()), *(peers or ())]
+
+
+def _dealt(cases: list[Any], part: str) -> list[Any]:
+    """Every N-th case, from the K-th on, by "K/N"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--part is K/N with K from 1 to N, as in 2/4; got {part!r}")
+    return cases[int(match[1]) - 1 :: int(match[2])]
 
 
 def _withhold(without: list[str] | None) -> None:
