@@ -15,7 +15,7 @@ PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(W
 READY := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help test test-full test-oldest-triton lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-sanitize gpu-test demo clean
+.PHONY: help test test-full test-oldest-triton lint lint-ruff lint-mypy lint-clang-format docs sanitize gpu gpu-package gpu-rehearsal gpu-sanitize gpu-test demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -117,8 +117,12 @@ gpu-package: ## build the C++ extension for a GPU machine into build/gpu/package
 	strip --strip-unneeded $(PACKAGE)/vitfast/_C*.so
 	$(GPU)/venv/bin/python benchmarks/carried.py $(PACKAGE)
 
+gpu-rehearsal: $(READY) ## what a GPU would be given, on a stand-in for one, with planted faults (minutes; needs no GPU)
+	$(BIN)/pytest -m "full or not full" --durations 0 tests/benchmarks/test_campaign.py tests/benchmarks/test_standin.py
+
 gpu-test: ## the tests for a GPU, as `make gpu` runs them
-	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS)
+	$(ON_GPU) -m pytest -m device -p helpers.report $(GPU_TEST_ARGS) $(PYTEST_ARGS) \
+	  $$(grep -rl --include='test_*.py' mark.device tests)
 
 clean: ## remove the environment and all that was built
 	rm -rf .venv build dist demo site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache vitfast/_C*.so

@@ -25,7 +25,8 @@ from setuptools import setup
 
 ROOMS = (
     "attention", "benchmarks", "cli", "diagnostics", "engine", "images", "integrations", "kernels", "kernels._compile",
-    "kernels._parts", "models", "models.checkpoints", "ops", "pipeline",
+    "kernels._parts", "models", "models.checkpoints", "ops", "pipeline", "pipeline.sources",
+    "serving",
 )  # fmt: skip
 PACKAGES = ["vitfast", *(f"vitfast.{room}" for room in ROOMS)]
 METADATA_ONLY = {"egg_info", "dist_info", "sdist"}
@@ -135,7 +136,12 @@ def extension() -> dict:
 
 setup(
     packages=PACKAGES,
-    package_data={"vitfast": ["py.typed"], "vitfast.kernels": ["configs/*.json"]},
+    package_data={
+        "vitfast": ["py.typed"],
+        "vitfast.kernels": ["configs/*.json"],
+        "vitfast.benchmarks": ["published/*.json"],
+        "vitfast.serving": ["page/*"],
+    },
     include_package_data=False,
     **extension(),
 )

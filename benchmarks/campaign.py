@@ -332,7 +332,7 @@ class Campaign:
 
     def _tests(self, step: Step, entry: dict[str, Any], end: float) -> None:
         report = self._folder / "tests.json"
-        arguments = [*self._python, *TESTS, "--report", str(report), str(ROOT / "tests")]
+        arguments = [*self._python, *TESTS, "--report", str(report), *_device_tests()]
         self._write_log(f"\n$ {' '.join(arguments)}\n")
         paths = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
         own = {**self._environment, "PYTHONPATH": os.pathsep.join(paths)}  # -p comes before pytest's own pythonpath
@@ -362,6 +362,12 @@ class Campaign:
                 why = entry.get("why") or f"exit code {entry.get('exit_code')}"
                 failed.append(f"{name}: {why}")
         return failed
+
+
+def _device_tests() -> list[str]:
+    """The files that have tests for a GPU: to collect all others would take a good part of the time."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path) for path in files if "mark.device" in path.read_text()]
 
 
 def _culprits(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

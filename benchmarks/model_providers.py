@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from vitfast.benchmarks.providers import INTERPRETED, Absent
+from vitfast.engine.dtypes import QUANTIZED
 from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
+from vitfast.ops import registry
 
 Run = Callable[[Tensor], Tensor]
 BASELINE = "timm eager"
@@ -44,17 +46,37 @@ def engine(model: Any, images: Tensor) -> Run:
     return _classifier(load(model, device=images.device, dtype=images.dtype))
 
 
-def engine_on(backend: str, model: Any, images: Tensor) -> Run:
-    """vitfast's engine with one backend for all that it can run."""
-    if backend == "triton" and not images.is_cuda:
+def engine_triton(model: Any, images: Tensor) -> Run:
+    """vitfast's engine on Triton kernels alone."""
+    if not images.is_cuda:
         raise Absent(INTERPRETED)
-    return _classifier(load(model, device=images.device, dtype=images.dtype, backend=backend))
+    return _classifier(load(model, device=images.device, dtype=images.dtype, backend="triton"))
+
+
+NATIVE_OPS = ("patch_embed", "linear", "attention")
+
+
+def engine_native(model: Any, images: Tensor) -> Run:
+    """vitfast's engine with the C++ extension for the ops of a block that it has; on a GPU norms are then folded.
+
+    Triton finds the first row statistics there, and norms what stands outside of the blocks.
+    """
+    others = [(op, name) for op in NATIVE_OPS for name in ("torch", "triton")]
+    others += [(op, "triton") for op in ("mlp", "attention_block")]
+    if images.is_cuda:
+        others += [("layer_norm", "torch"), ("row_stats", "torch")]
+    with registry.without(others, "not a part of vitfast native"):
+        # Deterministic, for a plan that is measured would be kept, and taken for that of the whole engine.
+        return _classifier(load(model, device=images.device, dtype=images.dtype, deterministic=True))
 
 
 def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     """vitfast's engine with the products of the blocks in 8 bits."""
-    if not images.is_cuda:
-        raise Absent("on a CPU it is an emulation, there to see what it costs in accuracy")
+    reasons = registry.backend("quantized_linear", "native").why_not(
+        registry.Spec("quantized_linear", "cpu", QUANTIZED[precision])
+    )
+    if not images.is_cuda and reasons:
+        raise Absent(f"on this CPU it is an emulation, there to see what it costs in accuracy: {'; '.join(reasons)}")
     return _classifier(load(model, device=images.device, dtype=precision))
 
 
@@ -177,42 +199,84 @@ def tensorrt(model: Any, images: Tensor) -> Run:
 
 def onnxruntime(model: Any, images: Tensor) -> Run:
     """ONNX Runtime on the CPU, fp32, all graph optimisations, as many threads as torch."""
-    _cpu_fp32_only(images)
+    _on_cpu_in(images, torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _export(model, images, path)
+        return _onnx_session(path)
+
+
+def onnxruntime_int8(model: Any, images: Tensor) -> Run:
+    """ONNX Runtime's dynamic quantisation: weights in int8 by channel, activations measured at every call."""
+    _on_cpu_in(images, torch.float32, torch.bfloat16)
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, path = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        _export(model, images.float(), plain)
+        products = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
+        quantize_dynamic(str(plain), str(path), per_channel=True, weight_type=QuantType.QInt8, **products)
+        return _onnx_session(path)
+
+
+def _onnx_session(path: Path) -> Run:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        _export(model, images, path)
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(None, {name: x.float().numpy()})[0])
 
 
 def openvino(model: Any, images: Tensor) -> Run:
-    """OpenVINO on the CPU, in fp32 (its default there may be lower), as many threads as torch."""
-    _cpu_fp32_only(images)
+    """OpenVINO on the CPU, in the images' dtype (its default there may be lower), as many threads as torch."""
+    _on_cpu_in(images, torch.float32, torch.bfloat16)
+    return _openvino_network(
+        _openvino_model(model, images), {torch.float32: "f32", torch.bfloat16: "bf16"}[images.dtype]
+    )
+
+
+def openvino_int8(model: Any, images: Tensor) -> Run:
+    """OpenVINO with NNCF's post-training quantisation for transformers, calibrated on other images than these."""
+    _on_cpu_in(images, torch.float32, torch.bfloat16)
+    import nncf
+
+    generator = torch.Generator().manual_seed(2)
+    others = [torch.randn(1, *images.shape[1:], generator=generator).numpy() for _ in range(32)]
+    options = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(others)}
+    single = _openvino_model(model, images, batch=-1)
+    return _openvino_network(nncf.quantize(single, nncf.Dataset(others), **options), "bf16")
+
+
+def _openvino_model(model: Any, images: Tensor, batch: int | None = None) -> Any:
+    """The exported network, for batches of the images' size, or of any with -1."""
     os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
     import openvino as ov
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        _export(model, images, path)
-        core = ov.Core()
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        network = core.compile_model(core.read_model(str(path)), "CPU", settings)
-    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
+    made = ov.convert_model(copy.deepcopy(model).float(), example_input=images.float())
+    made.reshape([images.shape[0] if batch is None else batch, *images.shape[1:]])
+    return made
 
 
-def _cpu_fp32_only(images: Tensor) -> None:
-    if images.device.type != "cpu" or images.dtype != torch.float32:
-        raise Absent(f"compared on the CPU in fp32 only, not on {images.device} in {images.dtype}")
+def _openvino_network(made: Any, precision: str) -> Run:
+    """The compiled network; `precision`: of what is not quantised."""
+    import openvino as ov
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    network = ov.Core().compile_model(made, "CPU", settings)
+    return lambda x: torch.from_numpy(network(x.float().numpy())[0].copy())
+
+
+def _on_cpu_in(images: Tensor, *dtypes: torch.dtype) -> None:
+    if images.device.type != "cpu" or images.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise Absent(f"compared on the CPU in {names} only, not on {images.device} in {images.dtype}")
 
 
 def _export(model: Any, images: Tensor, path: Path) -> None:
@@ -224,8 +288,8 @@ def _export(model: Any, images: Tensor, path: Path) -> None:
 
 PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vitfast": engine,
-    "vitfast triton": functools.partial(engine_on, "triton"),
-    "vitfast native": functools.partial(engine_on, "native"),
+    "vitfast triton": engine_triton,
+    "vitfast native": engine_native,
     "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
     "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
     "timm eager": eager,
@@ -236,14 +300,22 @@ PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "torchao FP8": torchao_fp8,
     "TensorRT": tensorrt,
     "ONNX Runtime": onnxruntime,
+    "ONNX Runtime int8": onnxruntime_int8,
     "OpenVINO": openvino,
+    "OpenVINO int8": openvino_int8,
 }
 
-EIGHT_BIT = {"vitfast fp8": "float8_e4m3fn", "vitfast int8": "int8", "torchao FP8": "float8_e4m3fn"}
+EIGHT_BIT = {
+    **{"vitfast fp8": "float8_e4m3fn", "torchao FP8": "float8_e4m3fn"},
+    **{"vitfast int8": "int8", "ONNX Runtime int8": "int8", "OpenVINO int8": "int8"},
+}
 """Those that multiply in 8 bits, and in which."""
 
 DEFAULTS = {
-    "cpu": ("vitfast", "timm eager", "torch.compile", "ONNX Runtime", "OpenVINO"),
+    "cpu": (
+        "vitfast", "vitfast int8", "timm eager", "torch.compile", "ONNX Runtime", "ONNX Runtime int8", "OpenVINO",
+        "OpenVINO int8",
+    ),
     "cuda": (
         "vitfast", "vitfast triton", "vitfast native", "vitfast fp8", "timm eager", "timm CUDA graph", "transformers",
         "torch.compile", "TensorRT",

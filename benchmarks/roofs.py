@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,8 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     """TFLOP/s of a square product in `dtype`, on a GPU in all dtypes, and GB/s of a copy (both directions count).
 
     Returns:
-        tflops: by dtype; side: of the square; copy_gb_per_s; copy_bytes; refused: dtype -> why it has no product;
-        and clock and power meanwhile.
+        tflops: by dtype; side: of the square; instruction_tflops: on a CPU, see `_instructions`; copy_gb_per_s;
+        copy_bytes; refused: dtype -> why it has no product; and clock and power meanwhile.
     """
     kind, where = device.torch_device.type, device.torch_device
     side = SIDES[kind]
@@ -56,7 +57,19 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
         "copy_bytes": COPY_BYTES[kind],
         "refused": refused,
         **timing.clocks(telemetry),
+        **(_instructions(rounds) if kind == "cpu" else {}),
     }
+
+
+def _instructions(rounds: int) -> dict[str, Any]:
+    """instruction_tflops: by dtype, the best of some loops of the CPU's product instructions in registers; nothing
+    without the C++ extension. No product can be faster, torch's own included."""
+    try:
+        extension = importlib.import_module("vitfast._C")
+    except ImportError:
+        return {}
+    measured = [extension.product_roofs() for _ in range(rounds)]
+    return {"instruction_tflops": {name: max(one[name] for one in measured) / 1e12 for name in measured[0]}}
 
 
 def _generator(device: torch.device) -> torch.Generator:

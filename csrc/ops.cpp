@@ -9,6 +9,7 @@
 #include <iterator>
 #include <string>
 
+#include "cpu/product_roof.h"
 #include "cpu/simd.h"
 #include "cuda/attention.h"
 #include "cuda/linear.h"
@@ -139,6 +140,12 @@ py::dict ops() {
 
 void limit_simd(const std::string& name) { vitfast::simd_limit() = vitfast::simd_named(name); }
 
+py::dict product_roofs() {
+  py::dict roofs;
+  for (const auto& [dtype, rate] : vitfast::product_roofs()) roofs[dtype.c_str()] = rate;
+  return roofs;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = VITFAST_COMPILER;
@@ -162,6 +169,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ops", &ops, "The ops in torch.ops.vitfast_native, each with the devices and dtypes it runs on.");
   m.def("build_info", &build_info,
         "Compiler, flags, torch version, SIMD level in use here, threading, and CUDA or why not.");
+  m.def("product_roofs", &product_roofs,
+        "FLOP/s of the CPU's product instructions in loops that stay in registers, by dtype; for benchmarks.");
   m.def("limit_simd", &limit_simd,
         "The highest SIMD level the CPU's ops may use: for tests of the levels below this CPU's.");
 }

@@ -22,6 +22,16 @@ if not torch.cuda.is_available():
     testing.repair_interpreter()
 
 
+def pytest_runtest_logreport(report):
+    """A GPU's context that a test killed fails all tests after it: end this worker, and xdist begins another."""
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            os.write(2, f"{report.nodeid} killed the GPU's context: {error}\n".encode())
+            os._exit(1)
+
+
 @pytest.fixture(autouse=True)
 def _global_state():
     """A test that leaves a setting of the process changed fails, and the next one finds it as it was."""

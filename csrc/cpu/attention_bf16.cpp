@@ -86,7 +86,11 @@ VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t
 VITFAST_INLINE float round_chances(const float* scores, int64_t width, float shift, at::BFloat16* chances) {
   Floats total{};
   for (int64_t n = 0; n < width; n += kWide) {
-    total += store_rounded(chances + n, rough_exp_of_negative<kWide>(load_floats(scores + n) - shift));
+    const Floats chance = rough_exp_of_negative<kWide>(load_floats(scores + n) - shift);
+    total += chance;
+    Halves rounded;  // not as an intrinsic, whose type has no name in every GCC
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(chance));
+    std::memcpy(chances + n, &rounded, sizeof(rounded));
   }
   const float denominator = sum<kWide>(total);
   return denominator == 0.0f ? 0.0f : 1.0f / denominator;

@@ -91,30 +91,38 @@ VITFAST_INLINE uint32_t largest(const typename VectorOf<lanes>::ints& x) {
   }
 }
 
+VITFAST_INLINE Bits larger_magnitudes(const Bits& magnitudes, const Floats& x) {
+  const Bits these = bits_of(x) & 0x7fffffffu;
+  return these > magnitudes ? these : magnitudes;
+}
+
 // QUANTIZED and LEAST_AMAX of vitfast/ops/reference.py.
 constexpr float kLargestInt8 = 127.0f, kLeastAmax = 0x1p-100f;
 
 // reference.quantize of a row [n] in int8: its scale, or NaN, with zeros for values, where it is not finite.
-VITFAST_INLINE float quantize_row(const float* row, int64_t n, int8_t* values) {
+template <typename scalar_t>
+VITFAST_INLINE float quantize_row(const scalar_t* row, int64_t n, int8_t* values) {
   constexpr float kRound = 0x1.8p23f;  // a sum with it ends in the bits of the integer
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t whole = n / kWide * kWide;
   Bits most{};  // magnitudes, whose bits are ordered as they are; NaN comes above infinity
-  for (int64_t i = 0; i < n; i += kWide) {
-    const Bits magnitude = bits_of(load_floats(row + i, n - i)) & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
+  for (int64_t i = 0; i < whole; i += kWide) most = larger_magnitudes(most, load_floats(row + i));
+  if (whole < n) most = larger_magnitudes(most, load_floats(row + whole, n - whole));
   const uint32_t largest_bits = largest<kWide>(most);
   float amax;
   std::memcpy(&amax, &largest_bits, sizeof(amax));
-  if (!(amax < kInfinity)) {
+  if (!(amax < std::numeric_limits<float>::infinity())) {
     std::fill(values, values + n, static_cast<int8_t>(0));
     return std::numeric_limits<float>::quiet_NaN();
   }
   amax = std::max(amax, kLeastAmax);
   const float inverse = kLargestInt8 / amax;
-  for (int64_t i = 0; i < n; i += kWide) {
-    const Bytes bytes = __builtin_convertvector(bits_of(load_floats(row + i, n - i) * inverse + kRound), Bytes);
-    std::memcpy(values + i, &bytes, std::min<int64_t>(kWide, n - i));
+  for (int64_t i = 0; i < whole; i += kWide) {
+    const Bytes bytes = __builtin_convertvector(bits_of(load_floats(row + i) * inverse + kRound), Bytes);
+    std::memcpy(values + i, &bytes, sizeof(bytes));
+  }
+  if (whole < n) {
+    const Bytes bytes = __builtin_convertvector(bits_of(load_floats(row + whole, n - whole) * inverse + kRound), Bytes);
+    std::memcpy(values + whole, &bytes, n - whole);
   }
   return amax / kLargestInt8;
 }

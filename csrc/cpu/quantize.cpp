@@ -37,17 +37,20 @@ VITFAST_INLINE void quantize_loop(const Rows<scalar_t>& rows, int64_t begin, int
   const int64_t n = rows.width;
   float* normed = buffer + n;
   for (int64_t r = begin; r < end; ++r) {
-    const float* row = widened(rows.x + r * n, n, buffer);
-    if (rows.weight) {
-      const Moments moments = moments_of(row, n, rows.eps);
-      for (int64_t i = 0; i < n; i += kWide) {
-        const Floats weight = load_floats(rows.weight + i, n - i), bias = load_floats(rows.bias + i, n - i);
-        const Floats value = (load_floats(row + i, n - i) - moments.mean) * moments.rstd * weight + bias;
-        store_rounded(normed + i, value, n - i);
-      }
-      row = normed;
+    const scalar_t* x = rows.x + r * n;
+    int8_t* values = rows.values + r * n;
+    if (!rows.weight) {
+      rows.scales[r] = quantize_row(x, n, values);
+      continue;
     }
-    rows.scales[r] = quantize_row(row, n, rows.values + r * n);
+    const float* row = widened(x, n, buffer);
+    const Moments moments = moments_of(row, n, rows.eps);
+    for (int64_t i = 0; i < n; i += kWide) {
+      const Floats weight = load_floats(rows.weight + i, n - i), bias = load_floats(rows.bias + i, n - i);
+      const Floats value = (load_floats(row + i, n - i) - moments.mean) * moments.rstd * weight + bias;
+      store_rounded(normed + i, value, n - i);
+    }
+    rows.scales[r] = quantize_row(normed, n, values);
   }
 }
 

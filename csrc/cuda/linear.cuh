@@ -182,7 +182,7 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
     if (scaled) rescale(sums, c.weight_scale, column, c.n);
     if (!scaled && c.row_stats) fold_norm(sums, c, column, mean0, rstd0, mean1, rstd1);
     if (c.bias) combine<T>(sums, c.bias, column, c.n, [](float s, float bias) { return s + bias; });
-    activate(sums, c.activation);
+    activate<scaled>(sums, c.activation);  // y in e4m3 with its scales tells more than 16 bits do
     if (c.layer_scale) combine<T>(sums, c.layer_scale, column, c.n, [](float s, float scale) { return s * scale; });
     named_barrier(1 + group, 128);  // thread 0 knows that y's place is free; now all do
     const auto place = [=](int j, int half) {

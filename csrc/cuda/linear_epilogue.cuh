@@ -86,14 +86,22 @@ VITFAST_DEVICE void combine(float (&sums)[count], const void* vector, int column
 
 VITFAST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
-template <int count>
+// GELU by erf, to 1e-3 or 2^-12 |x|, whichever is more: `fast_gelu` of kernels/_parts/activation.py, where its three
+// numbers are explained.
+VITFAST_DEVICE float gelu(float x) {
+  const float square = fminf(x * x, 30.0f), half = 0.5f * fmaxf(x, -3.9f);
+  return half + half * tanh_fast(x * (0.797570344f + square * (0.0369573079f - square * 0.000344753544f)));
+}
+
+// `exact`: GELU by the error function.
+template <bool exact, int count>
 VITFAST_DEVICE void activate(float (&sums)[count], LinearActivation activation) {
   const auto each = [&sums](auto f) {
 #pragma unroll
     for (int i = 0; i < count; ++i) sums[i] = f(sums[i]);
   };
   if (activation == LinearActivation::gelu) {
-    each([](float x) { return 0.5f * x * (1.0f + erff(0.707106781f * x)); });
+    each([](float x) { return exact ? 0.5f * x * (1.0f + erff(0.707106781f * x)) : gelu(x); });
   } else if (activation == LinearActivation::gelu_tanh) {
     each([](float x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); });
   } else if (activation == LinearActivation::quick_gelu) {

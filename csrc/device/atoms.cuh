@@ -114,6 +114,13 @@ VITFAST_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// tanh, to a relative error of 2^-11.
+VITFAST_DEVICE float tanh_fast(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Both rounded to nearest even, `low` in the low half.
 VITFAST_DEVICE uint32_t pack(bf16, float low, float high) {
   uint32_t pair;
@@ -184,6 +191,13 @@ inline float shuffle_xor(float x, int mask) { return emulation::thread().shuffle
 inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::thread().shuffle_xor(x, mask); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline float exp2_fast(float x) { return std::exp2(x); }
+// Off by as much as the instruction may be, up or down by the last bit of x.
+inline float tanh_fast(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const float y = std::tanh(x) * (1.0f + (bits % 2 ? 0x1p-11f : -0x1p-11f));
+  return std::isnan(y) ? y : std::fmax(-1.0f, std::fmin(1.0f, y));
+}
 inline uint32_t pack(bf16, float low, float high) {
   return emulation::to_bf16(low) | static_cast<uint32_t>(emulation::to_bf16(high)) << 16;
 }

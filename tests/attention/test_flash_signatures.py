@@ -229,6 +229,7 @@ def test_varlen_sequences_cannot_reach_each_other(place, backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has synchronisations to count")
 @pytest.mark.gpu
+@pytest.mark.device
 def test_varlen_does_not_synchronise():
     qkv, lengths = make(10, 3, 2, 16, dtype=FP16), cumulative([7, 3])
     flash_attn_varlen_qkvpacked_func(qkv, lengths, 7, causal=True)  # compiles, allocates

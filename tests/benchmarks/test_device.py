@@ -13,6 +13,8 @@ from vitfast.benchmarks import device, environment, kernels, roofs, timing
 from vitfast.benchmarks.cases import Case
 from vitfast.benchmarks.device import CpuDevice, CudaDevice
 from vitfast.benchmarks.providers import BASELINE, Provider
+from vitfast.benchmarks.watch import ContextLost
+from vitfast.engine import clock
 from vitfast.ops import reference
 
 
@@ -276,10 +278,85 @@ def test_roofs_of_the_cpu(monkeypatch):
     assert roofs.drift(found) is None
 
 
+def test_nvml_may_refuse_any_query():
+    """As a virtual machine does: the row says what is missing, and has the rest."""
+    for name in [name for name in vars(fake_nvml()) if name.startswith("nvmlDeviceGet") and "Handle" not in name]:
+
+        def refuse(*args, name=name):
+            raise NVMLError(f"{name}: not supported")
+
+        nvml = fake_nvml(**{name: refuse})
+        gpu, _ = cuda_device(nvml)
+        facts, clocks = gpu.facts(), timing.clocks([gpu.telemetry()] * 3)
+        assert facts["driver"] == "580.1" and facts["gpu"]
+        refused = facts.get("nvml_refused", {}) | facts["idle"].get("nvml_refused", {})
+        assert list(refused.values()) == [f"{name}: not supported"] * len(refused) and refused, name
+        assert len(clocks) + ("nvml_refused" not in clocks) == 4 + ("nvml_refused" not in facts["idle"])
+
+
+def test_a_program_that_fails_leaves_the_others_their_times():
+    gpu, fake = cuda_device()
+    gpu.shortest_ms, turns, failed = 0.0, [], {}
+
+    def tired():
+        fake.call()
+        if len(turns) > 4:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    programs = {"a": gpu.prepare([fake.call], capture=False), "b": gpu.prepare([tired], capture=False)}
+    times, _ = timing.time_interleaved(programs, gpu, rounds=5, before=turns.append, failed=failed)
+    assert list(times) == ["a"] and len(times["a"]) == 5 and "illegal" in str(failed["b"])
+    with pytest.raises(RuntimeError, match="illegal"):
+        timing.time_interleaved(programs, gpu, rounds=5, before=turns.append)
+
+
+def test_a_dead_context_names_what_killed_it():
+    gpu, fake = cuda_device()
+    gpu.cache_bytes = 10**4
+
+    def synchronize():
+        if fake.log.count("kill"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    fake.synchronize = synchronize
+
+    def kill(*args):
+        fake.log.append("kill")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    right = functools.partial(Provider, build=lambda call: functools.partial(reference.layer_norm, *call.args))
+    providers = {BASELINE: right(BASELINE), "bad": Provider("bad", lambda call: kill), "after": right("after")}
+    case = Case("layer_norm", {"rows": 7, "width": 64}, torch.device("cpu"), torch.float32)
+    with pytest.raises(ContextLost) as lost:
+        kernels.run_case(case, gpu, providers, rounds=3)
+    row = lost.value.row
+    assert (row["provider"], row["died"], row["correct"]) == ("bad", True, False)
+    assert "illegal memory access" in row["error"] and "context is dead" in row["error"]
+
+
+def test_the_planner_replays_graphs_behind_a_cold_cache(monkeypatch):
+    fake = FakeCuda()
+    fake.device, fake.log = lambda device: contextlib.nullcontext(), []
+    fake.Stream, graph = lambda device: SimpleNamespace(wait_stream=lambda other: None), fake.graph
+    fake.graph = lambda made, stream, capture_error_mode: graph(made)
+    cuda, flushed = torch.device("cuda"), SimpleNamespace(zero_=lambda: fake.log.append("flush"))
+    monkeypatch.setattr(clock.torch, "empty", lambda *args, **options: flushed)
+    run = clock.captured(fake.call, cuda, cuda=fake)
+    assert fake.log == ["call", "main waits"]  # the warm-up: captured calls do not run
+    assert clock.time_calls([run, run], cuda, rounds=3, cuda=fake) == [2.0, 2.0]
+    assert fake.log[4:9] == ["flush", "record", "replay", "record", "wait"]
+    fake.refuses = True
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: operation not permitted"):
+        clock.captured(fake.call, cuda, cuda=fake)
+    assert fake.log[-1] == "synchronize" and clock.capture_lock.acquire(blocking=False)
+    clock.capture_lock.release()
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 def test_gpu_graph_and_events():
     gpu = device.open_device(torch.device("cuda", 0))
@@ -293,6 +370,7 @@ def test_gpu_graph_and_events():
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 def test_gpu_roofs_and_telemetry():
     gpu = device.open_device(torch.device("cuda", 0))

@@ -114,6 +114,25 @@ def test_epilogues(kernels, names):
     check(kernels, x, weight, columns=columns, blocks=2, **epilogue_of(names, x, weight))
 
 
+def check_gelu(kernels, dtype):
+    """In bias: y is GELU of it. Ends of the range, inf and NaN too."""
+    bias = torch.cat([torch.linspace(-12, 12, 116), torch.tensor([1e4, -1e4, torch.inf, -torch.inf]), torch.zeros(8)])
+    bias[-1] = torch.nan
+    bias = guarded(bias.to(dtype))
+    x, weight = guarded(torch.zeros(2, 8, dtype=dtype)), guarded(torch.zeros(128, 8, dtype=dtype))
+    y = run(kernels, x, weight, bias, activation="gelu", columns=128)[1].double()
+    want = torch.nn.functional.gelu(bias.double())
+    want[bias == -torch.inf] = 0.0
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
+    finite, rounding = want.isfinite(), torch.finfo(dtype).eps / 2
+    assert ((y - want).abs()[finite] <= torch.clamp(bias.double().abs() * rounding, min=1e-3)[finite]).all()
+
+
+def test_gelu_of_any_value(kernels):
+    for dtype in (FP16, BF16):
+        check_gelu(kernels, dtype)
+
+
 def test_norm_far_from_zero(kernels):
     """Rows with a mean of five deviations, whose statistics are of three tiles, the last a part of one."""
     x, weight = operands(20, 64, 296)
@@ -232,6 +251,8 @@ FAULTS = {
         "",
     ),
     "statistics of half a row": (EPILOGUE, "return x + shuffle_xor(x, 2);", "return x;", ""),
+    "polynomial of gelu turns back": (EPILOGUE, "fminf(x * x, 30.0f)", "x * x", ""),
+    "gelu's tail grows": (EPILOGUE, "0.5f * fmaxf(x, -3.9f)", "0.5f * x", ""),
     "no eps": (EPILOGUE, " + p.eps", "", ""),
     "last tile of statistics taken as whole": (EPILOGUE, "kLinearStats ? left : kL", "kLinearStats ? 128 : kL", ""),
     "ends before y is read": (BODY, "if (thread == 0) store_wait_read<0>();  // shared", "//", "nobody has waited for"),
@@ -257,6 +278,7 @@ def test_seeded_faults_show(fault, tmp_path):
     def both():
         for epilogue in runs:
             check(kernels, x, weight, columns=128, **epilogue)
+        check_gelu(kernels, BF16)
 
     with pytest.raises(RuntimeError if trap else (AssertionError, RuntimeError), match=trap or None):
         both()

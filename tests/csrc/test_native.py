@@ -341,3 +341,21 @@ def test_install_without_extension(tmp_path, environment, code, status, message)
     )
     assert result.returncode == status, result.stderr
     assert message in result.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("level", "dtypes"),
+    [
+        ("avx2", set()),
+        ("avx512f", {"float32"}),
+        ("avx512_vnni", {"float32", "int8"}),
+        ("avx512_bf16", {"float32", "bfloat16", "int8"}),
+    ],
+    indirect=["level"],
+)
+def test_product_roofs(level, dtypes):
+    from vitfast import _C
+
+    roofs = _C.product_roofs()
+    assert set(roofs) == dtypes and all(rate > 1e8 for rate in roofs.values())

@@ -27,6 +27,7 @@ def test_head_dims(tokens, head_dim, dtype):
     check_op(native, reference.attention, *packed(2, tokens, 3, head_dim, dtype))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("tokens", [16, 17, 64, 65, 200, 201, 208, 209, 257, 264, 265, 272, 273, 320])
 def test_tokens(tokens):
     check_op(native, reference.attention, *packed(3, tokens, 5, 64, BF16))
@@ -47,11 +48,13 @@ def test_nan_of_one_image_stays_there():
     check_op(native, reference.attention, *guarded(qkv).unbind(2))
 
 
+@pytest.mark.device
 def test_what_the_kernel_for_hopper_leaves_to_the_other():
     q, k, v = packed(2, 197, 3, 64, BF16)
     check_op(native, reference.attention, q, k[:1].expand(2, -1, -1, -1), v[:, :, :1].expand(-1, -1, 3, -1))
 
 
+@pytest.mark.device
 def test_in_a_graph():
     q, k, v = packed(2, 197, 3, 64, BF16)
     want = native(q, k, v)
@@ -110,6 +113,7 @@ def test_linear_sizes(m, n, k, dtype):
     check_op(native_linear, reference.linear, *operands(m, n, k, dtype), activation="gelu")
 
 
+@pytest.mark.device
 @needs_linear
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"])
 @pytest.mark.parametrize("rows", [130, 6304])
@@ -124,6 +128,7 @@ def test_linear_epilogues(rows, activation):
     assert_close(stats, reference.row_stats(y, upcast=True), reference.row_stats(y))
 
 
+@pytest.mark.device
 @needs_linear
 def test_linear_views_graphs_and_repeats():
     x, weight, bias = guarded(make(4, 197, 1024, dtype=BF16))[..., 64:832], *operands(1, 1000, 768)[1:]

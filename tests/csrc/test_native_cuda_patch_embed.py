@@ -30,6 +30,7 @@ def test_sizes(case, pixels, channels_last):
     check_op(native, reference.patch_embed, *args, patch_size=case[4], channels_last=channels_last)
 
 
+@pytest.mark.device
 def test_strides_and_empty_batch():
     kwargs = {"patch_size": (16, 16), "channels_last": True}
     images, weight, *rest = on_gpu(GRID[0], UINT8, True)

@@ -42,6 +42,7 @@ def test_sizes(m, n, k, grouped):
     check_op(native, reference.quantized_linear, *operands(m, n, k, grouped=grouped), activation="gelu")
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu"])
 @pytest.mark.parametrize("rows", [130, 6304])
@@ -53,6 +54,7 @@ def test_epilogues(rows, activation, dtype):
     check_op(native, reference.quantized_linear, *exact, **kwargs, requantize=True)
 
 
+@pytest.mark.device
 def test_views_graphs_and_repeats():
     x, x_scale, weight, weight_scale = operands(4 * 197, 1008, 768)
     x, x_scale = strided(x, 16).view(4, 197, 768), x_scale.view(4, 197)

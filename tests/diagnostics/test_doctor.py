@@ -62,6 +62,13 @@ def test_versions_and_platform(report):
     assert versions["numpy"] == numpy.__version__
     assert versions["cuda"] == torch.version.cuda
     assert report["platform"]["cpu_threads"] == torch.get_num_threads()
+    products = report["platform"]["native_products"]
+    if registry.backend("linear", "native").missing:
+        assert products is None
+    else:
+        assert "fp32: " in products
+        for name, instruction, lacks in (("bf16", "vdpbf16ps", "AVX512-BF16"), ("int8", "vpdpbusd", "AVX-512 VNNI")):
+            assert (f"{name}: {instruction}" in products) != (f"{name}: there is no {lacks} here" in products)
     assert len(report["devices"]) == torch.cuda.device_count()
 
 

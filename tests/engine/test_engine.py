@@ -240,6 +240,7 @@ def test_engine_is_thread_safe():
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 @pytest.mark.parametrize("batch", [1, 3, 8, 21])
 def test_graphs_equal_eager(batch):

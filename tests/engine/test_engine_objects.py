@@ -19,7 +19,7 @@ from vitfast.engine.sites import site_case
 from vitfast.models import checkpoints
 from vitfast.models.plan import SITES
 from vitfast.ops import reference, registry
-from vitfast.pipeline.embed import _top_classes
+from vitfast.pipeline.embed import top_classes
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_scores_are_those_of_transformers_pipeline():
         stand_in = type("Pipeline", (), {"model": model})()
         want = {row["label"]: row["score"] for row in own(stand_in, {"logits": logits})}
         labels = [f"LABEL_{i}" for i in range(classes)]
-        rows = _top_classes(logits[0].numpy(), classes, labels, loaded.problem_type)
+        rows = top_classes(logits[0].numpy(), classes, labels, loaded.problem_type)
         key = "value" if problem_type == "regression" else "probability"
         assert {row["label"]: row[key] for row in rows} == pytest.approx(want, rel=1e-5)
         assert [row[key] for row in rows] == sorted((row[key] for row in rows), reverse=True)

@@ -7,7 +7,7 @@ import torch
 
 import vitfast
 from vitfast import testing
-from vitfast.engine import cases, plan_cache, planner
+from vitfast.engine import cases, forms, plan_cache, planner
 from vitfast.engine.sites import HEAD_ROWS, plan_sites, site_case, site_spec
 from vitfast.models.plan import PRODUCTS, SITES, Plan
 from vitfast.ops import registry
@@ -152,16 +152,89 @@ def planned(monkeypatch, cost, config=SMALL, **options):
     return planner.build(config, device=cuda, dtype=torch.bfloat16, batch=1, **options)
 
 
-def test_a_small_models_plan_may_fuse_halves_of_a_block(monkeypatch, folder):
-    """Measured faster than its parts together, the one launch is chosen, and norms are folded all the same."""
-    cost = {"linear": 0.6, "attention": 0.2}
-    for mlp, attention in ((1.0, 1.5), (1.3, 1.5), (1.0, 1.3), (1.3, 1.3)):  # of parts that cost 1.2 and 1.4
-        found = planned(monkeypatch, cost | {"mlp": mlp, "attention_block": attention})
-        assert (found.mlp is not None, found.attention_block is not None) == (mlp < 1.2, attention < 1.4)
-        assert found.fused == (mlp < 1.2 or attention < 1.4) and found.fold_norm
-    free = cost | {"mlp": 0.0, "attention_block": 0.0}
-    wide = planned(monkeypatch, free, dataclasses.replace(SMALL, width=448, heads=7))  # wider than one launch goes
-    assert wide.mlp is None and wide.attention_block is None
+def test_the_form_of_a_block_that_is_fastest_as_a_whole_is_chosen(monkeypatch, folder):
+    """Whatever its sites cost one by one; a tie keeps the norms apart."""
+    both, mlp = "folded, attention_block and mlp in one launch", "folded, mlp in one launch"
+    asked = []
+
+    def measure(config, plans, plain, **options):
+        asked.append(list(plans))
+        assert not plans["unfused"].fold_norm and all(plans[name].fold_norm for name in plans if name != "unfused")
+        assert set(plain.backends.values()) == {"torch"}
+        return {"ms": {name: ms[name] for name in plans}, "refused": {}}
+
+    monkeypatch.setattr(forms, "measure", measure)
+    for fastest, folds, fused in (("unfused", False, ()), ("folded", True, ()), (mlp, True, ("mlp",)),
+                                  (both, True, ("attention_block", "mlp"))):  # fmt: skip
+        ms = dict.fromkeys(("unfused", "folded", "folded, attention_block in one launch", mlp, both), 1.0)
+        ms[fastest] = 0.96
+        plan_cost = {"linear": 0.6, "case": fastest}
+        found = planned(monkeypatch, plan_cost)
+        assert found.fold_norm == folds and found.measured["forms"]["ms"] == ms
+        assert tuple(site for site in ("attention_block", "mlp") if site in found.backends) == fused
+        again = planned(monkeypatch, plan_cost)  # from the cache
+        assert again.backends == found.backends and again.fold_norm == folds
+    assert len(asked) == 4 and asked[0] == list(ms)
+    ms = dict.fromkeys(ms, 1.0) | {"folded": 0.98}
+    assert not planned(monkeypatch, {"case": "a tie"}).fold_norm
+    wide = dataclasses.replace(SMALL, width=448, heads=7)  # wider than one launch goes
+    planned(monkeypatch, {"case": "wide"}, wide)
+    assert asked[-1] == ["unfused", "folded"]
+
+
+def test_no_memory_for_the_forms_is_not_kept(monkeypatch, folder):
+    def hungry(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forms, "measure", hungry)
+    with pytest.warns(UserWarning, match=r"memory was too short to measure forms \(unfused, folded"):
+        found = planned(monkeypatch, {"linear": 0.6})
+    assert not found.fold_norm and not folder.exists()
+
+
+def test_native_products_fold_too(monkeypatch):
+    """With Triton's first statistics; each product may be the faster of both."""
+    monkeypatch.setattr(cases, "device_capability", lambda device: (9, 0))
+    entries = {
+        site: {name: registry.backend(SITES[site].op, name) for name in ("torch", "triton")}
+        for site in ("patch_embed", "layer_norm", "row_stats", "qkv", "attention", "proj", "fc1", "fc2", "head")
+    }
+    native = dataclasses.replace(registry.backend("linear", "torch"), name="native")
+    for site in ("qkv", "proj", "fc1", "fc2"):
+        entries[site]["native"] = native
+    chosen = {site: found["torch"] for site, found in entries.items()}
+    times = {site: {"triton": 2.0, "native": 1.0 if site == "fc1" else 3.0} for site in ("qkv", "proj", "fc1", "fc2")}
+    made = forms.candidates(chosen, entries, times)
+    names = {form: {choices[site].name for site in ("qkv", "proj", "fc1", "fc2")} for form, choices in made.items()}
+    assert names == {"unfused": {"torch"}, "folded": {"triton", "native"}, "folded triton": {"triton"},
+                     "folded native": {"native"}}  # fmt: skip
+    for form, choices in made.items():
+        plan = planner.assemble(SMALL, choices, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
+        assert plan.fold_norm == (form != "unfused")
+    del entries["fc1"]["triton"], entries["fc1"]["native"]  # one that cannot fold, and none does
+    assert list(forms.candidates(chosen, entries, times)) == ["unfused"]
+
+
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(WIDE, layer_scale=True, activation="swiglu")])
+def test_a_wrong_form_is_refused_and_right_ones_are_timed(config):
+    """In the interpreter: folded as Triton has it, and the same with a proj that writes wrong statistics."""
+    where = {"device": testing.device(), "dtype": torch.float32}
+    entries = {site.name: {name: registry.backend(site.op, name) for name in ("torch", "triton")}
+               for site in plan_sites(config, None, frozenset()) if site.name != "attention_block"}  # fmt: skip
+    possible = forms.candidates({site: found["torch"] for site, found in entries.items()}, entries, {})
+    right = entries["proj"]["triton"]
+
+    def shifted(*args, stats=False, **kwargs):
+        made = right.call(*args, stats=stats, **kwargs)
+        return (made[0], made[1] * 1.1) if stats else made
+
+    possible["wrong"] = possible["folded"] | {"proj": dataclasses.replace(right, call=shifted)}
+    plans = {name: planner.assemble(config, choices, packed=True, **where) for name, choices in possible.items()}
+    plain = planner.assemble(config, possible["unfused"], packed=False, **where)
+    found = forms.measure(config, plans, plain, batch=2, **where)
+    assert set(found["ms"]) == {"unfused", "folded", "folded, mlp in one launch"}, found
+    assert set(found["refused"]) == {"wrong"} and "two blocks" in found["refused"]["wrong"]
+    assert all(ms > 0 for ms in found["ms"].values())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

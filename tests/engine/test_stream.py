@@ -306,6 +306,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams ne
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("use_graphs", [True, False])
@@ -320,6 +321,7 @@ def test_gpu_stream_gives_what_calls_give(backend, use_graphs):
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 @pytest.mark.parametrize("raw", [False, True], ids=["preprocessed", "to be resized"])
 def test_gpu_steady_state_neither_allocates_nor_synchronises(raw):
@@ -343,6 +345,7 @@ def test_gpu_steady_state_neither_allocates_nor_synchronises(raw):
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @needs_gpu
 def test_gpu_threads_streams_and_engines_side_by_side():
     """Each thread on its own stream, captures among them, while others run."""

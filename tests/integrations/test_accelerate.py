@@ -24,13 +24,13 @@ CLIP = {"vision_config": peers.VIT, "text_config": CLIP_TEXT, "projection_dim": 
 def ran(monkeypatch):
     """How often blocks of the engine ran."""
     made = []
-    original = vit.block_function
+    original = vit.run_block
 
-    def counted(plan):
+    def counted(config, weights, i, x, stats, plan, place):
         made.append(plan)
-        return original(plan)
+        return original(config, weights, i, x, stats, plan, place)
 
-    monkeypatch.setattr(vit, "block_function", counted)
+    monkeypatch.setattr(vit, "run_block", counted)
     return made
 
 
@@ -91,7 +91,11 @@ def test_torchvision(ran):
     check(peers.torchvision_model(), lambda m: m(x), ran=ran)
 
 
+FULL = ("ViTMSNModel", "Aimv2VisionModel", "IJepaModel")
 TRANSFORMERS = {
+    "DINOv3ViTModel": peers.VIT | {"num_register_tokens": 2},
+    "SiglipVisionModel": peers.VIT,
+    **dict.fromkeys(FULL, peers.VIT),
     "ViTModel": peers.VIT,
     "ViTForImageClassification": peers.VIT,
     "DeiTForImageClassificationWithTeacher": peers.VIT,
@@ -103,21 +107,37 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in TRANSFORMERS]
+)
 def test_transformers(ran, name):
-    x = images(TRANSFORMERS[name]["image_size"])
+    settings = TRANSFORMERS[name]
+    x, other = images(settings["image_size"]), images(settings["patch_size"] * 6)
+    interpolates = name.startswith(("ViTModel", "ViTFor", "DeiT", "CLIP", "Siglip"))
+    resized = {"interpolate_pos_encoding": True} if interpolates else {}
     check(
-        peers.transformers_model(name, TRANSFORMERS[name]),
+        peers.transformers_model(name, settings),
         lambda m: m(x),
         lambda m: m(x, output_hidden_states=True),
         lambda m: m(x, return_dict=False),
-        lambda m: (
-            m(pixel_values=images(TRANSFORMERS[name]["patch_size"] * 6), interpolate_pos_encoding=True)
-            if "Dinov2" not in name
-            else m(images(84))
-        ),
+        lambda m: m(pixel_values=other if interpolates or name.upper().startswith("DINO") else x, **resized),
         ran=ran,
     )
+
+
+def test_shuffled_tokens_and_sizes_told_to_blocks(ran):
+    """ViTMAE shuffles its tokens; BEiT without relative positions tells its blocks the image's size all the same."""
+    for name, settings in (("ViTMAEModel", peers.VIT | {"mask_ratio": 0.5}), ("BeitForImageClassification", peers.VIT)):
+        model, own = (peers.transformers_model(name, settings) for _ in range(2))
+        vitfast.accelerate(model, strict=True)
+        ran.clear()
+        outputs = []
+        for m in (own, model):
+            torch.manual_seed(3)
+            with torch.inference_mode():
+                outputs.append(m(images()))
+        assert len(ran) == 2
+        same(*outputs)
 
 
 def test_the_vision_tower_inside_a_clip(ran):
@@ -341,6 +361,25 @@ def test_hooks(ran):
     assert len(ran) == 1
 
 
+def test_a_model_with_hooks_and_patches_is_accelerated(ran):
+    """What loading refuses by name: here the hook runs, and so does the block that is patched inside."""
+    model, x = timm_vit(depth=3), images()
+    model.blocks[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    model.blocks[-1].attn.forward = lambda h, **kwargs: torch.zeros_like(h)
+    model.patch_embed.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ValueError, match=r"a forward hook \(.*vitfast.accelerate leaves hooks their work\) is not"):
+        vitfast.load(model)
+    expected = logits(model, x)
+    vitfast.accelerate(model, strict=True)
+    ran.clear()
+    peers.close(logits(model, x), expected)
+    assert len(ran) == 2
+    for block in model.blocks:
+        block.attn.forward = lambda h, **kwargs: torch.zeros_like(h)
+    with pytest.raises(ValueError, match="0 of its 3 blocks could be tried: Attention inside it has a patched forward"):
+        vitfast.accelerate(model, strict=True)
+
+
 def test_masks_and_attention_weights_are_the_models_own(ran):
     x = images(32)
     model = peers.transformers_model("ViTModel", peers.VIT)
@@ -389,18 +428,13 @@ def test_restore(ran):
 def test_a_wrong_engine_is_refused_and_the_model_unchanged(monkeypatch):
     model, x = timm_vit(init_values=1e-5), images()
     expected = logits(model, x)
-    original = vit.block_function
+    original = vit.run_block
 
-    def wrong(plan):
-        run = original(plan)
+    def wrong(config, weights, i, x, *args):
+        made, stats = original(config, weights, i, x, *args)
+        return x + 1.001 * (made - x), stats
 
-        def block(config, activation, weights, x, *args, **kwargs):
-            made, stats = run(config, activation, weights, x, *args, **kwargs)
-            return x + 1.001 * (made - x), stats
-
-        return block
-
-    monkeypatch.setattr(vit, "block_function", wrong)
+    monkeypatch.setattr(vit, "run_block", wrong)
     with pytest.raises(ValueError, match="block 0 differs from its own code by"):
         vitfast.accelerate(model, strict=True)
     assert not accelerated(model)
@@ -434,8 +468,8 @@ def test_what_cannot_be_accelerated_is_refused():
 
 def test_a_part_that_cannot_run_is_named():
     model = torch.nn.ModuleList([timm_vit(), timm_vit()])
-    model[1].blocks[0].attn.qkv.forward = lambda x: x
-    with pytest.warns(UserWarning, match=r"not accelerated and run as they are:\n  1 \(VisionTransformer\): .*patched"):
+    model[1].blocks[0].attn.q_norm = torch.nn.Tanh()
+    with pytest.warns(UserWarning, match=r"not accelerated and run as they are:\n  1 \(VisionTransformer\): .*Tanh"):
         vitfast.accelerate(model)
     assert list(accelerated(model)) == ["0"]
 

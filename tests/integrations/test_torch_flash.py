@@ -104,6 +104,7 @@ def test_dropout_is_refused(on_this_device):
 
 
 @pytest.mark.gpu
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="aten's own choice of flash exists on CUDA only")
 @needs_registry
 def test_a_model_on_a_gpu():

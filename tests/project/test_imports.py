@@ -21,7 +21,7 @@ FLOORS = (
     {"attention", "models"},
     {"engine"},
     {"integrations", "pipeline", "diagnostics"},
-    {"benchmarks"},
+    {"serving", "benchmarks"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -41,6 +41,7 @@ OUTSIDE = {
     "integrations": {"torch"},
     "pipeline": {"numpy", "pyarrow"},
     "diagnostics": {"torch"},
+    "serving": {"numpy", "torch"},
     "benchmarks": {"torch"},
     "cli": {"typer"},
     "testing": {"torch"},
@@ -59,7 +60,7 @@ FOLDERS = {
     "kernels": {"vitfast"},
 }
 
-HEAVY = ("triton", "transformers", "timm", "torchvision", "onnx", "onnxruntime", "ray")
+HEAVY = ("triton", "transformers", "timm", "torchvision", "onnx", "onnxruntime", "ray", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,10 @@ def test_linked_folders_have_no_init():
 @needs_build
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    tables = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfast" / "kernels" / "configs").glob("*.json")}
-    assert names == modules() | tables | {"vitfast/py.typed", "vitfast/kernels/configs/some-gpu.json"}
+    data = ("kernels/configs", "benchmarks/published")
+    tables = {str(path.relative_to(ROOT)) for folder in data for path in (ROOT / "vitfast" / folder).glob("*.json")}
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfast" / "serving" / "page").iterdir()}
+    assert names == modules() | tables | page | {"vitfast/py.typed", "vitfast/kernels/configs/some-gpu.json"}
     assert {
         "vitfast/kernels/_parts/launch.py",
         "vitfast/kernels/_compile/linear.py",

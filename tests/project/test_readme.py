@@ -65,7 +65,12 @@ def test_a_model_that_one_has():
     """In a process of its own, with random weights in place of timm's trained ones."""
     text = block("timm.create_model")
     assert text.count("pretrained=True") == 1
-    python(text.replace("pretrained=True", "pretrained=False, depth=2") + "\nassert len(swap.replaced) == 2, swap")
+    after = """
+from vitfast.integrations.accelerate import accelerated
+(trunk,) = accelerated(model).values()
+assert len(trunk.blocks) == 2 and not trunk.refusal, trunk.refusal
+"""
+    python(text.replace("pretrained=True", "pretrained=False, depth=2") + after)
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")

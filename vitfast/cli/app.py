@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, models, render, search
+from vitfast.cli import bench, models, render, search, serve
 from vitfast.cli.answer import Unfailing, command, run
 from vitfast.cli.options import (
     AllowPickle,
@@ -69,6 +69,7 @@ app = App(
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app)
 app.add_typer(models.app)
+app.add_typer(serve.app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -186,12 +187,23 @@ def embed(
         answer.text = render.embedding(summary, stages, listing, out, stopped is not None)
 
 
-@app.command(epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`")
+@app.command(
+    epilog="Example: `vitfast classify cat.jpg dog.jpg -m google/vit-base-patch16-224 --topk 3`, "
+    '`vitfast classify cat.jpg -m openai/clip-vit-base-patch16 --labels "a cat,a dog"`'
+)
 def classify(
     context: typer.Context,
     sources: Sources,
     model: Model,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to print for each image.")] = 5,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT,TEXT", help="Classes in words, for a CLIP or SigLIP with its text tower."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="With --labels: a text with {} for the label; may be repeated. [default: a photo of {}.]"),
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: DtypeOption = None,
@@ -218,6 +230,11 @@ def classify(
         listing = images.listing
         engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
         options = decode_options(max_pixels, decode_memory)
+        if template and labels is None:
+            raise ValueError("--template goes with --labels")
+        named = [label.strip() for label in (labels or "").split(",") if label.strip()]
+        if labels is not None:
+            options["classes"] = engine.zero_shot(named, **({"templates": template} if template else {}))
         rows, stopped = [], None
         with _progress("classifying", images.count) as advance:
             try:

@@ -405,6 +405,25 @@ def report(
         answer.text = lines or [module.markdown(result) for result in contents]
 
 
+@app.command(epilog="Example: `vitfast bench published --json`")
+def published(
+    context: typer.Context,
+    chip: Annotated[str, typer.Option(help="GPU whose published figures to show.")] = "h100",
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What others measured on a GPU, with its source, beside our predictions; and the error of the model that predicts.
+
+    Nothing is measured here. Products are plain ones of cuBLAS and CUTLASS, attention is FlashAttention-3.
+    """
+    from vitfast.cli.answer import command
+
+    with command(context, json_out) as answer:
+        from vitfast.benchmarks import published_figures as module
+
+        answer.json = module.compare(chip)
+        answer.text = module.render(answer.json)
+
+
 def _check(option: str, given: Any, allowed: Any) -> None:
     from vitfast.ops.names import did_you_mean
 

@@ -69,7 +69,8 @@ def report() -> dict[str, Any]:
 
     Returns:
         versions: name -> version, or None where there is none;
-        platform: system, machine, cpu, cpu_threads (torch's), cores;
+        platform: system, machine, cpu, cpu_threads (torch's), cores, native_products (by which instructions the C++
+        extension multiplies here, or why not; None without it);
         devices: name, device, capability, memory (bytes), multiprocessors, of each CUDA device;
         backends: one entry per op, kind of device and dtype: op, device, dtype, uses (what a call of `vitfast.ops`
         that names no backend takes; None if nothing can run), engine (among what an engine chooses, by measuring
@@ -103,6 +104,7 @@ def report() -> dict[str, Any]:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "cpu_threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
+            "native_products": _native_products(),
         },
         "devices": devices,
         "backends": backends,
@@ -110,6 +112,20 @@ def report() -> dict[str, Any]:
     }
     answers["warnings"] = _warnings(answers)
     return answers
+
+
+def _native_products() -> str | None:
+    """By which instructions of the CPU the C++ extension multiplies in each dtype, or why it does not."""
+    if registry.backend("linear", "native").missing:
+        return None
+    simd = importlib.import_module("vitfast._C").build_info()["simd"]
+    floats = {"default": "the compiler's vectors", "avx2": "AVX2 FMA"}.get(simd, "AVX-512 FMA")
+    known = {"bf16": ("linear", torch.bfloat16, "vdpbf16ps"), "int8": ("quantized_linear", torch.int8, "vpdpbusd")}
+    answers = [f"fp32: {floats}"]
+    for name, (op, dtype, instruction) in known.items():
+        reasons = registry.backend(op, "native").why_not(registry.Spec(op, "cpu", dtype))
+        answers.append(f"{name}: {'; '.join(reasons) or instruction}")
+    return ", ".join(answers)
 
 
 def plan(

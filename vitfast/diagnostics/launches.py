@@ -132,6 +132,11 @@ def launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype, prec
     return [launch for row in rows for launch in _with_sum(row, card, dtype)]
 
 
+def launches_of(op: str, dims: Dims, card: Chip, dtype: torch.dtype) -> list[Launch]:
+    """The launches of one case of an op, as `vitfast.engine.cases` describes it: one, or two where K is in parts."""
+    return _with_sum(_PREDICTED[op](_Step(op, 1, op, dims), card, dtype), card, dtype)
+
+
 def _with_sum(row: Launch, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """A launch; where it is a product with K in parts, also the one that adds these up and does the epilogue."""
     from vitfast.kernels.linear import CONFIGS, SUM_CONFIG, split_of

@@ -103,6 +103,7 @@ def add_machine_code(prediction: dict[str, Any]) -> None:
     arch, prediction["occupancy_note"] = f"sm_{major}{minor}", ""
     for row in prediction["launches"]:
         row |= dict.fromkeys(("occupancy", "code_us", "code_bound", "tensor_busy"))
+    made_of: dict[Any, dict[str, Any]] = {}
     for row in prediction["launches"]:
         try:
             file, kernel, name, constexprs = _compile_case(row)
@@ -114,7 +115,9 @@ def add_machine_code(prediction: dict[str, Any]) -> None:
             prediction["occupancy_note"] = f"no compile case of {row['site']}, config {row['config']}, for {arch}"
             continue
         problem = code_times.problem_of(row)
-        made = compiled.inspect_case(case, arch, **problem)
+        key = (case.kernel, case.config, str(constexprs), str(problem))
+        made = made_of[key] if key in made_of else compiled.inspect_case(case, arch, **problem)
+        made_of[key] = made
         row["occupancy"] = made["occupancy"]
         if problem and made["tile_clocks"]:
             row |= code_times.time_by_code(row, case.constexprs, made["tile_clocks"], prediction["chip"])

@@ -277,7 +277,7 @@ def _quantized_linear(d: Dims, make: Maker) -> Call:
     x, x_scale = reference.quantize(make.normal(m, k), dtype=dtype)
     for word, group in {"groups": reference.SCALE_GROUP, "heads": 64}.items():
         if word in epilogue:
-            x_scale = x_scale[:, None] * make.normal(m, -(-k // group)).float().abs()
+            x_scale = x_scale.unsqueeze(1) * make.normal(m, -(-k // group)).float().abs()
     weight = reference.quantize(make.normal(n, k, scale=k**-0.5), dtype=dtype)
     kwargs = {**_epilogue(epilogue, make, m, d["N"]), "dtype": make.dtype}
     if "requantize" in epilogue:

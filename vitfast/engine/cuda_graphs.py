@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitfast.engine.clock import capture_lock
 from vitfast.engine.runner import Runner
 from vitfast.models.output import Output
 from vitfast.models.positions import Positions
 
 MAX_GRAPHS = 16
 """Graphs that an engine keeps; the least recently used goes first."""
-
-_capture_lock = threading.Lock()
-"""One capture at a time in the process: beginning one synchronises the device, which would break another's."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Graphs:
 
     def _capture(self, images: Tensor, bucket: int) -> _Graph:
         cuda, current = self._cuda, self._cuda.current_stream()
-        with _capture_lock:
+        with capture_lock:
             self._stream.wait_stream(current)
             with cuda.stream(self._stream):
                 # Allocated on this stream, so that freed memory is not given out on one that has not waited.

@@ -22,6 +22,7 @@ from vitfast.engine.cuda_graphs import Graphs
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
+from vitfast.engine.text import TEMPLATES, TextRunner, ZeroShot
 from vitfast.images import inputs
 from vitfast.models.checkpoints import Checkpoint, saved
 from vitfast.models.output import Output
@@ -99,12 +100,62 @@ class Engine:
         checkpoint, _ = self._made_of
         return fingerprint(checkpoint.config, checkpoint.weights)
 
+    def text(self, texts: Sequence[str] | Tensor, *, normalize: bool = False) -> Tensor:
+        """Embed texts beside images, by the text tower of a CLIP or SigLIP.
+
+        Args:
+            texts: a list of texts, for the tokenizer in the model's folder (read by transformers); or token numbers,
+                int64 [T, L].
+            normalize: scale embeddings to unit length.
+
+        Returns:
+            [T, E] in the engine's dtype, on its device.
+
+        Raises:
+            ValueError: if the model has no text tower or no tokenizer, or the texts do not fit.
+        """
+        if isinstance(texts, Tensor):
+            made = self._text(texts)
+        elif isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+            made = self._text(self._text.ids(texts) if texts else torch.empty(0, 1, dtype=torch.int64))
+        else:
+            raise ValueError(f"texts must be a list of texts or token numbers, got {type(texts).__name__}")
+        return F.normalize(made.float(), dim=-1).to(made.dtype) if normalize else made
+
+    def zero_shot(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
+        """A classifier of labels, made of their texts: `engine.zero_shot(["a cat", "a dog"])(output.embedding)`.
+
+        Args:
+            labels: what images may show. templates: texts that a label is put into at `{}`; embeddings of several
+                are averaged.
+
+        Raises:
+            ValueError: as `text` does; or if there are no labels, or a template has no place for one.
+        """
+        return self._text.zero_shot(labels, templates)
+
+    @functools.cached_property
+    def _text(self) -> TextRunner:
+        checkpoint, options = self._made_of
+        if checkpoint.text is None:
+            raise ValueError(
+                f"{self.config.name or 'this model'} has no text tower: one comes with the folder or hub id of a whole "
+                "CLIP or SigLIP of transformers"
+            )
+        return TextRunner(
+            checkpoint.text,
+            device=self.device,
+            dtype=self.dtype,
+            backend=options["backend"],
+            deterministic=options["deterministic"],
+        )
+
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the model into a folder from which `vitfast.load(directory)` makes it again, whatever it came from.
 
         Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
         model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
-        elsewhere it is made anew.
+        elsewhere it is made anew. A text tower is not saved.
 
         Raises:
             CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.
@@ -167,35 +218,26 @@ class Engine:
         if _are_tensors(images):
             if wanted or maps:
                 raise ValueError("layers and attention_maps are of images of one size: pass them as one tensor")
-            output = self._packed(images, preprocessed)
-        else:
-            if not isinstance(images, Tensor):
-                images, preprocessed = self._read(images, preprocessed), True
-            output = self._of_one_size(images, preprocessed, wanted, maps, norm=norm, reshape=reshape)
-        return replace(output, embedding=_unit(output.embedding)) if normalize else output
-
-    def _of_one_size(
-        self, images: Tensor, preprocessed: bool, layers: list[int], maps: list[int], *, norm: bool, reshape: bool
-    ) -> Output:
+            return self._packed(images, preprocessed, normalize)
+        if not isinstance(images, Tensor):
+            images, preprocessed = self._read(images, preprocessed), True
         runner = self.runner
         runner.check(images.shape, images.dtype)
         images = runner.prepare(images.to(self.device, non_blocking=True), preprocessed)
         size = runner.size(images)
-        if images.shape[0] == 0 and not layers and not maps:
-            return runner.outputs(0, size)
-        if layers or maps:
-            output = runner.observe(images, runner.position(size), layers, maps)
-            made = output.layers or ()
-            return replace(
-                output, layers=tuple(runner.features(x, size, norm=norm, reshape=reshape) for x in made) or None
-            )
-        if self._graphs is not None:
+        if wanted or maps:
+            output = runner.observe(images, runner.position(size), wanted, maps)
+            kept = tuple(runner.features(x, size, norm=norm, reshape=reshape) for x in output.layers or ())
+            output = replace(output, layers=kept or None)
+        elif self._graphs is not None or images.shape[0] == 0:
             output = runner.outputs(images.shape[0], size)
-            self._graphs(images, output)
-            return output
-        return runner.forward(images, runner.position(size))
+            if self._graphs is not None and images.shape[0]:
+                self._graphs(images, output)
+        else:
+            output = runner.forward(images, runner.position(size))
+        return _unit(output) if normalize else output
 
-    def _packed(self, images: Sequence[Tensor], preprocessed: bool) -> Output:
+    def _packed(self, images: Sequence[Tensor], preprocessed: bool, normalize: bool) -> Output:
         """Images of different sizes in one pass."""
         runner, prepared = self.runner, []
         for i, image in enumerate(images):
@@ -217,12 +259,13 @@ class Engine:
 
         tokens = [one for output in outputs if output.tokens is not None for one in output.tokens]
         logits = [output.logits for output in outputs if output.logits is not None]
-        return Output(
+        output = Output(
             tokens=None,
             embedding=rows([output.embedding for output in outputs]),
             logits=rows(logits) if logits else None,
             image_tokens=tuple(tokens[place] for place in places),
         )
+        return _unit(output) if normalize else output
 
     def _blocks(self, numbers: Sequence[int], name: str) -> list[int]:
         """Numbers of blocks from 0."""
@@ -322,8 +365,10 @@ def _are_tensors(images: Any) -> TypeGuard[Sequence[Tensor]]:
     return isinstance(images, (list, tuple)) and len(images) > 0 and all(isinstance(i, Tensor) for i in images)
 
 
-def _unit(embedding: Tensor) -> Tensor:
-    return F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
+def _unit(output: Output) -> Output:
+    """With embeddings of unit length."""
+    embedding = output.embedding
+    return replace(output, embedding=F.normalize(embedding.float(), dim=-1).to(embedding.dtype))
 
 
 def _remade(checkpoint: Checkpoint, options: dict[str, Any]) -> Engine:

@@ -3,14 +3,13 @@
 For every site the registry names the backends able to run it. If one is left, or a backend is
 forced, that is the choice. If several are, each is checked against the reference and timed on the
 site's own shapes, weights packed beforehand where its product wants that, and the fastest right one
-is kept. Choices are stored as JSON under the user cache directory, keyed by everything that could
-change them.
+is kept. On a GPU the ways to put a block together are then timed as wholes (forms.py). Choices are
+stored as JSON under the user cache directory, keyed by everything that could change them.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,9 @@ from typing import Any, cast
 
 import torch
 
-from vitfast.engine import plan_cache, progress
+from vitfast.engine import forms, plan_cache, progress
 from vitfast.engine.cases import Call, Case
+from vitfast.engine.clock import captured, time_calls
 from vitfast.engine.sites import folds_norms, plan_sites, site_case, site_spec, why_not_quantized
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES, Plan, Site
@@ -33,45 +33,13 @@ GPU_BATCH = 64
 CPU_ROWS = 1600
 NARROW = 16
 """Columns below which torch's product on a CPU runs as the plain op, which is always right by the rule."""
-TIE = 0.15
-"""A backend takes the place of one before it only if it is faster by this share; less is within the noise of
-a busy machine. On the CPU native comes first: its sums err less than torch's (docs/numerics.md)."""
+TIES = {"cpu": 0.15, "cuda": 0.03}
+"""A backend takes the place of one before it only if it is faster by this share; less is within the noise, on a CPU
+that of a busy machine. There native comes first: its sums err less than torch's (docs/numerics.md)."""
 
 
 class PlanError(RuntimeError):
     """No backend able to run a site gave a right result on this device; lists each one's error."""
-
-
-def time_calls(
-    calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 10, seconds: float = 2.0
-) -> list[float]:
-    """Median milliseconds of each call, in interleaved rounds, with a cold L2 cache on a GPU.
-
-    Args:
-        seconds: no round is begun after so long, but for the first three.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    for call in calls:
-        call()
-    begun = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begun > seconds:
-            break
-        for i, call in enumerate(calls):
-            if flush is None:
-                start = time.perf_counter()
-                call()
-                times[i].append((time.perf_counter() - start) * 1e3)
-            else:
-                flush.zero_()
-                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                before.record()
-                call()
-                after.record()
-                after.synchronize()
-                times[i].append(before.elapsed_time(after))
-    return [sorted(t)[len(t) // 2] for t in times]
 
 
 def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
@@ -113,7 +81,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def measure(
     case: Case, entries: Sequence[Backend], device: torch.device, *, timed: bool = True
 ) -> tuple[Backend, dict[str, Any]]:
-    """Check each backend on the case against the reference, time the right ones, keep the fastest (see TIE).
+    """Check each backend on the case against the reference, time the right ones, keep the fastest (see TIES).
 
     Any error of a backend is a reason to leave it out; but one for want of memory holds for this measurement only.
 
@@ -137,13 +105,13 @@ def measure(
         try:
             run = planned_call(entry, case.spec, call)
             accuracy.assert_close(run(), answers[0], answers[1], what=case.op, tolerances=tolerances)
+            runs[entry.name] = captured(run, device) if timed else run
         except Exception as error:  # a compiler's errors, a kernel's, a wrong result: all are reasons
             wrong[entry.name] = f"{type(error).__name__}: {error}"
             if _out_of_memory(error):
                 starved[entry.name] = error
         else:
             right.append(entry)
-            runs[entry.name] = run
     del answers
     if not right and starved:
         raise next(iter(starved.values()))
@@ -154,11 +122,18 @@ def measure(
         return right[0], record
     times = time_calls([runs[entry.name] for entry in right], device)
     median = dict(zip((entry.name for entry in right), times, strict=True))
-    best = right[0]
-    for entry in right[1:]:
-        if median[entry.name] < (1 - TIE) * median[best.name]:
-            best = entry
-    return best, record | {"ms": median}
+    fastest = _fastest(median, device)
+    return next(entry for entry in right if entry.name == fastest), record | {"ms": median}
+
+
+def _fastest(median: Mapping[str, float], device: torch.device) -> str:
+    """The first that no later one beats by more than the noise (see TIES)."""
+    names = iter(median)
+    best = next(names)
+    for name in names:
+        if median[name] < (1 - TIES[device.type]) * median[best]:
+            best = name
+    return best
 
 
 @dataclass(frozen=True)
@@ -221,6 +196,8 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
             if not _out_of_memory(error):
                 raise
             record[site.name] = {"ms": {}, "refused": {}, "out_of_memory": [entry.name for entry in able]}
+    if device.type == "cuda" and not asked.deterministic and not asked.quantized:
+        return _with_fastest_form(asked, chosen, record), record
     for site in SITES.values():
         together = (site, *([SITES[site.passes_to]] if site.passes_to else []))
         if not site.parts or site.name not in chosen or not any(member.name in record for member in together):
@@ -230,6 +207,34 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
             for member in together:
                 chosen.pop(member.name, None)
     return _without_idle_sites(chosen), record
+
+
+def _with_fastest_form(asked: _Request, chosen: dict[str, Backend], record: dict[str, Any]) -> dict[str, Backend]:
+    """The choices of the form of a block that is fastest as a whole; `record` gets its measurement, as "forms"."""
+    config, device, dtype = asked.config, asked.device, asked.dtype
+    entries: dict[str, dict[str, Backend]] = {}
+    for site in asked.sites():
+        if site.name in chosen:
+            able, _ = candidates(asked.spec(site))
+            wrong = record.get(site.name, {}).get("refused", {})
+            entries[site.name] = {entry.name: entry for entry in able if entry.name not in wrong}
+    times = {site: measured["ms"] for site, measured in record.items()}
+    possible = forms.candidates(chosen, entries, times)
+    if len(possible) == 1:
+        return possible[forms.PLAIN]
+    common: dict[str, Any] = {"device": device, "dtype": dtype}
+    plans = {name: assemble(config, choices, packed=True, **common) for name, choices in possible.items()}
+    plain = {site: registry.backend(SITES[site].op, "torch") for site in possible[forms.PLAIN]}
+    try:
+        found = forms.measure(
+            config, plans, assemble(config, plain, packed=False, **common), batch=asked.batch, **common
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        found = {"ms": {}, "refused": {}, "out_of_memory": list(possible)}
+    record["forms"] = found
+    if not found["ms"]:
+        return possible[forms.PLAIN]
+    return possible[_fastest(found["ms"], device)]
 
 
 def _faster(record: Mapping[str, Any], together: Sequence[str], parts: Sequence[str]) -> bool:
@@ -366,7 +371,9 @@ def assemble(
     quantized: torch.dtype | None = None,
     skip_quantize: frozenset[str] = frozenset(),
 ) -> Plan:
-    """Make a Plan of chosen backends: fold norms where every product is Triton, pack weights on the CPU.
+    """Make a Plan of chosen backends: fold norms where all that read or write one can, pack weights on the CPU.
+
+    A plan without row_stats (or attention_block, which finds them itself) keeps its norms apart.
 
     Args:
         packed: whether packed weights may be used. Not by a forced "torch": it runs the plain ops, and
@@ -380,14 +387,14 @@ def assemble(
         spec = site_spec(config, SITES[site], 1, device, dtype, quantized)
         if packed_pair := packed_op(chosen[site], spec):
             packs[site], calls[site] = packed_pair
-    on_triton = {site for site, name in names.items() if name == "triton"}
+    able = {site for site, name in names.items() if name in forms.FOLDING}
     # Those that read a folded norm, and those that write statistics for one that does not find them itself.
     folding = {"attention_block"} if "attention_block" in chosen else {"row_stats", "qkv"}
     folding |= {"mlp"} if "mlp" in chosen else {"fc1"} if "attention_block" in chosen else {"proj", "fc1", "fc2"}
     return Plan(
         **calls,
         backends=names,
-        fold_norm=on_triton >= folding and folds_norms(config),
+        fold_norm=able >= folding and folds_norms(config),
         quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
         packs=packs,
         quantized=quantized,

@@ -24,7 +24,7 @@ from vitfast.engine.isolation import isolated
 from vitfast.engine.runner import Runner
 from vitfast.integrations.swap import original
 from vitfast.models import vit
-from vitfast.models.checkpoints import Checkpoint, load
+from vitfast.models.checkpoints import Checkpoint, live, load
 from vitfast.models.config import ViTConfig
 from vitfast.ops.registry import BackendError
 
@@ -33,6 +33,9 @@ IDLE = {"output_hidden_states", "return_dict"}
 
 PLACED = re.compile(r"rope|rot|position|rel_pos|relative|resolution|interpolate_pos|grid")
 """Arguments that tell a block where its tokens are, which the engine knows by the image's size."""
+
+INSIDE = " inside it has"
+"""In the reasons of blocks that somebody has changed from within."""
 
 _CAPTURING = "transformers.utils.output_capturing"
 
@@ -54,6 +57,8 @@ class Trunk:
         self.tower, self.blocks, self.dtype = tower, blocks, dtype
         self.compared: list[tuple[Tensor, Tensor, Tensor]] | None = None
         """While the trunk is checked: input, own output and the engine's of each call of a block."""
+        self.declined: list[str] = []
+        """Why blocks ran their own code while the trunk was checked."""
         self.native_only = native_only
         """Whether the blocks' work depends on the size of images, and is the engine's at the model's own alone."""
         self.refusal = ""
@@ -81,6 +86,8 @@ class Trunk:
         own: Callable[..., Any] = original(block).forward
         self.refusal = self._why_not(index, block, x, args, kwargs)
         if self.refusal:
+            if self.compared is not None:
+                self.declined.append(self.refusal)
             return own(block, x, *args, **kwargs)
         if self.compared is None:
             return self._run(index, x)
@@ -113,7 +120,8 @@ class Trunk:
         """
         with self._lock:
             if self._checkpoint is None:
-                self._checkpoint = load(self.tower)
+                with live.own_code():  # blocks with hooks or patches inside run themselves; all else does anyway
+                    self._checkpoint = load(self.tower)
                 self._config = self._checkpoint.config
             return self._checkpoint
 
@@ -129,7 +137,8 @@ class Trunk:
             return f"its input is no tensor [B, N, C] with rows but {_shown(x)}"
         for name, value in (*zip(_names(original(block)), args, strict=False), *kwargs.items()):
             idle = value is None or value is False or name in IDLE
-            if not idle and not (self.placed and PLACED.search(name)):
+            # A model without rotary or relative positions may tell its blocks the image's size, but no tensor of them.
+            if not idle and not (PLACED.search(name) and (self.placed or _plain(value))):
                 return f"it is called with {name} = {_shown(value)}"
         return self._look(index, block, x) or self._unready(x.device) or self._misplaced(x)
 
@@ -236,9 +245,7 @@ class Trunk:
         ends = index == len(self.blocks) - 1
         positions = runner.position(self._last.size) if self.placed else weights.positions
         place = positions.of_block(runner.config, index)
-        made, stats = vit.block_function(plan)(
-            runner.config, weights.activation, weights.blocks[index], inside, stats, plan, place, last=ends
-        )
+        made, stats = vit.run_block(runner.config, weights, index, inside, stats, plan, place)
         out = made.to(x.dtype)
         # Row statistics go from block to block, as long as the model hands on what it was given. The plan may ask for
         # none; then there is nothing to keep but what spares a conversion.
@@ -284,14 +291,19 @@ def _inventory(block: nn.Module) -> list[tuple[Any, ...]]:
 def _acting(part: nn.Module) -> str:
     """Why a part of a block has to run itself: a patched method, or a hook that is not idle."""
     if "forward" in part.__dict__:
-        return f"{type(part).__name__} inside it has a patched forward"
+        return f"{type(part).__name__}{INSIDE} a patched forward"
     for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
         if getattr(hook, "__module__", "") != _CAPTURING:
-            return f"{type(part).__name__} inside it has a forward hook"
+            return f"{type(part).__name__}{INSIDE} a forward hook"
         recorded = sys.modules[_CAPTURING]._active_collector.get() or {}
         if set(recorded) - {"hidden_states", "_hidden_states_layers"}:
             return f"what is inside it is recorded ({', '.join(recorded)})"
     return ""
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is numbers alone."""
+    return isinstance(value, (bool, int, float)) or (isinstance(value, (tuple, list)) and all(map(_plain, value)))
 
 
 def _shown(value: Any) -> str:

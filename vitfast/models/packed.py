@@ -58,10 +58,10 @@ def forward(
     varlen = plan.backends.get("attention") == "triton"
     mixed = replace(plan, attention=_Attention(plan.attention, shapes, ends, varlen), attention_quantize=None)
 
-    def places(block: int) -> dict[str, Any]:
-        return {"places": [group.positions.of_block(config, block) for group in groups]}
-
-    x, _ = vit.run_blocks(config, weights, x, mixed, places)
+    stats = vit.first_stats(mixed, x)
+    for i in range(config.depth):
+        places = [group.positions.of_block(config, i) for group in groups]
+        x, stats = vit.run_block(config, weights, i, x, stats, mixed, {"places": places})
     x = vit.final_norm(config, weights, x, plan)[0]
     rows = x.split([images * tokens for images, tokens in shapes])
     return [

@@ -42,28 +42,28 @@ def forward(
         layers: of which blocks the output is to be kept, as it is, in `Output.layers`.
     """
     x = embed(config, weights, positions, images, plan)
-    x, kept = run_blocks(config, weights, x, plan, lambda i: positions.of_block(config, i), layers)
-    output = head(config, weights, final_norm(config, weights, x, plan), plan)
-    return replace(output, layers=kept) if layers else output
-
-
-def run_blocks(
-    config: ViTConfig,
-    weights: Weights,
-    x: Tensor,
-    plan: Plan,
-    place: Callable[[int], Place],
-    layers: Sequence[int] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All blocks on x [B, N, C], and the outputs of those in `layers`, in order; `place`: by a block's number."""
-    run_block = block_function(plan)
-    stats = first_stats(plan, x)
-    made = {}
+    run: Callable[..., State] = fused_block if plan.fused else folded_block
+    if plan.quantized is not None:
+        run = quantized_block
+    stats, kept = first_stats(plan, x), {}
     for i, block in enumerate(weights.blocks):
-        x, stats = run_block(config, weights.activation, block, x, stats, plan, place(i), last=i == config.depth - 1)
+        place = positions.of_block(config, i)
+        x, stats = run(config, weights.activation, block, x, stats, plan, place, last=i == config.depth - 1)
         if i in layers:
-            made[i] = x
-    return x, tuple(made[i] for i in layers)
+            kept[i] = x
+    output = head(config, weights, final_norm(config, weights, x, plan), plan)
+    return replace(output, layers=tuple(kept[i] for i in layers)) if layers else output
+
+
+def run_block(
+    config: ViTConfig, weights: Weights, i: int, x: Tensor, stats: Tensor | None, plan: Plan, place: Place
+) -> State:
+    """Block i by itself, as `forward` runs it."""
+    run: Callable[..., State] = fused_block if plan.fused else folded_block
+    if plan.quantized is not None:
+        run = quantized_block
+    last = i == config.depth - 1
+    return run(config, weights.activation, weights.blocks[i], x, stats, plan, place, last=last)
 
 
 def final_norm(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
@@ -97,13 +97,6 @@ def _embed(config: ViTConfig, weights: Weights, positions: Positions, images: Te
     if position is not None:
         x = x + position
     return x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-
-
-def block_function(plan: Plan) -> Callable[..., State]:
-    """The block as this plan runs it: `folded_block`, `fused_block` or `quantized_block`."""
-    if plan.quantized is not None:
-        return quantized_block
-    return fused_block if plan.fused else folded_block
 
 
 def first_stats(plan: Plan, x: Tensor) -> Tensor | None:

@@ -8,11 +8,12 @@ backend that cannot be imported keeps its reason for `vitfast doctor`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ _DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product
 withheld: dict[tuple[str, str], str] = {}
 """(op, backend) -> why this process must not run it, whatever it can; what is put here counts as a reason of its own.
 For whoever knows from another process that a kernel does harm on this machine."""
+
+
+@contextlib.contextmanager
+def without(pairs: Iterable[tuple[str, str]], why: str) -> Iterator[None]:
+    """Withhold backends for a while."""
+    before = dict(withheld)
+    withheld.update(dict.fromkeys(pairs, why))
+    try:
+        yield
+    finally:
+        withheld.clear()
+        withheld.update(before)
 
 
 class BackendError(RuntimeError):

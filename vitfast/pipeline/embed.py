@@ -28,6 +28,7 @@ from vitfast.pipeline.stages import Stages, usable_cores
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
+    from vitfast.engine.text import ZeroShot
 
 OK = "ok"
 
@@ -61,7 +62,7 @@ class Result:
 
 
 @dataclass
-class _Decoded:
+class Decoded:
     """An image, uint8 [h, w, 3], on its way to the model; or None, and the result's status says why."""
 
     result: Result
@@ -69,7 +70,7 @@ class _Decoded:
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class Decoder:
     """Reads, decodes and preprocesses files, in any thread."""
 
     preprocess: Preprocess
@@ -77,18 +78,18 @@ class _Decoder:
     exif_orientation: bool
     max_pixels: int | None
 
-    def __call__(self, item: Item) -> _Decoded:
+    def __call__(self, item: Item) -> Decoded:
         """The image, or the reason why there is none, whatever goes wrong: a bad file stops nothing."""
         result = Result(item.path, OK, columns=item.columns)
         try:
-            return _Decoded(result, self._read(item, result))
+            return Decoded(result, self._read(item, result))
         except BaseException as error:  # a panic of a decoder written in Rust is not even an Exception
             reason = " ".join(str(getattr(error, "reason", error)).split())
             if isinstance(error, MemoryError):
                 reason = "there is not enough memory to decode and resize it"
             known = isinstance(error, ValueError) and reason
             result.status = reason if known else f"{type(error).__name__}: {reason}".removesuffix(": ")
-            return _Decoded(result)
+            return Decoded(result)
 
     def _read(self, item: Item, result: Result) -> np.ndarray:
         with item.open() as file:
@@ -140,17 +141,17 @@ def embed_images(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if engine.preprocess is None:
         raise ValueError("the checkpoint does not say how its images are preprocessed, so files cannot be embedded")
-    decoder = _Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
+    decoder = Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
     stages = Stages() if stages is None else stages
     stages.workers = workers
     return _pipeline(engine, decoder, paths, batch_size, stages)
 
 
 def _pipeline(
-    engine: Engine, decoder: _Decoder, paths: Iterable[str | Path | Item], batch_size: int, stages: Stages
+    engine: Engine, decoder: Decoder, paths: Iterable[str | Path | Item], batch_size: int, stages: Stages
 ) -> Iterator[Result]:
     pool = ThreadPoolExecutor(stages.workers, thread_name_prefix="vitfast-decode")
-    taken: deque[list[_Decoded]] = deque()  # batches whose results are to be given
+    taken: deque[list[Decoded]] = deque()  # batches whose results are to be given
     size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" else batch_size
 
     def limit() -> int:
@@ -182,13 +183,13 @@ def _pipeline(
 
 
 def _decoded(
-    pool: ThreadPoolExecutor, decoder: _Decoder, paths: Iterable[str | Path | Item], ahead: int, stages: Stages
-) -> Iterator[_Decoded]:
+    pool: ThreadPoolExecutor, decoder: Decoder, paths: Iterable[str | Path | Item], ahead: int, stages: Stages
+) -> Iterator[Decoded]:
     """Images or reasons in order, with at most `ahead` images decoded or being decoded.
 
     Fewer where their sources hold them in memory: together no more than decoding may take.
     """
-    waiting: deque[tuple[Future[_Decoded], int]] = deque()
+    waiting: deque[tuple[Future[Decoded], int]] = deque()
     held = 0
     for path in paths:
         item = path if isinstance(path, Item) else file_item(path)
@@ -206,9 +207,9 @@ def _decoded(
         yield decoded
 
 
-def _batches(items: Iterable[_Decoded], size: Callable[[], int]) -> Iterator[list[_Decoded]]:
+def _batches(items: Iterable[Decoded], size: Callable[[], int]) -> Iterator[list[Decoded]]:
     """Runs of items with `size()` images each; the reasons between them ride along, up to as many."""
-    batch: list[_Decoded] = []
+    batch: list[Decoded] = []
     good = 0
     for item in items:
         batch.append(item)
@@ -220,11 +221,11 @@ def _batches(items: Iterable[_Decoded], size: Callable[[], int]) -> Iterator[lis
         yield batch
 
 
-def _images(batch: list[_Decoded]) -> list[np.ndarray]:
+def _images(batch: list[Decoded]) -> list[np.ndarray]:
     return [item.image for item in batch if item.image is not None]
 
 
-def _results(batch: list[_Decoded], output: Any) -> Iterator[Result]:
+def _results(batch: list[Decoded], output: Any) -> Iterator[Result]:
     embeddings = logits = None
     if output is not None:
         embeddings = output.embedding.float().numpy()
@@ -254,7 +255,7 @@ class Classified:
 
 
 def classify_images(
-    engine: Engine, paths: Iterable[str | Path | Item], *, k: int = 5, **options: Any
+    engine: Engine, paths: Iterable[str | Path | Item], *, k: int = 5, classes: ZeroShot | None = None, **options: Any
 ) -> Iterator[Classified]:
     """The k likeliest classes (or all, if there are fewer) of each image, in the order given.
 
@@ -262,21 +263,37 @@ def classify_images(
     `problem_type` is multi_label_classification, or it has one class only, as transformers' pipeline has it. Labels are
     the engine's; without any, the class index stands for itself. Options and errors are those of `embed_images`.
 
+    Args:
+        classes: what `engine.zero_shot(labels)` made of texts, in place of the model's own classifier.
+
     Raises:
-        ValueError: if the model has no classification head, or k is below 1.
+        ValueError: if the model has no classification head and there are no `classes`, or k is below 1.
     """
-    if not engine.config.num_classes:
-        raise ValueError("the model has no classification head; `embed` works with it, `classify` does not")
+    if classes is None and not engine.config.num_classes:
+        raise ValueError(
+            "the model has no classification head: `embed` works with it, and `classify` with --labels if it is a CLIP "
+            "or SigLIP with its text tower"
+        )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     results = embed_images(engine, paths, **options)
-    labels, problem_type = engine.labels, engine.problem_type
-    return (Classified(r.path, r.status, _top_classes(r.logits, k, labels, problem_type), r.note) for r in results)
+    labels: Sequence[str] | None = engine.labels if classes is None else classes.labels
+    problem_type = engine.problem_type if classes is None else classes.problem_type
+
+    import torch
+
+    def logits(result: Result) -> np.ndarray | None:
+        if classes is None or result.embedding is None:
+            return result.logits
+        return classes(torch.from_numpy(result.embedding)[None])[0].cpu().numpy()
+
+    return (Classified(r.path, r.status, top_classes(logits(r), k, labels, problem_type), r.note) for r in results)
 
 
-def _top_classes(
+def top_classes(
     logits: np.ndarray | None, k: int, labels: Sequence[str] | None, problem_type: str | None
 ) -> list[dict[str, Any]]:
+    """The k likeliest classes by logits [classes], as in `Classified.classes`; none where there are no logits."""
     if logits is None:
         return []
     name, scores = _scores(logits.astype(np.float64), problem_type)

@@ -25,6 +25,7 @@ from vitfast.models.checkpoints import (
     hf_dinov3,
     hf_live,
     hf_siglip,
+    hf_text,
     hf_vit,
     live,
     preprocess,
@@ -162,7 +163,8 @@ def from_state(
         listed = f"num_labels={labels.num_labels}" if labels.id2label is None else f"{labels.classes} names in id2label"
         raise CheckpointError(f"{error}\n({where} says {said}, {listed})") from error
     preprocess = read_preprocess(directory, config, ours, hf_common.pair(facts.image_size)) if directory else None
-    return Checkpoint(ours, weights, preprocess, labels.names(ours.num_classes), labels.problem_type)
+    text = hf_text.read(config, state, architecture, name, where, directory)
+    return Checkpoint(ours, weights, preprocess, labels.names(ours.num_classes), labels.problem_type, text=text)
 
 
 def check(config: Mapping[str, Any], where: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitfast.images.preprocess import Preprocess
 from vitfast.models import schema
 from vitfast.models.config import ViTConfig
+from vitfast.models.text import TextTower
 
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that weights may be stored in."""
@@ -40,6 +41,7 @@ class Checkpoint:
         preprocess: how its images are prepared; None where the source does not say.
         labels: the classes' names, one per row of the head; None where the source does not say.
         stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
+        text: the text tower beside it, where the source has one that can be run (CLIP, SigLIP).
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
     """
@@ -50,6 +52,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     stem: nn.Module | None = None
+    text: TextTower | None = None
 
 
 def require(condition: bool, feature: str, where: str) -> None:
@@ -124,6 +127,10 @@ class Source:
             listed = ", ".join(f"{n} {_shape(p)} {p.dtype}" for n, p in zip(names, present, strict=True))
             self._misshapen.append(f"{listed}: parts of {canonical} that do not fit together")
         self._origins[canonical] = names
+
+    def missing(self, name: str) -> None:
+        """Note that a tensor which is no canonical weight is not there."""
+        self._missing[name] = name
 
     def norm(self, canonical: str, name: str) -> None:
         """Take weight and bias of a LayerNorm."""

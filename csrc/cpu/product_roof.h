@@ -1,0 +1,14 @@
+// What the CPU's product instructions reach; for benchmarks.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace vitfast {
+
+// FLOP/s of all torch's threads together, two for each multiply-add, by the dtype's name: of those dtypes whose AVX-512
+// instruction this CPU has. Takes about a tenth of a second.
+std::vector<std::pair<std::string, double>> product_roofs();
+
+}  // namespace vitfast

@@ -1,0 +1,77 @@
+"""A server of a fake engine in this process, and pictures as clients send them."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from helpers.photos import PREPROCESS, FakeEngine, noise
+from PIL import Image
+from starlette.testclient import TestClient
+
+from vitfast.images.preprocess import resize_and_crop
+from vitfast.serving.app import create_app
+from vitfast.serving.limits import Limits
+from vitfast.serving.service import Service
+
+
+class HeldEngine(FakeEngine):
+    """A fake that works on nothing while `gate` is closed, after the warm-up that is.
+
+    It may take `seconds` for each batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate, self.seconds = None, 0.0
+
+    def __call__(self, images, *, preprocessed):
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        if self.seconds:
+            import time
+
+            time.sleep(self.seconds)
+        return super().__call__(images, preprocessed=preprocessed)
+
+
+def png(seed: int = 0, height: int = 12, width: int = 16) -> bytes:
+    """A picture of noise as a PNG."""
+    return encoded(Image.fromarray(noise(height, width, seed)))
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    """A picture as a file's bytes."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    """Bytes as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def embedding(content: bytes, engine=None) -> np.ndarray:
+    """What an engine itself makes of a picture, float32 [E]."""
+    engine = engine or FakeEngine()
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = resize_and_crop(np.array(image.convert("RGB")), engine.preprocess or PREPROCESS)
+    return engine(torch.from_numpy(pixels[None]), preprocessed=True).embedding[0].float().numpy()
+
+
+def files(*contents: bytes) -> list:
+    """Pictures as a multipart form has them."""
+    return [("file", (f"{i}.png", content, "image/png")) for i, content in enumerate(contents)]
+
+
+@contextlib.contextmanager
+def client(engines=None, limits: Limits | None = None, **options) -> Iterator[TestClient]:
+    """A client of a server that is ready; `client.service` is the service."""
+    service = Service(engines or {"fake": FakeEngine()}, limits, **options)
+    with TestClient(create_app(service)) as made:
+        while not service.ready:
+            assert service.failed is None, service.failed
+        made.service = service
+        yield made

@@ -1,0 +1,203 @@
+"""Dynamic batching: images that come one by one, run together by a thread that owns the model.
+
+A batch starts when it is full, when nothing more is on its way, or when its first image has waited long enough. So a
+single request on an idle server waits for nobody, and under load batches fill while the one before is at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger("vitfast.serving")
+
+_NEW = 0.2
+"""The weight of a new measurement in what a batch is expected to take."""
+
+
+class Row(NamedTuple):
+    """What the model says of one image: float32 [E], and [classes] if it has a head."""
+
+    embedding: np.ndarray
+    logits: np.ndarray | None
+
+
+class Failed(Exception):
+    """The model failed on a batch; what went wrong is in the log."""
+
+
+class Entry:
+    """An image on its way: first being decoded, then waiting as uint8 [h, w, 3], then done."""
+
+    __slots__ = ("arrived", "future", "image")
+
+    def __init__(self) -> None:
+        self.future: Future[Row] = Future()
+        self.image: np.ndarray | None = None
+        self.arrived = 0.0
+
+
+class BatchTimes:
+    """How long batches take, by size rounded up to a power of two."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def note(self, size: int, seconds: float) -> None:
+        """A batch of `size` took so long."""
+        bucket = _power_of_two(size)
+        before = self._seconds.get(bucket, seconds)
+        self._seconds[bucket] = before + _NEW * (seconds - before)
+
+    def expected(self, size: int) -> float:
+        """Seconds that a batch of `size` should take; what was never seen is taken for proportional to its size."""
+        if not size or not self._seconds:
+            return 0.0
+        bucket = _power_of_two(size)
+        known = min(list(self._seconds), key=lambda seen: (abs(seen - bucket), seen))
+        return self._seconds[known] * max(1.0, bucket / known)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class Batcher:
+    """A queue of images and the thread that runs them.
+
+        entry = batcher.expect()
+        batcher.put(entry, image)        # or batcher.fail(entry, error)
+        row = entry.future.result()
+
+    An entry whose future is cancelled leaves the queue at once.
+
+    Args:
+        run: uint8 [B, h, w, 3] -> (float32 [B, E], float32 [B, classes] or None), called by the thread alone.
+        max_batch: images of a batch at most.
+        max_wait: seconds that an image waits for others that are expected.
+        observe: told of each batch: its size, the seconds that each image waited, the seconds it took.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]],
+        *,
+        max_batch: int,
+        max_wait: float,
+        observe: Callable[[int, list[float], float], None] = lambda size, waits, seconds: None,
+    ) -> None:
+        self._run, self._max_batch, self._max_wait, self._observe = run, max_batch, max_wait, observe
+        self.times = BatchTimes()
+        self._queue: deque[Entry] = deque()
+        self._coming = 0  # entries that are expected and not there
+        self._running, self._started = 0, 0.0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._loop, name="vitfast-batches", daemon=True)
+        self._thread.start()
+
+    def expect(self) -> Entry:
+        """Announce an image; `put` or `fail` must follow.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        entry = Entry()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._coming += 1
+        entry.future.add_done_callback(lambda future: self._leave(entry) if future.cancelled() else None)
+        return entry
+
+    def put(self, entry: Entry, image: np.ndarray) -> None:
+        """The image that was announced, uint8 [h, w, 3]."""
+        with self._changed:
+            self._coming -= 1
+            if not entry.future.cancelled():
+                entry.image, entry.arrived = image, time.perf_counter()
+                self._queue.append(entry)
+            self._changed.notify()
+
+    def fail(self, entry: Entry, error: Exception) -> None:
+        """The image that was announced does not come."""
+        with self._changed:
+            self._coming -= 1
+            self._changed.notify()
+        if entry.future.set_running_or_notify_cancel():
+            entry.future.set_exception(error)
+
+    def _leave(self, entry: Entry) -> None:
+        with self._changed, contextlib.suppress(ValueError):  # it is not there, or not any more
+            self._queue.remove(entry)
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return len(self._queue)
+
+    def predicted_wait(self) -> float:
+        """Seconds until the model would turn to an image that came now."""
+        with self._changed:
+            ahead, running, started = len(self._queue) + self._coming, self._running, self._started
+        full, rest = divmod(ahead, self._max_batch)
+        left = max(0.0, self.times.expected(running) - (time.perf_counter() - started)) if running else 0.0
+        return left + full * self.times.expected(self._max_batch) + self.times.expected(rest)
+
+    def close(self) -> None:
+        """Run what has been announced, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _take(self) -> list[Entry]:
+        """The next batch; empty when there will be none."""
+        with self._changed:
+            while True:
+                if self._queue:
+                    left = self._queue[0].arrived + self._max_wait - time.perf_counter()
+                    if len(self._queue) >= self._max_batch or not self._coming or left <= 0:
+                        break
+                    self._changed.wait(left)
+                elif self._closed and not self._coming:
+                    return []
+                else:
+                    self._changed.wait()
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
+            self._running, self._started = len(batch), time.perf_counter()
+            return batch
+
+    def _loop(self) -> None:
+        while batch := self._take():
+            alive = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
+            if alive:
+                self._compute(alive)
+            with self._changed:
+                self._running = 0
+            del batch, alive  # their images would live on until the next one is full
+
+    def _compute(self, batch: list[Entry]) -> None:
+        started = time.perf_counter()
+        images = [entry.image for entry in batch if entry.image is not None]
+        try:
+            embeddings, logits = self._run(np.stack(images))
+        except BaseException as error:  # whatever a model raises ends these requests, and no others
+            log.exception("the model failed on a batch of %d", len(batch))
+            for entry in batch:
+                entry.future.set_exception(Failed(type(error).__name__))
+            return
+        seconds = time.perf_counter() - started
+        self.times.note(len(batch), seconds)
+        self._observe(len(batch), [started - entry.arrived for entry in batch], seconds)
+        for row, entry in enumerate(batch):
+            entry.future.set_result(Row(embeddings[row], None if logits is None else logits[row]))

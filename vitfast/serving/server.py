@@ -1,0 +1,155 @@
+"""The process: uvicorn with an end that loses no request, and a clock for senders of slow headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from datetime import datetime, timezone
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vitfast.serving.app import create_app
+from vitfast.serving.service import Service
+
+if TYPE_CHECKING:
+    import uvicorn
+
+log = logging.getLogger("vitfast.serving")
+
+_BACKLOG = 1024
+
+
+def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
+    """A server of one process, to be run with `run()`.
+
+    The first SIGTERM or SIGINT has it answer what it has taken, refuse what is new with 503, and then end; the second
+    ends it at once. A service that cannot warm up ends it, too.
+
+    Raises:
+        ImportError: as `create_app`.
+    """
+    app = create_app(service)
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    limits = service.limits
+
+    class Protocol(H11Protocol):
+        """Closes a connection on which no whole header came in time."""
+
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self._deadline is not None:
+                self._deadline.cancel()
+
+        def _watch(self) -> None:
+            """Let the clock run while there is no request, and from its start: more bytes do not set it back."""
+            at_work = self.cycle is not None and not self.cycle.response_complete
+            if at_work and self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+            elif not at_work and self._deadline is None:
+                self._deadline = self.loop.call_later(limits.header_timeout, self.transport.close)
+
+    class Server(uvicorn.Server):
+        """Drains before it ends."""
+
+        _draining: asyncio.Task[None] | None = None
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if service.draining:
+                super().handle_exit(sig, frame)
+                return
+            service.draining = True
+            log.info("signal %d: finishing %d requests", sig, service.in_flight)
+
+        async def on_tick(self, counter: int) -> bool:
+            if service.failed is not None:
+                return True
+            if service.draining and self._draining is None:
+                self._draining = asyncio.ensure_future(self._drain())
+            return await super().on_tick(counter)
+
+        async def _drain(self) -> None:
+            loop = asyncio.get_running_loop()
+            end = loop.time() + limits.drain_timeout
+            while service.in_flight and loop.time() < end:
+                await asyncio.sleep(0.02)
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        backlog=_BACKLOG,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_config=None,
+        timeout_keep_alive=min(5, max(1, int(limits.header_timeout))),
+        timeout_graceful_shutdown=max(1, int(limits.drain_timeout)),
+    )
+    return Server(config)
+
+
+class JsonLines(logging.Formatter):
+    """Log records as one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger and message; of a request its fields, of an error its traceback."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to(stream: TextIO, level: int = logging.INFO) -> None:
+    """Send what this package and uvicorn log to a stream, as JSON lines."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    for name in ("vitfast.serving", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level if name == "vitfast.serving" else max(level, logging.WARNING))
+
+
+def run(service: Service, host: str, port: int) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        RuntimeError: if a model cannot be warmed up. OSError: if the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))  # here, so that a port in use is one clear error
+        server = make_server(service, host, port)
+        log.info("listening on http://%s:%d", host, listener.getsockname()[1])
+        server.run(sockets=[listener])
+    if service.failed is not None:
+        raise RuntimeError(f"a model cannot be warmed up: {service.failed}") from service.failed

@@ -1,0 +1,139 @@
+"""What a server holds while it runs: its models, what clients share, and which part of its life it is in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vitfast.serving.limits import Budget, Limits, Refusal
+from vitfast.serving.metrics import Metrics
+from vitfast.serving.model import Decoding, ServedModel
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from vitfast.engine.engine import Engine
+    from vitfast.serving.batching import Row
+    from vitfast.serving.requests import Body, Parsed
+
+
+class Service:
+    """Models and what they share.
+
+    Args:
+        engines: by the names that clients use; the first serves requests that name none.
+        limits: of a request, and of all together.
+        api_keys: one of which a client must show; nothing is asked for where there are none.
+        max_batch, workers, decode_memory: see `ServedModel` and `Decoding`.
+
+    Attributes:
+        ready: warmed up. draining: no new request is taken. failed: what went wrong while warming up.
+        requests: that have come in. in_flight: those that have not been answered.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        limits: Limits | None = None,
+        *,
+        api_keys: Sequence[str] = (),
+        max_batch: int | None = None,
+        workers: int | None = None,
+        decode_memory: int | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.api_keys = tuple(api_keys)
+        self.metrics = Metrics()
+        self.budget = Budget(self.limits.max_queue_bytes)
+        self.decoding = Decoding(workers, decode_memory)
+        shared = (self.limits, self.decoding, self.metrics)
+        self.models = {
+            name: ServedModel(name, engine, *shared, max_batch=max_batch) for name, engine in engines.items()
+        }
+        self.ready = self.draining = False
+        self.failed: Exception | None = None
+        self.in_flight = self.requests = 0
+        self.metrics.watch(lambda: self.budget.used, lambda: self.in_flight)
+
+    async def warm_up(self) -> None:
+        """Run every model once, then be ready. What goes wrong is kept in `failed`."""
+        try:
+            for model in self.models.values():
+                await asyncio.to_thread(model.warm_up)
+            self.ready = True
+        except Exception as error:
+            self.failed = error
+
+    def close(self) -> None:
+        """Finish what has been taken, and end all threads."""
+        for model in self.models.values():
+            model.close()
+        self.decoding.close()
+
+    def model(self, name: object) -> ServedModel:
+        """A model by its name, or the first.
+
+        Raises:
+            Refusal: 404 if there is none of that name.
+        """
+        from vitfast.serving.requests import shown
+
+        if name is None:
+            return next(iter(self.models.values()))
+        if not isinstance(name, str) or name not in self.models:
+            known = ", ".join(self.models)
+            raise Refusal(404, f"there is no model {shown(name)}; there are {known}", "model_not_found", "model")
+        return self.models[name]
+
+    def predicted_wait(self) -> float:
+        """Of the model that is least busy: where that is too long, no request need be read."""
+        return min(model.predicted_wait() for model in self.models.values())
+
+    async def rows(self, request: Request, body: Body, model: ServedModel, parsed: Parsed) -> list[Row]:
+        """Every image's row, in order.
+
+        Raises:
+            Refusal: for an image that cannot be used, when the client is gone, when time is up, if the server is too
+                busy, or the model has failed.
+        """
+        import numpy as np
+
+        from vitfast.images.decode import ImageError
+        from vitfast.serving.batching import Failed
+        from vitfast.serving.requests import refuse_when_late
+
+        refuse_when_late(model.predicted_wait(), self.limits)
+        body.hold(len(parsed.items) * model.image_bytes)
+        futures = model.submit(parsed.items)
+        all_rows: asyncio.Future[list[Row]] = asyncio.gather(*map(asyncio.wrap_future, futures))
+        gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
+        timeout = self.limits.request_timeout
+        try:
+            waited: list[asyncio.Future[Any]] = [all_rows, gone]
+            await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if all_rows.done():
+                rows = all_rows.result()
+            elif gone.done():
+                raise Refusal(499, "the client has closed the connection")
+            else:
+                raise Refusal(503, f"there was no answer within {timeout:g} s", "timeout", headers={"Retry-After": "1"})
+        except ImageError as error:
+            raise Refusal(400, f"{error.path}: {error.reason}", "image_not_usable", "input") from None
+        except Failed as error:
+            raise Refusal(500, f"the model failed on this request ({error})", "model_failed") from None
+        finally:
+            gone.cancel()
+            all_rows.cancel()
+            for future in futures:  # of a request that fails, what waits leaves the queue
+                future.cancel()
+        for index, row in enumerate(rows):
+            if not np.isfinite(row.embedding).all():
+                raise Refusal(500, f"image {index}: the model's output is not finite", "model_failed")
+        return rows
+
+
+async def _disconnected(request: Request) -> None:
+    """Until the client is gone; the whole body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
