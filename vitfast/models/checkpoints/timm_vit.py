@@ -17,6 +17,11 @@ from vitfast.models.config import ViTConfig
 _PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
 SUPPORTED = (*_PLAIN, "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
 REFUSED = {
+    **dict.fromkeys(("Qwen3VitEncoder", "Qwen3VitClassifier"), "tokens on a map, and a merger of neighbours after it"),
+    **dict.fromkeys(
+        ("Gemma4VitEncoder", "Gemma4VitClassifier"), "four norms a block, a norm of v, and products that may be clipped"
+    ),
+    **dict.fromkeys(("DeepseekVitEncoder", "DeepseekVitClassifier"), "tokens on a map, and an aligner after it"),
     "VisionTransformerSAM": "windowed attention with decomposed relative position",
     "Hiera": "pooling of queries between stages (a hierarchical model)",
     "HieraDet": "pooling of queries between stages (a hierarchical model)",
