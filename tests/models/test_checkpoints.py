@@ -196,8 +196,9 @@ def test_hub_fetches_safe_files_only(monkeypatch, directory):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert checkpoints.load("org/name", revision="v2", allow_pickle=True).config.name == "org/name"
     assert [call[:2] for call in asked] == [("org/name", "v2")] * 2  # the settings, then all
-    assert all(pattern.endswith(".json") for pattern in asked[0][2])
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked[1][2])
+    settings = (".json", "merges.txt", "spiece.model", "tokenizer.model")  # a tokenizer's are text and protobuf
+    assert all(pattern.endswith(settings) for pattern in asked[0][2])
+    assert all(pattern.endswith((*settings, ".safetensors")) for pattern in asked[1][2])
     peers.import_timm()
     asked.clear()
     checkpoints.load("vit_tiny_patch16_224")
