@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 from helpers import peers
-from helpers.photos import noise
+from helpers.photos import make_photos, noise
 from helpers.transformers_models import CLIP_TEXT
 from PIL import Image
 from typer.testing import CliRunner
 
 import vitfast
 from vitfast.cli.app import app
+from vitfast.images.files import collect
 from vitfast.models import checkpoints
 from vitfast.models.checkpoints import CheckpointError
-from vitfast.pipeline.embed import classify_images
+from vitfast.pipeline.embed import classify_images, embed_images
+from vitfast.pipeline.parquet import EmbeddingFolder, write_parquet
+from vitfast.pipeline.search import Index
 from vitfast.testing import make
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz.!", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz.!")]
@@ -187,3 +190,20 @@ def test_what_is_missing_is_said(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(CheckpointError, match=r"text does not fit its architecture, 2 problem(.|\n)*text_projection"):
         checkpoints.load(tmp_path)
+
+
+def test_images_similar_to_a_sentence(tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    save(folder, "CLIPModel")
+    save_tokenizer(folder)
+    photos = make_photos(tmp_path / "photos")
+    engine = vitfast.load(folder, **DEVICE)
+    write_parquet(embed_images(engine, collect([photos])), EmbeddingFolder(out, folder), engine)
+    arguments = ["similar", "a cat", str(out), "--text", "-k", "4", "--device", "cpu", "--json"]
+    answer = json.loads(CliRunner().invoke(app, arguments).stdout)
+    expected = Index(out).search(engine.text(["a cat"])[0].numpy(), 4)
+    assert [match["path"] for match in answer["matches"]] == [match.path for match in expected]
+    similarities = [match["similarity"] for match in answer["matches"]]
+    assert similarities == pytest.approx([match.similarity for match in expected], abs=1e-5)
+    assert answer["query"] == "a cat"

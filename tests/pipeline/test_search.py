@@ -144,7 +144,9 @@ def test_similar_to_another_image_embeds_it_as_the_folder_was(embedded, tmp_path
     bad = tmp_path / "bad.png"
     bad.write_text("no")
     assert "cannot be embedded" in run("similar", bad, out).output
-    assert run("similar", tmp_path / "nothing.png", out).exit_code == 2
+    result = run("similar", tmp_path / "nothing.png", out)
+    assert result.exit_code == 2
+    assert "(a sentence needs --text)" in " ".join(result.output.split())
 
 
 def test_duplicates_command(embedded):

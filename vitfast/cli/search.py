@@ -23,8 +23,9 @@ Folder = Annotated[str, typer.Argument(metavar="INDEX", help="Folder that `vitfa
 @app.command(epilog="Example: `vitfast similar photos/cat.jpg embeddings/ --topk 5`")
 def similar(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="An image file.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="An image file; with --text a sentence.")],
     index: Folder,
+    text: Annotated[bool, typer.Option("--text", help="QUERY is a sentence: for models like CLIP and SigLIP.")] = False,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Images to find.")] = 10,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="What embeds QUERY. [default: the model noted in INDEX]")
@@ -35,7 +36,7 @@ def similar(
     arch: Arch = None,
     as_json: Json = False,
 ) -> None:
-    """Find the images most similar to one. The search is exact; similarity is the cosine, -1 to 1.
+    """Find the images most similar to one, or to a sentence. The search is exact; similarity is the cosine, -1 to 1.
 
     An image that is in INDEX needs no model, and is not found itself. Any other is embedded as those in INDEX were;
     another model, dtype or version is refused.
@@ -45,12 +46,12 @@ def similar(
         from vitfast.pipeline.search import Index
 
         searched = Index(index)
-        key = path_text(os.path.abspath(query))
-        vector = searched.vector_of(key)
+        key = query if text else path_text(os.path.abspath(query))
+        vector = None if text else searched.vector_of(key)
         if vector is None:
             options = {"allow_pickle": allow_pickle, "weights_key": weights_key, "arch": arch, "device": device}
-            vector = _embedded(searched, query, model, options)
-        matches = searched.search(vector, topk, without=key)
+            vector = _embedded(searched, query, text, model, options)
+        matches = searched.search(vector, topk, without=None if text else key)
         answer.json = {
             "query": key,
             "index": path_text(index),
@@ -61,16 +62,18 @@ def similar(
         answer.text = [f"{match.similarity:7.4f}  {escaped(match.path)}" for match in matches]
 
 
-def _embedded(index: Index, query: str, model: str | None, options: dict[str, Any]) -> np.ndarray:
-    """The vector of an image that the folder does not have, by the model that the folder was made with."""
+def _embedded(index: Index, query: str, text: bool, model: str | None, options: dict[str, Any]) -> np.ndarray:
+    """The vector of a sentence, or of an image that the folder does not have, by the model that the folder is of."""
     from vitfast.images.files import InputError, path_text
     from vitfast.pipeline.embed import OK, embed_images
 
-    if not os.path.lexists(query):
-        raise InputError(f"no such file: {path_text(query)!r}")
+    if not text and not os.path.lexists(query):
+        raise InputError(f"no such file: {path_text(query)!r} (a sentence needs --text)")
     dtype = index.identity.dtype.partition(" ")[0] if index.identity else None
     engine = load_engine(model or index.model, dtype=dtype, preprocess=None, **options)
     index.check(engine)
+    if text:
+        return engine.text([query])[0].float().cpu().numpy()
     result = next(embed_images(engine, [query]))
     if result.status != OK or result.embedding is None:
         raise InputError(f"{path_text(query)!r} cannot be embedded: {result.status}")
