@@ -125,8 +125,7 @@ py::dict ops() {
     all["linear"]["per_device"] = py::dict(
         "cuda"_a = py::dict("dtypes"_a = py::make_tuple("float16", "bfloat16"),
                             "min_capability"_a = py::make_tuple(9, 0), "max_capability"_a = py::make_tuple(9, 0),
-                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple),
-                            "lacking"_a = py::dict()));
+                            "multiples"_a = py::dict("K"_a = multiple, "N"_a = multiple), "lacking"_a = py::dict()));
     const py::int_ in_8_bits(vitfast::kQuantizedMultiple);
     all["quantized_linear"] =
         py::dict("devices"_a = py::make_tuple("cpu", "cuda"), "dtypes"_a = py::make_tuple("float8_e4m3fn"),

@@ -84,7 +84,8 @@ VITFAST_INLINE void add_bias(const View& bias, int64_t b, int64_t h, int64_t i, 
 
 // Bias, mask and causality of query i; columns that are no keys, and keys that may not be seen, become -inf.
 template <int lanes>
-VITFAST_INLINE void adjust(const AttentionCall& c, int64_t b, int64_t h, int64_t i, int64_t keys, int64_t width, float* scores) {
+VITFAST_INLINE void adjust(const AttentionCall& c, int64_t b, int64_t h, int64_t i, int64_t keys, int64_t width,
+                           float* scores) {
   if (c.bias.data) {
     if (c.bias.dtype == at::kFloat) add_bias<float>(c.bias, b, h, i, keys, scores);
     if (c.bias.dtype == at::kHalf) add_bias<at::Half>(c.bias, b, h, i, keys, scores);

@@ -329,7 +329,8 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
     pack_panels(source, packed.mutable_data_ptr<float>());
     return packed;
   }
-  const at::Tensor packed = at::empty({source.size(0), round_up(Size(op, source.size(1)), 2).value()}, source.options());
+  const at::Tensor packed =
+      at::empty({source.size(0), round_up(Size(op, source.size(1)), 2).value()}, source.options());
   pack_linear_bf16(source, packed);
   return packed;
 }
@@ -397,8 +398,8 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
     Epilogue epilogue;
     fill(epilogue);
     epilogue.residual = read<float>(kOp, "residual", added);
-    run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed),
-         result[0].mutable_data_ptr<float>(), epilogue});
+    run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed), result[0].mutable_data_ptr<float>(),
+         epilogue});
   }
   return result;
 }

@@ -30,9 +30,7 @@ VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_
 
 }  // namespace
 
-std::string why_no_linear_bf16_cpu() {
-  return simd_level() < Simd::avx512_bf16 ? "there is no AVX512-BF16 here" : "";
-}
+std::string why_no_linear_bf16_cpu() { return simd_level() < Simd::avx512_bf16 ? "there is no AVX512-BF16 here" : ""; }
 
 void pack_linear_bf16(const at::Tensor& weight, const at::Tensor& packed) {
   if (weight.numel() == 0) return;

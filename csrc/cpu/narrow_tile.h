@@ -70,8 +70,7 @@ struct FromRows {  // three rows for each pointer, which is as many as addresses
 
 // Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
 template <typename P, int rows, typename From, typename Sink>
-VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start,
-                                  const Sink& sink) {
+VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Sink& sink) {
   typename P::Sum sum[rows][2];
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {

@@ -21,12 +21,12 @@ struct TileEpilogue {
   const float *mean = nullptr, *rstd = nullptr, *weight_sum = nullptr;  // [M], [M], [N]: LayerNorm of x, folded
   const float* bias = nullptr;                                          // [N]
   Activation activation = Activation::kNone;
-  const float* layer_scale = nullptr;           // [N]
-  const void* residual = nullptr;               // [M, N] in y's dtype
-  void* y = nullptr;                            // [M, N]
-  float* stats = nullptr;                       // [M, chunks, 2]
-  int8_t* values = nullptr;                     // [M, N], instead of y, with
-  float* scales = nullptr;                      // [M, chunks]
+  const float* layer_scale = nullptr;            // [N]
+  const void* residual = nullptr;                // [M, N] in y's dtype
+  void* y = nullptr;                             // [M, N]
+  float* stats = nullptr;                        // [M, chunks, 2]
+  int8_t* values = nullptr;                      // [M, N], instead of y, with
+  float* scales = nullptr;                       // [M, chunks]
   at::ScalarType dtype = at::ScalarType::Float;  // of y and residual
   int64_t n = 0;
 
@@ -83,7 +83,8 @@ VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, 
     if (e.weight_scale) value *= load_floats(e.weight_scale + n);
     if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_floats(e.weight_sum + n));
     if (e.bias) value += load_floats(e.bias + n);
-    value = rough && e.activation == Activation::kGelu ? rough_gelu<kWide>(value) : activate<kWide>(e.activation, value);
+    value =
+        rough && e.activation == Activation::kGelu ? rough_gelu<kWide>(value) : activate<kWide>(e.activation, value);
     if (e.layer_scale) value *= load_floats(e.layer_scale + n);
     if (residual) value += load_floats(residual + i, width - i);
     if (y) value = store_rounded(y + i, value, width - i);
