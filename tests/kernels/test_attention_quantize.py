@@ -173,8 +173,8 @@ def test_who_refuses():
         spec = ops.Spec("attention", "cuda", torch.bfloat16, capability, {"head_dim": 64}, (f"{dtype} output",))
         reasons = registry.backend("attention", "torch").why_not(spec)
         assert reasons == ([] if able else ["compute capability 8.6 is below 8.9"])
-    with pytest.raises(ops.BackendError, match=r"int8 output|not built"):
-        ops.attention(*packed(5), quantize=torch.int8, backend="native")
+    with pytest.raises(ops.BackendError, match=r"float8_e4m3fn output|not built"):
+        ops.attention(*packed(5), quantize=torch.float8_e4m3fn, backend="native")
 
 
 COMPILE = """
