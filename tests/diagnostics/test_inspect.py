@@ -19,8 +19,8 @@ KERNEL_FILES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if p
 # each kernel.
 SLOW = {("sm_100", file) for file in KERNEL_FILES}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
-SLOW |= {("sm_80", file) for file in ("attention", "linear", "quantized_linear")}
-SLOW |= {("sm_90", file) for file in ("attention", "quantized_linear")}
+SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention", "quantized_linear", "quantize", "mlp")}
+SLOW |= {("sm_80", file) for file in ("linear", "attention_short", "patch_embed")} | {("sm_90", "patch_embed")}
 
 
 OLDEST = os.environ.get("VITFAST_OLDEST_TRITON", "")

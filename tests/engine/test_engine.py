@@ -27,7 +27,8 @@ def test_triton_forward_of_every_family(family, dtype):
     check(config, testing.make(2, 3, 32, 48), dtype, "triton")
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_forward_of_vit_tiny(dtype):
     """A real ViT-Ti/16 at 224, from uint8 pixels, twelve blocks, norms folded: five launches a block."""
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8, device=testing.device())

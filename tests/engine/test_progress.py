@@ -9,6 +9,12 @@ import vitfast
 from vitfast.engine import progress
 
 
+@pytest.fixture(autouse=True)
+def heard(caplog):
+    """Warnings of the logger arrive, whatever level a library has given the root logger meanwhile."""
+    caplog.set_level(logging.WARNING, logger="vitfast")
+
+
 class Clock:
     """Stands for time.perf_counter."""
 
