@@ -106,7 +106,7 @@ def test_options(name, lengths, aligned):
     check_options(*inputs(*lengths), **options_of(name, *lengths, ALIGNED[aligned]))
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(FP16, marks=pytest.mark.full), BF16], ids=str)
 @pytest.mark.parametrize(("name", "layout", "head_dim"), rotating(OPTIONS, LAYOUTS, HEAD_DIMS))
 def test_half_precision(name, layout, head_dim, dtype):
     check_options(*inputs(40, 70, dtype, head_dim, layout=layout), **options_of(name, 40, 70, True))
@@ -219,7 +219,7 @@ BATCHED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize(
     ("name", "head_dim", "tokens"),
     [

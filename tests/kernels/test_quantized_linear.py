@@ -263,7 +263,8 @@ def test_bad_input(change, message):
         ops.quantized_linear(**given)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in ("sm_80", "sm_89"))])
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
 def test_products_run_on_tensor_cores(arch):
     """FP8 from sm_89 on, int8 everywhere; no spills. sm_80 and sm_89 share one instruction."""
     rows = inspected(arch, "quantized_linear")

@@ -17,7 +17,7 @@ def load(name):
     return module
 
 
-@pytest.fixture(params=["detr", "image_gpt"])
+@pytest.fixture(params=["detr", pytest.param("image_gpt", marks=pytest.mark.full)])
 def example(request):
     peers.import_transformers()
     return load(request.param)
