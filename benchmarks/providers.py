@@ -29,7 +29,7 @@ from vitfast.benchmarks.cases import OPS, Call, Case, backend_options, gradients
 from vitfast.engine import planner
 from vitfast.models import vit
 from vitfast.models.config import ViTConfig
-from vitfast.models.weights import prepare_weights
+from vitfast.models.weights import Block, prepare_weights
 from vitfast.ops import registry, scaled_mm
 from vitfast.ops.registry import BACKENDS, backend
 
@@ -187,8 +187,11 @@ def _planned_block(choice: str, call: Call) -> Thunk:
     run_block = vit.fused_block if plan.fused else vit.folded_block
     stats = vit.first_stats(plan, x)  # in a model, the block before writes them
 
+    block = prepared.blocks[0]
+    assert isinstance(block, Block)
+
     def run() -> Tensor:
-        return run_block(config, prepared.activation, prepared.blocks[0], x, stats, plan, {}, last=False)[0]
+        return run_block(config, prepared.activation, block, x, stats, plan, {}, last=False)[0]
 
     return run
 

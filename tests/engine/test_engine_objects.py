@@ -15,6 +15,7 @@ import vitfast
 from vitfast import testing
 from vitfast.engine import planner
 from vitfast.engine.engine import Engine
+from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.sites import site_case
 from vitfast.models import checkpoints
 from vitfast.models.plan import SITES
@@ -55,6 +56,15 @@ def test_a_deep_copy_shares_no_weights(images):
         tensor.zero_()
     assert torch.equal(other(images).embedding, want)
     assert torch.equal(copy.deepcopy(other)(images).embedding, want)
+
+
+@pytest.mark.parametrize("part", ["head", "blocks.1.mlp.fc2", "patch_embed.backbone.conv"])
+def test_a_fingerprint_counts_every_weight(part):
+    model = timm_model("vit_tiny_r_s16_p8_224", depth=2, num_classes=7)
+    first, again = (fingerprint(checkpoints.load(model)) for _ in range(2))
+    with torch.no_grad():
+        model.get_submodule(part).weight.mul_(1.01)
+    assert first == again != fingerprint(checkpoints.load(model))
 
 
 def test_a_pickle_of_a_model_that_was_changed_since(images):

@@ -24,9 +24,13 @@ def vit(**kwargs):
 FAMILIES = {"timm": lambda: timm_model(**TIMM), "transformers": vit, "torchvision": torchvision_model}
 
 
-def logits(model):
-    output = model(testing.make(2, 3, 32, 32).cpu())
+def logits_of(model, images):
+    output = model(images.cpu())
     return getattr(output, "logits", output)
+
+
+def logits(model):
+    return logits_of(model, testing.make(2, 3, 32, 32))
 
 
 def assert_served(model) -> None:
@@ -138,11 +142,23 @@ def stride(model):
     conv.stride = (4, 4)
 
 
-CHANGES = {
-    "forward hook": (lambda m: block(m)[0].register_forward_hook(lambda *_: None), "a forward hook"),
-    "forward pre-hook": (lambda m: block(m)[1].register_forward_pre_hook(lambda *_: None), "a forward pre-hook"),
-    "a hook on the whole": (lambda m: m.register_forward_hook(lambda *_: None), "a forward hook"),
+def halved(module, inputs, output):
+    return (output[0] * 0.5, *output[1:]) if isinstance(output, tuple) else output * 0.5
+
+
+IN_BLOCKS = {
+    "forward hook": (lambda m: block(m)[0].register_forward_hook(halved), "a forward hook"),
+    "forward pre-hook": (
+        lambda m: block(m)[1].register_forward_pre_hook(lambda _, x: (-x[0], *x[1:])),
+        "a forward pre-",
+    ),
     "a patched forward": (patched, "a patched forward"),
+}
+"""Code of one's own inside a block: served where the family's blocks are given tokens and nothing else."""
+
+CHANGES = {
+    "a hook on the whole": (lambda m: m.register_forward_hook(lambda *_: None), "a forward hook"),
+    "a hook on all blocks": (lambda m: _blocks(m).register_forward_hook(lambda *_: None), "a forward hook"),
     "LoRA or the like": (lambda m: replaced(*block(m)[2], Mine), r"test_live_modules\.Mine"),
     "a Sequential layer": (lambda m: replaced(*block(m)[2], nn.Sequential), "Sequential"),
     "a wrapped block": (lambda m: replaced(_blocks(m), _first(m), Mine), "Mine"),
@@ -187,6 +203,64 @@ def test_what_changes_the_result_is_refused_by_name(family, change):
     act(model)
     with pytest.raises(CheckpointError, match=reason):
         checkpoints.load(model)
+
+
+@pytest.mark.parametrize("change", IN_BLOCKS)
+def test_code_of_ones_own_in_a_block_is_refused_by_name_in_other_families(change):
+    model = vit()
+    act, reason = IN_BLOCKS[change]
+    act(model)
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoints.load(model)
+
+
+@pytest.mark.parametrize("family", ["timm", "torchvision"])
+@pytest.mark.parametrize("change", IN_BLOCKS)
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_block_with_code_of_its_own_runs_as_the_module_it_is(family, change, backend):
+    model = FAMILIES[family]()
+    images = testing.make(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = logits(model)
+        IN_BLOCKS[change][0](model)
+        want = logits(model)
+    assert (plain - want).abs().max() > 1e-2
+    engine = Engine(checkpoints.load(model), device=testing.device(), dtype="fp32", backend=backend)
+    copied = copy.deepcopy(engine)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for made in (engine, copied):
+        peers.close(made(images).logits.cpu(), want)
+    assert len(engine(images, layers=[0, 1]).layers) == 2
+
+
+def test_what_a_block_with_code_of_its_own_cannot_do_is_refused(tmp_path):
+    model = timm_model(**TIMM)
+    IN_BLOCKS["a patched forward"][0](model)
+    engine = vitfast.load(model, device=testing.device(), dtype="fp32", backend="torch")
+    images = testing.make(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"blocks \[0\] have code of their own"):
+        engine(images, attention_maps=[1])
+    with pytest.raises(ValueError, match="blocks have code of their own"):
+        engine(list(images))
+    with pytest.raises(CheckpointError, match=r"code of its own in blocks \[0\] cannot be saved"):
+        engine.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"blocks \[0\] have code of their own, which has no fingerprint"):
+        engine.fingerprint  # noqa: B018
+
+
+def test_the_blocks_beside_one_with_code_of_its_own_are_quantised():
+    model = timm_model(**TIMM)
+    IN_BLOCKS["forward hook"][0](model)
+    images = testing.make(4, 3, 32, 32)
+    engine = vitfast.load(
+        model, device=testing.device(), dtype="int8", backend="torch", calibration=images, target=0.999999
+    )
+    assert {name.split(".")[1] for name in engine.calibration.alone} == {"1"}
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(engine(images).logits.float().cpu(), logits_of(model, images))
+    assert cosine.min() > 0.99
 
 
 def test_a_hook_on_every_module_is_refused():

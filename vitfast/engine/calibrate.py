@@ -17,7 +17,7 @@ from vitfast.engine.runner import Runner
 from vitfast.engine.sites import skipped_products
 from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.plan import PRODUCTS
-from vitfast.models.weights import prepare_weights
+from vitfast.models.weights import Block, prepare_weights
 
 BATCH = 32
 
@@ -52,7 +52,12 @@ def calibrate(
     always = skipped_products(depth, skip_quantize, quantized)
     plan, plain = replace(runner.plan, skip_quantize=frozenset()), runner.weights
     other = prepare_weights(runner.config, checkpoint.weights, plan, device=runner.device, dtype=runner.dtype)
-    names = [f"blocks.{i}.{product}" for i in range(depth) for product in PRODUCTS]
+    names = [
+        f"blocks.{i}.{product}"
+        for i, block in enumerate(plain.blocks)
+        if isinstance(block, Block)
+        for product in PRODUCTS
+    ]
     runner.check(images.shape, images.dtype)
 
     def forward(part: Tensor) -> Tensor:
@@ -61,11 +66,13 @@ def calibrate(
 
     @torch.inference_mode()
     def embed(skipped: frozenset[str]) -> Tensor:
-        blocks = tuple(
-            replace(block, **{name: getattr(its, name) for name in PRODUCTS if f"blocks.{i}.{name}" not in skipped})
-            for i, (block, its) in enumerate(zip(plain.blocks, other.blocks, strict=True))
-        )
-        runner.weights = replace(plain, blocks=blocks)
+        blocks = []
+        for i, (block, its) in enumerate(zip(plain.blocks, other.blocks, strict=True)):
+            taken = [name for name in PRODUCTS if f"blocks.{i}.{name}" not in skipped]
+            if isinstance(block, Block):
+                block = replace(block, **{name: getattr(its, name) for name in taken})
+            blocks.append(block)
+        runner.weights = replace(plain, blocks=tuple(blocks))
         return torch.cat([forward(part) for part in images.split(BATCH)])
 
     want = embed(frozenset(names)) if images.shape[0] else torch.empty(0)

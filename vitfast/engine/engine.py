@@ -77,6 +77,7 @@ class Engine:
         self.problem_type = checkpoint.problem_type
         self.device, self.dtype, self.precision = self.runner.device, self.runner.dtype, self.runner.precision
         self.calibration: Calibration | None = None
+        graphs = graphs and not checkpoint.own_blocks  # whose Python a graph would not run again
         self._graphs = Graphs(self.runner, buckets) if graphs and self.device.type == "cuda" else None
         self._lanes: weakref.WeakSet[streaming.GpuLane] = weakref.WeakSet()
         self._lanes_lock = threading.Lock()
@@ -98,7 +99,7 @@ class Engine:
     def fingerprint(self) -> str:
         """A hash of architecture and weights (see `vitfast.engine.fingerprint`); the first use is a pass over them."""
         checkpoint, _ = self._made_of
-        return fingerprint(checkpoint.config, checkpoint.weights)
+        return fingerprint(checkpoint)
 
     def text(self, texts: Sequence[str] | Tensor, *, normalize: bool = False) -> Tensor:
         """Embed texts beside images, by the text tower of a CLIP or SigLIP.

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from vitfast.models.config import ViTConfig
+from vitfast.models.checkpoints import Checkpoint
 
 
-def fingerprint(config: ViTConfig, weights: Mapping[str, Tensor]) -> str:
-    """The first 32 hex digits of a SHA-256 over the architecture and the canonical weights as they are stored.
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """The first 32 hex digits of a SHA-256 over the architecture and the canonical weights, a stem's too, as stored.
 
     The model's name plays no part, nor where it lies, nor in what it is computed. It takes a pass over the weights.
+
+    Raises:
+        ValueError: if blocks have code of their own, which no hash can tell from other code.
     """
-    whole = hashlib.sha256(repr(sorted((k, v) for k, v in asdict(config).items() if k != "name")).encode())
+    if checkpoint.own_blocks:
+        raise ValueError(f"blocks {sorted(checkpoint.own_blocks)} have code of their own, which has no fingerprint")
+    described = asdict(checkpoint.config)
+    whole = hashlib.sha256(repr(sorted((k, v) for k, v in described.items() if k != "name")).encode())
+    weights = dict(checkpoint.weights)
+    if checkpoint.stem is not None:
+        weights |= {f"stem.{name}": tensor for name, tensor in checkpoint.stem.state_dict().items()}
     names = sorted(weights)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         for name, digest in zip(names, pool.map(lambda name: _digest(weights[name]), names), strict=True):

@@ -62,7 +62,7 @@ class Runner:
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self.weights = prepare_weights(
             self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std,
-            stem=checkpoint.stem,
+            stem=checkpoint.stem, own_blocks=checkpoint.own_blocks,
         )  # fmt: skip
         self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
         self.ends: OrderedDict[tuple[tuple[int, int], ...], Tensor] = OrderedDict()
@@ -161,8 +161,12 @@ class Runner:
         """The forward with the outputs of some blocks, and the attention of some, kept.
 
         Raises:
-            ValueError: if the plan computes attention inside a fused block, and that of one is asked for.
+            ValueError: if attention maps are asked for where a fused block computes attention, or blocks have code of
+                their own.
         """
+        own = [i for i, block in enumerate(self.weights.blocks) if isinstance(block, nn.Module)]
+        if maps and own:
+            raise ValueError(f"attention maps: blocks {own} have code of their own, and run as the modules they are")
         plan, seen = self.plan, observe.Attention(self.plan.attention, maps)
         if maps:
             if plan.attention_block is not None:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfast.models import vit
 from vitfast.models.config import ViTConfig
@@ -46,8 +46,10 @@ def forward(
         ends: what `lengths` gives for these groups, kept from an earlier call.
 
     Raises:
-        ValueError: if the plan computes attention inside a fused block.
+        ValueError: if the plan computes attention inside a fused block, or a block has code of its own.
     """
+    if any(isinstance(block, nn.Module) for block in weights.blocks):
+        raise ValueError("images of different sizes cannot be packed where blocks have code of their own")
     if plan.attention_block is not None:
         raise ValueError("images of different sizes cannot be packed where attention is part of a fused block")
     parts = [vit.embed(config, weights, group.positions, group.images, plan) for group in groups]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfast.models.config import ViTConfig
 from vitfast.models.output import Output
@@ -47,8 +47,11 @@ def forward(
         run = quantized_block
     stats, kept = first_stats(plan, x), {}
     for i, block in enumerate(weights.blocks):
-        place = positions.of_block(config, i)
-        x, stats = run(config, weights.activation, block, x, stats, plan, place, last=i == config.depth - 1)
+        if isinstance(block, nn.Module):
+            x, stats = own_block(block, x, plan)
+        else:
+            place = positions.of_block(config, i)
+            x, stats = run(config, weights.activation, block, x, stats, plan, place, last=i == config.depth - 1)
         if i in layers:
             kept[i] = x
     output = head(config, weights, final_norm(config, weights, x, plan), plan)
@@ -59,11 +62,20 @@ def run_block(
     config: ViTConfig, weights: Weights, i: int, x: Tensor, stats: Tensor | None, plan: Plan, place: Place
 ) -> State:
     """Block i by itself, as `forward` runs it."""
+    block = weights.blocks[i]
+    if isinstance(block, nn.Module):
+        return own_block(block, x, plan)
     run: Callable[..., State] = fused_block if plan.fused else folded_block
     if plan.quantized is not None:
         run = quantized_block
     last = i == config.depth - 1
-    return run(config, weights.activation, weights.blocks[i], x, stats, plan, place, last=last)
+    return run(config, weights.activation, block, x, stats, plan, place, last=last)
+
+
+def own_block(block: nn.Module, x: Tensor, plan: Plan) -> State:
+    """A block that has code of its own (see `Checkpoint.own_blocks`), as the module it is."""
+    x = block(x)
+    return x, first_stats(plan, x)
 
 
 def final_norm(config: ViTConfig, weights: Weights, x: Tensor, plan: Plan) -> Tensor:
@@ -100,7 +112,7 @@ def _embed(config: ViTConfig, weights: Weights, positions: Positions, images: Te
 
 
 def first_stats(plan: Plan, x: Tensor) -> Tensor | None:
-    """Row statistics for the first block; later ones have them from the block before."""
+    """Row statistics for a block that has none from the block before."""
     return plan.row_stats(x) if plan.row_stats and plan.fold_norm and not plan.attention_block else None
 
 

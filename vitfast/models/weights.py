@@ -88,7 +88,8 @@ class Weights:
     exact_positions: Mapping[str, Tensor]
     """What positions of other sizes are computed from, not yet rounded; empty if the model takes one size only."""
     norm_pre: Norm | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | nn.Module, ...]
+    """A module where a block has code of its own (see `Checkpoint.own_blocks`)."""
     norm: Norm | None
     pool: AttentionPool | None
     pool_norm: Norm | None
@@ -111,6 +112,7 @@ def prepare_weights(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     stem: nn.Module | None = None,
+    own_blocks: Mapping[int, nn.Module] | None = None,
 ) -> Weights:
     """Cast, move, fold and pack canonical weights once; the result shares no memory with them.
 
@@ -200,8 +202,9 @@ def prepare_weights(
 
     as_silu = config.activation == "quick_gelu" and plan.quick_gelu_as_silu and not config.mlp_norm
     factor = QUICK_GELU if as_silu else 1.0
-    blocks = tuple(
-        Block(
+
+    def block(i: int) -> Block:
+        return Block(
             norm1=norm(f"blocks.{i}.norm1"),
             qkv=normed(f"blocks.{i}.qkv", f"blocks.{i}.norm1", "qkv"),
             proj=dense(f"blocks.{i}.proj", "proj"),
@@ -216,8 +219,11 @@ def prepare_weights(
             mlp_norm=optional_norm(f"blocks.{i}.mlp_norm"),
             norm3=optional_norm(f"blocks.{i}.norm3"),
         )
-        for i in range(config.depth)
-    )
+
+    def moved(module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module).to(device, dtype).eval().requires_grad_(False)
+
+    own = own_blocks or {}
     placed = {
         name: exact(name).to(torch.promote_types(weights[name].dtype, torch.float32), copy=True)
         for name in ("position", "rope", "relative_position")
@@ -227,13 +233,13 @@ def prepare_weights(
         activation="silu" if as_silu else config.fused_activation,
         embed_uint8=embed(uint8=True, channels_last=True) if mean and std and not config.stem else None,
         embed_float=None if config.stem else embed(uint8=False, channels_last=False),
-        stem=copy.deepcopy(stem).to(device, dtype).eval().requires_grad_(False) if stem is not None else None,
+        stem=moved(stem) if stem is not None else None,
         embed_norm=optional_norm("embed_norm"),
         prefix=get("prefix"),
         positions=positions_for(config, placed, config.image_size, dtype),
         exact_positions=placed if config.dynamic_size else {},
         norm_pre=optional_norm("norm_pre"),
-        blocks=blocks,
+        blocks=tuple(moved(own[i]) if i in own else block(i) for i in range(config.depth)),
         norm=optional_norm("norm"),
         pool=attention_pool() if config.attention_pool else None,
         pool_norm=optional_norm("pool_norm"),

@@ -8,6 +8,7 @@ them shows in the class of the whole.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -90,15 +91,26 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = getattr(module, _WRAPPERS[name])
 
 
-def unchanged(module: nn.Module, name: str, skip: Sequence[str] = ()) -> None:
+def unchanged(
+    module: nn.Module, name: str, skip: Sequence[str] = (), blocks: nn.Module | None = None
+) -> dict[int, nn.Module]:
     """Check that each part of a module computes what its class does.
 
     Args:
         name: of the model, for messages. skip: names of parts that have no say in the result.
+        blocks: a container in it whose blocks take the tokens [B, N, C] of the one before, and nothing else: a forward
+            hook or a patched forward inside one of them passes, but for those of torch.nn.utils, which make weights.
+
+    Returns:
+        Copies of the blocks in which something passed, by number: they are to be run as the modules they are.
 
     Raises:
         CheckpointError: for a hook, a patched method, a parametrization, a replaced class method; it names the part.
     """
+    own = {}
+    if blocks is not None and not _OWN_CODE.get():
+        own = {i: b for i, b in enumerate(blocks.children()) if any(_has_own_code(part) for part in b.modules())}
+    passing = {id(part) for block in own.values() for part in block.modules() if _has_own_code(part)}
     for kind in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         hooks = getattr(torch_module, kind)
         require(not hooks, f"a hook on every module ({_listed(hooks)})", name)
@@ -111,8 +123,19 @@ def unchanged(module: nn.Module, name: str, skip: Sequence[str] = ()) -> None:
             )
             hint = "torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
             require(False, f"a parametrization ({tensors}; {hint})", where)
-        _unhooked(part, where)
-        _unpatched(part, where)
+        with own_code() if id(part) in passing else contextlib.nullcontext():
+            _unhooked(part, where)
+            _unpatched(part, where)
+    return {i: copy.deepcopy(block).eval().requires_grad_(False) for i, block in own.items()}
+
+
+def _has_own_code(part: nn.Module) -> bool:
+    """Whether a part has forward hooks or a patched forward, and these make no weights."""
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    if any(_from(hook, "torch.nn.utils.") for hook in hooks):
+        return False
+    patched = "forward" in vars(part) and not _is_own(part, "forward", vars(part)["forward"])
+    return patched or not all(_from(hook, *_HARMLESS) for hook in hooks)
 
 
 def parts(module: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -136,13 +159,19 @@ def _unpatched(part: nn.Module, where: str) -> None:
         own = inspect.getattr_static(kind, name, None)
         if name == _DYNAMO or not callable(value) or not (inspect.isfunction(own) or isinstance(own, staticmethod)):
             continue
-        same = getattr(value, "__func__", None) is own and getattr(value, "__self__", None) is part
-        passes = same or _from(value, *_HARMLESS) or (name == "forward" and _OWN_CODE.get())
+        passes = _is_own(part, name, value) or (name == "forward" and _OWN_CODE.get())
         require(passes, f"a patched {name} ({_described(value)})", where)
     defining = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(defining)["forward"]
     own = getattr(forward, "__module__", None)
     require(own == defining.__module__, f"{defining.__name__}.forward replaced by {_described(forward)}", where)
+
+
+def _is_own(part: nn.Module, name: str, method: Any) -> bool:
+    """Whether an instance's method is its class's, or a swap's, which computes the same."""
+    own = inspect.getattr_static(kind_of(part), name, None)
+    same = getattr(method, "__func__", None) is own and getattr(method, "__self__", None) is part
+    return same or _from(method, *_HARMLESS)
 
 
 def _from(function: Any, *starts: str) -> bool:

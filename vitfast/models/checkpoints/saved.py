@@ -27,7 +27,8 @@ def write(checkpoint: Checkpoint, directory: Path, plan: Mapping[str, Any] | Non
         plan: what was chosen to run it, and for which machine (see `vitfast.engine.plan_cache`).
 
     Raises:
-        CheckpointError: if the package safetensors is absent, or the model has a stem, which no file describes.
+        CheckpointError: if the package safetensors is absent, or the model has a stem or code of its own, which
+            no file describes.
         OSError: if the folder cannot be written.
     """
     try:
@@ -36,6 +37,8 @@ def write(checkpoint: Checkpoint, directory: Path, plan: Mapping[str, Any] | Non
         raise CheckpointError("saving a model needs the package safetensors: pip install safetensors") from error
     if checkpoint.stem is not None:
         raise CheckpointError(f"a model whose tokens come from a {checkpoint.config.stem} cannot be saved")
+    if checkpoint.own_blocks:
+        raise CheckpointError(f"a model with code of its own in blocks {sorted(checkpoint.own_blocks)} cannot be saved")
     description = {
         "format": FORMAT,
         "vitfast": __version__,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,6 +41,8 @@ class Checkpoint:
         preprocess: how its images are prepared; None where the source does not say.
         labels: the classes' names, one per row of the head; None where the source does not say.
         stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
+        own_blocks: blocks of a live module with hooks or patched forwards inside, by number: copies, to be run as they
+            are.
         text: the text tower beside it, where the source has one that can be run (CLIP, SigLIP).
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
@@ -52,6 +54,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     stem: nn.Module | None = None
+    own_blocks: Mapping[int, nn.Module] = field(default_factory=dict)
     text: TextTower | None = None
 
 

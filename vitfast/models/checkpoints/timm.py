@@ -98,12 +98,12 @@ def from_module(module: Any, where: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{type(module).__name__}: pretrained_cfg must be a dict, got {schema.shown(settings)}")
     named = (settings.get("architecture"), settings.get("tag"))
     name = ".".join(part for part in named if isinstance(part, str) and part) or type(module).__name__
-    live.unchanged(module, name)
+    own = live.unchanged(module, name, blocks=module.blocks if type(module).__name__ in timm_vit.PLAIN else None)
     made = timm_vit.translate(module, name)
     # A stem or patches of a size that leaves some pixels over take the images that timm's would.
     image_size = tuple(module.patch_embed.img_size) if hasattr(module, "patch_embed") else made.config.image_size
     found = from_timm(settings, made.config, image_size, where or f"pretrained_cfg of {name}")
-    return replace(made, preprocess=found, labels=_labels(settings, made.config))
+    return replace(made, preprocess=found, labels=_labels(settings, made.config), own_blocks=own)
 
 
 def _labels(settings: Mapping[str, Any], config: ViTConfig) -> tuple[str, ...] | None:

@@ -14,8 +14,9 @@ from vitfast.models.checkpoints.source import Checkpoint, Source, require
 from vitfast.models.checkpoints.timm_blocks import DROP, NORM, Facts, absent, is_a, norm_of, read_norm
 from vitfast.models.config import ViTConfig
 
-_PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
-SUPPORTED = (*_PLAIN, "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
+PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
+"""Classes whose blocks are given tokens and nothing else."""
+SUPPORTED = (*PLAIN, "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
 REFUSED = {
     **dict.fromkeys(("Qwen3VitEncoder", "Qwen3VitClassifier"), "tokens on a map, and a merger of neighbours after it"),
     **dict.fromkeys(

@@ -61,7 +61,7 @@ def from_module(module: Any) -> Checkpoint:
         CheckpointError: naming the feature that cannot be represented, or the tensors that do not fit.
     """
     name = "torchvision VisionTransformer"
-    live.unchanged(module, name)
+    own = live.unchanged(module, name, blocks=module.encoder.layers)
     stem = module.conv_proj
     require(type(stem) is not nn.Sequential, "a convolutional stem (conv_stem_configs)", f"{name}: conv_proj")
     live.patches(stem, f"{name}: conv_proj")
@@ -119,7 +119,7 @@ def from_module(module: Any) -> Checkpoint:
         std=_IMAGENET_STD,
         rounding="even",
     )
-    return Checkpoint(config, source.finish(config), preprocess)
+    return Checkpoint(config, source.finish(config), preprocess, own_blocks=own)
 
 
 def _head(heads: nn.Module, name: str) -> tuple[nn.Linear | None, str]:
