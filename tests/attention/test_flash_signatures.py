@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import oracles
+from helpers.grids import thinned
 from torch import Tensor
 
 import vitfast
@@ -75,6 +76,7 @@ OPTIONS = {
     "all": {"alibi_slopes": SLOPES, "softcap": 2.0, "window_size": (5, -1), "causal": True, "softmax_scale": -0.3},
 }
 LENGTHS = [(7, 12), (12, 7), (9, 9), (1, 6)]
+LENGTHS_BY_DEFAULT = [LENGTHS[0], *(pytest.param(lengths, marks=pytest.mark.full) for lengths in LENGTHS[1:])]
 
 
 def on_device(options):
@@ -82,7 +84,7 @@ def on_device(options):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS_BY_DEFAULT, ids=str)
 @each_backend
 def test_options(name, lengths, backend):
     options = on_device(OPTIONS[name])
@@ -93,7 +95,9 @@ def test_options(name, lengths, backend):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("lengths", [(20, 33), (33, 20), (33, 33)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(20, 33), *(pytest.param(lengths, marks=pytest.mark.full) for lengths in ((33, 20), (33, 33)))], ids=str
+)
 def test_kernels(name, lengths):
     options = on_device(OPTIONS[name])
     q, k, v = inputs(*lengths, batch=2)
@@ -184,7 +188,7 @@ def each_sequence(q, k, v, lengths_q, lengths_k, **options):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("sequences", thinned(SEQUENCES))
 @each_backend
 def test_varlen(name, sequences, backend):
     lengths_q, lengths_k = SEQUENCES[sequences]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.eight_bits import INT8, SHAPES, extras, rows, weight
 from helpers.global_state import threads
+from helpers.grids import thinned
 from helpers.scripts import python
 
 from vitfast import ops
@@ -139,7 +140,7 @@ def test_levels_below_refuse(level):
         quantized_linear(*rows(4, 64), *weight(33, 64))
 
 
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512f", "avx512_vnni"])
+@pytest.mark.parametrize("level", thinned(["avx512f", "default", "avx512_vnni", "avx2"]))
 def test_a_cpu_without_vnni_takes_the_next_backend(level):
     """VITFAST_SIMD is read once, by a process of its own."""
     script = (

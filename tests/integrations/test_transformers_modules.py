@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import peers
 from helpers import transformers_models as plain
+from helpers.grids import thinned
 from helpers.peers import close
 from torch import nn
 
@@ -69,7 +70,7 @@ FAMILIES = {
 """Model class -> (settings, inputs, calls of attention in one forward)."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", thinned(FAMILIES))
 def test_same_outputs_and_back(name, calls):
     settings, inputs, count = FAMILIES[name]
     model, inputs = plain.build(name, settings), inputs()
@@ -154,7 +155,9 @@ def test_weights_for_those_who_want_them(name):
         close(actual[key], expected[key])
 
 
-@pytest.mark.parametrize("extra", [{}, UPCAST, {"scale_attn_weights": False}], ids=["plain", "upcast", "unscaled"])
+@pytest.mark.parametrize(
+    "extra", thinned([{}, UPCAST, {"scale_attn_weights": False}]), ids=["plain", "upcast", "unscaled"]
+)
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.full), True])
 def test_image_gpt_generates_the_same(extra, padded, calls):
     """Greedy, with a cache: causal at first, then one query against all keys so far."""

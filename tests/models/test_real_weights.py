@@ -136,7 +136,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     return (actual - expected).abs().amax(-1) / expected.abs().max()
 
 
-@pytest.fixture(scope="module", params=["auto", "native"])
+@pytest.fixture(scope="module", params=[pytest.param("auto", marks=pytest.mark.full), "native"])
 def engine(case, request) -> vitfast.Engine:
     entry = registry.backend("linear", "native")
     if request.param == "native" and (reasons := entry.why_not(Spec("linear", testing.device().type, torch.float32))):
@@ -176,6 +176,7 @@ def test_photos_of_any_size_give_the_models_own_outputs(case, engine, photos):
         assert engine.runner.weights.embed_uint8.weight.dtype == torch.int8  # trained weights are not refused
 
 
+@pytest.mark.full
 def test_a_wrong_activation_is_noticed(case):
     checkpoint = load_checkpoint(case.path)
     wrong = "gelu" if checkpoint.config.activation == "quick_gelu" else "quick_gelu"
