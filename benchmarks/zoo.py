@@ -1,4 +1,4 @@
-"""The zoo: models of timm, transformers and torchvision, built small, every parameter perturbed, loaded and compared.
+"""The zoo: models of other libraries, built small, every parameter perturbed, loaded and compared.
 
     python -m vitfast.benchmarks.zoo --write docs/zoo.md
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -173,11 +174,16 @@ def timm_cases(modules: Sequence[str] = tuple(TIMM_MODULES), small: bool = False
                 yield Case("timm", TIMM_MODULES[module], name, partial(_timm, name), _timm_outputs)
 
 
-def _timm(name: str) -> nn.Module:
-    """Two blocks, four heads, 4 by 6 patches, eleven classes; of what a model has no such arguments for, its own."""
-    timm = libraries.import_library("timm")
+def _timm(name: str, create: Callable[..., Any] | None = None, **options: Any) -> nn.Module:
+    """Two blocks, four heads, 4 by 6 patches, eleven classes; of what a model has no such arguments for, its own.
+
+    Args:
+        create: timm's create_model, where something stands in its place. options: of it.
+    """
+    create = create or libraries.import_library("timm").create_model
+    options = {"num_classes": 11, **options}
     with torch.device("meta"):
-        whole = timm.create_model(name)
+        whole = create(name)
     patch = getattr(getattr(whole, "patch_embed", None), "patch_size", (0, 0))
     few: dict[str, Any] = {"img_size": (4 * patch[0], 6 * patch[1])} if min(patch) > 4 else {}
     first = next(iter(getattr(whole, "blocks", [])), None)
@@ -187,8 +193,8 @@ def _timm(name: str) -> nn.Module:
                                           if hasattr(b, "attn")}) > 1 else {}  # fmt: skip
     for arguments in (few | narrow | kv, few | narrow, few | kv, few, narrow, {}):
         with contextlib.suppress(TypeError, AssertionError, ValueError):
-            return timm.create_model(name, depth=2, num_classes=11, **arguments)
-    return timm.create_model(name)
+            return create(name, depth=2, **options, **arguments)
+    return create(name, **options)
 
 
 def _timm_outputs(model: Any, images: Tensor) -> Outputs:
@@ -274,6 +280,52 @@ def _torchvision_outputs(model: Any, images: Tensor) -> Outputs:
     return {"output": model(images)}
 
 
+def open_clip_cases() -> Iterator[Case]:
+    """open_clip's models whose image tower is a Vision Transformer: not its ResNets, ConvNeXts, FastViTs and Swin."""
+    library, timm = libraries.import_library("open_clip"), libraries.import_library("timm")
+    known = {name for module in TIMM_MODULES for name in timm.list_models(module=module)}
+    for name in library.list_models():
+        config = library.get_model_config(name)
+        tower, foreign = config["vision_cfg"].get("timm_model_name"), config["text_cfg"].get("hf_model_name")
+        if tower in known or (not tower and isinstance(config["vision_cfg"]["layers"], int)):
+            kind = "coca" if "multimodal_cfg" in config else "timm's image tower" if tower else "ViT"
+            family = f"{kind}{', text tower of transformers left out' if foreign else ''}"
+            outputs = partial(_open_clip_outputs, text=not foreign)
+            yield Case("open_clip", family, name, partial(_open_clip, library, config), outputs)
+
+
+def _open_clip(library: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Two blocks in each tower, two heads and four by four patches in an image tower of its own."""
+    timm = libraries.import_library("timm")
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    if not vision.get("timm_model_name"):
+        width = 2 * vision.get("head_width", 64)
+        vision |= {"layers": 2, "width": width, "image_size": 4 * vision["patch_size"]}
+    small = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 99}
+    text = small if text.get("hf_model_name") else text | small
+    rest = {k: v for k, v in config.items() if k not in ("vision_cfg", "text_cfg", "custom_text", "multimodal_cfg")}
+    kind = library.CustomTextCLIP if config.get("custom_text") else library.CLIP
+    if decoder := config.get("multimodal_cfg"):
+        kind, rest["multimodal_cfg"] = library.CoCa, decoder | {"layers": 1, "width": 32, "heads": 2}
+    with mock.patch.object(timm, "create_model", partial(_timm, create=timm.create_model)):
+        return kind(vision_cfg=vision, text_cfg=text, **rest)
+
+
+def text_ids(model: Any) -> Tensor:
+    """Two texts as numbers, for a model of open_clip's: a long one and one that ends early."""
+    text = getattr(model, "text", model)
+    length = text.context_length
+    ids = torch.randint(3, 98, (2, length), generator=torch.Generator().manual_seed(2))
+    eos = min(int(getattr(text, "eos_id", getattr(text, "text_eos_id", 98))), 98)
+    ids[0, -2:], ids[1, length // 3], ids[1, length // 3 + 1 :] = 98, eos, 0
+    return ids
+
+
+def _open_clip_outputs(model: Any, images: Tensor, text: bool) -> Outputs:
+    outputs = {"embedding": model.encode_image(images, normalize=False)}
+    return outputs | ({"text": model.encode_text(text_ids(model), normalize=False)} if text else {})
+
+
 def tried(case: Case) -> Result:
     """Build, perturb, load and compare one model."""
     torch.manual_seed(0)
@@ -300,6 +352,8 @@ def tried(case: Case) -> Result:
     made = engine(images)
     given = {"tokens": made.tokens, "embedding": made.embedding}
     given["output"] = made.embedding if made.logits is None else made.logits
+    if "text" in expected:
+        given["text"] = engine.text(text_ids(model))
     errors = {name: _difference(given[name], tensor) for name, tensor in expected.items()}
     if not errors:
         return Result(case, "different", float("inf"), "nothing to compare with")
@@ -378,6 +432,7 @@ ALL: dict[str, Callable[[], Iterator[Case]]] = {
     "timm": timm_cases,
     "transformers": transformers_cases,
     "torchvision": torchvision_cases,
+    "open_clip": open_clip_cases,
 }
 
 

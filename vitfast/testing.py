@@ -111,6 +111,8 @@ def poisoned_allocations() -> Iterator[None]:
         allocate.poisons = True  # type: ignore[attr-defined]
         return allocate
 
+    with torch.device("meta"):
+        torch.empty(0)  # torch notes, the first time, which functions a device context rules: the original ones
     places = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
     originals = [getattr(place, name) for place, name in places]
     try:

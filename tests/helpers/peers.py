@@ -38,6 +38,11 @@ def import_transformers() -> ModuleType:
     return _peer("transformers")
 
 
+def import_open_clip() -> ModuleType:
+    """open_clip, or skip."""
+    return _peer("open_clip")
+
+
 # Settings of small models, with an eps large enough that another would show.
 SMALL = {
     "hidden_size": 48,

@@ -201,12 +201,11 @@ def test_an_open_clip_folder(clip, tmp_path, pickled):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"timm_model_name": "vit_base_patch16_siglip_224"}, "a tower of timm's"),
-        ({"attentional_pool": "parallel"}, r"attentional pooling \(CoCa\)"),
+        ({"attentional_pool": "parallel"}, "attentional pooling of the kind 'parallel'"),
+        ({"qk_norm": True}, "qk_norm in custom blocks"),
+        ({"norm_kwargs": {"elementwise_affine": False}}, r"norm_kwargs \['elementwise_affine'\]"),
         ({"head_width": -1}, "vision_cfg.head_width must be a whole number from 1"),
-        ({"pos_embed_type": "sin_cos_2d"}, "pos_embed_type='sin_cos_2d'"),
         ({"pool_type": "none"}, "pool_type='none'"),
-        ({"final_ln_after_pool": True}, "final_ln_after_pool"),
     ],
 )
 def test_open_clip_towers_that_are_refused(clip, tmp_path, changes, reason):

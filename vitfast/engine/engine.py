@@ -141,7 +141,7 @@ class Engine:
         if checkpoint.text is None:
             raise ValueError(
                 f"{self.config.name or 'this model'} has no text tower: one comes with the folder or hub id of a whole "
-                "CLIP or SigLIP of transformers"
+                "CLIP or SigLIP of transformers or open_clip"
             )
         return TextRunner(
             checkpoint.text,

@@ -215,7 +215,7 @@ class Runner:
 
         return Output(
             tokens=empty(config.tokens(size), config.width) if tokens else None,
-            embedding=empty(config.projection_dim or config.width),
+            embedding=empty(config.embedding_dim),
             logits=empty(config.num_classes) if config.num_classes else None,
         )
 

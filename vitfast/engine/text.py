@@ -68,10 +68,11 @@ class TextRunner:
         self.plan = replace(plan, attention=attend)
         table = nn.Embedding.from_pretrained(tower.embedding.detach().float())
         self.weights = prepare_weights(tower.config, tower.weights, self.plan, device=device, dtype=dtype, stem=table)
-        bias = tower.projection_bias
-        self.projection = tower.projection.detach().to(device, dtype, copy=True)
-        self.bias = None if bias is None else bias.detach().to(device, dtype, copy=True)
-        self.device = device
+        parts = (tower.projection, tower.projection_bias, tower.class_token)
+        self.projection, self.bias, self.class_token = (
+            None if part is None else part.detach().to(device, dtype, copy=True) for part in parts
+        )
+        self.device, self.dtype = device, dtype
         self._tokenizer: Any = None
 
     def ids(self, texts: Sequence[str]) -> Tensor:
@@ -104,17 +105,24 @@ class TextRunner:
             raise ValueError(f"token numbers must be from 0 to {vocabulary - 1}, got {ids.min()} to {ids.max()}")
         ids = ids.to(self.device).long()
         if not len(ids):
-            return self.projection.new_empty(0, len(self.projection))
-        native = self.weights.positions
-        assert native.embedding is not None
-        positions = replace(native, embedding=native.embedding[: ids.shape[1]])
-        x = vit.embed(tower.config, self.weights, positions, ids, self.plan)
+            return torch.empty(0, tower.embedding_dim, dtype=self.dtype, device=self.device)
+        x = self._embed(ids)
+        place = {} if tower.pad is None else {"key_mask": F.pad(ids != tower.pad, (1, 0), value=True)}
         stats = vit.first_stats(self.plan, x)
         for i in range(tower.config.depth):
-            x, stats = vit.run_block(tower.config, self.weights, i, x, stats, self.plan, {})
+            x, stats = vit.run_block(tower.config, self.weights, i, x, stats, self.plan, place)
         x = vit.final_norm(tower.config, self.weights, x, self.plan)
-        pooled = x[torch.arange(len(ids), device=x.device), tower.last(ids)]
-        return F.linear(pooled, self.projection, self.bias)
+        pooled = x[torch.arange(len(ids), device=x.device), tower.place(ids)]
+        return pooled if self.projection is None else F.linear(pooled, self.projection, self.bias)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """What the first block reads: tokens of the texts, and the class token after them where there is one."""
+        native, table = self.weights.positions, self.weights.stem
+        assert native.embedding is not None and table is not None
+        x = table(ids)
+        if self.class_token is not None:
+            x = torch.cat([x, self.class_token.expand(len(ids), 1, -1)], dim=1)
+        return x + native.embedding[: x.shape[1]]
 
     def zero_shot(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
         """A classifier of labels: each the mean of its embeddings in the templates, all scaled to unit length.

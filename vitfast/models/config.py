@@ -4,7 +4,7 @@ Every checkpoint family (timm, transformers, torchvision, ...) is translated int
 description by `vitfast.models.checkpoints`; `vitfast.models.vit` reads nothing else.
 
 Canonical weights (a flat dict; C width, H heads, D head dim, F hidden width, P prefix tokens,
-L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated):
+L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated, Q channels of the pooled vector):
 
     patch_embed.weight [C, in_channels, ph, pw]     patch_embed.bias [C]            (optional; unless stem)
     embed_norm.{weight,bias} [C]                                                    (if embed_norm)
@@ -31,12 +31,12 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated):
     blocks.{i}.fc2.weight [C, F]  .bias [C]                                         (optional)
     blocks.{i}.layer_scale2 [C]                                                     (if layer_scale)
     norm.{weight,bias} [C]       over all tokens, before pooling                    (if final_norm)
-    pool.query [C]  the learned query, projected    pool.kv.weight [2*C, C]  .bias [2*C]  (if pool is map or map_all)
-    pool.proj.weight [C, C]  .bias [C]    pool.k_norm.{weight,bias} [C / pool_heads]  (if pool_qk_norm)
-    pool.norm.{weight,bias} [C]    pool.fc1, pool.fc2 as in a block                 (if pool_mlp_dim)
-    pool_norm.{weight,bias} [C]  over the pooled vector (timm's fc_norm)            (if pool_norm)
-    projection.weight [E, C]     pooled vector -> embedding, no bias (CLIP)         (if projection_dim)
-    head.weight [classes, C or 2C]  head.bias [classes]                                (if num_classes)
+    pool.query [Q]  the learned query, projected    pool.kv.weight [2*Q, C]  .bias [2*Q]  (if pool is map or map_all)
+    pool.proj.weight [Q, Q]  .bias [Q]    pool.k_norm.{weight,bias} [Q / pool_heads]  (if pool_qk_norm)
+    pool.norm.{weight,bias} [Q]    pool.fc1, pool.fc2 as in a block                 (if pool_mlp_dim)
+    pool_norm.{weight,bias} [Q]  over the pooled vector (timm's fc_norm)            (if pool_norm)
+    projection.weight [E, Q]     pooled vector -> embedding (CLIP)   .bias [E] (optional)  (if projection_dim)
+    head.weight [classes, Q or 2Q]  head.bias [classes]                                (if num_classes)
     head_dist.weight, head_dist.bias   as head, on the distillation token           (if distilled)
 
 The bias of a norm is optional everywhere.
@@ -144,6 +144,8 @@ class ViTConfig:
     layer_scale: Flag = False
     final_norm: Flag = True
     pool: Annotated[str, schema.one_of(*POOLS)] = "cls"
+    pool_dim: Annotated[int, schema.whole(0, 65_536)] = 0
+    """Channels of the pooled vector; 0 means the width."""
     pool_heads: Annotated[int, schema.whole(0, 4_096)] = 0
     """Heads of attention pooling."""
     pool_qk_norm: Annotated[str, schema.one_of("", *NORMS)] = ""
@@ -184,8 +186,8 @@ class ViTConfig:
             raise ValueError(f"ViTConfig.pool='cls_dist' needs prefix_tokens >= 2, got {self.prefix_tokens}")
         if self.rope and self.head_dim % 2:
             raise ValueError(f"ViTConfig.rope needs an even head_dim, got {self.head_dim}")
-        if self.attention_pool and (self.pool_heads < 1 or self.width % self.pool_heads):
-            raise ValueError(f"ViTConfig.pool_heads must divide the width {self.width}, got {self.pool_heads}")
+        if self.attention_pool and (self.pool_heads < 1 or self.pooled_dim % self.pool_heads):
+            raise ValueError(f"ViTConfig.pool_heads must divide the width {self.pooled_dim}, got {self.pool_heads}")
         if self.pool_mlp_dim and self.pool_activation in ("swiglu", "geglu"):
             raise ValueError(f"ViTConfig.pool_activation must not be gated, got {self.pool_activation!r}")
         if self.relative_position and self.prefix_tokens != self.class_token:
@@ -204,6 +206,16 @@ class ViTConfig:
     def attention_pool(self) -> bool:
         """Whether tokens are pooled by attention."""
         return self.pool in ("map", "map_all")
+
+    @property
+    def pooled_dim(self) -> int:
+        """Channels of the pooled vector."""
+        return self.pool_dim or self.width
+
+    @property
+    def embedding_dim(self) -> int:
+        """Channels of the embedding."""
+        return self.projection_dim or self.pooled_dim
 
     @property
     def gated(self) -> bool:
@@ -249,7 +261,7 @@ class ViTConfig:
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Canonical weight name -> (shape, required). The one list that loading checks against."""
-        c, hd, f = self.width, self.heads * self.head_dim, self.mlp_dim
+        c, hd, f, pooled = self.width, self.heads * self.head_dim, self.mlp_dim, self.pooled_dim
         rows, columns = self.grid(self.image_size)
         shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
 
@@ -300,21 +312,21 @@ class ViTConfig:
         if self.final_norm:
             norm("norm")
         if self.attention_pool:
-            shapes["pool.query"] = ((c,), True)
-            dense("pool.kv", 2 * c, c)
+            shapes["pool.query"] = ((pooled,), True)
+            dense("pool.kv", 2 * pooled, c)
             if self.pool_qk_norm:
-                norm("pool.k_norm", c // self.pool_heads)
-            dense("pool.proj", c, c)
+                norm("pool.k_norm", pooled // self.pool_heads)
+            dense("pool.proj", pooled, pooled)
             if self.pool_mlp_dim:
-                norm("pool.norm")
-                dense("pool.fc1", self.pool_mlp_dim, c)
-                dense("pool.fc2", c, self.pool_mlp_dim)
+                norm("pool.norm", pooled)
+                dense("pool.fc1", self.pool_mlp_dim, pooled)
+                dense("pool.fc2", pooled, self.pool_mlp_dim)
         if self.pool_norm:
-            norm("pool_norm")
+            norm("pool_norm", pooled)
         if self.projection_dim:
-            shapes["projection.weight"] = ((self.projection_dim, c), True)
+            dense("projection", self.projection_dim, pooled)
         if self.num_classes:
-            dense("head", self.num_classes, 2 * c if self.head_concat_mean else c)
+            dense("head", self.num_classes, 2 * pooled if self.head_concat_mean else pooled)
             if self.distilled:
                 dense("head_dist", self.num_classes, c)
         return shapes

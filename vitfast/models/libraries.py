@@ -1,4 +1,4 @@
-"""The libraries whose models vitfast takes, imported on demand: timm, torchvision, transformers."""
+"""The libraries whose models vitfast takes, imported on demand: timm, torchvision, transformers, open_clip."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DECLARED: list[Any] = []
 
 
 def import_library(name: str) -> Any:
-    """Import a library whose models vitfast takes: timm, torchvision or transformers.
+    """Import a library whose models vitfast takes: timm, torchvision, transformers or open_clip.
 
     Raises:
         ImportError: if the library is not installed, or its import fails, whatever it raised; with the versions.
     """
-    if name in ("timm", "torchvision"):
+    if name in ("timm", "torchvision", "open_clip"):
         if importlib.util.find_spec("torchvision") is None:
             raise ImportError(f"{name} needs torchvision, which is not installed")
         declare_torchvision_ops()

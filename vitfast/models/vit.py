@@ -292,7 +292,8 @@ def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Out
         pooled = patches.mean(dim=1)
     if weights.pool_norm:
         pooled = _norm(config, plan, pooled, weights.pool_norm)
-    embedding = plan.head(pooled, weights.projection.weight, None) if weights.projection else pooled
+    projection = weights.projection
+    embedding = plan.head(pooled, projection.weight, projection.bias) if projection else pooled
     logits = None
     if weights.head:
         features = torch.cat([pooled, patches.mean(dim=1)], dim=1) if config.head_concat_mean else pooled
@@ -306,11 +307,11 @@ def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Out
 
 
 def attention_pool(config: ViTConfig, pool: AttentionPool, tokens: Tensor, plan: Plan) -> Tensor:
-    """Pool tokens [B, N, C] to [B, C] by attention of a learned query, then a feed-forward network (SigLIP's MAP head).
+    """Pool tokens [B, N, C] to [B, Q] by attention of a learned query, then a feed-forward network (SigLIP's MAP head).
 
     In torch: one query an image is no work for a kernel.
     """
-    heads = (config.pool_heads, config.width // config.pool_heads)
+    heads = (config.pool_heads, config.pooled_dim // config.pool_heads)
     k, v = F.linear(tokens, pool.kv.weight, pool.kv.bias).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
     if pool.k_norm:
         k = _norm(config, plan, k.contiguous(), pool.k_norm)

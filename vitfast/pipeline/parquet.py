@@ -333,7 +333,7 @@ def write_parquet(
     """
     summary = Summary() if summary is None else summary
     stages = Stages() if stages is None else stages
-    dimension = engine.config.projection_dim or engine.config.width
+    dimension = engine.config.embedding_dim
     identity = Identity.of(engine, exif_orientation)
     rows: dict[str, Result] = {}
     part, unwritten = folder.new_part(), 0

@@ -19,13 +19,29 @@ from typing import Any
 from torch import nn
 
 from vitfast.images.preprocess import Preprocess
-from vitfast.models.checkpoints import files, folders, hf, live, named, open_clip, saved, timm, torchvision
+from vitfast.models.checkpoints import (
+    files,
+    folders,
+    hf,
+    live,
+    named,
+    open_clip,
+    open_clip_live,
+    saved,
+    timm,
+    torchvision,
+)
 from vitfast.models.checkpoints.preprocess import changed
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "known", "load", "loadable"]
 
-SUPPORTED = f"timm {', '.join(timm.SUPPORTED)}; transformers {', '.join(hf.supported())}; torchvision VisionTransformer"
+SUPPORTED = (
+    f"timm {', '.join(timm.SUPPORTED)}; transformers {', '.join(hf.supported())}; torchvision VisionTransformer; "
+    f"open_clip {', '.join(open_clip_live.SUPPORTED)}"
+)
+_FAMILIES: tuple[Any, ...] = (timm, hf, torchvision, open_clip_live)
+"""What reads live modules."""
 
 
 def load(
@@ -41,8 +57,8 @@ def load(
 
     Args:
         source: one of
-            - a live module of timm, transformers or torchvision (its evaluation-mode behaviour counts), also inside
-              the wrappers of torch.compile, DataParallel, DistributedDataParallel and averaging;
+            - a live module of timm, transformers, torchvision or open_clip (its evaluation-mode behaviour counts), also
+              inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and averaging;
             - a directory with config.json and model.safetensors (or shards with their index), as
               transformers' `save_pretrained` and timm's `save_for_hf` write it;
             - a directory that `Engine.save` or open_clip wrote; a Trainer's, whose last checkpoint is taken; one of
@@ -52,7 +68,7 @@ def load(
             - the name of a timm model, "vit_tiny_patch16_224", whose weights timm keeps on the hub.
             The timm forms need timm installed: their config.json names an architecture, it does not describe it.
         allow_pickle: also accept .bin, .pth, .pt, .ckpt and .pth.tar files, read with
-            `torch.load(weights_only=True)`.
+            `torch.load(weights_only=True)`; of TorchScript archives (OpenAI's CLIP) the tensors alone are read.
         revision: branch, tag or commit of a hub id.
         weights_key: which of a training checkpoint's state dicts, "state_dict" or "model.ema"; by default the one
             that timm's own loader takes: state_dict_ema, model_ema, state_dict, model, then DINO's teacher. Or what
@@ -141,6 +157,7 @@ def known() -> list[dict[str, str]]:
         ("timm", timm.SUPPORTED, timm.REFUSED),
         ("transformers", hf.supported(), hf.REFUSED),
         ("torchvision", ("VisionTransformer",), {}),
+        ("open_clip", open_clip_live.SUPPORTED, open_clip_live.REFUSED),
     )
     return [
         {"library": library, "class": name, "refused": reason}
@@ -151,19 +168,19 @@ def known() -> list[dict[str, str]]:
 
 def loadable(module: nn.Module) -> bool:
     """Whether a live module is of a class that `load` takes, as far as the class says it."""
-    return any(family.matches(module) for family in (timm, hf, torchvision))
+    return any(family.matches(module) for family in _FAMILIES)
 
 
 def _from_module(module: nn.Module) -> Checkpoint:
     module = live.unwrap(module)
-    for family in (timm, hf, torchvision):
+    for family in _FAMILIES:
         if family.matches(module):
             return _snapshot(family.from_module(module), module)
     kind = type(module)
-    reason = timm.REFUSED.get(kind.__name__) or hf.REFUSED.get(kind.__name__)
+    reason = next((why for family in (timm, hf, open_clip_live) if (why := family.REFUSED.get(kind.__name__))), "")
     inside = live.loadable_parts(module, loadable)
     hint = f". Its part {' or '.join(inside)} can be loaded by itself" if inside and not reason else ""
-    if not reason and kind.__module__.startswith(("timm.", "transformers.", "torchvision.")):
+    if not reason and kind.__module__.startswith(("timm.", "transformers.", "torchvision.", "open_clip.")):
         reason = "what its parts are called and how they are joined is not described here"
     raise CheckpointError(
         f"{kind.__module__}.{kind.__name__} is not supported{f': {reason}' if reason else ''}{hint}. "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitfast.models import schema
-from vitfast.models.checkpoints import state_dicts
+from vitfast.models.checkpoints import state_dicts, torchscript
 from vitfast.models.checkpoints.source import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -151,6 +151,11 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
             f"{path} is a pickle; convert it to .safetensors, or pass allow_pickle=True (--allow-pickle) to read it "
             "with torch.load(weights_only=True)"
         )
+    if torchscript.is_archive(path):
+        try:
+            return torchscript.read(path)
+        except Exception as error:  # whatever a damaged archive makes its readers raise
+            raise CheckpointError(f"{path} cannot be read as a TorchScript archive: {error}") from error
     try:
         # Trainers (timm, DeiT, MAE) put their arguments beside the weights: a bag of attributes, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -43,7 +43,7 @@ def checkpoint(name: str, state: Mapping[str, Tensor], where: str) -> Checkpoint
         CheckpointError: if nobody has the name, its library cannot be imported, or the weights do not fit.
     """
     if open_clip.names(name):
-        return open_clip.from_state(state, where, quick_gelu="/" in name or "quickgelu" in name)
+        return open_clip.from_name(state, name, where)
     if name in TORCHVISION:
         return _torchvision(name, state, where)
     if name in DINOV2:
