@@ -54,6 +54,8 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "attention_quantize(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> (Tensor, Tensor)");
+  // Of images, not of a model: see vitfast/images/pillow_resize.py. keep: the first so many channels, along rows.
+  m.def("resample(Tensor images, Tensor first, Tensor weights, *, int axis, int? keep=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
@@ -70,6 +72,7 @@ TORCH_LIBRARY_IMPL(vitfast_native, CPU, m) {
   m.impl("add_layer_norm", &vitfast::add_layer_norm_cpu);
   m.impl("attention", &vitfast::attention_cpu);
   m.impl("attention_quantize", &vitfast::attention_quantize_cpu);
+  m.impl("resample", &vitfast::resample_cpu);
 }
 
 #ifdef VITFAST_CUDA

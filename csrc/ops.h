@@ -64,6 +64,9 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask, bool causal,
                          std::optional<double> scale);
 
+at::Tensor resample_cpu(const at::Tensor& images, const at::Tensor& first, const at::Tensor& weights, int64_t axis,
+                        std::optional<int64_t> keep);
+
 std::tuple<at::Tensor, at::Tensor> attention_quantize_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                           const std::optional<at::Tensor>& bias,
                                                           const std::optional<at::Tensor>& mask, bool causal,

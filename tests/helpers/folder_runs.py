@@ -42,9 +42,9 @@ class Runs:
         """Begin a run; its process id. stdout and stderr go to `log`.out and `log`.err, unless job says otherwise.
 
         job: weights (which the fake model has), rows and seconds (of a part), pause (s after each result), slow (s of
-        a batch, each said on stderr), encoding, stdout; limit: bytes that a file may have; fault: [what, which, when,
-        do], what being "replace", "fsync", "unlink" or "result", which its number from 0, when "before" or "after",
-        do a signal's name or "full".
+        a batch, each said on stderr), real (the model is loaded, not faked), encoding, stdout; limit: bytes that a file
+        may have; fault: [what, which, when, do], what being "replace", "fsync", "unlink" or "result", which its number
+        from 0, when "before" or "after" ("before" for a result), do a signal's name or "full".
         """
         return self._ask(arguments=[str(a) for a in arguments], log=str(log), **job)
 
@@ -114,7 +114,8 @@ def _prepare(job):
     from vitfast.pipeline import parquet
 
     load_module = sys.modules[load.__module__] if callable(load) else load
-    load_module.load = lambda *_, **__: model(job.get("weights", 0), job.get("slow", 0))
+    if not job.get("real"):
+        load_module.load = lambda *_, **__: model(job.get("weights", 0), job.get("slow", 0))
     parquet.PART_ROWS, parquet.PART_SECONDS = job.get("rows", 4096), job.get("seconds", 5.0)
     if "limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))

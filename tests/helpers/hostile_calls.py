@@ -434,11 +434,42 @@ def quantized_linear_packed(m: Maker) -> Case:
     return call, oracle
 
 
+def resample(m: Maker) -> Case:
+    batch, height, width, channels = m.size(1, 2), m.size(1, 9, 40), m.size(1, 9, 70), m.size(1, 3, 3, 4, 4)
+    images = m.hostile("images", m.tensor(batch, height, width, channels, dtype=torch.uint8))
+    axis = m.random.choice((1, 2, 2, 1, 0, 3)) if m.chance(0.1) else m.random.choice((1, 2))
+    length, taps, out = (height, width)[axis == 2], m.size(1, 2, 5, 20), m.size(1, 4, 20)
+    last = min(max(length - taps, 0), LARGEST) + m.chance(0.05)
+    first = m.tensor(out, dtype=torch.int64)
+    if first.numel() <= LARGEST:
+        first = torch.randint(0, last + 1, (out,), generator=m.values)
+    factor = 1 << (24 if m.chance(0.05) else 20)
+    weights = m.tensor(out, taps, scale=factor / 4)
+    weights = built(lambda: weights.clamp(-factor, factor).int()) if weights.numel() <= LARGEST else weights
+    first, weights = m.hostile("first", first), m.hostile("weights", weights)
+
+    def call() -> Any:
+        return torch.ops.vitfast_native.resample(images, first, weights, axis=axis).float()
+
+    def oracle(upcast: bool) -> Any:
+        if images.numel() > LARGEST:
+            return None
+        pixels, begin, factors = m.twin(images).long(), m.twin(first), m.twin(weights).long()
+        total = sum(
+            pixels.index_select(axis, begin + tap) * factors[:, tap].view(-1, *[1] * (3 - axis))
+            for tap in range(factors.shape[1])
+        )
+        wrapped = (total + (1 << 21) + (1 << 31)) % (1 << 32) - (1 << 31)
+        return (wrapped >> 22).clamp(0, 255).double()
+
+    return call, oracle
+
+
 OPS = (
     attention, layer_norm, pack_linear, linear, patch_embed, pack_patch_embed, quantized_linear, quantize,
-    pack_quantized_linear, quantized_linear_packed,
+    pack_quantized_linear, quantized_linear_packed, resample,
 )  # fmt: skip
-WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2, 2, 1, 4)
+WEIGHTS = (4, 3, 1, 4, 4, 2, 0.2, 2, 1, 4, 2)
 
 
 def why_wrong(actual: Any, oracle: Any, baseline: Any) -> str:

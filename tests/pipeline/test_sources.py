@@ -6,6 +6,7 @@ import gzip
 import http.server
 import io
 import json
+import signal
 import tarfile
 import threading
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.folder_runs import Runs
 from helpers.photos import FakeEngine, make_photos, save
 from PIL import Image
 from typer.testing import CliRunner
@@ -158,6 +160,29 @@ def test_a_broken_run_goes_on(kind, photos, of_folder, tmp_path):
     engine = FakeEngine()
     for limit in (1, 4, 5, None):
         embedded(sources, tmp_path / "out", engine, limit)
+    assert rows(tmp_path / "out") == of_folder
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with Runs() as started:
+        yield started
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on(kind, runs, photos, of_folder, tmp_path):
+    """SIGKILL when four rows are on the disk, and again: two of them are of bad pictures, which are tried once more."""
+    name, make = KINDS[kind]
+    sources = make(photos, tmp_path / name)
+    if kind == "shards":
+        sources = [str(sources[0])]  # the pattern, as the shell would have to be kept from expanding it
+    command = ("embed", *sources, "-m", "m", "-o", tmp_path / "out", "--batch-size", 2)
+    for least in (4, 5):
+        job = {"fault": ["result", 4, "before", "SIGKILL"], "rows": 1, "seconds": 0.0}
+        assert runs.run(*command, log=tmp_path / "log", **job) == -signal.SIGKILL
+        there = len(read_embeddings(tmp_path / "out"))
+        assert least <= there < 13
+    assert runs.run(*command, log=tmp_path / "log") == 1  # three of the photographs are bad
     assert rows(tmp_path / "out") == of_folder
 
 

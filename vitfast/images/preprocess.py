@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitfast.images.pillow_resize import resize, resize_bytes
+from vitfast.images.pillow_resize import resize, resize_bytes, resize_window, suits_native
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's resampling filters. All but nearest are antialiased: the filter widens when shrinking."""
@@ -273,15 +273,19 @@ def resize_and_crop(image: np.ndarray | Image.Image, preprocess: Preprocess) -> 
             raise ValueError(f"image must be uint8 [H, W, 3] with pixels, got {image.dtype} {list(image.shape)}")
         shape = image.shape[0], image.shape[1]
     height, width = _resized_size(preprocess, *shape)
-    if (height, width) != shape:
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        image = picture.resize((width, height), Image.Resampling[preprocess.interpolation.upper()])
-    pixels = np.array(image) if isinstance(image, Image.Image) else image
-    if (height, width) == preprocess.size:
-        return pixels
     (pad_y, top), (pad_x, left) = _crop_window(preprocess, height, width)
     rows, columns = preprocess.size
-    part = pixels[top : top + rows, left : left + columns]
+    window = (top, min(top + rows, height)), (left, min(left + columns, width))
+    if (height, width) != shape and suits_native(shape, (height, width), preprocess.interpolation):
+        part = resize_window(image, (height, width), preprocess.interpolation, window)
+    else:
+        if (height, width) != shape:
+            picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            image = picture.resize((width, height), Image.Resampling[preprocess.interpolation.upper()])
+        pixels = np.array(image) if isinstance(image, Image.Image) else image
+        if (height, width) == preprocess.size:
+            return pixels
+        part = pixels[slice(*window[0]), slice(*window[1])]
     canvas = np.zeros((rows, columns, 3), np.uint8)
     canvas[pad_y : pad_y + part.shape[0], pad_x : pad_x + part.shape[1]] = part
     return canvas
