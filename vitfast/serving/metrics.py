@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_OF = ["model", "kind"]
+"""What a number is about; the kind of input is image or text."""
 
 
 class Metrics:
@@ -22,18 +24,16 @@ class Metrics:
         self._duration = Histogram(
             "vitfast_request_seconds", "From header to answer.", ["endpoint"], buckets=_SECONDS, registry=registry
         )
-        self._images = Counter("vitfast_images", "Images that the model has seen.", ["model"], registry=registry)
-        self._batch = Histogram(
-            "vitfast_batch_size", "Images of a batch.", ["model"], buckets=_SIZES, registry=registry
-        )
+        self._inputs = Counter("vitfast_inputs", "Inputs that the model has seen.", _OF, registry=registry)
+        self._batch = Histogram("vitfast_batch_size", "Inputs of a batch.", _OF, buckets=_SIZES, registry=registry)
         self._stage = Histogram(
             "vitfast_stage_seconds",
             "An image's decoding and its time in the queue; a batch's time in the model.",
-            ["model", "stage"],
+            [*_OF, "stage"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self._queue = Gauge("vitfast_queue_images", "Decoded images that wait.", ["model"], registry=registry)
+        self._queue = Gauge("vitfast_queue_inputs", "Prepared inputs that wait.", _OF, registry=registry)
         self._bytes = Gauge("vitfast_queue_bytes", "Bytes of requests read and not answered.", registry=registry)
         self._in_flight = Gauge("vitfast_requests_in_flight", "Requests being worked on.", registry=registry)
 
@@ -42,25 +42,25 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(seconds)
 
-    def stage(self, model: str, stage: str, seconds: float) -> None:
+    def stage(self, model: str, kind: str, stage: str, seconds: float) -> None:
         """A stage took so long."""
-        self._stage.labels(model, stage).observe(seconds)
+        self._stage.labels(model, kind, stage).observe(seconds)
 
-    def batches(self, model: str) -> Callable[[int, list[float], float], None]:
+    def batches(self, model: str, kind: str) -> Callable[[int, list[float], float], None]:
         """What a batcher tells of its batches (see `vitfast.serving.batching.Batcher`)."""
 
         def observe(size: int, waits: list[float], seconds: float) -> None:
-            self._batch.labels(model).observe(size)
-            self._images.labels(model).inc(size)
-            self.stage(model, "model", seconds)
+            self._batch.labels(model, kind).observe(size)
+            self._inputs.labels(model, kind).inc(size)
+            self.stage(model, kind, "model", seconds)
             for wait in waits:
-                self.stage(model, "queue", wait)
+                self.stage(model, kind, "queue", wait)
 
         return observe
 
-    def watch_queue(self, model: str, length: Callable[[], int]) -> None:
+    def watch_queue(self, model: str, kind: str, length: Callable[[], int]) -> None:
         """Ask for a queue's length when the numbers are asked for."""
-        self._queue.labels(model).set_function(length)
+        self._queue.labels(model, kind).set_function(length)
 
     def watch(self, used_bytes: Callable[[], int], in_flight: Callable[[], int]) -> None:
         """The same of the server as a whole."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from vitfast.engine.engine import Engine
-    from vitfast.serving.batching import Row
-    from vitfast.serving.requests import Body, Parsed
+    from vitfast.serving.model import Input, Row
+    from vitfast.serving.requests import Body
 
 
 class Service:
@@ -90,8 +90,8 @@ class Service:
         """Of the model that is least busy: where that is too long, no request need be read."""
         return min(model.predicted_wait() for model in self.models.values())
 
-    async def rows(self, request: Request, body: Body, model: ServedModel, parsed: Parsed) -> list[Row]:
-        """Every image's row, in order.
+    async def rows(self, request: Request, body: Body, model: ServedModel, inputs: Sequence[Input]) -> list[Row]:
+        """Every input's row, in order.
 
         Raises:
             Refusal: for an image that cannot be used, when the client is gone, when time is up, if the server is too
@@ -104,8 +104,8 @@ class Service:
         from vitfast.serving.requests import refuse_when_late
 
         refuse_when_late(model.predicted_wait(), self.limits)
-        body.hold(len(parsed.items) * model.image_bytes)
-        futures = model.submit(parsed.items)
+        body.hold(sum(map(model.bytes_of, inputs)))
+        futures = model.submit(inputs)
         all_rows: asyncio.Future[list[Row]] = asyncio.gather(*map(asyncio.wrap_future, futures))
         gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
         timeout = self.limits.request_timeout
@@ -129,7 +129,8 @@ class Service:
                 future.cancel()
         for index, row in enumerate(rows):
             if not np.isfinite(row.embedding).all():
-                raise Refusal(500, f"image {index}: the model's output is not finite", "model_failed")
+                kind = "text" if isinstance(inputs[index], str) else "image"
+                raise Refusal(500, f"{kind} {index}: the model's output is not finite", "model_failed")
         return rows
 
 
