@@ -1,5 +1,6 @@
 """A server of a fake engine in this process, and pictures as clients send them."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -81,12 +82,18 @@ def client(engines=None, limits: Limits | None = None, **options) -> Iterator[Te
 
 @contextlib.contextmanager
 def running(engines, limits: Limits | None = None, **options) -> Iterator[tuple[str, Service]]:
-    """A server on a port of its own in a thread; its address and service."""
+    """A server on a port of its own in a thread; its address, and its service with its event loop as `loop`."""
     service = Service(engines, limits, **options)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = make_server(service, "127.0.0.1", 0)
-        thread = threading.Thread(target=server.run, args=([listener],))
+        service.loop = None
+
+        async def serve():
+            service.loop = asyncio.get_running_loop()
+            await server.serve([listener])
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
         while not (server.started and service.ready):
             assert thread.is_alive()

@@ -167,7 +167,7 @@ from helpers.serving import HeldEngine
 from vitfast.serving.server import log_to, run
 from vitfast.serving.service import Service
 engine = HeldEngine()
-service = Service({"fake": engine}, max_batch=2)
+service = Service({"fake": engine}, max_batch=2, load=lambda name: engine)
 engine.seconds = 0.03
 log_to(sys.stderr)
 run(service, "127.0.0.1", 0)
@@ -210,6 +210,7 @@ def test_sigterm_loses_no_request():
                             break
                     await asyncio.sleep(0.05)
                 workers = [asyncio.ensure_future(work(session)) for _ in range(16)]
+                process.send_signal(signal.SIGHUP)
                 while results.count(200) < 20:
                     await asyncio.sleep(0.01)
                 process.send_signal(signal.SIGTERM)
@@ -226,6 +227,7 @@ def test_sigterm_loses_no_request():
         taken = [line["status"] for line in lines if line.get("endpoint") == "/embeddings"]
         assert sorted(taken) == sorted(results)  # whatever was taken has been answered, and the answer has arrived
         assert "Traceback" not in err
+        assert "loading fake anew" in err
     finally:
         process.kill()
         process.wait()

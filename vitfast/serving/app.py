@@ -75,7 +75,7 @@ def create_app(service: Service) -> Gate:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:
-        warming = asyncio.ensure_future(service.warm_up())
+        warming = asyncio.ensure_future(asyncio.to_thread(service.warm_up))
         yield
         await warming
         await asyncio.to_thread(service.close)
@@ -138,9 +138,13 @@ class _Endpoints:
         try:
             parsed = await parse(request, await body.read(), service.limits, {"model", "user", *allowed})
             model = service.model(parsed.fields.get("model"))
-            checked = check(model, parsed)
-            rows = await service.rows(request, body, model, [*parsed.inputs, *more(checked)])
-            return await asyncio.to_thread(render, model, rows, checked)
+            model.users += 1
+            try:
+                checked = check(model, parsed)
+                rows = await service.rows(request, body, model, [*parsed.inputs, *more(checked)])
+                return await asyncio.to_thread(render, model, rows, checked)
+            finally:
+                model.users -= 1
         finally:
             body.release()
 

@@ -40,13 +40,13 @@ class Decoding:
     """The threads that decode, shared by all models.
 
     Args:
-        workers: how many. memory: bytes that they may take together (see `vitfast.pipeline.memory`).
+        threads: how many. memory: bytes that they may take together (see `vitfast.pipeline.memory`).
     """
 
-    def __init__(self, workers: int | None = None, memory: int | None = None) -> None:
-        self.workers = usable_cores() if workers is None else workers
+    def __init__(self, threads: int | None = None, memory: int | None = None) -> None:
+        self.threads = usable_cores() if threads is None else threads
         self.memory = Memory(memory)
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vitfast-decode")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vitfast-decode")
         self._lock = threading.Lock()
         self._pending = 0
         self._seconds = 0.0  # of one image, in the mean of late
@@ -68,7 +68,7 @@ class Decoding:
     def predicted_wait(self) -> float:
         """Seconds until a thread would turn to an image that came now."""
         with self._lock:
-            return max(0, self._pending + 1 - self.workers) * self._seconds / self.workers
+            return max(0, self._pending + 1 - self.threads) * self._seconds / self.threads
 
     def close(self) -> None:
         """End the threads when they have done what they have."""
@@ -128,21 +128,25 @@ class ServedModel:
         self.users = 0
         self.batcher = self._batcher(self._run, "image")
         self._text_batcher = self._batcher(self._run_texts, "text")
+        self.watch()
 
     def _batcher(self, run: Callable[[list[Any]], Sequence[Any]], kind: str) -> Batcher:
         def alone(given: list[Any]) -> Sequence[Any]:
             with self._at_work:
                 return run(given)
 
-        batcher = Batcher(
+        return Batcher(
             alone,
             max_batch=self.max_batch,
             max_wait=self._limits.max_wait,
             observe=self._metrics.batches(self.name, kind),
             name=f"vitfast-{kind}-batches",
         )
-        self._metrics.watch_queue(self.name, kind, lambda: batcher.waiting)
-        return batcher
+
+    def watch(self) -> None:
+        """Have the metrics tell of this model's queues under its name."""
+        for kind, batcher in (("image", self.batcher), ("text", self._text_batcher)):
+            self._metrics.watch_queue(self.name, kind, batcher)
 
     @property
     def classes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitfast.serving.limits import Budget, Limits, Refusal
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vitfast.serving.model import Input, Row
     from vitfast.serving.requests import Body
 
+log = logging.getLogger("vitfast.serving")
+
 
 class Service:
     """Models and what they share.
@@ -25,7 +28,8 @@ class Service:
         engines: by the names that clients use; the first serves requests that name none.
         limits: of a request, and of all together.
         api_keys: one of which a client must show; nothing is asked for where there are none.
-        max_batch, workers, decode_memory: see `ServedModel` and `Decoding`.
+        max_batch, decode_threads, decode_memory: see `ServedModel` and `Decoding`.
+        load: name -> a new engine of that model, for `reload`.
 
     Attributes:
         ready: warmed up. draining: no new request is taken. failed: what went wrong while warming up.
@@ -39,31 +43,68 @@ class Service:
         *,
         api_keys: Sequence[str] = (),
         max_batch: int | None = None,
-        workers: int | None = None,
+        decode_threads: int | None = None,
         decode_memory: int | None = None,
+        load: Callable[[str], Engine] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.api_keys = tuple(api_keys)
         self.metrics = Metrics()
         self.budget = Budget(self.limits.max_queue_bytes)
-        self.decoding = Decoding(workers, decode_memory)
-        shared = (self.limits, self.decoding, self.metrics)
-        self.models = {
-            name: ServedModel(name, engine, *shared, max_batch=max_batch) for name, engine in engines.items()
-        }
+        self.decoding = Decoding(decode_threads, decode_memory)
+        self._load, self._max_batch, self._reloading = load, max_batch, False
+        self.models = {name: self._served(name, engine) for name, engine in engines.items()}
         self.ready = self.draining = False
         self.failed: Exception | None = None
         self.in_flight = self.requests = 0
         self.metrics.watch(lambda: self.budget.used, lambda: self.in_flight)
 
-    async def warm_up(self) -> None:
-        """Run every model once, then be ready. What goes wrong is kept in `failed`."""
+    def _served(self, name: str, engine: Engine) -> ServedModel:
+        return ServedModel(name, engine, self.limits, self.decoding, self.metrics, max_batch=self._max_batch)
+
+    def warm_up(self) -> None:
+        """Run every model that has not run, then be ready. What goes wrong is kept in `failed`."""
         try:
             for model in self.models.values():
-                await asyncio.to_thread(model.warm_up)
+                if not model.embedding_size:
+                    model.warm_up()
             self.ready = True
         except Exception as error:
             self.failed = error
+
+    async def reload(self) -> None:
+        """Load the models anew, each to take over when it has warmed up; until then the old ones go on, and after.
+
+        A model that cannot be loaded leaves the old one where it is. What is asked for during a reload is that reload.
+        """
+        if self._load is None or self._reloading:
+            return
+        self._reloading = True
+        try:
+            for name in self.models:
+                await self._replace(name, self._load)
+        finally:
+            self._reloading = False
+
+    async def _replace(self, name: str, load: Callable[[str], Engine]) -> None:
+        log.info("loading %s anew", name)
+        new: ServedModel | None = None
+        try:
+            new = self._served(name, await asyncio.to_thread(load, name))
+            await asyncio.to_thread(new.warm_up)
+        except Exception:  # whatever loading and running a model raises
+            log.exception("%s cannot be loaded anew; the one before goes on", name)
+            self.metrics.reloads(name, "failed")
+            if new is not None:
+                await asyncio.to_thread(new.close)
+                self.models[name].watch()
+            return
+        old, self.models[name] = self.models[name], new
+        log.info("%s has been loaded anew", name)
+        self.metrics.reloads(name, "done")
+        while old.users:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(old.close)
 
     def close(self) -> None:
         """Finish what has been taken, and end all threads."""
