@@ -83,20 +83,43 @@ def _section(result: Mapping[str, Any]) -> str:
         parts += ["<h3>Roofline</h3>", svg.legend(timed, styles), roofline]
     if moved := drift(result["roofs"]):
         parts.append(f'<p class="soft">The roofs, measured before and after the run, differ by up to {moved:.0%}.</p>')
-    baseline = result["method"].get("baseline")
-    parts.append(
-        f'<p class="soft">Bars: median ms, whiskers p20 to p80. ×: times as fast as {escape(str(baseline))}.</p>'
-    )
-    for case in dict.fromkeys(row["case"] for row in rows):
+    if result["kind"] == "serve":
+        parts += _served(rows, timed, styles)
+        shown: list[str] = []
+    else:
+        baseline = escape(str(result["method"].get("baseline")))
+        parts.append(f'<p class="soft">Bars: median ms, whiskers p20 to p80. ×: times as fast as {baseline}.</p>')
+        shown = list(dict.fromkeys(row["case"] for row in rows))
+    for case in shown:
         mine = [row for row in rows if row["case"] == case]
         parts += [f"<h3>{escape(case)}</h3>", svg.bars(mine, styles)]
-    columns = ("case", *COLUMNS[result["kind"]])
+    columns = tuple(dict.fromkeys(("case", *COLUMNS[result["kind"]])))
     parts.append(_details("All rows", _table(columns, [cells(row, columns) for row in rows])))
     if result["not_run"]:
         parts.append(f"<p>No time for: {escape('; '.join(result['not_run']))}</p>")
     facts = {**_flat(entry), **_flat(result["method"], "method "), **_flat(result["roofs"], "roof ")}
     parts.append(_details("Environment", _table(("name", "value"), facts.items())))
     return "\n".join(parts)
+
+
+def _served(rows: Sequence[Mapping[str, Any]], timed: Sequence[str], styles: svg.Styles) -> list[str]:
+    """How long requests waited at each rate, and in words what else was found."""
+    parts = []
+    if curve := svg.latency(rows, styles):
+        said = "Median (solid) and p99 (dashed) of answered requests by offered load; a ring is the knee."
+        parts += [svg.legend(timed, styles), curve, f'<p class="soft">{said}</p>']
+    lines = []
+    for row in rows:
+        if not row["correct"]:
+            lines.append(f"{row['case']}, {row['provider']}: {row['error']}")
+        elif "engine_ratio" in row:
+            lines.append(f"{row['provider']}, saturated: {row['engine_ratio']:.2f} of the engine's rate in batches")
+        elif "added_ms" in row:
+            lines.append(f"{row['provider']}, idle: {row['added_ms']:.2f} ms beyond the engine alone")
+        elif "flooded" in row["case"]:
+            waited = f"p99 of those answered {row['p99_ms']:.0f} ms"
+            lines.append(f"{row['provider']}, {row['case']}: {row['refused']} of {row['sent']} refused, {waited}")
+    return [*parts, "<ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

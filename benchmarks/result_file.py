@@ -3,7 +3,7 @@
 Schema 3, one JSON object:
 
     schema       3; older ones are read: 2 called a row's provider its peer, 1 had only name, environment and rows
-    kind         "kernels" or "model"
+    kind         "kernels", "model" or "serve"
     environment  commit, date, hardware, driver, versions, settings (`vitfast.benchmarks.environment`)
     method       how it was measured: rounds, baseline, the command's arguments
     roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)
@@ -36,12 +36,13 @@ SCHEMA = 3
 COLUMNS = {
     "kernels": ("provider", "median_ms", "range", "tflops", "gb_per_s", "roof_share", "ratio", "notes"),
     "model": ("provider", "median_ms", "range", "images_per_s", "roof_share", "ratio", "cosine", "notes"),
+    "serve": ("case", "provider", "median_ms", "p99_ms", "images_per_s", "refused", "mean_batch", "notes"),
 }
 """What is shown of a row: its fields, or what `cells` makes of them."""
 
 HEADINGS = {
-    "median_ms": "ms", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
-    "roof_share": "of roof", "images_per_s": "img/s",
+    "median_ms": "ms", "p99_ms": "p99", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
+    "roof_share": "of roof", "images_per_s": "img/s", "mean_batch": "batch",
 }  # fmt: skip
 
 
@@ -204,6 +205,9 @@ def notes(row: dict[str, Any]) -> str:
         f"noisy: ±{row['spread'] / 2:.0%}" if row.get("noisy") else "",
         f"throttled: {', '.join(throttled)}" if throttled else "",
         "warm cache" if row.get("cold") is False else "",
+        f"{row['engine_ratio']:.2f} of the engine's rate" if "engine_ratio" in row else "",
+        f"{row['added_ms']:.2f} ms beyond the engine" if "added_ms" in row else "",
+        "the knee" if row.get("knee") else "",
         row.get("note", ""),
     ]
     return "; ".join(part for part in remarks if part)
@@ -217,15 +221,16 @@ def table(result: dict[str, Any]) -> list[Any]:
 
     shown: list[Any] = []
     absent: dict[str, dict[str, None]] = {}
-    for case in dict.fromkeys(row["case"] for row in result["rows"]):
-        part = Table(title=case, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    by = "model" if result["kind"] == "serve" else "case"  # each rate is a case of its own, of one row
+    for title in dict.fromkeys(row[by] for row in result["rows"]):
+        part = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in COLUMNS[result["kind"]]:
-            text = name in ("provider", "notes")
+            text = name in ("case", "provider", "notes")
             part.add_column(
                 HEADINGS.get(name, name), justify="left" if text else "right", overflow="fold",
                 min_width=14 if name == "provider" else None,
             )  # fmt: skip
-        for row in (row for row in result["rows"] if row["case"] == case):
+        for row in (row for row in result["rows"] if row[by] == title):
             if not row["correct"] and not row.get("error", "").startswith("incorrect"):
                 absent.setdefault(row.get("error", ""), {})[row["provider"]] = None
                 continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
 
 from vitfast.benchmarks.result_file import number
 
@@ -19,6 +19,9 @@ SHAPES = ("circle", "square", "diamond", "triangle", "cross")
 GREY = "#8a8f98"
 
 LABEL, BAR, ROW = 210, 430, 24
+
+Styles: TypeAlias = "Mapping[str, tuple[str, str]]"
+"""Provider -> (colour, shape)."""
 
 
 def style_of(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -111,6 +114,42 @@ def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles
         colour, shape = styles[row["provider"]]
         parts.append(_mark(x.at(row["flops"] / row["bytes"]), y.at(row["tflops"]), colour, shape, title))
     return "\n".join([*parts, "</svg>"])
+
+
+def latency(rows: Sequence[Mapping[str, Any]], styles: Styles) -> str:
+    """Median and p99 in ms over offered requests a second, both logarithmic; "" where nothing was offered at rates."""
+    points = [row for row in rows if row["correct"] and "offered_per_s" in row and "flooded" not in row["case"]]
+    if not points:
+        return ""
+    rates, times = [row["offered_per_s"] for row in points], [row[key] for row in points for key in QUANTILES]
+    x = _Axis(min(rates) / 1.1, max(rates) * 1.1, 70, 880)
+    y = _Axis(min(times) / 1.3, max(times) * 1.3, 390, 20)
+    parts = ['<svg class="latency" viewBox="0 0 920 440" width="920" role="img">']
+    for tick in x.ticks():
+        parts.append(f'<path class="grid" d="M{x.at(tick):.1f} 20V390"/>')
+        parts.append(f'<text class="tick" x="{x.at(tick):.1f}" y="408" text-anchor="middle">{tick:g}</text>')
+    for tick in y.ticks():
+        parts.append(f'<path class="grid" d="M70 {y.at(tick):.1f}H880"/>')
+        parts.append(f'<text class="tick" x="62" y="{y.at(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    parts.append('<text class="tick" x="475" y="430" text-anchor="middle">requests offered a second</text>')
+    parts.append('<text class="tick" x="14" y="205" text-anchor="middle" transform="rotate(-90 14 205)">ms</text>')
+    for name, (colour, shape) in styles.items():
+        mine = sorted((row for row in points if row["provider"] == name), key=lambda row: row["offered_per_s"])
+        for key, dashes in QUANTILES.items():
+            at = [(x.at(row["offered_per_s"]), y.at(row[key])) for row in mine]
+            line = "L".join(f"{across:.1f} {down:.1f}" for across, down in at)
+            if len(at) > 1:
+                parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+            for row, (across, down) in zip(mine, at, strict=True):
+                what = f"{name}: {number(row['offered_per_s'])}/s, {key.removesuffix('_ms')} {number(row[key])} ms"
+                parts.append(_mark(across, down, colour, shape, escape(what)))
+                if row.get("knee"):
+                    parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="10" fill="none" stroke="{colour}"/>')
+    return "\n".join([*parts, "</svg>"])
+
+
+QUANTILES = {"median_ms": "", "p99_ms": ' stroke-dasharray="6 4"'}
+"""What is drawn of latency, and how its line is dashed."""
 
 
 def legend(providers: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> str:

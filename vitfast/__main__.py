@@ -2,4 +2,5 @@
 
 from vitfast.cli.app import app
 
-app(prog_name="vitfast")
+if __name__ == "__main__":  # not so in the processes of `vitfast serve --workers`, which import this file
+    app(prog_name="vitfast")

@@ -40,6 +40,9 @@ class FakeEngine:
         embedding = torch.cat([colour, images[:, 0, 0, :1]], 1)
         return SimpleNamespace(embedding=embedding, logits=colour if self.classes else None, tokens=None)
 
+    def text(self, texts):
+        raise ValueError("a fake has no text tower")
+
     def stream(self, batches, *, preprocessed):
         for images in batches:
             yield self(torch.from_numpy(np.stack(images)), preprocessed=preprocessed)

@@ -1,8 +1,12 @@
 """A server of a fake engine in this process, and pictures as clients send them."""
 
+import asyncio
 import base64
 import contextlib
 import io
+import socket
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +18,7 @@ from starlette.testclient import TestClient
 from vitfast.images.preprocess import resize_and_crop
 from vitfast.serving.app import create_app
 from vitfast.serving.limits import Limits
+from vitfast.serving.server import make_server
 from vitfast.serving.service import Service
 
 
@@ -30,8 +35,6 @@ class HeldEngine(FakeEngine):
         if self.gate is not None:
             assert self.gate.wait(30)
         if self.seconds:
-            import time
-
             time.sleep(self.seconds)
         return super().__call__(images, preprocessed=preprocessed)
 
@@ -75,3 +78,29 @@ def client(engines=None, limits: Limits | None = None, **options) -> Iterator[Te
             assert service.failed is None, service.failed
         made.service = service
         yield made
+
+
+@contextlib.contextmanager
+def running(engines, limits: Limits | None = None, **options) -> Iterator[tuple[str, Service]]:
+    """A server on a port of its own in a thread; its address, and its service with its event loop as `loop`."""
+    service = Service(engines, limits, **options)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = make_server(service, "127.0.0.1", 0)
+        service.loop = None
+
+        async def serve():
+            service.loop = asyncio.get_running_loop()
+            await server.serve([listener])
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        thread.start()
+        while not (server.started and service.ready):
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()

@@ -130,9 +130,9 @@ def test_health_metrics_and_openapi(server):
     text = server.get("/metrics").text
     assert 'vitfast_requests_total{endpoint="/v1/embeddings",status="200"}' in text
     assert 'vitfast_requests_total{endpoint="/v1/embeddings",status="400"}' in text
-    assert 'vitfast_batch_size_count{model="fake"}' in text
+    assert 'vitfast_batch_size_count{kind="image",model="fake"}' in text
     for stage in ("decode", "queue", "model"):
-        assert f'vitfast_stage_seconds_count{{model="fake",stage="{stage}"}}' in text
+        assert f'vitfast_stage_seconds_count{{kind="image",model="fake",stage="{stage}"}}' in text
     assert "vitfast_queue_bytes 0.0" in text
     document = server.get("/openapi.json").json()
     for path, methods in document["paths"].items():
@@ -154,6 +154,11 @@ def test_the_page(server):
     ("given", "code"),
     [
         ("http://127.0.0.1/cat.png", "url_not_allowed"),
+        ("GOPHER://127.0.0.1/", "url_not_allowed"),
+        ({"image": "/etc/passwd"}, "malformed"),
+        ({"text": 5}, "malformed"),
+        ({"text": "a", "image": "data:,"}, "malformed"),
+        ("", "malformed"),
         ({"image_url": {"url": "https://example.com/cat.png"}}, "url_not_allowed"),
         ("file:///etc/passwd", "url_not_allowed"),
         ("a sentence", "text_not_supported"),
@@ -162,7 +167,7 @@ def test_the_page(server):
         ([1, 2, 3], "malformed"),
         ({"image_url": {"url": {"url": "data:,"}}}, "malformed"),
         (None, "missing_field"),
-        ([], "no_image"),
+        ([], "no_input"),
         ("data:image/png,abc", "malformed"),
         ("data:image/png;base64,!!!", "malformed"),
         ("data:image/png;base64,é", "malformed"),

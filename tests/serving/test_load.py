@@ -16,34 +16,12 @@ import numpy as np
 import pytest
 from helpers.photos import FakeEngine
 from helpers.scripts import ROOT
-from helpers.serving import HeldEngine, client, embedding, files, png
+from helpers.serving import HeldEngine, client, embedding, files, png, running
 
 from vitfast.serving.limits import Limits
-from vitfast.serving.server import make_server
-from vitfast.serving.service import Service
 
 PICTURES = [png(seed) for seed in range(16)]
 EXPECTED = [embedding(content) for content in PICTURES]
-
-
-@contextlib.contextmanager
-def running(engine, limits=None, **options):
-    """A server on a port of its own in a thread; its address and service."""
-    service = Service({"fake": engine}, limits, **options)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = make_server(service, "127.0.0.1", 0)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not (server.started and service.ready):
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
 
 
 async def load(url, count, connections, pick):
@@ -69,7 +47,7 @@ async def load(url, count, connections, pick):
 
 def test_every_answer_is_the_engines_own():
     engine = FakeEngine()
-    with running(engine, Limits(max_queue_wait=60)) as (url, service):
+    with running({"fake": engine}, Limits(max_queue_wait=60)) as (url, service):
         pick = lambda number: [(number * 7 + i) % len(PICTURES) for i in range(1 + number % 3)]  # noqa: E731
         results = asyncio.run(load(url, 240, 24, pick))
         assert [status for status, _, _ in results] == [200] * 240
@@ -80,7 +58,7 @@ def test_every_answer_is_the_engines_own():
 
 def test_overload_is_refused_and_the_rest_is_right():
     engine = HeldEngine()
-    with running(engine, Limits(max_queue_wait=0.2), max_batch=4) as (url, service):
+    with running({"fake": engine}, Limits(max_queue_wait=0.2), max_batch=4) as (url, service):
         engine.seconds = 0.05  # 80 images a second at most
         for size in (1, 2, 4):
             for _ in range(30):
@@ -100,7 +78,7 @@ def test_overload_is_refused_and_the_rest_is_right():
 def test_the_queue_is_bounded_by_bytes():
     engine = HeldEngine()
     size = len(PICTURES[0])
-    with running(engine, Limits(max_queue_bytes=6 * size, max_queue_wait=60)) as (url, service):
+    with running({"fake": engine}, Limits(max_queue_bytes=6 * size, max_queue_wait=60)) as (url, service):
         engine.gate = threading.Event()
 
         async def scenario():
@@ -118,7 +96,7 @@ def test_the_queue_is_bounded_by_bytes():
 
 def test_clients_that_go_leave_the_queue():
     engine = HeldEngine()
-    with running(engine) as (url, service):
+    with running({"fake": engine}) as (url, service):
         engine.gate = threading.Event()
         batcher = service.models["fake"].batcher
         host, port = url.removeprefix("http://").split(":")
@@ -172,7 +150,7 @@ def test_requests_without_an_answer_in_time():
     ],
 )
 def test_slow_senders_are_cut(sent, answer):
-    with running(FakeEngine(), Limits(header_timeout=0.2, body_timeout=0.2)) as (url, _):
+    with running({"fake": FakeEngine()}, Limits(header_timeout=0.2, body_timeout=0.2)) as (url, _):
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as opened:
             opened.sendall(sent)
@@ -189,7 +167,7 @@ from helpers.serving import HeldEngine
 from vitfast.serving.server import log_to, run
 from vitfast.serving.service import Service
 engine = HeldEngine()
-service = Service({"fake": engine}, max_batch=2)
+service = Service({"fake": engine}, max_batch=2, load=lambda name: engine)
 engine.seconds = 0.03
 log_to(sys.stderr)
 run(service, "127.0.0.1", 0)
@@ -232,6 +210,7 @@ def test_sigterm_loses_no_request():
                             break
                     await asyncio.sleep(0.05)
                 workers = [asyncio.ensure_future(work(session)) for _ in range(16)]
+                process.send_signal(signal.SIGHUP)
                 while results.count(200) < 20:
                     await asyncio.sleep(0.01)
                 process.send_signal(signal.SIGTERM)
@@ -248,6 +227,7 @@ def test_sigterm_loses_no_request():
         taken = [line["status"] for line in lines if line.get("endpoint") == "/embeddings"]
         assert sorted(taken) == sorted(results)  # whatever was taken has been answered, and the answer has arrived
         assert "Traceback" not in err
+        assert "loading fake anew" in err
     finally:
         process.kill()
         process.wait()

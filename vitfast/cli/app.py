@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfast.cli import bench, models, render, search, serve
+from vitfast.cli import bench, bench_serve, models, render, search, serve
 from vitfast.cli.answer import Unfailing, command, run
 from vitfast.cli.options import (
     AllowPickle,
@@ -66,6 +66,7 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+bench.app.add_typer(bench_serve.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app)
 app.add_typer(models.app)

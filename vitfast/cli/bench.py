@@ -109,7 +109,7 @@ def kernels(
 
         _check("--op", op or (), OPS)
         _check("--model", model, NAMED)
-        measured, what = _open(device, dtype, threads)
+        measured, what = opened(device, dtype, threads)
         _withhold(without)
         extra = {path: providers.from_outside(path) for path in _named(provider, peer)}
         batches = batch or [8 if measured.slug == "cpu" else 64]
@@ -122,7 +122,7 @@ def kernels(
                 died=file.died, watch=watch, on_rows=functools.partial(_add_case, file),
             )  # fmt: skip
             file.add(not_run=left)
-        _finish(answer, file, csv_file, html_file, given=extra)
+        finish(answer, file, csv_file, html_file, given=extra)
 
 
 @app.command(epilog="Example: `vitfast bench model -m vit_base_patch16_224 --device cpu --html page.html`")
@@ -162,7 +162,7 @@ def model(
 
         named = _named(provider, peer)
         _check("--provider", named, model_providers.PROVIDERS)
-        measured, what = _open(device, dtype, threads)
+        measured, what = opened(device, dtype, threads)
         providers = named or model_providers.DEFAULTS[measured.torch_device.type]
         method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
         _withhold(without)
@@ -181,7 +181,7 @@ def model(
                     watch=watch, on_rows=file.add,
                 )  # fmt: skip
                 _add_case(file, rows)
-        _finish(answer, file, csv_file, html_file)
+        finish(answer, file, csv_file, html_file)
 
 
 @app.command(epilog="Example: `vitfast bench sweep -m vit_base_patch16_224 --batch 64 --batch 256`")
@@ -217,7 +217,7 @@ def sweep(
 
         _check("--op", op or (), module.OPS)
         _check("--model", model, NAMED)
-        measured, what = _open(device, dtype, None)
+        measured, what = opened(device, dtype, None)
         if measured.torch_device.type != "cuda":
             raise ValueError("no CUDA device is seen here, and Triton kernels are tuned for one")
         ops = op or module.OPS
@@ -233,7 +233,7 @@ def sweep(
             path = out or module.table_path(measured)
             module.write_table(path, choices, file.content["environment"])
             answer.remarks.append(f"written {path}; proven: {', '.join(choices['proven']) or 'none'}")
-        _finish(answer, file, None, None)
+        finish(answer, file, None, None)
 
 
 @app.command(epilog="Example: `vitfast bench smoke --op linear --backend triton`")
@@ -271,7 +271,7 @@ def smoke(
         _check("--op", ops, module.SMALL)
         _check("--backend", backends, BACKENDS)
         _check("--model", [model] if model else [], NAMED)
-        measured, what = _open(device, dtype, None)
+        measured, what = opened(device, dtype, None)
         _withhold(without)
         if model:
             cases = kernel_cases.grid("quick", ops, [model], [batch], measured.torch_device, what)
@@ -484,7 +484,7 @@ def _add_case(file: Any, rows: list[dict[str, Any]]) -> None:
     file.add(rows, finished=sorted({*file.finished, *(row["case"] for row in rows)}))
 
 
-def _open(device: str | None, dtype: str | None, threads: int | None) -> tuple[Measured, torch.dtype]:
+def opened(device: str | None, dtype: str | None, threads: int | None) -> tuple[Measured, torch.dtype]:
     """The device to measure, threads pinned, and the dtype."""
     from vitfast.benchmarks.device import open_device, pin_threads
     from vitfast.engine.dtypes import resolve_device, resolve_dtype
@@ -495,7 +495,7 @@ def _open(device: str | None, dtype: str | None, threads: int | None) -> tuple[M
     return open_device(where), resolve_dtype(dtype, where)
 
 
-def _finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | None, given: Container[str] = ()) -> None:
+def finish(answer: Any, file: Any, csv_file: Path | None, html_file: Path | None, given: Container[str] = ()) -> None:
     """The table and the files of a run, and its exit code: 1 if ours or one of the providers `given` was wrong."""
     from vitfast.benchmarks.page import page
     from vitfast.benchmarks.result_file import table, write, write_csv

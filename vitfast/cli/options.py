@@ -121,6 +121,25 @@ ImageColumn = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
+def load_options(
+    device: str | None,
+    dtype: str | None,
+    allow_pickle: bool,
+    weights_key: str | None,
+    arch: str | None,
+    preprocess: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The options of a command as `vitfast.load` takes them."""
+    return {
+        "device": device,
+        "dtype": dtype,
+        "allow_pickle": allow_pickle,
+        "weights_key": weights_key,
+        "model": arch,
+        "preprocess": preprocess,
+    }
+
+
 def load_engine(
     model: str,
     device: str | None,
@@ -133,15 +152,7 @@ def load_engine(
     """`vitfast.load` with the options of a command."""
     from vitfast.engine.load import load
 
-    return load(
-        model,
-        device=device,
-        dtype=dtype,
-        allow_pickle=allow_pickle,
-        weights_key=weights_key,
-        model=arch,
-        preprocess=preprocess,
-    )
+    return load(model, **load_options(device, dtype, allow_pickle, weights_key, arch, preprocess))
 
 
 def prepared(mean: str | None, std: str | None, size: str | None, crop: str | None) -> dict[str, Any] | None:

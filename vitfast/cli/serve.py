@@ -22,9 +22,8 @@ from vitfast.cli.options import (
     Size,
     Std,
     WeightsKey,
-    Workers,
     decode_options,
-    load_engine,
+    load_options,
     prepared,
 )
 
@@ -79,21 +78,28 @@ def serve(
     std: Std = None,
     size: Size = None,
     crop: Crop = None,
-    workers: Workers = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with the models; GPUs are dealt out in turn.")
+    ] = 1,
+    decode_threads: Annotated[
+        int | None, typer.Option(min=1, help="Of a process. [default: one per CPU core, shared out among processes]")
+    ] = None,
     max_pixels: MaxPixels = 50_000_000,
     decode_memory: DecodeMemory = None,
     as_json: Json = False,
 ) -> None:
-    """Serve models over HTTP: embeddings, classes and similarities of images.
+    """Serve models over HTTP: embeddings, classes and similarities of images, and of texts where a model knows them.
 
-    SIGTERM or Ctrl-C ends it in order: what has been taken is answered, what is new is refused with 503.
+    SIGTERM or Ctrl-C ends it in order: what has been taken is answered, what is new is refused with 503. SIGHUP loads
+    the models anew while the old ones go on.
     """
     with command(context, as_json) as answer:
+        from vitfast.serving import workers as several
         from vitfast.serving.app import require
         from vitfast.serving.limits import MIB, Limits
         from vitfast.serving.model import served_names
         from vitfast.serving.server import log_to, run
-        from vitfast.serving.service import Service
+        from vitfast.serving.settings import Settings
 
         require()
         limits = Limits(
@@ -108,20 +114,22 @@ def serve(
             drain_timeout=drain_timeout,
         )
         log_to(sys.stderr)
-        options = decode_options(limits.max_pixels, decode_memory)
-        preprocess = prepared(mean, std, size, crop)
-        engines = {
-            name: load_engine(source, device, dtype, allow_pickle, weights_key, arch, preprocess)
-            for name, source in served_names(models).items()
-        }
-        service = Service(
-            engines,
+        settings = Settings(
+            served_names(models),
+            load_options(device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop)),
             limits,
-            api_keys=api_key or (),
+            api_keys=tuple(api_key or ()),
             max_batch=max_batch,
-            workers=workers,
-            decode_memory=options["decode_memory"],
+            decode_threads=decode_threads,
+            decode_memory=decode_options(limits.max_pixels, decode_memory)["decode_memory"],
         )
-        run(service, host, port)
-        answer.json = {"models": list(engines), "requests": service.requests}
-        answer.text = f"answered {service.requests} requests"
+        answer.json = {"models": list(settings.models)}
+        if workers > 1:
+            several.run(settings, host, port, workers)
+            answer.json["workers"] = workers
+            answer.text = f"{workers} workers have ended"
+        else:
+            service = settings.service()
+            run(service, host, port)
+            answer.json["requests"] = service.requests
+            answer.text = f"answered {service.requests} requests"

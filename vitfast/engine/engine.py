@@ -123,17 +123,21 @@ class Engine:
             raise ValueError(f"texts must be a list of texts or token numbers, got {type(texts).__name__}")
         return F.normalize(made.float(), dim=-1).to(made.dtype) if normalize else made
 
-    def zero_shot(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
+    def zero_shot(
+        self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES, embeddings: Tensor | None = None
+    ) -> ZeroShot:
         """A classifier of labels, made of their texts: `engine.zero_shot(["a cat", "a dog"])(output.embedding)`.
 
         Args:
             labels: what images may show. templates: texts that a label is put into at `{}`; embeddings of several
                 are averaged.
+            embeddings: of those texts, where they are there already: [labels, templates, E].
 
         Raises:
-            ValueError: as `text` does; or if there are no labels, or a template has no place for one.
+            ValueError: as `text` does; or if there are no labels, a template has no place for one, or `embeddings` have
+                another shape.
         """
-        return self._text.zero_shot(labels, templates)
+        return self._text.zero_shot(labels, templates, embeddings)
 
     @functools.cached_property
     def _text(self) -> TextRunner:

@@ -124,19 +124,30 @@ class TextRunner:
             x = torch.cat([x, self.class_token.expand(len(ids), 1, -1)], dim=1)
         return x + native.embedding[: x.shape[1]]
 
-    def zero_shot(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
+    def zero_shot(
+        self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES, embeddings: Tensor | None = None
+    ) -> ZeroShot:
         """A classifier of labels: each the mean of its embeddings in the templates, all scaled to unit length.
 
+        Args:
+            embeddings: of those texts, where they are there already: [labels, templates, E], in this order.
+
         Raises:
-            ValueError: if there are no labels, or a template has no place for one.
+            ValueError: if there are no labels, a template has no place for one, or `embeddings` have another shape.
         """
         if isinstance(labels, str) or not labels or not all(isinstance(label, str) and label for label in labels):
             raise ValueError(f"labels must be a list of texts, got {labels!r}")
         if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
             raise ValueError(f"templates must be a list of texts with {{}} in them, got {templates!r}")
+        expected = [len(labels), len(templates), len(self.projection)]
+        if embeddings is not None and list(embeddings.shape) != expected:
+            raise ValueError(f"embeddings must be {expected}, got {list(embeddings.shape)}")
         rows = []
-        for label in labels:
-            made = self(self.ids([template.replace("{}", label) for template in templates]))
+        for i, label in enumerate(labels):
+            if embeddings is None:
+                made = self(self.ids([template.replace("{}", label) for template in templates]))
+            else:
+                made = embeddings[i]
             rows.append(F.normalize(F.normalize(made.float(), dim=-1).mean(0), dim=-1))
         return ZeroShot(tuple(labels), torch.stack(rows), self.tower.scale, self.tower.bias)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vitfast.serving.batching import Row
 from vitfast.serving.limits import Refusal
+from vitfast.serving.model import Row
 
 JSON = "application/json"
 RAW = "application/octet-stream"

@@ -10,24 +10,29 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from vitfast.pipeline.embed import top_classes
 from vitfast.serving import answers
 from vitfast.serving.gate import Gate, Receive, Scope, Send
-from vitfast.serving.limits import Refusal
+from vitfast.serving.limits import Limits, Refusal
 from vitfast.serving.openapi import document
-from vitfast.serving.requests import Body, Parsed, integer, parse, refuse_when_late, shown
+from vitfast.serving.requests import Body, Parsed, check_kinds, check_texts, integer, parse, refuse_when_late, shown
 from vitfast.serving.service import Service
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from vitfast.serving.batching import Row
-    from vitfast.serving.model import ServedModel
+    from vitfast.engine.engine import Engine
+    from vitfast.engine.text import ZeroShot
+    from vitfast.serving.model import Row, ServedModel
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -70,7 +75,7 @@ def create_app(service: Service) -> Gate:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:
-        warming = asyncio.ensure_future(service.warm_up())
+        warming = asyncio.ensure_future(asyncio.to_thread(service.warm_up))
         yield
         await warming
         await asyncio.to_thread(service.close)
@@ -120,17 +125,26 @@ class _Endpoints:
         allowed: set[str],
         check: Callable[[ServedModel, Parsed], Any],
         render: Callable[[ServedModel, list[Row], Any], Response],
+        more: Callable[[Any], list[str]] = lambda checked: [],
     ) -> Response:
-        """Read a request, check its fields before any work is done, run the model, and render in a thread."""
+        """Read a request, check its fields before any work is done, run the model, and render in a thread.
+
+        Args:
+            more: texts whose rows are wanted, too, after those of the request.
+        """
         service = self._service
         refuse_when_late(service.predicted_wait(), service.limits)
         body = Body(request, service.limits, service.budget)
         try:
             parsed = await parse(request, await body.read(), service.limits, {"model", "user", *allowed})
             model = service.model(parsed.fields.get("model"))
-            checked = check(model, parsed)
-            rows = await service.rows(request, body, model, parsed)
-            return await asyncio.to_thread(render, model, rows, checked)
+            model.users += 1
+            try:
+                checked = check(model, parsed)
+                rows = await service.rows(request, body, model, [*parsed.inputs, *more(checked)])
+                return await asyncio.to_thread(render, model, rows, checked)
+            finally:
+                model.users -= 1
         finally:
             body.release()
 
@@ -139,6 +153,7 @@ class _Endpoints:
         kind = answers.accepted(request.headers.get("accept", ""))
 
         def check(model: ServedModel, parsed: Parsed) -> str:
+            check_kinds(parsed, model, texts=True)
             encoding = parsed.fields.get("encoding_format", "float")
             if encoding not in ("float", "base64"):
                 raise Refusal(
@@ -162,30 +177,44 @@ class _Endpoints:
     async def classify(self, request: Request) -> Response:
         """POST /classify."""
 
-        def check(model: ServedModel, parsed: Parsed) -> int:
-            if "labels" in parsed.fields:
-                message = f"{model.name} is served for images alone, so labels of your own cannot be compared with them"
-                raise Refusal(400, message, "text_not_supported", "labels")
-            if not model.classes:
-                raise Refusal(400, f"{model.name} has no classification head", "no_classes", "model")
-            return integer(parsed.fields, "topk", min(5, model.classes), 1, model.classes)
+        def check(model: ServedModel, parsed: Parsed) -> _Asked:
+            check_kinds(parsed, model, texts=False)
+            given, limits = parsed.fields, self._service.limits
+            labels, templates = ([], []) if "labels" not in given else _zero_shot(model, given, limits)
+            if not labels and "templates" in given:
+                raise Refusal(400, "templates go with labels", None, "templates")
+            if not labels and not model.classes:
+                message = f"{model.name} has no classification head"
+                message += ": send labels of your own" if model.has_text else ""
+                raise Refusal(400, message, "no_classes", "model")
+            classes = len(labels) or model.classes
+            return _Asked(integer(given, "topk", min(5, classes), 1, classes), labels, templates)
 
-        def render(model: ServedModel, rows: list[Row], k: int) -> Response:
-            engine = model.engine
+        def render(model: ServedModel, rows: list[Row], asked: _Asked) -> Response:
+            head: Engine | ZeroShot
+            logits: list[np.ndarray | None]
+            if asked.labels:
+                images = rows[: len(rows) - len(asked.texts)]
+                head, logits = _compared(model, images, rows[len(images) :], asked)
+            else:
+                head, logits = model.engine, [row.logits for row in rows]
             data = [
-                {"index": i, "classes": top_classes(row.logits, k, engine.labels, engine.problem_type)}
-                for i, row in enumerate(rows)
+                {"index": i, "classes": top_classes(one, asked.topk, head.labels, head.problem_type)}
+                for i, one in enumerate(logits)
             ]
             return _json({"object": "list", "data": data, "model": model.name})
 
-        return await self._answer(request, {"topk", "labels"}, check, render)
+        return await self._answer(
+            request, {"topk", "labels", "templates"}, check, render, more=lambda asked: asked.texts
+        )
 
     async def similarity(self, request: Request) -> Response:
         """POST /similarity."""
 
         def check(model: ServedModel, parsed: Parsed) -> None:
-            if len(parsed.items) < 2:
-                raise Refusal(400, "similarity is between two images or more, got one", None, "input")
+            check_kinds(parsed, model, texts=True)
+            if len(parsed.inputs) < 2:
+                raise Refusal(400, "similarity is between two images or texts or more, got one", None, "input")
 
         def render(model: ServedModel, rows: list[Row], _: None) -> Response:
             return _json({"similarity": answers.similarity(rows), "model": model.name})
@@ -202,6 +231,7 @@ class _Endpoints:
                 "owned_by": "vitfast",
                 "embedding_size": model.embedding_size,
                 "classes": model.classes,
+                "text": model.has_text,
                 "image_size": list(model.image_size),
                 "device": str(model.engine.device),
                 "precision": model.engine.precision,
@@ -228,6 +258,53 @@ class _Endpoints:
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""
         return _json(document())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What /classify is asked for."""
+
+    topk: int
+    labels: list[str]
+    templates: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every label in every template, label by label."""
+        return [template.replace("{}", label) for label in self.labels for template in self.templates]
+
+
+def _zero_shot(model: ServedModel, given: Mapping[str, Any], limits: Limits) -> tuple[list[str], list[str]]:
+    """The labels and templates of a request."""
+    from vitfast.engine.text import TEMPLATES
+
+    if not model.has_text:
+        message = f"{model.name} is served for images alone, so labels of your own cannot be compared with them"
+        raise Refusal(400, message, "text_not_supported", "labels")
+    lists = {"labels": given["labels"], "templates": given.get("templates", list(TEMPLATES))}
+    for name, values in lists.items():
+        if not isinstance(values, list) or not values:
+            raise Refusal(400, f"{name} must be a list of texts, got {shown(values)}", "malformed", name)
+        check_texts(values, limits, name)
+    for template in lists["templates"]:
+        if "{}" not in template:
+            raise Refusal(400, f"a template has {{}} where the label goes, got {shown(template)}", None, "templates")
+    count = len(lists["labels"]) * len(lists["templates"])
+    if count > limits.max_texts:
+        message = f"labels in templates make {count} texts, at most {limits.max_texts} are taken"
+        raise Refusal(413, message, "too_many_texts", "labels")
+    return lists["labels"], lists["templates"]
+
+
+def _compared(
+    model: ServedModel, images: list[Row], texts: list[Row], asked: _Asked
+) -> tuple[ZeroShot, list[np.ndarray | None]]:
+    """A classifier of the labels, made of their rows, and what it makes of the images."""
+    made = torch.from_numpy(np.stack([row.embedding for row in texts]))
+    classes = model.engine.zero_shot(
+        asked.labels, asked.templates, made.unflatten(0, (len(asked.labels), len(asked.templates)))
+    )
+    return classes, list(classes(torch.from_numpy(np.stack([row.embedding for row in images]))).cpu().numpy())
 
 
 def _response(content: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200) -> Response:

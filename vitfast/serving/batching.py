@@ -1,6 +1,6 @@
-"""Dynamic batching: images that come one by one, run together by a thread that owns the model.
+"""Dynamic batching: inputs that come one by one, run together by a thread of their own.
 
-A batch starts when it is full, when nothing more is on its way, or when its first image has waited long enough. So a
+A batch starts when it is full, when nothing more is on its way, or when its first input has waited long enough. So a
 single request on an idle server waits for nobody, and under load batches fill while the one before is at work.
 """
 
@@ -11,11 +11,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any
 
 log = logging.getLogger("vitfast.serving")
 
@@ -23,25 +21,18 @@ _NEW = 0.2
 """The weight of a new measurement in what a batch is expected to take."""
 
 
-class Row(NamedTuple):
-    """What the model says of one image: float32 [E], and [classes] if it has a head."""
-
-    embedding: np.ndarray
-    logits: np.ndarray | None
-
-
 class Failed(Exception):
     """The model failed on a batch; what went wrong is in the log."""
 
 
 class Entry:
-    """An image on its way: first being decoded, then waiting as uint8 [h, w, 3], then done."""
+    """An input on its way: first being prepared, then waiting, then done."""
 
-    __slots__ = ("arrived", "future", "image")
+    __slots__ = ("arrived", "future", "given")
 
     def __init__(self) -> None:
-        self.future: Future[Row] = Future()
-        self.image: np.ndarray | None = None
+        self.future: Future[Any] = Future()
+        self.given: Any = None
         self.arrived = 0.0
 
 
@@ -71,28 +62,30 @@ def _power_of_two(size: int) -> int:
 
 
 class Batcher:
-    """A queue of images and the thread that runs them.
+    """A queue of inputs and the thread that runs them.
 
         entry = batcher.expect()
         batcher.put(entry, image)        # or batcher.fail(entry, error)
-        row = entry.future.result()
+        made = entry.future.result()
 
     An entry whose future is cancelled leaves the queue at once.
 
     Args:
-        run: uint8 [B, h, w, 3] -> (float32 [B, E], float32 [B, classes] or None), called by the thread alone.
-        max_batch: images of a batch at most.
-        max_wait: seconds that an image waits for others that are expected.
-        observe: told of each batch: its size, the seconds that each image waited, the seconds it took.
+        run: inputs -> what is made of each, called by the thread alone.
+        max_batch: inputs of a batch at most.
+        max_wait: seconds that an input waits for others that are expected.
+        observe: told of each batch: its size, the seconds that each input waited, the seconds it took.
+        name: of the thread.
     """
 
     def __init__(
         self,
-        run: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]],
+        run: Callable[[list[Any]], Sequence[Any]],
         *,
         max_batch: int,
         max_wait: float,
         observe: Callable[[int, list[float], float], None] = lambda size, waits, seconds: None,
+        name: str = "vitfast-batches",
     ) -> None:
         self._run, self._max_batch, self._max_wait, self._observe = run, max_batch, max_wait, observe
         self.times = BatchTimes()
@@ -101,11 +94,11 @@ class Batcher:
         self._running, self._started = 0, 0.0
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._loop, name="vitfast-batches", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
     def expect(self) -> Entry:
-        """Announce an image; `put` or `fail` must follow.
+        """Announce an input; `put` or `fail` must follow.
 
         Raises:
             RuntimeError: after `close`.
@@ -118,17 +111,17 @@ class Batcher:
         entry.future.add_done_callback(lambda future: self._leave(entry) if future.cancelled() else None)
         return entry
 
-    def put(self, entry: Entry, image: np.ndarray) -> None:
-        """The image that was announced, uint8 [h, w, 3]."""
+    def put(self, entry: Entry, given: Any) -> None:
+        """The input that was announced."""
         with self._changed:
             self._coming -= 1
             if not entry.future.cancelled():
-                entry.image, entry.arrived = image, time.perf_counter()
+                entry.given, entry.arrived = given, time.perf_counter()
                 self._queue.append(entry)
             self._changed.notify()
 
     def fail(self, entry: Entry, error: Exception) -> None:
-        """The image that was announced does not come."""
+        """The input that was announced does not come."""
         with self._changed:
             self._coming -= 1
             self._changed.notify()
@@ -142,11 +135,11 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Images in the queue."""
+        """Inputs in the queue."""
         return len(self._queue)
 
     def predicted_wait(self) -> float:
-        """Seconds until the model would turn to an image that came now."""
+        """Seconds until the model would turn to an input that came now."""
         with self._changed:
             ahead, running, started = len(self._queue) + self._coming, self._running, self._started
         full, rest = divmod(ahead, self._max_batch)
@@ -184,13 +177,12 @@ class Batcher:
                 self._compute(alive)
             with self._changed:
                 self._running = 0
-            del batch, alive  # their images would live on until the next one is full
+            del batch, alive  # their inputs would live on until the next one is full
 
     def _compute(self, batch: list[Entry]) -> None:
         started = time.perf_counter()
-        images = [entry.image for entry in batch if entry.image is not None]
         try:
-            embeddings, logits = self._run(np.stack(images))
+            made = self._run([entry.given for entry in batch])
         except BaseException as error:  # whatever a model raises ends these requests, and no others
             log.exception("the model failed on a batch of %d", len(batch))
             for entry in batch:
@@ -199,5 +191,5 @@ class Batcher:
         seconds = time.perf_counter() - started
         self.times.note(len(batch), seconds)
         self._observe(len(batch), [started - entry.arrived for entry in batch], seconds)
-        for row, entry in enumerate(batch):
-            entry.future.set_result(Row(embeddings[row], None if logits is None else logits[row]))
+        for entry, result in zip(batch, made, strict=True):
+            entry.future.set_result(result)

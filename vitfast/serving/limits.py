@@ -21,6 +21,10 @@ class Limits:
     """Bytes of one request."""
     max_images: int = 64
     """Images of one request."""
+    max_texts: int = 1024
+    """Texts of one request, those that labels make included."""
+    max_text: int = 8192
+    """Characters of one text; a model cuts it at the end of its own context, which is shorter."""
     max_pixels: int = 50_000_000
     """Pixels of one image, looked at before it is decoded; a larger JPEG is decoded at a part of its size."""
     max_connections: int = 1024

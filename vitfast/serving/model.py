@@ -1,13 +1,16 @@
-"""A model that is served: bytes in, a row for each image out, by way of decoding threads and a batcher."""
+"""A model that is served: images and texts in, a row for each out, by way of decoding threads and batchers."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,29 +20,33 @@ from vitfast.pipeline.embed import OK, Decoder
 from vitfast.pipeline.memory import Memory
 from vitfast.pipeline.sources.item import Item
 from vitfast.pipeline.stages import usable_cores
-from vitfast.serving.batching import Batcher, Entry, Row
+from vitfast.serving.batching import Batcher, Entry
 from vitfast.serving.limits import Limits
 from vitfast.serving.metrics import Metrics
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
 
+log = logging.getLogger("vitfast.serving")
+
 MAX_BATCH = {"cpu": 16}
 """Images of a batch at most, by the kind of device: on a CPU more gain nothing, and whoever comes then waits longer."""
 MAX_BATCH_ELSEWHERE = 64
+_TEXTS = 4096
+"""Texts whose embeddings are remembered."""
 
 
 class Decoding:
     """The threads that decode, shared by all models.
 
     Args:
-        workers: how many. memory: bytes that they may take together (see `vitfast.pipeline.memory`).
+        threads: how many. memory: bytes that they may take together (see `vitfast.pipeline.memory`).
     """
 
-    def __init__(self, workers: int | None = None, memory: int | None = None) -> None:
-        self.workers = usable_cores() if workers is None else workers
+    def __init__(self, threads: int | None = None, memory: int | None = None) -> None:
+        self.threads = usable_cores() if threads is None else threads
         self.memory = Memory(memory)
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vitfast-decode")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vitfast-decode")
         self._lock = threading.Lock()
         self._pending = 0
         self._seconds = 0.0  # of one image, in the mean of late
@@ -61,11 +68,22 @@ class Decoding:
     def predicted_wait(self) -> float:
         """Seconds until a thread would turn to an image that came now."""
         with self._lock:
-            return max(0, self._pending + 1 - self.workers) * self._seconds / self.workers
+            return max(0, self._pending + 1 - self.threads) * self._seconds / self.threads
 
     def close(self) -> None:
         """End the threads when they have done what they have."""
         self._pool.shutdown()
+
+
+class Row(NamedTuple):
+    """What the model says of one image or text: float32 [E], and of an image [classes] if it has a head."""
+
+    embedding: np.ndarray
+    logits: np.ndarray | None = None
+
+
+Input: TypeAlias = "Item | str"
+"""An image as its bytes, or a text."""
 
 
 class ServedModel:
@@ -73,9 +91,13 @@ class ServedModel:
 
     Args:
         name: what clients call it.
-        engine: from `vitfast.load`. It is run by one thread from here on.
+        engine: from `vitfast.load`. It is run by one thread at a time from here on.
         limits, decoding, metrics: of the server.
-        max_batch: images of a batch at most.
+        max_batch: inputs of a batch at most.
+
+    Attributes:
+        has_text: it embeds texts, too; known after `warm_up`.
+        users: requests that are at work on it, counted by whoever answers them.
 
     Raises:
         ValueError: if the engine knows no preprocessing.
@@ -95,14 +117,36 @@ class ServedModel:
             raise ValueError(f"{name}: the checkpoint does not say how its images are preprocessed, so none are served")
         self.name, self.engine = name, engine
         self.max_batch = max_batch or MAX_BATCH.get(engine.device.type, MAX_BATCH_ELSEWHERE)
-        self._decoding, self._metrics = decoding, metrics
+        self._limits, self._decoding, self._metrics = limits, decoding, metrics
         self._decoder = Decoder(engine.preprocess, decoding.memory, True, limits.max_pixels)
         self._shape = (*engine.preprocess.size, 3)
+        self._at_work = threading.Lock()
+        self._texts: OrderedDict[str, Row] = OrderedDict()
+        self._texts_lock = threading.Lock()
         self.embedding_size = 0
-        self.batcher = Batcher(
-            self._run, max_batch=self.max_batch, max_wait=limits.max_wait, observe=metrics.batches(name)
+        self.has_text = False
+        self.users = 0
+        self.batcher = self._batcher(self._run, "image")
+        self._text_batcher = self._batcher(self._run_texts, "text")
+        self.watch()
+
+    def _batcher(self, run: Callable[[list[Any]], Sequence[Any]], kind: str) -> Batcher:
+        def alone(given: list[Any]) -> Sequence[Any]:
+            with self._at_work:
+                return run(given)
+
+        return Batcher(
+            alone,
+            max_batch=self.max_batch,
+            max_wait=self._limits.max_wait,
+            observe=self._metrics.batches(self.name, kind),
+            name=f"vitfast-{kind}-batches",
         )
-        metrics.watch_queue(name, lambda: self.batcher.waiting)
+
+    def watch(self) -> None:
+        """Have the metrics tell of this model's queues under its name."""
+        for kind, batcher in (("image", self.batcher), ("text", self._text_batcher)):
+            self._metrics.watch_queue(self.name, kind, batcher)
 
     @property
     def classes(self) -> int:
@@ -114,40 +158,85 @@ class ServedModel:
         """Height and width of what the model sees."""
         return self._shape[0], self._shape[1]
 
-    @property
-    def image_bytes(self) -> int:
-        """Of one decoded image."""
-        return int(np.prod(self._shape))
+    def bytes_of(self, given: Input) -> int:
+        """That an input takes while it waits."""
+        return 4 * len(given) if isinstance(given, str) else int(np.prod(self._shape))
 
     def warm_up(self) -> None:
         """Run a batch of every size there may be, twice: kernels are built, and how long each takes is known."""
+        row = self._warm(self.batcher, self._run, np.zeros(self._shape, np.uint8))
+        self.embedding_size = len(row.embedding)
+        try:
+            self._run_texts(["a photo"])
+        except ValueError as error:
+            log.info("%s is served for images alone: %s", self.name, error)
+            return
+        self._warm(self._text_batcher, self._run_texts, "a photo")
+        self.has_text = True
+
+    def _warm(self, batcher: Batcher, run: Callable[[list[Any]], list[Row]], given: Any) -> Row:
         size = 1
         while True:
             for _ in range(2):
                 started = time.perf_counter()
-                embeddings, _ = self._run(np.zeros((size, *self._shape), np.uint8))
+                rows = run([given] * size)
                 seconds = time.perf_counter() - started
-            self.batcher.times.note(size, seconds)
-            self.embedding_size = embeddings.shape[1]
+            batcher.times.note(size, seconds)
             if size == self.max_batch:
-                return
+                return rows[0]
             size = min(2 * size, self.max_batch)
 
-    def _run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        output = self.engine(torch.from_numpy(images), preprocessed=True)
-        logits = None if output.logits is None else output.logits.float().cpu().numpy()
-        return output.embedding.float().cpu().numpy(), logits
+    def _run(self, images: list[np.ndarray]) -> list[Row]:
+        output = self.engine(torch.from_numpy(np.stack(images)), preprocessed=True)
+        embeddings = output.embedding.float().cpu().numpy()
+        logits = [None] * len(images) if output.logits is None else output.logits.float().cpu().numpy()
+        return [Row(*row) for row in zip(embeddings, logits, strict=True)]
+
+    def _run_texts(self, texts: list[str]) -> list[Row]:
+        return [Row(embedding) for embedding in self.engine.text(texts).float().cpu().numpy()]
 
     def predicted_wait(self) -> float:
         """Seconds that an image would wait that came now: decoding and the model work side by side."""
-        return max(self._decoding.predicted_wait(), self.batcher.predicted_wait())
+        at_model = self.batcher.predicted_wait() + self._text_batcher.predicted_wait()
+        return max(self._decoding.predicted_wait(), at_model)
 
-    def submit(self, items: Sequence[Item]) -> list[Future[Row]]:
-        """Decode and run images. A future raises ImageError for an image that cannot be used."""
-        entries = [self.batcher.expect() for _ in items]
-        for item, entry in zip(items, entries, strict=True):
-            self._decoding.submit(lambda item=item, entry=entry: self._decode(item, entry))  # type: ignore[misc]
-        return [entry.future for entry in entries]
+    def submit(self, inputs: Sequence[Input]) -> list[Future[Row]]:
+        """Decode and run inputs. A future raises ImageError for an image that cannot be used.
+
+        Texts that came of late are remembered: labels come again and again.
+        """
+        futures: list[Future[Row]] = []
+        starts: list[Callable[[], None]] = []  # after all are announced, so that a batch waits for the whole request
+        for given in inputs:
+            if not isinstance(given, str):
+                entry = self.batcher.expect()
+                starts.append(functools.partial(self._decoding.submit, functools.partial(self._decode, given, entry)))
+            elif (known := self._remembered(given)) is not None:
+                futures.append(_done(known))
+                continue
+            else:
+                entry = self._text_batcher.expect()
+                entry.future.add_done_callback(functools.partial(self._remember, given))
+                starts.append(functools.partial(self._text_batcher.put, entry, given))
+            futures.append(entry.future)
+        for start in starts:
+            start()
+        return futures
+
+    def _remembered(self, text: str) -> Row | None:
+        with self._texts_lock:
+            if text in self._texts:
+                self._texts.move_to_end(text)
+            return self._texts.get(text)
+
+    def _remember(self, text: str, future: Future[Row]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        row = Row(future.result().embedding.copy())  # which is a view of its whole batch
+        with self._texts_lock:
+            self._texts[text] = row
+            if len(self._texts) > _TEXTS:
+                self._texts.popitem(last=False)
 
     def _decode(self, item: Item, entry: Entry) -> None:
         if entry.future.cancelled():  # the client is gone
@@ -155,7 +244,7 @@ class ServedModel:
             return
         started = time.perf_counter()
         decoded = self._decoder(item)
-        self._metrics.stage(self.name, "decode", time.perf_counter() - started)
+        self._metrics.stage(self.name, "image", "decode", time.perf_counter() - started)
         if decoded.image is None:
             self.batcher.fail(entry, ImageError(item.path, decoded.result.status))
         else:
@@ -163,8 +252,15 @@ class ServedModel:
             self.batcher.put(entry, decoded.image)
 
     def close(self) -> None:
-        """Finish what has been submitted, and end the thread."""
-        self.batcher.close()
+        """Finish what has been submitted, and end the threads."""
+        for batcher in (self.batcher, self._text_batcher):
+            batcher.close()
+
+
+def _done(row: Row) -> Future[Row]:
+    future: Future[Row] = Future()
+    future.set_result(row)
+    return future
 
 
 def served_names(models: Sequence[str]) -> dict[str, str]:

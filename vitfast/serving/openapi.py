@@ -6,12 +6,16 @@ from typing import Any
 
 from vitfast.version import __version__
 
-_IMAGE = {
+_INPUT = {
     "oneOf": [
-        {"type": "string", "description": "data:image/png;base64,..."},
-        {"type": "object", "description": 'An object with such a URL: {"image_url": {"url": "data:..."}}'},
+        {"type": "string", "description": "An image as data:image/png;base64,... or, for a CLIP or SigLIP, a text"},
+        {
+            "type": "object",
+            "description": 'An object with such a URL or a text: {"image_url": {"url": "data:..."}}, {"text": "a cat"}',
+        },
     ]
 }
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _ERROR = {
     "type": "object",
     "properties": {
@@ -30,8 +34,9 @@ _REFUSALS = {
     "400": "The request or an image cannot be used.",
     "401": "The API key is missing or wrong.",
     "404": "There is no such model.",
+    "406": "Answers come in none of the formats that Accept names.",
     "408": "The body came too slowly.",
-    "413": "Too many bytes or images.",
+    "413": "Too many bytes, images or texts.",
     "415": "Neither JSON nor a multipart form.",
     "429": "Too busy; Retry-After says when to come again.",
     "503": "Starting, ending, or no answer in time.",
@@ -45,13 +50,17 @@ def _post(summary: str, fields: dict[str, Any], answer: str) -> dict[str, Any]:
             "schema": {
                 "type": "object",
                 "required": ["input"],
-                "properties": {"input": {"oneOf": [_IMAGE, {"type": "array", "items": _IMAGE}]}, **fields},
+                "properties": {"input": {"oneOf": [_INPUT, {"type": "array", "items": _INPUT}]}, **fields},
             }
         },
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}, **fields},
+                "properties": {
+                    "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    "text": _TEXTS,
+                    **fields,
+                },
             }
         },
     }
@@ -75,12 +84,14 @@ def _get(summary: str) -> dict[str, Any]:
 def document() -> dict[str, Any]:
     """All of it."""
     embed = _post(
-        "Embed images",
+        "Embed images and texts",
         {"encoding_format": {"enum": ["float", "base64"]}, "dimensions": {"type": "integer"}},
         "In OpenAI's shape; raw float32 or an Arrow stream where Accept asks for it.",
     )
     classify = _post(
-        "The likeliest classes", {"topk": {"type": "integer", "minimum": 1}}, "Best first, for each image."
+        "The likeliest classes: the model's own, or labels compared with the images",
+        {"topk": {"type": "integer", "minimum": 1}, "labels": _TEXTS, "templates": _TEXTS},
+        "Best first, for each image.",
     )
     return {
         "openapi": "3.1.0",
@@ -89,7 +100,7 @@ def document() -> dict[str, Any]:
             "/v1/embeddings": embed,
             "/embeddings": embed,
             "/classify": classify,
-            "/similarity": _post("Cosines between images", {}, "A matrix [N, N]."),
+            "/similarity": _post("Cosines between images and texts", {}, "A matrix [N, N]."),
             "/models": _get("The models there are"),
             "/v1/models": _get("The models there are"),
             "/health/live": _get("The process answers"),

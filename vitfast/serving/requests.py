@@ -1,6 +1,7 @@
-"""What is read of a client: bodies within limits, and in them images and a few fields. Nothing here is trusted.
+"""What is read of a client: bodies within limits, and in them images, texts and a few fields. Nothing here is trusted.
 
-Images come as files of a multipart form or as base64 data URLs in JSON. A path is never opened and a URL never fetched.
+Images come as files of a multipart form or as base64 data URLs in JSON, texts as fields of a form or strings in JSON. A
+path is never opened and a URL never fetched.
 """
 
 from __future__ import annotations
@@ -9,26 +10,36 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator, Collection, Mapping
+import re
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vitfast.pipeline.sources.item import Item, bytes_item
+from vitfast.pipeline.sources.item import bytes_item
 from vitfast.serving.limits import Budget, Limits, Refusal, overloaded
+from vitfast.serving.model import Input, ServedModel
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 _MAX_FIELDS, _MAX_FIELD = 32, 1 << 16
 _SHOWN = 80
+_LISTS = ("labels", "templates")
+"""Fields that have several values: a list in JSON, or given several times in a form."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass
 class Parsed:
-    """Images in order, and the fields beside them."""
+    """Images and texts in order, and the fields beside them."""
 
-    items: list[Item]
+    inputs: list[Input]
     fields: Mapping[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many of the inputs are images."""
+        return sum(not isinstance(given, str) for given in self.inputs)
 
 
 def shown(value: object) -> str:
@@ -97,33 +108,57 @@ def _too_long(limit: int) -> Refusal:
 
 
 async def parse(request: Request, body: bytes, limits: Limits, allowed: Collection[str]) -> Parsed:
-    """Images and fields of a request, in JSON or as a multipart form.
+    """Inputs and fields of a request, in JSON or as a multipart form.
 
     Raises:
-        Refusal: for anything else, a field that is not `allowed`, no image or too many.
+        Refusal: for anything else, a field that is not `allowed`, no input or too many.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        items, fields = await _form(request, body, limits)
+        inputs, fields = await _form(request, body, limits)
     elif kind == "application/json":
-        items, fields = await asyncio.to_thread(_json, body, limits)  # decoding base64 would hold up everybody
+        inputs, fields = await asyncio.to_thread(_json, body, limits)  # decoding base64 would hold up everybody
     else:
         raise Refusal(415, f"send application/json or multipart/form-data, not {shown(kind)}", "unsupported_media_type")
     for name in fields:
         if name not in allowed:
             known = ", ".join(sorted(allowed))
             raise Refusal(400, f"unknown field {shown(name)}; known are {known}", "unknown_field", shown(name))
-    if not items:
-        raise Refusal(400, "there is no image in the request", "no_image", "input")
-    return Parsed(items, fields)
+    if not inputs:
+        raise Refusal(400, "there is no image and no text in the request", "no_input", "input")
+    return Parsed(inputs, fields)
 
 
-def _check_count(count: int, limits: Limits) -> None:
+def _check_images(count: int, limits: Limits) -> None:
     if count > limits.max_images:
         raise Refusal(413, f"{count} images, at most {limits.max_images} are taken", "too_many_images", "input")
 
 
-async def _form(request: Request, body: bytes, limits: Limits) -> tuple[list[Item], dict[str, Any]]:
+def check_texts(texts: Sequence[object], limits: Limits, param: str) -> list[str]:
+    """Texts that a model may be given.
+
+    Raises:
+        Refusal: for what is no text, or half a character; for too many, or one that is too long.
+    """
+    if len(texts) > limits.max_texts:
+        raise Refusal(413, f"{len(texts)} texts, at most {limits.max_texts} are taken", "too_many_texts", param)
+    checked = []
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise Refusal(400, f"{param}: a text is a string that is not empty, got {shown(text)}", "malformed", param)
+        if len(text) > limits.max_text:
+            message = f"{param}: a text has {len(text)} characters, at most {limits.max_text} are taken"
+            raise Refusal(413, message, "text_too_long", param)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = f"{param}: {shown(text)} holds half of a surrogate pair"
+            raise Refusal(400, message, "malformed", param) from None
+        checked.append(text)
+    return checked
+
+
+async def _form(request: Request, body: bytes, limits: Limits) -> tuple[list[Input], dict[str, Any]]:
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -131,28 +166,37 @@ async def _form(request: Request, body: bytes, limits: Limits) -> tuple[list[Ite
         yield body
 
     parser = MultiPartParser(
-        request.headers, whole(), max_files=limits.max_images, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD
+        request.headers,
+        whole(),
+        max_files=limits.max_images,
+        max_fields=_MAX_FIELDS + limits.max_texts,
+        max_part_size=_MAX_FIELD,
     )
     parser.spool_max_size = limits.max_body + 1  # never on disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if "Too many files" in error.message:
-            _check_count(limits.max_images + 1, limits)
+            _check_images(limits.max_images + 1, limits)
         raise Refusal(400, f"the multipart form cannot be read: {error.message}", "malformed") from None
     except Exception as error:  # parsers raise nearly anything on damaged data
         raise Refusal(400, "the multipart form cannot be read", "malformed") from error
-    items: list[Item] = []
+    inputs: list[Input] = []
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            items.append(bytes_item(f"image {len(items)}", await value.read()))
+            inputs.append(bytes_item(f"image {len(inputs)}", await value.read()))
+        elif name == "text":
+            inputs.append(value)
+        elif name in _LISTS:
+            fields.setdefault(name, []).append(value)
         else:
             fields[name] = value
-    return items, fields
+    check_texts([given for given in inputs if isinstance(given, str)], limits, "text")
+    return inputs, fields
 
 
-def _json(body: bytes, limits: Limits) -> tuple[list[Item], dict[str, Any]]:
+def _json(body: bytes, limits: Limits) -> tuple[list[Input], dict[str, Any]]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -162,39 +206,53 @@ def _json(body: bytes, limits: Limits) -> tuple[list[Item], dict[str, Any]]:
     given = content.pop("input", None)
     if given is None:
         raise Refusal(400, "the field 'input' is missing", "missing_field", "input")
-    listed = given if isinstance(given, list) else [given]
-    _check_count(len(listed), limits)
-    return [bytes_item(f"image {i}", _image(value, i)) for i, value in enumerate(listed)], content
+    parsed: list[tuple[str, bool]] = []  # and whether it is an image, before any is decoded
+    images = 0
+    for index, value in enumerate(given if isinstance(given, list) else [given]):
+        parsed.append(_input(value, index))
+        images += parsed[-1][1]
+        _check_images(images, limits)
+    check_texts([text for text, is_image in parsed if not is_image], limits, "input")
+    inputs: list[Input] = [
+        bytes_item(f"image {i}", _decoded(text, f"input[{i}]")) if is_image else text
+        for i, (text, is_image) in enumerate(parsed)
+    ]
+    return inputs, content
 
 
-def _image(value: object, index: int) -> bytes:
-    """The bytes of one element of `input`: a data URL, or an object that has one.
+def _input(value: object, index: int) -> tuple[str, bool]:
+    """One element of `input`: a data URL and True, or a text and False.
 
     Objects are those that people send: {"type": "image_url", "image_url": {"url": ...}}, {"image_url": ...},
-    {"image": ...} and {"url": ...}.
+    {"image": ...}, {"url": ...} and {"type": "text", "text": ...}.
     """
-    param = f"input[{index}]"
-    inner = value
+    param, inner, is_image = f"input[{index}]", value, False
+    if isinstance(value, dict) and "text" in value and set(value) <= {"type", "text"}:
+        if not isinstance(value["text"], str):
+            raise _malformed(value["text"], param)
+        return value["text"], False
     for _ in range(2):
         if isinstance(inner, dict):
             keys = [key for key in ("image_url", "image", "url") if key in inner]
             if "text" in inner or not keys:
-                raise _no_image(value, param, "text" in inner)
-            inner = inner[keys[0]]
+                raise _malformed(value, param)
+            inner, is_image = inner[keys[0]], True
     if not isinstance(inner, str):
-        raise _no_image(value, param)
-    head, comma, data = inner.partition(",")
-    if not comma or head[:5].lower() != "data:":
-        scheme, found, _ = inner[:16].partition(":")
-        if found and scheme.isalpha():
-            raise Refusal(
-                400,
-                f"{param}: {shown(inner)} is not fetched: send the picture itself as a base64 data URL",
-                "url_not_allowed",
-                param,
-            )
-        raise _no_image(value, param, text=True)
-    if not head.lower().endswith(";base64"):
+        raise _malformed(value, param)
+    if inner[:5].lower() == "data:":
+        return inner, True
+    if _URL.match(inner):
+        message = f"{param}: {shown(inner)} is not fetched: send the picture itself as a base64 data URL"
+        raise Refusal(400, message, "url_not_allowed", param)
+    if is_image:
+        raise _malformed(inner, param)
+    return inner, False
+
+
+def _decoded(url: str, param: str) -> bytes:
+    """The bytes of a data URL."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
         raise Refusal(400, f"{param}: a data URL must be base64, got {shown(head)}", "malformed", param)
     try:
         return base64.b64decode(data, validate=True)
@@ -202,11 +260,26 @@ def _image(value: object, index: int) -> bytes:
         raise Refusal(400, f"{param}: the data URL is not valid base64", "malformed", param) from None
 
 
-def _no_image(value: object, param: str, text: bool = False) -> Refusal:
-    if text:
-        message = f"{param}: this server embeds images, not text; an image is a base64 data URL, got {shown(value)}"
-        return Refusal(400, message, "text_not_supported", param)
-    return Refusal(400, f"{param}: an image is a base64 data URL, got {shown(value)}", "malformed", param)
+def _malformed(value: object, param: str) -> Refusal:
+    message = f"{param}: an image is a base64 data URL and a text a string, got {shown(value)}"
+    return Refusal(400, message, "malformed", param)
+
+
+def check_kinds(parsed: Parsed, model: ServedModel, *, texts: bool) -> None:
+    """Refuse texts where none are wanted, or where the model has none.
+
+    Raises:
+        Refusal: 400.
+    """
+    if parsed.images == len(parsed.inputs):
+        return
+    index = next(i for i, given in enumerate(parsed.inputs) if isinstance(given, str))
+    if not texts:
+        raise Refusal(400, "images are classified, not texts", "text_not_supported", f"input[{index}]")
+    if not model.has_text:
+        given = shown(parsed.inputs[index])
+        message = f"{model.name} embeds images, not text; an image is a base64 data URL, got {given}"
+        raise Refusal(400, message, "text_not_supported", f"input[{index}]")
 
 
 def integer(fields: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,13 +23,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("vitfast.serving")
 
 _BACKLOG = 1024
+_LINGER = 0.2
+"""Seconds that connections stay open after the last answer: closing one while its client is still sending a request
+that was refused would take the refusal away."""
 
 
-def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
+def make_server(service: Service, host: str, port: int, *, worker: bool = False) -> uvicorn.Server:
     """A server of one process, to be run with `run()`.
 
     The first SIGTERM or SIGINT has it answer what it has taken, refuse what is new with 503, and then end; the second
-    ends it at once. A service that cannot warm up ends it, too.
+    ends it at once. SIGHUP has it load its models anew. A service that cannot warm up ends it, too.
+
+    Args:
+        worker: it is one of several, whose parent says when: only its SIGTERM counts, and that once.
 
     Raises:
         ImportError: as `create_app`.
@@ -71,8 +81,28 @@ def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
         """Drains before it ends."""
 
         _draining: asyncio.Task[None] | None = None
+        _reloading: asyncio.Task[None] | None = None
+        _hung_up = False
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            main = threading.current_thread() is threading.main_thread()
+            before = signal.getsignal(signal.SIGHUP)
+            with super().capture_signals():
+                if main and before is not signal.SIG_IGN:
+                    signal.signal(signal.SIGHUP, self._hang_up)
+                try:
+                    yield
+                finally:
+                    if main:
+                        signal.signal(signal.SIGHUP, before or signal.SIG_DFL)
+
+        def _hang_up(self, sig: int, frame: FrameType | None) -> None:
+            self._hung_up = True
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if worker and (service.draining or sig != signal.SIGTERM):
+                return
             if service.draining:
                 super().handle_exit(sig, frame)
                 return
@@ -84,6 +114,9 @@ def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
                 return True
             if service.draining and self._draining is None:
                 self._draining = asyncio.ensure_future(self._drain())
+            if self._hung_up and service.ready and not service.draining:
+                self._hung_up = False
+                self._reloading = asyncio.ensure_future(service.reload())
             return await super().on_tick(counter)
 
         async def _drain(self) -> None:
@@ -91,6 +124,7 @@ def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
             end = loop.time() + limits.drain_timeout
             while service.in_flight and loop.time() < end:
                 await asyncio.sleep(0.02)
+            await asyncio.sleep(_LINGER)
             self.should_exit = True
 
     config = uvicorn.Config(
@@ -138,18 +172,35 @@ def log_to(stream: TextIO, level: int = logging.INFO) -> None:
         logger.setLevel(level if name == "vitfast.serving" else max(level, logging.WARNING))
 
 
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket bound to an address, made first so that a port in use is one clear error.
+
+    Raises:
+        OSError: if the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        yield listener
+
+
+def say_listening(host: str, listener: socket.socket) -> None:
+    """Log where a server is to be found."""
+    shown = f"[{host}]" if ":" in host else host
+    log.info("listening on http://%s:%d", shown, listener.getsockname()[1])
+
+
 def run(service: Service, host: str, port: int) -> None:
     """Serve until a signal ends it.
 
     Raises:
         RuntimeError: if a model cannot be warmed up. OSError: if the port cannot be had.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))  # here, so that a port in use is one clear error
+    with listening(host, port) as listener:
         server = make_server(service, host, port)
-        log.info("listening on http://%s:%d", host, listener.getsockname()[1])
+        say_listening(host, listener)
         server.run(sockets=[listener])
     if service.failed is not None:
         raise RuntimeError(f"a model cannot be warmed up: {service.failed}") from service.failed

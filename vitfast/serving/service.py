@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitfast.serving.limits import Budget, Limits, Refusal
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from vitfast.engine.engine import Engine
-    from vitfast.serving.batching import Row
-    from vitfast.serving.requests import Body, Parsed
+    from vitfast.serving.model import Input, Row
+    from vitfast.serving.requests import Body
+
+log = logging.getLogger("vitfast.serving")
 
 
 class Service:
@@ -25,7 +28,8 @@ class Service:
         engines: by the names that clients use; the first serves requests that name none.
         limits: of a request, and of all together.
         api_keys: one of which a client must show; nothing is asked for where there are none.
-        max_batch, workers, decode_memory: see `ServedModel` and `Decoding`.
+        max_batch, decode_threads, decode_memory: see `ServedModel` and `Decoding`.
+        load: name -> a new engine of that model, for `reload`.
 
     Attributes:
         ready: warmed up. draining: no new request is taken. failed: what went wrong while warming up.
@@ -39,31 +43,68 @@ class Service:
         *,
         api_keys: Sequence[str] = (),
         max_batch: int | None = None,
-        workers: int | None = None,
+        decode_threads: int | None = None,
         decode_memory: int | None = None,
+        load: Callable[[str], Engine] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.api_keys = tuple(api_keys)
         self.metrics = Metrics()
         self.budget = Budget(self.limits.max_queue_bytes)
-        self.decoding = Decoding(workers, decode_memory)
-        shared = (self.limits, self.decoding, self.metrics)
-        self.models = {
-            name: ServedModel(name, engine, *shared, max_batch=max_batch) for name, engine in engines.items()
-        }
+        self.decoding = Decoding(decode_threads, decode_memory)
+        self._load, self._max_batch, self._reloading = load, max_batch, False
+        self.models = {name: self._served(name, engine) for name, engine in engines.items()}
         self.ready = self.draining = False
         self.failed: Exception | None = None
         self.in_flight = self.requests = 0
         self.metrics.watch(lambda: self.budget.used, lambda: self.in_flight)
 
-    async def warm_up(self) -> None:
-        """Run every model once, then be ready. What goes wrong is kept in `failed`."""
+    def _served(self, name: str, engine: Engine) -> ServedModel:
+        return ServedModel(name, engine, self.limits, self.decoding, self.metrics, max_batch=self._max_batch)
+
+    def warm_up(self) -> None:
+        """Run every model that has not run, then be ready. What goes wrong is kept in `failed`."""
         try:
             for model in self.models.values():
-                await asyncio.to_thread(model.warm_up)
+                if not model.embedding_size:
+                    model.warm_up()
             self.ready = True
         except Exception as error:
             self.failed = error
+
+    async def reload(self) -> None:
+        """Load the models anew, each to take over when it has warmed up; until then the old ones go on, and after.
+
+        A model that cannot be loaded leaves the old one where it is. What is asked for during a reload is that reload.
+        """
+        if self._load is None or self._reloading:
+            return
+        self._reloading = True
+        try:
+            for name in self.models:
+                await self._replace(name, self._load)
+        finally:
+            self._reloading = False
+
+    async def _replace(self, name: str, load: Callable[[str], Engine]) -> None:
+        log.info("loading %s anew", name)
+        new: ServedModel | None = None
+        try:
+            new = self._served(name, await asyncio.to_thread(load, name))
+            await asyncio.to_thread(new.warm_up)
+        except Exception:  # whatever loading and running a model raises
+            log.exception("%s cannot be loaded anew; the one before goes on", name)
+            self.metrics.reloads(name, "failed")
+            if new is not None:
+                await asyncio.to_thread(new.close)
+                self.models[name].watch()
+            return
+        old, self.models[name] = self.models[name], new
+        log.info("%s has been loaded anew", name)
+        self.metrics.reloads(name, "done")
+        while old.users:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(old.close)
 
     def close(self) -> None:
         """Finish what has been taken, and end all threads."""
@@ -90,8 +131,8 @@ class Service:
         """Of the model that is least busy: where that is too long, no request need be read."""
         return min(model.predicted_wait() for model in self.models.values())
 
-    async def rows(self, request: Request, body: Body, model: ServedModel, parsed: Parsed) -> list[Row]:
-        """Every image's row, in order.
+    async def rows(self, request: Request, body: Body, model: ServedModel, inputs: Sequence[Input]) -> list[Row]:
+        """Every input's row, in order.
 
         Raises:
             Refusal: for an image that cannot be used, when the client is gone, when time is up, if the server is too
@@ -104,8 +145,8 @@ class Service:
         from vitfast.serving.requests import refuse_when_late
 
         refuse_when_late(model.predicted_wait(), self.limits)
-        body.hold(len(parsed.items) * model.image_bytes)
-        futures = model.submit(parsed.items)
+        body.hold(sum(map(model.bytes_of, inputs)))
+        futures = model.submit(inputs)
         all_rows: asyncio.Future[list[Row]] = asyncio.gather(*map(asyncio.wrap_future, futures))
         gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
         timeout = self.limits.request_timeout
@@ -129,7 +170,8 @@ class Service:
                 future.cancel()
         for index, row in enumerate(rows):
             if not np.isfinite(row.embedding).all():
-                raise Refusal(500, f"image {index}: the model's output is not finite", "model_failed")
+                kind = "text" if isinstance(inputs[index], str) else "image"
+                raise Refusal(500, f"{kind} {index}: the model's output is not finite", "model_failed")
         return rows
 
 
