@@ -2,7 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "encode.h"
@@ -36,8 +35,7 @@ int launch(const LinearCall& call, int processors, cudaStream_t stream) {
   constexpr int bytes = LinearShared<kColumns>::bytes;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = linear_tiles(call.m, call.n, kColumns);
-  kernel<<<static_cast<int>(std::min<int64_t>(tiles, processors)), kLinearThreads, bytes, stream>>>(params);
+  kernel<<<linear_blocks(call.m, call.n, kColumns, processors), kLinearThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 

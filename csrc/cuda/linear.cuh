@@ -8,6 +8,11 @@
 // through with it. While the consumers are in their epilogue the producer fills the ring for the next tile. Tiles that
 // reach beyond y cost nothing in code: TMA loads zeros there and stores nothing.
 //
+// Two blocks are a cluster: their tiles lie one below the other and have the same weights, of which each block copies
+// half, for both. L2 gives a third less so, and at its rate products of [128, 256] no longer wait for it. A stage is
+// then written by both blocks: it is empty when the consumers of both are through with it. With an odd number of tile
+// rows the last one's second block multiplies zeros.
+//
 // The epilogue (linear_epilogue.cuh) works on the sums where they are. y goes through shared memory, in which the
 // residual has meanwhile arrived at the very places where y will be. Bound by the products at ViT widths.
 //
@@ -23,6 +28,7 @@ namespace vitfast {
 
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // (24 + 2 * 240) * 128 of 64 Ki
 constexpr int kConsumerWarps = 8;
+constexpr uint16_t kWholeCluster = (1 << kLinearCluster) - 1;
 
 // Where things lie in shared memory, in bytes from a multiple of 1024. Boxes have rows of 128 bytes, swizzled.
 template <int kColumns>
@@ -38,32 +44,50 @@ struct LinearShared {
   static_assert(bytes <= 232448, "more shared memory than a block can have");
 };
 
-// Tile number -> tile row and column: down a group of rows first, so that tiles that run together share operands in L2.
+// Number of a cluster's tile -> the tile row and column of this block's part: down a group of rows first, so that tiles
+// that run together share operands in L2.
 VITFAST_DEVICE void tile_origin(int tile, int tile_rows, int tile_columns, int& row, int& column) {
   const int first = tile / (kLinearGroup * tile_columns) * kLinearGroup;
   const int rows = tile_rows - first < kLinearGroup ? tile_rows - first : kLinearGroup;
   const int within = tile % (kLinearGroup * tile_columns);
-  row = first + within % rows;
+  row = kLinearCluster * (first + within % rows) + blockIdx.x % kLinearCluster;
   column = within / rows;
 }
 
-// Copies, step by step, what the consumers will multiply.
+// Copies, step by step, what the consumers will multiply: x for this block, and a part of the weights for the cluster.
 template <int kColumns>
 VITFAST_DEVICE void produce(const LinearParams& p, uint32_t shared, int tile_rows, int tile_columns) {
   using Shared = LinearShared<kColumns>;
+  constexpr int part = kColumns / kLinearCluster;
+  const int first_row = blockIdx.x % kLinearCluster * part;  // of the weights, in a tile
   Ring<Shared::stages> ring;
-  for (int tile = blockIdx.x; tile < tile_rows * tile_columns; tile += grid_size()) {
+  for (int tile = blockIdx.x / kLinearCluster; tile < tile_rows * tile_columns; tile += grid_size() / kLinearCluster) {
     int tile_row, tile_column;
     tile_origin(tile, tile_rows, tile_columns, tile_row, tile_column);
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       const uint32_t stage = shared + ring.stage * Shared::stage, full = shared + Shared::full + 8 * ring.stage;
       mbarrier_wait(shared + Shared::empty + 8 * ring.stage, ring.parity ^ 1);  // at first they are: no wait
-      mbarrier_arrive_expect(full, Shared::stage);
+      mbarrier_arrive_expect(full, Shared::stage);  // what the other block copies here may have come already
       tile_load(stage + Shared::x, p.x, tile_row * kLinearRows, step * kLinearDepth, full);
-      tile_load(stage + Shared::weight, p.weight, tile_column * kColumns, step * kLinearDepth, full);
+      tile_load_multicast(stage + Shared::weight + first_row * 128, p.weight, tile_column * kColumns + first_row,
+                          step * kLinearDepth, full, kWholeCluster);
     }
   }
 }
+
+// Tells the producers of all blocks of the cluster that this warp is through with a stage: a lane for each of them.
+class Release {
+ public:
+  VITFAST_DEVICE explicit Release(uint32_t empty)
+      : here_(threadIdx.x % 32 < kLinearCluster), empty_(address_in_cluster(empty, threadIdx.x % kLinearCluster)) {}
+  VITFAST_DEVICE void operator()(int stage) const {
+    if (here_) mbarrier_arrive_in_cluster(empty_ + 8 * stage);
+  }
+
+ private:
+  bool here_;
+  uint32_t empty_;
+};
 
 // sums = this warpgroup's rows of x times the tile's columns of W^T. One step's products are under way while the next
 // one's are begun; then its stage is given back.
@@ -71,8 +95,8 @@ template <typename T, int kColumns>
 VITFAST_DEVICE void multiply(float (&sums)[kColumns / 2], const LinearParams& p, uint32_t shared,
                              Ring<LinearShared<kColumns>::stages>& ring, int group) {
   using Shared = LinearShared<kColumns>;
-  const bool first_lane = threadIdx.x % 32 == 0;
-  uint32_t last_empty = 0;
+  const Release release(shared + Shared::empty);
+  int last = 0;
   for (int step = 0; step < p.steps; ++step, ring.next()) {
     const uint32_t stage = shared + ring.stage * Shared::stage;
     const uint32_t x = stage + Shared::x + group * 64 * 128, weight = stage + Shared::weight;
@@ -84,11 +108,11 @@ VITFAST_DEVICE void multiply(float (&sums)[kColumns / 2], const LinearParams& p,
     }
     product_commit();
     product_wait<1>();
-    if (step > 0 && first_lane) mbarrier_arrive(last_empty);
-    last_empty = shared + Shared::empty + 8 * ring.stage;
+    if (step > 0) release(last);
+    last = ring.stage;
   }
   product_wait<0>();
-  if (first_lane) mbarrier_arrive(last_empty);
+  release(last);
 }
 
 // The same of e4m3, of which the tensor cores keep 14 bits of a sum: those of a step, 128 columns, are added up in fp32
@@ -103,7 +127,8 @@ VITFAST_DEVICE void multiply_scaled(float (&sums)[kColumns / 2], const LinearPar
   };
   const float *scale0 = scales_of(row), *scale1 = scales_of(row + 8);
   const int next = c.x_groups > 1;  // else the row has one scale
-  float part[64];                   // of 128 columns of y
+  const Release release(shared + Shared::empty);
+  float part[64];  // of 128 columns of y
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0.0f;
   for (int step = 0; step < p.steps; ++step, ring.next()) {
@@ -120,9 +145,7 @@ VITFAST_DEVICE void multiply_scaled(float (&sums)[kColumns / 2], const LinearPar
       }
       product_commit();
       product_wait<0>();
-      if (half + 1 == kColumns / 128 && threadIdx.x % 32 == 0) {
-        mbarrier_arrive(shared + Shared::empty + 8 * ring.stage);
-      }
+      if (half + 1 == kColumns / 128) release(ring.stage);
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         float *s = sums + 64 * half + 4 * j, *q = part + 4 * j;
@@ -146,7 +169,8 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
   Ring<Shared::stages> ring;
   int residual_parity = 0;
 
-  for (int tile = blockIdx.x; tile < tile_rows * tile_columns; tile += grid_size(), residual_parity ^= 1) {
+  for (int tile = blockIdx.x / kLinearCluster; tile < tile_rows * tile_columns;
+       tile += grid_size() / kLinearCluster, residual_parity ^= 1) {
     // Locate.
     int tile_row, tile_column;
     tile_origin(tile, tile_rows, tile_columns, tile_row, tile_column);
@@ -226,21 +250,22 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
 }
 
 template <typename X, typename T, int kColumns>
-__global__ void __launch_bounds__(kLinearThreads, 1) linear_kernel(const __grid_constant__ LinearParams p) {
+__global__ void VITFAST_CLUSTER(kLinearCluster) __launch_bounds__(kLinearThreads, 1)
+    linear_kernel(const __grid_constant__ LinearParams p) {
 #ifdef VITFAST_SM_90A
   using Shared = LinearShared<kColumns>;
-  const int tile_rows = (p.call.m + kLinearRows - 1) / kLinearRows;
+  const int tile_rows = (p.call.m + kLinearCluster * kLinearRows - 1) / (kLinearCluster * kLinearRows);
   const int tile_columns = (p.call.n + kColumns - 1) / kColumns;
   const uint32_t shared = (shared_begin() + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::stages; ++i) {
       mbarrier_init(shared + Shared::full + 8 * i, 1);
-      mbarrier_init(shared + Shared::empty + 8 * i, kConsumerWarps);
+      mbarrier_init(shared + Shared::empty + 8 * i, kConsumerWarps * kLinearCluster);
     }
     for (int i = 0; i < 2; ++i) mbarrier_init(shared + Shared::residual + 8 * i, 1);
     async_fence();
   }
-  block_barrier();  // all know the mbarriers
+  cluster_barrier();  // all know the mbarriers
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
@@ -250,6 +275,7 @@ __global__ void __launch_bounds__(kLinearThreads, 1) linear_kernel(const __grid_
     take_registers<kConsumerRegisters>();
     consume<X, T, kColumns>(p, shared, tile_rows, tile_columns, warpgroup - 1);
   }
+  cluster_barrier();  // shared memory outlives the other block's arrivals
 #else
   __trap();  // the launcher asks for sm_90a
 #endif

@@ -3,7 +3,11 @@
 // nvcc and one for tests/emulation/hopper.h. wgmma and setmaxnreg exist on sm_90a alone: sm_100 has other ones in
 // their place (tcgen05). A kernel that uses them keeps its body inside #ifdef VITFAST_SM_90A.
 //
-// Source: the PTX ISA, 9.7.13.15 (mbarrier), 9.7.9.27 (cp.async.bulk.tensor), 9.7.15.5 (wgmma) and 5.5.7 (swizzles).
+// Blocks of a cluster run at the same time on neighbouring multiprocessors, and reach each other's shared memory: TMA
+// writes to several of them at once, and an mbarrier takes arrivals from all.
+//
+// Source: the PTX ISA, 9.7.13.15 (mbarrier), 9.7.13.4 (barrier.cluster), 9.7.9.23 (mapa), 9.7.9.27
+// (cp.async.bulk.tensor), 9.7.15.5 (wgmma) and 5.5.7 (swizzles).
 #pragma once
 
 #include "atoms.cuh"
@@ -42,6 +46,13 @@ struct Ring {
 
 #ifdef __CUDACC__
 
+// Of a kernel: its blocks run in clusters of so many, consecutive ones. Elsewhere than on sm_90a there is no body.
+#ifdef VITFAST_SM_90A
+#define VITFAST_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define VITFAST_CLUSTER(blocks)
+#endif
+
 VITFAST_DEVICE int grid_size() { return gridDim.x; }
 
 // mbarrier: eight bytes of shared memory. A phase ends when `count` arrivals and all expected bytes have come; then the
@@ -67,6 +78,22 @@ VITFAST_DEVICE void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// Where `shared`, an address of this block, lies in block `block` of the cluster, as all of the cluster know it.
+VITFAST_DEVICE uint32_t address_in_cluster(uint32_t shared, int block) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(block));
+  return address;
+}
+// Arrives at an mbarrier of any block of the cluster, at an address in the cluster. It tells of what was read, not of
+// what was written: releasing writes to another block would be a fence of the whole GPU (MEMBAR.ALL.GPU).
+VITFAST_DEVICE void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Waits for all threads of the cluster.
+VITFAST_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // What this thread wrote to shared memory, mbarriers too, is seen by TMA and wgmma after this.
 VITFAST_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -81,6 +108,16 @@ VITFAST_DEVICE void tile_load(uint32_t shared, const TensorMap& map, int row, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// The same for all blocks of the cluster whose bits are set in `blocks`: to the place that `shared` is in each of them,
+// where the mbarrier that lies as `barrier` does counts the bytes.
+VITFAST_DEVICE void tile_load_multicast(uint32_t shared, const TensorMap& map, int row, int column, uint32_t barrier,
+                                        uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 // The other way; nothing is written beyond the matrix. Groups are this thread's own, as those of copy_async.
@@ -198,16 +235,24 @@ VITFAST_DEVICE void multiply_add_async(e4m3, float (&sums)[64], uint64_t a, uint
 #else
 
 #define __grid_constant__
+#define VITFAST_CLUSTER(blocks)
 
 inline int grid_size() { return static_cast<int>(emulation::thread().grid_size); }
 inline void mbarrier_init(uint32_t barrier, int count) { emulation::mbarrier_init(barrier, count); }
 inline void mbarrier_arrive(uint32_t barrier) { emulation::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) { emulation::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(uint32_t barrier, int parity) { emulation::mbarrier_wait(barrier, parity); }
+inline uint32_t address_in_cluster(uint32_t shared, int block) { return emulation::address_in_cluster(shared, block); }
+inline void mbarrier_arrive_in_cluster(uint32_t barrier) { emulation::mbarrier_arrive_in_cluster(barrier); }
+inline void cluster_barrier() { emulation::thread().cluster_barrier(); }
 inline void async_fence() { emulation::async_fence(); }
 inline void named_barrier(int id, int threads) { emulation::thread().barrier(id, threads); }
 inline void tile_load(uint32_t shared, const TensorMap& map, int row, int column, uint32_t barrier) {
   emulation::tile_load(shared, map, row, column, barrier);
+}
+inline void tile_load_multicast(uint32_t shared, const TensorMap& map, int row, int column, uint32_t barrier,
+                                uint16_t blocks) {
+  emulation::tile_load_multicast(shared, map, row, column, barrier, blocks);
 }
 inline void tile_store(const TensorMap& map, int row, int column, uint32_t shared) {
   emulation::tile_store(map, row, column, shared);

@@ -26,12 +26,12 @@ def kernels(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("linear"), CASES)
 
 
-def run(kernels, x, weight, bias=None, *, columns=256, blocks=1, seed=0, **epilogue):
-    """As reference.linear."""
+def run(kernels, x, weight, bias=None, *, columns=256, blocks=2, seed=0, **epilogue):
+    """As reference.linear; `blocks` are whole clusters of two."""
     return launch(kernels, x, weight, x.dtype, bias=bias, columns=columns, blocks=blocks, seed=seed, **epilogue)
 
 
-def check(kernels, x, weight, bias=None, *, stats=False, columns=256, blocks=1, seed=0, **epilogue):
+def check(kernels, x, weight, bias=None, *, stats=False, columns=256, blocks=2, seed=0, **epilogue):
     result = run(kernels, x, weight, bias, columns=columns, blocks=blocks, seed=seed, stats=stats, **epilogue)
     y = result[0] if stats else result
     oracle = reference.linear(x, weight, bias, **epilogue, upcast=True)
@@ -44,6 +44,17 @@ def test_columns_of_a_tile(kernels):
     """Wide tiles where there are enough of them, narrow ones to spread the work, or where y is narrow."""
     for shape, columns in {(50432, 2304): 256, (50432, 768): 256, (197, 768): 128, (50432, 104): 128}.items():
         assert kernels.tile_columns(*shape, 132) == columns
+
+
+def test_blocks_of_a_grid(kernels):
+    """Whole clusters: as many as there are tiles of 256 rows, or as the GPU takes at a time."""
+    for shape, processors, blocks in (
+        ((50432, 2304), 132, 132),
+        ((50432, 2304), 131, 130),
+        ((197, 768), 132, 12),
+        ((1, 8), 132, 2),
+    ):
+        assert kernels.grid_blocks(*shape, processors) == blocks
 
 
 def make(*shape, dtype=BF16, **kwargs):
@@ -70,13 +81,13 @@ def epilogue_of(names, x, weight):
 
 # M, N, K, columns of a tile, blocks; and why.
 GRID = [
-    (197, 264, 136, 256, 1, "tails on all sides, each box of y by itself"),
-    (256, 512, 64, 256, 2, "no tails, one step, a tile column for each block"),
-    (1, 8, 8, 128, 1, "the smallest"),
-    (197, 1000, 72, 256, 3, "a classifier, blocks with unlike numbers of tiles"),
-    (65, 128, 776, 128, 1, "more steps than stages, rows of the second warpgroup all but missing"),
-    (64, 72, 200, 128, 2, "more blocks than tiles"),
-    (1100, 136, 16, 128, 1, "a group of tile rows and a part of one"),
+    (197, 264, 136, 256, 2, "tails on all sides, each box of y by itself"),
+    (256, 512, 64, 256, 4, "no tails, one step, a tile column for each cluster"),
+    (1, 8, 8, 128, 2, "the smallest"),
+    (197, 1000, 72, 256, 6, "a classifier, clusters with unlike numbers of tiles"),
+    (65, 128, 776, 128, 2, "more steps than stages, rows of the second warpgroup, and the second block's, missing"),
+    (64, 72, 200, 128, 4, "more clusters than tiles"),
+    (1100, 136, 16, 128, 2, "a group of tile rows and a part of one, which has a block too many"),
 ]
 
 
@@ -91,7 +102,7 @@ def test_sizes(kernels, case):
 def test_vit_base(kernels, columns):
     """Two images through qkv of ViT-B, on as many blocks as take several tiles each."""
     x, weight = operands(394, 2304, 768)
-    check(kernels, x, weight, columns=columns, blocks=7, **epilogue_of(("norm", "bias"), x, weight))
+    check(kernels, x, weight, columns=columns, blocks=6, **epilogue_of(("norm", "bias"), x, weight))
 
 
 EPILOGUES = [
@@ -111,7 +122,7 @@ EPILOGUES = [
 def test_epilogues(kernels, names):
     columns, dtype = ((256, BF16), (128, FP16))[EPILOGUES.index(names) % 2]
     x, weight = operands(150, 328, 264, dtype)
-    check(kernels, x, weight, columns=columns, blocks=2, **epilogue_of(names, x, weight))
+    check(kernels, x, weight, columns=columns, blocks=4, **epilogue_of(names, x, weight))
 
 
 def check_gelu(kernels, dtype):
@@ -173,7 +184,13 @@ FAULTS = {
         "shared_begin()",
         "not aligned|swizzle",
     ),
-    "mbarriers not known to all": (BODY, "block_barrier();  // all know the mbarriers", "", "mbarrier"),
+    "mbarriers not known to all": (BODY, "cluster_barrier();  // all know the mbarriers", "", "mbarrier"),
+    "mbarriers not known to the other block": (
+        BODY,
+        "cluster_barrier();  // all know the mbarriers",
+        "block_barrier();",
+        "mbarrier",
+    ),
     "mbarriers not known to TMA": (BODY, "    async_fence();\n  }", "  }", "has not seen"),
     "no wait for a full stage": (BODY, FULL_WAIT, "", "nobody has w|a copy wrote"),
     "no wait for an empty stage": (BODY, EMPTY_WAIT, "", "race|more arrivals"),
@@ -189,6 +206,42 @@ FAULTS = {
     "no product_fence": (BODY, "product_fence();", "", "no product_fence"),
     "a consumer warp forgotten": (BODY, "kConsumerWarps = 8", "kConsumerWarps = 7", "still reads|more arrivals|race"),
     "a consumer warp too many": (BODY, "kConsumerWarps = 8", "kConsumerWarps = 9", "deadlock"),
+    "no arrivals of the other block": (
+        BODY,
+        "kConsumerWarps * kLinearCluster)",
+        "kConsumerWarps)",
+        "race|more arr|still",
+    ),
+    "no arrival at the other block": (
+        BODY,
+        "threadIdx.x % 32 < kLinearCluster",
+        "threadIdx.x % 32 == blockIdx.x % kLinearCluster",
+        "deadlock",
+    ),
+    "all arrivals at its own block": (
+        BODY,
+        "address_in_cluster(empty, threadIdx.x % kLinearCluster)",
+        "address_in_cluster(empty, blockIdx.x % kLinearCluster)",
+        "race|still reads",
+    ),
+    "weights for its own block alone": (BODY, "full, kWholeCluster", "full, 1 << blockIdx.x % 2", "deadlock"),
+    "weights for the other block alone": (BODY, "full, kWholeCluster", "full, 2 >> blockIdx.x % 2", "deadlock"),
+    "weights for a third block": (BODY, "full, kWholeCluster", "full, 7", "the cluster has not"),
+    "bytes of its own half expected": (
+        BODY,
+        "(full, Shared::stage)",
+        "(full, Shared::stage - part * 128)",
+        "waited for|nobody|race|deadlock",
+    ),
+    "halves of the weights in one place": (BODY, "weight + first_row * 128", "weight", "race|nobody"),
+    "the first half of the weights twice": (BODY, "tile_column * kColumns + first_row", "tile_column * kColumns", ""),
+    "one tile row for both blocks": (BODY, " + blockIdx.x % kLinearCluster;", ";", ""),
+    "ends while the other block arrives": (
+        BODY,
+        "cluster_barrier();  // shared memory outlives",
+        "//",
+        "not knowing that|has ended",
+    ),
     "too few bytes expected": (BODY, "(full, Shared::stage)", "(full, Shared::stage - 128)", "deadlock"),
     "producer a step short": (
         BODY,
@@ -312,8 +365,10 @@ def test_compiles_for_sm_90a(tmp_path):
         assert len(re.findall(products, code)) == 4, products  # of a step: 64 columns, 16 at a time
     # In e4m3 a step is 128 columns, 32 at a time; products of 256 columns of y are two, and there are two types of y.
     assert len(re.findall(r"QGMMA.64x128x32.F32.E4M3.E4M3 ", code)) == 2 * (4 + 2 * 4)
-    for instruction in ("UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "SYNCS.PHASECHK"):
+    for instruction in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "USETMAXREG", "SYNCS.PHASECHK"):
         assert instruction in code
+    # A fence of the whole GPU stands at each of the two barriers of a cluster, and at no step of the products.
+    assert code.count("UCGABAR_WAIT") == code.count("MEMBAR.ALL.GPU") == 2 * instances
 
 
 @pytest.mark.full

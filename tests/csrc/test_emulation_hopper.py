@@ -55,10 +55,28 @@ MISTAKES = {
 }
 
 
+# The same of two blocks that copy for each other.
+CLUSTER_MISTAKES = {
+    "": "",
+    "stage empty when one block has read it": "more arrivals|race: .* of block . writes .* no barrier between",
+    "mbarriers known to their own block alone": "race: .* uses an mbarrier|no mbarrier at",
+    "copies for itself alone": r"deadlock: .* with 0 arrivals and 4096 bytes to come",
+    "copies for the other alone": r"deadlock: .* with 0 arrivals and 4096 bytes to come",
+    "copies for a block that is not there": "a multicast to blocks that the cluster has not",
+    "expects its own half": f"{EARLY}|race: .* writes .* no barrier between|deadlock: .* -\\d+ bytes to come",
+    "both halves in one place": "race: .* writes .* no barrier between|nobody has written",
+    "a block reads a box less": "race: .* no barrier between|ends with copies|deadlock|not knowing",
+    "no arrival at the other block": r"deadlock: .* with 32 arrivals and 0 bytes to come",
+    "both arrivals at its own block": "more arrivals|race: .* of block . writes .* no barrier between",
+    "arrives as if at its own block": "there is no mbarrier at",
+    "ends while the other block arrives": "not knowing that thread .* is through with it|a block that has ended",
+}
+
+
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory):
     found = library("hopper", tmp_path_factory.mktemp("hopper"))
-    for name in ("run_pipeline", "product", "product_transposed", "load_box", "load_head_box"):
+    for name in ("run_pipeline", "run_shared_boxes", "product", "product_transposed", "load_box", "load_head_box"):
         getattr(found, name).restype = ctypes.c_char_p
     found.operand_descriptor.restype = found.transposed_descriptor.restype = ctypes.c_uint64
     found.swizzled.restype = found.transposed_address.restype = ctypes.c_uint32
@@ -93,6 +111,16 @@ def test_every_mistake_is_noticed_in_every_order(hopper, mistake):
     for seed in range(3):
         found = run(hopper, mistake, 5, seed)
         assert re.search(MISTAKES[mistake], found) if MISTAKES[mistake] else not found, (seed, found)
+
+
+@pytest.mark.parametrize("mistake", CLUSTER_MISTAKES)
+def test_every_mistake_of_a_cluster_is_noticed_in_every_order(hopper, mistake):
+    for seed in range(6):
+        x, y = random(64 * 5, 64), torch.zeros(2, 64 * 5, 64, dtype=BF16)
+        found = hopper.run_shared_boxes(mistake.encode(), pointer(x), pointer(y), 5, ctypes.c_uint64(seed)).decode()
+        assert re.search(CLUSTER_MISTAKES[mistake], found) if mistake else not found, (seed, found)
+        if not mistake:
+            assert torch.equal(y, torch.cat([swizzled_image(part) for part in x.split(64)]).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -1,12 +1,13 @@
-// A thread block on the CPU, for csrc/device/atoms.cuh: each thread is a fiber, and the scheduler picks the next one
-// at random, so that code which needs a barrier and has none meets every order sooner or later. Beside that, every
-// word of shared memory remembers who wrote and read it, and threads know by vector clocks (Lamport 1978, Mattern 1989;
-// the words as in FastTrack, Flanagan and Freund 2009) what happened before: a race shows in any order.
+// A thread block on the CPU, or a cluster of them, for csrc/device/atoms.cuh: each thread is a fiber, and the scheduler
+// picks the next one at random, so that code which needs a barrier and has none meets every order sooner or later.
+// Beside that, every word of shared memory remembers who wrote and read it, and threads know by vector clocks (Lamport
+// 1978, Mattern 1989; the words as in FastTrack, Flanagan and Freund 2009) what happened before: a race shows in any
+// order.
 //
 // It lies with the tests and not in csrc: no build of the package needs it, and it may be as strict as it likes.
 // What is wrong with a kernel is thrown as Trap: reads of shared memory that nobody wrote or whose copy is still
 // under way, races, addresses out of bounds or not aligned, warps that part before an instruction of the whole warp,
-// threads that wait for others that never come.
+// threads that wait for others that never come, blocks that end while others of their cluster still reach into them.
 //
 // This file has threads, memory and barriers; warp.h the instructions of a warp, hopper.h those of sm_90.
 #pragma once
@@ -49,7 +50,7 @@ inline Thread*& current() {
   return running;
 }
 
-// What an agent, a thread or an mbarrier's copies, did at a time of its own.
+// What an agent, a thread or an mbarrier's copies, did at a time of its own. Agents are numbered through a cluster.
 struct Epoch {
   int agent = -1;
   uint32_t time = 0;
@@ -74,6 +75,7 @@ class Thread {
   unsigned grid_size;
 
   void barrier(int id = 0, int threads = 0);
+  void cluster_barrier();
   uint32_t load_pair(const void* from);
   void load_floats(float (&to)[2], const void* from);
   void store_pair(void* to, uint32_t pair);
@@ -94,13 +96,14 @@ class Thread {
   void wait(std::function<std::string()> what_for);
   // Waits for the other lanes; the last to come does `work` on what all of them brought.
   void together(const char* what, void* operands, void (*work)(Thread* const* lanes));
-  std::string name() const { return "thread " + std::to_string(number); }
-  uint32_t& time() { return clock[number]; }
-  Epoch now() { return {static_cast<int>(number), time()}; }
+  std::string name() const;
+  uint32_t& time() { return clock[agent]; }
+  Epoch now() { return {agent, time()}; }
   bool knows(const Epoch& epoch) const { return epoch.agent < 0 || clock[epoch.agent] >= epoch.time; }
 
   Block& block;
   const unsigned number;
+  const int agent;
   State state = State::ready;
   Clock clock;
   void* operands = nullptr;
@@ -143,17 +146,35 @@ class Block {
   // Runs one block of a grid; `kernel` is called by every thread.
   template <typename Kernel>
   void run(Index block_index, Kernel kernel, unsigned grid_size = 1) {
-    body_ = [](void* k) { (*static_cast<Kernel*>(k))(); };
-    argument_ = &kernel;
-    fibers.clear();
-    for (unsigned i = 0; i < threads_; ++i) {
-      fibers.push_back(std::make_unique<Thread>(*this, i, block_index, grid_size));
-    }
-    for (std::unique_ptr<Thread>& fiber : fibers) start(*fiber);
-    while (step()) {
-    }
-    if (!error_.empty()) throw Trap(error_);
+    run_cluster({this}, block_index, kernel, grid_size);
   }
+
+  // Runs blocks of one size as a cluster; `first_index` is the first one's, the others follow along x.
+  template <typename Kernel>
+  static void run_cluster(const std::vector<Block*>& blocks, Index first_index, Kernel kernel, unsigned grid_size) {
+    for (size_t rank = 0; rank < blocks.size(); ++rank) {
+      Block& block = *blocks[rank];
+      block.cluster = blocks;
+      block.first_agent = static_cast<int>(rank) * block.agents();
+      block.body_ = [](void* k) { (*static_cast<Kernel*>(k))(); };
+      block.argument_ = &kernel;
+      block.fibers.clear();
+      Index index = first_index;
+      index.x += static_cast<unsigned>(rank);
+      for (unsigned i = 0; i < block.threads_; ++i) {
+        block.fibers.push_back(std::make_unique<Thread>(block, i, index, grid_size));
+      }
+      for (std::unique_ptr<Thread>& fiber : block.fibers) block.start(*fiber);
+    }
+    while (step(blocks)) {
+    }
+    for (Block* block : blocks) {
+      if (!block->error_.empty()) throw Trap(block->error_);
+    }
+  }
+
+  int agents() const { return static_cast<int>(threads_) + kMbarriers; }
+  int rank() const { return first_agent / agents(); }
 
   int64_t bank_conflicts = 0;  // extra turns that accesses to shared memory took
 
@@ -164,12 +185,16 @@ class Block {
   void check_global(const Thread& thread, const void* address, size_t bytes, size_t aligned, bool write) const;
   void count_conflicts(Thread& thread, uint32_t address);
   std::string name(const Epoch& epoch) const;
+  void check_reachable(const Thread& thread) const;
+  void note_reached(const Epoch& from);
 
   const uint32_t begin;
   std::vector<uint8_t> shared;
   std::vector<std::unique_ptr<Thread>> fibers;
   std::mt19937_64 random;
   std::vector<std::function<void()>> under_way;  // what will happen, at any time and in any order
+  std::vector<Block*> cluster;                   // by rank, this block among them
+  int first_agent = 0;
   std::shared_ptr<Hopper> hopper;
   std::string (*left_by)(Thread&) = nullptr;  // what a thread has not waited for at its end
 
@@ -182,13 +207,17 @@ class Block {
 
   static void enter();
   void start(Thread& fiber);
-  bool step();
-  std::string deadlock() const;
+  static bool step(const std::vector<Block*>& blocks);
+  static std::string deadlock(const std::vector<Block*>& blocks);
+  void end();
 
   unsigned threads_;
   std::vector<Word> words_;
   std::vector<Range> ranges_;
   std::map<int, Gathering> barriers_;
+  std::vector<Thread*> at_cluster_barrier_;  // of all blocks; the first block's counts
+  std::vector<Epoch> reached_;               // what threads and copies of other blocks last did here
+  bool ended_ = false;
   std::map<std::pair<unsigned, unsigned>, std::vector<uint32_t>> accesses_;
   ucontext_t scheduler_;
   void (*body_)(void*) = nullptr;
@@ -209,10 +238,17 @@ inline Block::Block(unsigned threads, size_t shared_bytes, std::vector<Range> ra
 }
 
 inline Thread::Thread(Block& whose, unsigned i, Index where, unsigned grid)
-    : block_index(where), grid_size(grid), block(whose), number(i), clock(whose.threads_ + Block::kMbarriers) {
+    : block_index(where),
+      grid_size(grid),
+      block(whose),
+      number(i),
+      agent(whose.first_agent + static_cast<int>(i)),
+      clock(whose.cluster.size() * static_cast<size_t>(whose.agents())) {
   index.x = number;
   time() = 1;
 }
+
+inline std::string Thread::name() const { return block.name({agent, 0}); }
 
 inline void Block::enter() {
   Thread& self = *current();
@@ -240,39 +276,73 @@ inline void Block::start(Thread& fiber) {
 }
 
 // Lets one thread go on to where it must wait, or something under way happen; false when all is over or has failed.
-inline bool Block::step() {
+inline bool Block::step(const std::vector<Block*>& blocks) {
+  Block& first = *blocks[0];
   std::vector<Thread*> ready;
-  unsigned done = 0;
-  for (const std::unique_ptr<Thread>& fiber : fibers) {
-    if (fiber->state == State::ready) ready.push_back(fiber.get());
-    done += fiber->state == State::done;
+  std::vector<Block*> awaiting;  // once for each thing under way
+  bool over = true;
+  for (Block* block : blocks) {
+    unsigned done = 0;
+    for (const std::unique_ptr<Thread>& fiber : block->fibers) {
+      if (fiber->state == State::ready) ready.push_back(fiber.get());
+      done += fiber->state == State::done;
+    }
+    if (done == block->threads_ && !block->ended_) block->end();
+    if (!block->error_.empty()) return false;
+    over &= block->ended_;
+    awaiting.insert(awaiting.end(), block->under_way.size(), block);
   }
-  if (done == threads_ && error_.empty() && !under_way.empty()) error_ = "the block ends with copies under way";
-  if (!error_.empty() || done == threads_) return false;
-  if (!under_way.empty() && (ready.empty() || random() % 64 == 0)) {
-    std::swap(under_way[random() % under_way.size()], under_way.back());
-    const std::function<void()> happens = std::move(under_way.back());
-    under_way.pop_back();
+  if (over) return false;
+  if (!awaiting.empty() && (ready.empty() || first.random() % 64 == 0)) {
+    std::vector<std::function<void()>>& some = awaiting[first.random() % awaiting.size()]->under_way;
+    std::swap(some[first.random() % some.size()], some.back());
+    const std::function<void()> happens = std::move(some.back());
+    some.pop_back();
     happens();
     return true;
   }
   if (ready.empty()) {
-    error_ = deadlock();
+    first.error_ = deadlock(blocks);
     return false;
   }
-  Thread& next = *ready[random() % ready.size()];
+  Thread& next = *ready[first.random() % ready.size()];
   current() = &next;
-  swapcontext(&scheduler_, &next.context_);
+  swapcontext(&next.block.scheduler_, &next.context_);
   return true;
 }
 
-inline std::string Block::deadlock() const {
+// All threads have ended, and with them the block's shared memory.
+inline void Block::end() {
+  ended_ = true;
+  if (!under_way.empty()) error_ = "the block ends with copies under way";
+  Clock known(fibers[0]->clock.size());
+  for (const std::unique_ptr<Thread>& fiber : fibers) join(known, fiber->clock);
+  for (const Epoch& reached : reached_) {
+    if (known[reached.agent] < reached.time && error_.empty()) {
+      error_ = "a block ends not knowing that " + name(reached) + " is through with it";
+    }
+  }
+}
+
+// For what a thread, of this or another block of the cluster, does here; and, if it was of another, when.
+inline void Block::check_reachable(const Thread& thread) const {
+  if (ended_) throw Trap(thread.name() + " reaches into a block that has ended");
+}
+inline void Block::note_reached(const Epoch& from) {
+  const auto same = [&](const Epoch& epoch) { return epoch.agent == from.agent; };
+  reached_.erase(std::remove_if(reached_.begin(), reached_.end(), same), reached_.end());
+  reached_.push_back(from);
+}
+
+inline std::string Block::deadlock(const std::vector<Block*>& blocks) {
   std::map<std::string, int> waiting;
   int done = 0;
-  for (const std::unique_ptr<Thread>& fiber : fibers) {
-    if (fiber->state == State::waiting) ++waiting[fiber->waits_for_()];
-    if (fiber->state == State::in_warp) ++waiting[std::string("for their warp, at ") + fiber->in_warp_];
-    done += fiber->state == State::done;
+  for (const Block* block : blocks) {
+    for (const std::unique_ptr<Thread>& fiber : block->fibers) {
+      if (fiber->state == State::waiting) ++waiting[fiber->waits_for_()];
+      if (fiber->state == State::in_warp) ++waiting[std::string("for their warp, at ") + fiber->in_warp_];
+      done += fiber->state == State::done;
+    }
   }
   std::string text = "deadlock: ";
   for (const auto& [what_for, count] : waiting) text += std::to_string(count) + " threads wait " + what_for + ", ";
@@ -291,8 +361,9 @@ inline Word* Block::words(const Thread& thread, uint32_t address, uint32_t bytes
 }
 
 inline std::string Block::name(const Epoch& epoch) const {
-  if (epoch.agent < static_cast<int>(threads_)) return "thread " + std::to_string(epoch.agent);
-  return "a copy";
+  const int number = epoch.agent % agents(), rank = epoch.agent / agents();
+  if (number >= static_cast<int>(threads_)) return "a copy";
+  return "thread " + std::to_string(number) + (cluster.size() > 1 ? " of block " + std::to_string(rank) : "");
 }
 
 inline void Block::note_write(Thread& thread, uint32_t address, uint32_t bytes, bool is_under_way) {
@@ -372,6 +443,22 @@ inline void Thread::barrier(int id, int threads) {
     other->state = State::ready;
   }
   all.here.clear();
+}
+
+// Of all threads of the cluster's blocks: none may end before.
+inline void Thread::cluster_barrier() {
+  const std::vector<Block*>& blocks = block.cluster;
+  std::vector<Thread*>& here = blocks[0]->at_cluster_barrier_;
+  here.push_back(this);
+  if (here.size() < blocks.size() * block.threads_) return wait([] { return "at the cluster's barrier"; });
+  Clock joined(clock.size());
+  for (const Thread* other : here) join(joined, other->clock);
+  for (Thread* other : here) {
+    other->clock = joined;
+    ++other->time();
+    other->state = State::ready;
+  }
+  here.clear();
 }
 
 inline void Thread::together(const char* what, void* brought, void (*work)(Thread* const*)) {

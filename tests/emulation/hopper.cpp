@@ -100,6 +100,54 @@ void pipeline(const TensorMap& x, const TensorMap& w, const TensorMap& y, int st
   if (mistaken("sums read before the wait")) product_wait<0>();
 }
 
+// Two blocks, a cluster, each copy half of every box [64, 64] of x [64 steps, 64] for both, through two stages. A warp
+// of each reads them to its part of y, and a thread of the next one copies.
+constexpr int kHalf = 32 * 128, kBox = 2 * kHalf, kBoxBytes = 1024 + kStages * kBox + 8 * 2 * kStages;
+
+void shared_boxes(const TensorMap& x, uint32_t* y, int steps) {
+  const uint32_t stages = (shared_begin() + 1023) / 1024 * 1024, full = stages + kStages * kBox;
+  const uint32_t empty = full + 8 * kStages;
+  const int rank = blockIdx.x, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(full + 8 * i, 1);
+      mbarrier_init(empty + 8 * i, mistaken("stage empty when one block has read it") ? 32 : 64);
+    }
+    async_fence();
+  }
+  mistaken("mbarriers known to their own block alone") ? block_barrier() : cluster_barrier();
+
+  if (threadIdx.x == 32) {
+    const int blocks = mistaken("copies for itself alone")                ? 1 << rank
+                       : mistaken("copies for the other alone")           ? 2 >> rank
+                       : mistaken("copies for a block that is not there") ? 7
+                                                                          : 3;
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, round = step / kStages;
+      mbarrier_wait(empty + 8 * stage, 1 - round % 2);
+      mbarrier_arrive_expect(full + 8 * stage, mistaken("expects its own half") ? kHalf : kBox);
+      const int half = mistaken("both halves in one place") ? 0 : rank;
+      tile_load_multicast(stages + stage * kBox + half * kHalf, x, 64 * step + 32 * rank, 0, full + 8 * stage,
+                          static_cast<uint16_t>(blocks));
+    }
+  } else if (threadIdx.x < 32) {
+    for (int step = 0; step < (mistaken("a block reads a box less") && rank ? steps - 1 : steps); ++step) {
+      const int stage = step % kStages;
+      mbarrier_wait(full + 8 * stage, step / kStages % 2);
+      for (int i = lane; i < kBox / 4; i += 32) {
+        store_pair(y + (rank * steps + step) * kBox / 4 + i, load_shared_pair(stages + stage * kBox + 4 * i));
+      }
+      for (int block = 0; block < 2; ++block) {
+        if (mistaken("no arrival at the other block") && block != rank) continue;
+        const int at = mistaken("both arrivals at its own block") ? rank : block;
+        const uint32_t barrier = address_in_cluster(empty + 8 * stage, at);
+        mistaken("arrives as if at its own block") ? mbarrier_arrive(barrier) : mbarrier_arrive_in_cluster(barrier);
+      }
+    }
+  }
+  if (!mistaken("ends while the other block arrives")) cluster_barrier();
+}
+
 template <typename F>
 const char* guarded(F f) {
   static std::string message;
@@ -128,6 +176,17 @@ extern "C" const char* run_pipeline(const char* mistake, const void* x, const vo
     emulation::hopper_of(block).registers = 128;
     block.run({}, [&] { pipeline(x_map, w_map, y_map, steps); });
     *bank_conflicts = block.bank_conflicts;
+  });
+}
+
+extern "C" const char* run_shared_boxes(const char* mistake, const void* x, uint32_t* y, int steps, uint64_t seed) {
+  return guarded([&] {
+    g_mistake = mistake;
+    const TensorMap map = emulation::encode({x, 64 * steps, 64, 64, 32, 64});
+    const size_t bytes = static_cast<size_t>(kBox) * steps;
+    const std::vector<emulation::Range> ranges{{x, bytes, false}, {y, 2 * bytes, true}};
+    emulation::Block first(64, kBoxBytes, ranges, seed, 16), second(64, kBoxBytes, ranges, seed, 16);
+    emulation::Block::run_cluster({&first, &second}, {}, [&] { shared_boxes(map, y, steps); }, 2);
   });
 }
 

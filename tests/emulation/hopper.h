@@ -99,7 +99,7 @@ inline void async_fence() {
   Thread& self = thread();
   for (const auto& [address, bytes] : self.unfenced) {
     Word* word = self.block.words(self, address, bytes);
-    for (uint32_t i = 0; i < bytes; i += 4, ++word) word->fenced |= word->writer.agent == static_cast<int>(self.number);
+    for (uint32_t i = 0; i < bytes; i += 4, ++word) word->fenced |= word->writer.agent == self.agent;
   }
   self.unfenced.clear();
   for (auto& [address, barrier] : hopper_of(self.block).mbarriers) barrier.fenced |= barrier.maker == &self;
@@ -137,9 +137,22 @@ inline void end_async_read(Block& block, Thread& reader, uint32_t address, uint3
   }
 }
 
+// Addresses in a cluster have the block's rank, and one, above those of a block, whose own are addresses there too.
+constexpr int kRankShift = 24;
+inline uint32_t address_in_cluster(uint32_t address, int rank) {
+  if (rank < 0 || rank >= static_cast<int>(thread().block.cluster.size())) {
+    throw Trap(thread().name() + ": there is no block " + std::to_string(rank) + " in the cluster");
+  }
+  return address | static_cast<uint32_t>(rank + 1) << kRankShift;
+}
+inline Block& block_at(uint32_t address) {
+  const uint32_t rank = address >> kRankShift;
+  return rank ? *thread().block.cluster[rank - 1] : thread().block;
+}
+
 // mbarriers.
-inline Mbarrier& mbarrier_at(uint32_t address) {
-  std::map<uint32_t, Mbarrier>& all = hopper_of(thread().block).mbarriers;
+inline Mbarrier& mbarrier_at(Block& block, uint32_t address) {
+  std::map<uint32_t, Mbarrier>& all = hopper_of(block).mbarriers;
   const auto found = all.find(address);
   if (found == all.end()) throw Trap(thread().name() + ": there is no mbarrier at " + std::to_string(address));
   return found->second;
@@ -150,7 +163,7 @@ inline void mbarrier_init(uint32_t address, int count) {
   Block& block = self.block;
   block.note_write(self, address, 8, false);
   if (hopper_of(block).mbarriers.size() == Block::kMbarriers) throw Trap("too many mbarriers");
-  const int agent = static_cast<int>(block.fibers.size() + hopper_of(block).mbarriers.size());
+  const int agent = block.first_agent + static_cast<int>(block.fibers.size() + hopper_of(block).mbarriers.size());
   Mbarrier barrier{agent, &self, count, count};
   barrier.arrived = barrier.ended = Clock(self.clock.size());
   hopper_of(block).mbarriers.emplace(address, barrier);
@@ -158,8 +171,8 @@ inline void mbarrier_init(uint32_t address, int count) {
 }
 
 // The mbarrier's words as data: has this thread met its maker?
-inline void check_made(Thread& self, uint32_t address) {
-  if (!self.knows(self.block.words(self, address, 8)->writer)) {
+inline void check_made(Thread& self, Block& block, uint32_t address) {
+  if (!self.knows(block.words(self, address, 8)->writer)) {
     throw Trap("race: " + self.name() + " uses an mbarrier with no barrier since it was made");
   }
 }
@@ -184,10 +197,12 @@ inline void end_phase_if_complete(Mbarrier& barrier) {
 }
 
 // `bytes` is 0 if the thread expects none.
-inline void mbarrier_arrive(uint32_t address, int bytes) {
+inline void mbarrier_arrive(Block& block, uint32_t address, int bytes) {
   Thread& self = thread();
-  Mbarrier& barrier = mbarrier_at(address);
-  check_made(self, address);
+  Mbarrier& barrier = mbarrier_at(block, address);
+  check_made(self, block, address);
+  block.check_reachable(self);
+  if (&block != &self.block) block.note_reached(self.now());
   barrier.bytes += bytes;
   --barrier.to_come;
   join(barrier.arrived, self.clock);
@@ -195,10 +210,15 @@ inline void mbarrier_arrive(uint32_t address, int bytes) {
   end_phase_if_complete(barrier);
 }
 
+inline void mbarrier_arrive(uint32_t address, int bytes) { mbarrier_arrive(thread().block, address, bytes); }
+inline void mbarrier_arrive_in_cluster(uint32_t address) {
+  mbarrier_arrive(block_at(address), address & ((1u << kRankShift) - 1), 0);
+}
+
 inline void mbarrier_wait(uint32_t address, int parity) {
   Thread& self = thread();
-  Mbarrier& barrier = mbarrier_at(address);
-  check_made(self, address);
+  Mbarrier& barrier = mbarrier_at(self.block, address);
+  check_made(self, self.block, address);
   if (static_cast<int>(barrier.phase % 2) != parity) return join(self.clock, barrier.ended);
   barrier.waiting.emplace_back(&self, parity);
   self.wait(
@@ -269,18 +289,18 @@ void for_box(const vitfast::Matrix& m, int64_t row, int64_t column, uint32_t sha
   }
 }
 
-inline void check_box(Thread& self, const vitfast::Matrix& m, int column, uint32_t shared) {
+inline void check_box(Thread& self, Block& block, const vitfast::Matrix& m, int column, uint32_t shared) {
   if (shared % 128) throw Trap(self.name() + ": a box in shared memory is not aligned to 128 bytes");
   if (column % 8) throw Trap(self.name() + ": a box that does not begin at a chunk of 16 bytes is not emulated");
-  self.block.words(self, shared, 2 * m.box_rows * m.box_columns);
+  block.words(self, shared, 2 * m.box_rows * m.box_columns);
 }
 
-inline void tile_load(uint32_t shared, const vitfast::Matrix& m, int row, int column, uint32_t address) {
+inline void tile_load(Block& block, uint32_t shared, const vitfast::Matrix& m, int row, int column, uint32_t address) {
   Thread& self = thread();
-  Block& block = self.block;
-  Mbarrier& barrier = mbarrier_at(address);
-  check_box(self, m, column, shared);
-  check_made(self, address);
+  Mbarrier& barrier = mbarrier_at(block, address);
+  check_box(self, block, m, column, shared);
+  check_made(self, block, address);
+  block.check_reachable(self);
   if (!barrier.fenced) throw Trap(self.name() + ": TMA has not seen the mbarrier made: there was no async_fence");
   for_box(m, row, column, shared, [&](uint32_t to, const char* from, size_t bytes) {
     if (from) block.check_global(self, from, bytes, 2, false);
@@ -302,22 +322,33 @@ inline void tile_load(uint32_t shared, const vitfast::Matrix& m, int row, int co
         word.writer.time = barrier.phase + 1;  // whoever waits for the end of this phase
       }
     });
+    if (&block != &self.block) block.note_reached({barrier.agent, barrier.phase + 1});
     barrier.bytes -= 2 * m.box_rows * m.box_columns;
     end_phase_if_complete(barrier);
   });
 }
 
 inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int row, int column, uint32_t address) {
-  tile_load(shared, of_map<vitfast::Matrix>(map, 2), row, column, address);
+  tile_load(thread().block, shared, of_map<vitfast::Matrix>(map, 2), row, column, address);
+}
+inline void tile_load_multicast(uint32_t shared, const vitfast::TensorMap& map, int row, int column, uint32_t address,
+                                uint16_t blocks) {
+  const std::vector<Block*>& cluster = thread().block.cluster;
+  if (blocks >> cluster.size()) throw Trap(thread().name() + ": a multicast to blocks that the cluster has not");
+  for (size_t rank = 0; rank < cluster.size(); ++rank) {
+    if (blocks >> rank & 1) {
+      tile_load(*cluster[rank], shared, of_map<vitfast::Matrix>(map, 2), row, column, address);
+    }
+  }
 }
 inline void tile_load(uint32_t shared, const vitfast::TensorMap& map, int image, int row, int head, int column,
                       uint32_t address) {
-  tile_load(shared, slice(of_map<vitfast::Heads>(map, 4), image, head), row, column, address);
+  tile_load(thread().block, shared, slice(of_map<vitfast::Heads>(map, 4), image, head), row, column, address);
 }
 
 inline void tile_store(const vitfast::Matrix& m, int row, int column, uint32_t shared) {
   Thread& self = thread();
-  check_box(self, m, column, shared);
+  check_box(self, self.block, m, column, shared);
   Thread* const me = &self;
   for_box(m, row, column, shared, [&](uint32_t from, const char* to, size_t bytes) {
     note_async_read(self.block, &me, 1, from, 16);

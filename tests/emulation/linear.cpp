@@ -11,11 +11,17 @@ template <typename X, typename T, int kColumns>
 int64_t run(const LinearCall& call, int blocks, const std::vector<emulation::Range>& ranges, uint64_t seed) {
   const LinearParams params = linear_params(call, kColumns, &emulation::encode);
   int64_t bank_conflicts = 0;
-  for (int i = 0; i < blocks; ++i) {
-    emulation::Block block(kLinearThreads, LinearShared<kColumns>::bytes, ranges, seed++, 16);
-    emulation::hopper_of(block).registers = 65536 / kLinearThreads / 8 * 8;
-    block.run({static_cast<unsigned>(i), 0, 0}, [&params] { linear_kernel<X, T, kColumns>(params); }, blocks);
-    bank_conflicts += block.bank_conflicts;
+  for (int first = 0; first < blocks; first += kLinearCluster) {
+    std::deque<emulation::Block> made;
+    std::vector<emulation::Block*> cluster;
+    for (int i = 0; i < kLinearCluster; ++i) {
+      made.emplace_back(kLinearThreads, LinearShared<kColumns>::bytes, ranges, seed++, 16);
+      emulation::hopper_of(made.back()).registers = 65536 / kLinearThreads / 8 * 8;
+      cluster.push_back(&made.back());
+    }
+    emulation::Block::run_cluster(
+        cluster, {static_cast<unsigned>(first), 0, 0}, [&params] { linear_kernel<X, T, kColumns>(params); }, blocks);
+    for (const emulation::Block& block : made) bank_conflicts += block.bank_conflicts;
   }
   return bank_conflicts;
 }
@@ -45,3 +51,6 @@ extern "C" const char* linear(const char* types, int columns, const LinearCall* 
 }
 
 extern "C" int tile_columns(int m, int n, int processors) { return linear_columns(m, n, processors); }
+extern "C" int grid_blocks(int m, int n, int processors) {
+  return linear_blocks(m, n, linear_columns(m, n, processors), processors);
+}

@@ -192,7 +192,7 @@ inline void product_wait(int pending) {
         queue.fenced = false;
       }
     }
-    for (int i = 1; i < 32; ++i) lanes[i]->clock[first.number] = first.time();
+    for (int i = 1; i < 32; ++i) lanes[i]->clock[first.agent] = first.time();
     ++first.time();
   });
 }
