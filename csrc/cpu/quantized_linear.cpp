@@ -29,6 +29,7 @@ constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale
 
 #ifdef VITFAST_SIMD_LEVELS
 #define VITFAST_VNNI VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
+#define VITFAST_VNNI_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")
 
 VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
                            const AddScaled& sink) {
@@ -51,13 +52,19 @@ template <typename scalar_t>
 VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
   for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
 }
+
+VITFAST_VNNI_BF16 void finish_bf16(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
+  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, true>(e, m + i, first, sums + i * kNarrowChunk);
+}
 #endif
 
 void run(const NarrowCall& call) {
 #ifdef VITFAST_SIMD_LEVELS
   auto* finish_in = &finish<float>;
   if (call.epilogue.dtype == at::kHalf) finish_in = &finish<at::Half>;
-  if (call.epilogue.dtype == at::kBFloat16) finish_in = &finish<at::BFloat16>;
+  if (call.epilogue.dtype == at::kBFloat16) {
+    finish_in = simd_level() < Simd::avx512_bf16 ? &finish<at::BFloat16> : &finish_bf16;
+  }
   run_narrow(call, {&start_sums, &multiply, finish_in});
 #endif
 }

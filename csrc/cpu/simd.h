@@ -22,8 +22,10 @@
 // The body of such a loop, where several share one: inlined, so that it is compiled with the clone's width.
 #if defined(__GNUC__)
 #define VITFAST_INLINE __attribute__((always_inline)) inline
+#define VITFAST_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define VITFAST_INLINE inline
+#define VITFAST_INLINE_LAMBDA
 #endif
 
 #if defined(__clang__)

@@ -70,25 +70,107 @@ VITFAST_INLINE void chunk_stats(const float* row, int64_t n, float* stats) {
   stats[1] = sum<kWide>(squares);
 }
 
+// x as bf16 by the instruction, which takes denormals for zero; there and in what is returned.
+VITFAST_INLINE Floats store_by_instruction(at::BFloat16* to, const Floats& x) {
+  Halves halves;  // not as an intrinsic, whose type has no name in every GCC
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+  std::memcpy(to, &halves, sizeof(halves));
+  return floats_of(__builtin_convertvector(halves, Bits) << 16);
+}
+
+// f of each of some vectors. They stay in registers, and the steps of one are under way with those of the others.
+template <int vectors, typename Function>
+VITFAST_INLINE void each(Floats (&x)[vectors], const Function& f) {
+#pragma GCC unroll 8
+  for (int j = 0; j < vectors; ++j) x[j] = f(x[j], j * kWide);
+}
+
+template <int vectors>
+VITFAST_INLINE void activate_each(Activation activation, bool rough, Floats (&x)[vectors]) {
+  switch (activation) {
+    case Activation::kGelu:
+      if (rough) return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return rough_gelu<kWide>(v); });
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu<kWide>(v); });
+    case Activation::kGeluTanh:
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_tanh<kWide>(v); });
+    case Activation::kQuickGelu:
+      return each(
+          x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kQuickGelu, v); });
+    case Activation::kSilu:
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kSilu, v); });
+    case Activation::kNone:
+      return;
+  }
+}
+
+// Some vectors of a row of a chunk, from its column i on: sums -> what goes to y, or to be quantised, not yet rounded.
+template <typename scalar_t, int vectors>
+VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t first, int64_t i, const float* sums,
+                                   Floats (&value)[vectors]) {
+  const int64_t n = first + i, width = std::min(kNarrowChunk, e.n - first) - i;
+  each(value, [&](const Floats&, int j) VITFAST_INLINE_LAMBDA { return load_floats(sums + i + j); });
+  if (e.weight_scale)
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.weight_scale + n + j); });
+  if (e.rstd) {
+    const float mean = e.mean[m], rstd = e.rstd[m];
+    each(value, [&](const Floats& v, int j)
+                    VITFAST_INLINE_LAMBDA { return rstd * (v - mean * load_floats(e.weight_sum + n + j)); });
+  }
+  if (e.bias)
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v + load_floats(e.bias + n + j); });
+  const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
+  activate_each(e.activation, rough, value);
+  if (e.layer_scale)
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.layer_scale + n + j); });
+  if (e.residual) {
+    const scalar_t* residual = static_cast<const scalar_t*>(e.residual) + m * e.n + n;
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
+      return v + (vectors > 1 ? load_floats(residual + j) : load_floats(residual, width));
+    });
+  }
+}
+
+// A whole row of a chunk, from register to memory. By `instruction`: y is rounded to bf16 by the machine's own.
+template <typename scalar_t, bool instruction>
+VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
+  constexpr int kVectors = kNarrowChunk / kWide;
+  Floats value[kVectors];
+  finish_vectors<scalar_t>(e, m, first, 0, sums, value);
+  const int64_t at = m * e.chunks() + first / kNarrowChunk;
+  if (e.values) {
+    Bits most{};
+    each(value, [&](const Floats& v, int) VITFAST_INLINE_LAMBDA { return most = larger_magnitudes(most, v), v; });
+    const Int8Scale scale(largest<kWide>(most));
+    e.scales[at] = scale.scale;
+    int8_t* values = e.values + m * e.n + first;
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
+      const Bytes bytes = scale.inverse == 0.0f ? Bytes{} : scale.rounded(v);
+      std::memcpy(values + j, &bytes, sizeof(bytes));
+      return v;
+    });
+    return;
+  }
+  scalar_t* y = static_cast<scalar_t*>(e.y) + m * e.n + first;
+  each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
+    if constexpr (instruction) return store_by_instruction(y + j, v);
+    return store_rounded(y + j, v);
+  });
+  if (!e.stats) return;
+  each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return store<kWide>(sums + j, v), v; });
+  chunk_stats(sums, kNarrowChunk, e.stats + 2 * at);
+}
+
 // One row of a chunk, whose columns begin at `first`: `sums` [kNarrowChunk], which are changed, to row m of y.
-template <typename scalar_t>
+template <typename scalar_t, bool instruction = false>
 VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
   const int64_t width = std::min(kNarrowChunk, e.n - first);
-  const scalar_t* residual = e.residual ? static_cast<const scalar_t*>(e.residual) + m * e.n + first : nullptr;
-  const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
+  if (width == kNarrowChunk) return finish_whole_row<scalar_t, instruction>(e, m, first, sums);
   scalar_t* y = e.values ? nullptr : static_cast<scalar_t*>(e.y) + m * e.n + first;
   for (int64_t i = 0; i < width; i += kWide) {
-    const int64_t n = first + i;
-    Floats value = load_floats(sums + i);
-    if (e.weight_scale) value *= load_floats(e.weight_scale + n);
-    if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_floats(e.weight_sum + n));
-    if (e.bias) value += load_floats(e.bias + n);
-    value =
-        rough && e.activation == Activation::kGelu ? rough_gelu<kWide>(value) : activate<kWide>(e.activation, value);
-    if (e.layer_scale) value *= load_floats(e.layer_scale + n);
-    if (residual) value += load_floats(residual + i, width - i);
-    if (y) value = store_rounded(y + i, value, width - i);
-    if (e.values || e.stats) store<kWide>(sums + i, value);
+    Floats value[1];
+    finish_vectors<scalar_t>(e, m, first, i, sums, value);
+    if (y) value[0] = store_rounded(y + i, value[0], width - i);
+    store<kWide>(sums + i, value[0]);
   }
   const int64_t at = m * e.chunks() + first / kNarrowChunk;
   if (e.values) e.scales[at] = quantize_row(sums, width, e.values + m * e.n + first);
