@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.grids import thinned
 from helpers.scripts import ROOT, python
 
 from vitfast import testing
@@ -287,12 +288,16 @@ def test_public_names_resolve():
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [
-        ("vitfast.checkpoints", "vitfast.models.checkpoints"),
-        ("vitfast.embed", "vitfast.pipeline.embed"),
-        ("vitfast.embedding_folder", "vitfast.pipeline.parquet"),
-        ("vitfast.flash_attention", "vitfast.attention.flash_attn"),
-    ],
+    thinned(
+        [
+            ("vitfast.checkpoints", "vitfast.models.checkpoints"),
+            ("vitfast.embed", "vitfast.pipeline.embed"),
+            ("vitfast.embedding_folder", "vitfast.pipeline.parquet"),
+            ("vitfast.flash_attention", "vitfast.attention.flash_attn"),
+        ],
+        4,
+        unpack=True,
+    ),
 )
 def test_moved_modules_are_the_new_ones_and_say_so(old, new):
     code = (

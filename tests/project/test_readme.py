@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from helpers import peers
+from helpers.grids import thinned
 from helpers.peers import VIT, transformers_model
 from helpers.scripts import ROOT, python
 
@@ -74,10 +75,12 @@ assert len(trunk.blocks) == 2 and not trunk.refusal, trunk.refusal
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
-def test_the_environments_startup_file():
+@pytest.mark.parametrize(
+    "line", thinned(["import timm, torch, vitfast", "import torch, torchvision", "import torchvision, timm"], 3)
+)
+def test_the_environments_startup_file(line):
     """What the Makefile puts into its environment is enough for README's imports, in any order."""
-    for line in ("import timm, torch, vitfast", "import torch, torchvision", "import torchvision, timm"):
-        python(f"import sys; sys.path.append({str(STARTUP)!r}); import torchvision_beside_cpu_torch; {line}")
+    python(f"import sys; sys.path.append({str(STARTUP)!r}); import torchvision_beside_cpu_torch; {line}")
 
 
 def test_the_startup_file_waits():
