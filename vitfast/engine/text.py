@@ -139,7 +139,7 @@ class TextRunner:
             raise ValueError(f"labels must be a list of texts, got {labels!r}")
         if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
             raise ValueError(f"templates must be a list of texts with {{}} in them, got {templates!r}")
-        expected = [len(labels), len(templates), len(self.projection)]
+        expected = [len(labels), len(templates), self.tower.embedding_dim]
         if embeddings is not None and list(embeddings.shape) != expected:
             raise ValueError(f"embeddings must be {expected}, got {list(embeddings.shape)}")
         rows = []
