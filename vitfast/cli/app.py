@@ -341,12 +341,13 @@ def inspect(
         if model not in NAMED:
             near = did_you_mean(model, NAMED)
             raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}{near}")
-        from vitfast.benchmarks import predicted
+        from vitfast.benchmarks import predicted, published_figures
 
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
         predict.add_machine_code(answer.json)
         if native:
             native_code.add_native(answer.json, rows)
+        published_figures.add_errors(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 

@@ -119,11 +119,15 @@ def busy_at(epilogue: float, epilogue_shared: float, k: int, *, weight_shared: i
 
 def microseconds(row: Mapping[str, Any], dims: Mapping[str, int], chip: Mapping[str, Any], memory_us: float) -> float:
     """Of one launch of the kernel in `row`, for a product of M, N and K in `dims`; `chip` as `predict` has it."""
-    tiles = -(-dims["M"] // (CLUSTER * ROWS)) * -(-dims["N"] // COLUMNS)
-    rounds = -(-tiles // (chip["multiprocessors"] // CLUSTER))
+    rounds = -(-_tiles(dims) // (chip["multiprocessors"] // CLUSTER))
     products = 2 * ROWS * COLUMNS * dims["K"] / throughput.RATES[ARCH].product_flops
     clocks = rounds * products / busy_at(row["epilogue_clocks"], row["epilogue_shared_clocks"], dims["K"])
     return max(clocks / (chip["clock_ghz"] * 1e3 * SUSTAINED_CLOCK), memory_us) + LAUNCH_US
+
+
+def _tiles(dims: Mapping[str, int]) -> int:
+    """Of clusters."""
+    return -(-dims["M"] // (CLUSTER * ROWS)) * -(-dims["N"] // COLUMNS)
 
 
 def add_native(prediction: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -135,7 +139,7 @@ def add_native(prediction: dict[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     total = 0.0
     for row in prediction["launches"]:
         dims = row["dims"]
-        if row["op"] == "linear" and dims["M"] >= CLUSTER * ROWS * prediction["chip"]["multiprocessors"]:
+        if row["op"] == "linear" and _tiles(dims) * CLUSTER >= prediction["chip"]["multiprocessors"]:
             name = {"norm gelu": "norm_gelu", "residual stats": "residual_stats"}.get(dims["epilogue"], "norm")
             row["native_us"] = microseconds(made[name], dims, prediction["chip"], row["memory_us"])
         total += row["count"] * (row.get("native_us") or row.get("code_us") or row["time_us"])

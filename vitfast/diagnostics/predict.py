@@ -218,6 +218,16 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
             f"predicted with the CUDA linear for its products: {native['time_us'] / 1e3:.2f} ms, "
             f"{native['images_per_s']:,.0f} img/s"
         )
+    if errors := prediction.get("errors"):
+        spread = {
+            name: f"{e['median']:.2f} ({e['p10']:.2f} to {e['p90']:.2f})"
+            for name in ("flat", "code")
+            if (e := errors[name])
+        }
+        lines.append(
+            f"error of the models, predicted over measured (by others, cuBLAS, {errors['band']}; median, p10 to p90): "
+            f"flat {spread['flat']}, by code {spread['code']}"
+        )
     if "measured_images_per_s" in prediction:
         lines.append(
             f"measured: {prediction['measured_images_per_s']:,.0f} img/s ({prediction['measured_in']}), "
