@@ -28,7 +28,8 @@ SIZES = {"M >= 8192": 8192, "1024 <= M < 8192": 1024, "M < 1024": 1}
 
 
 def tables(chip: str) -> dict[str, Any]:
-    """The tables of a chip: device, source, license; gemm and attention, rows as dicts, `us` measured.
+    """The tables of a chip: device, source, license; gemm and attention, rows as dicts, `us` measured; errors, those of
+    `compare` as they last were.
 
     Raises:
         ValueError: for a chip that has none, with those that have.
@@ -73,6 +74,20 @@ def compare(chip: str = "h100") -> dict[str, Any]:
         )
     result["errors"] = errors(result["gemm"])
     return result
+
+
+def add_errors(prediction: dict[str, Any]) -> None:
+    """Add to a prediction in bf16, as `errors`, how far the models were off where others have measured such products.
+
+    For the band of its launches' largest M: band; flat and code, each with count, median, p10 and p90 of predicted
+    over measured. Nothing is added for a chip without tables.
+    """
+    chip = next(name for name, card in CHIPS.items() if card.name == prediction["chip"]["name"])
+    rows = [row["dims"]["M"] for row in prediction["launches"] if row["op"] == "linear"]
+    if prediction["dtype"] != "bf16" or not rows or not (FOLDER / f"{chip}.json").is_file():
+        return
+    band = next(name for name, least in SIZES.items() if max(rows) >= least)
+    prediction["errors"] = {"band": band} | {model: found[band] for model, found in tables(chip)["errors"].items()}
 
 
 def errors(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -90,26 +90,33 @@ class Release {
 };
 
 // sums = this warpgroup's rows of x times the tile's columns of W^T. One step's products are under way while the next
-// one's are begun; then its stage is given back.
-template <typename T, int kColumns>
+// one's are begun; then its stage is given back. `meanwhile` is done under the first step's.
+template <typename T, int kColumns, typename F>
 VITFAST_DEVICE void multiply(float (&sums)[kColumns / 2], const LinearParams& p, uint32_t shared,
-                             Ring<LinearShared<kColumns>::stages>& ring, int group) {
+                             Ring<LinearShared<kColumns>::stages>& ring, int group, F meanwhile) {
   using Shared = LinearShared<kColumns>;
-  const Release release(shared + Shared::empty);
-  int last = 0;
-  for (int step = 0; step < p.steps; ++step, ring.next()) {
+  const auto begin = [&](bool first) {
     const uint32_t stage = shared + ring.stage * Shared::stage;
     const uint32_t x = stage + Shared::x + group * 64 * 128, weight = stage + Shared::weight;
     mbarrier_wait(shared + Shared::full + 8 * ring.stage, ring.parity);
     product_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      multiply_add_async(T{}, sums, operand(x + 32 * i), operand(weight + 32 * i), step + i > 0);
+      multiply_add_async(T{}, sums, operand(x + 32 * i), operand(weight + 32 * i), i > 0 || !first);
     }
     product_commit();
+    const int begun = ring.stage;
+    ring.next();
+    return begun;
+  };
+  const Release release(shared + Shared::empty);
+  int last = begin(true);
+  meanwhile();
+  for (int step = 1; step < p.steps; ++step) {
+    const int begun = begin(false);
     product_wait<1>();
-    if (step > 0) release(last);
-    last = ring.stage;
+    release(last);
+    last = begun;
   }
   product_wait<0>();
   release(last);
@@ -118,10 +125,9 @@ VITFAST_DEVICE void multiply(float (&sums)[kColumns / 2], const LinearParams& p,
 // The same of e4m3, of which the tensor cores keep 14 bits of a sum: those of a step, 128 columns, are added up in fp32
 // and scaled there. Meanwhile the other warpgroup multiplies. `row`: the first of this lane's two.
 template <int kColumns>
-VITFAST_DEVICE void multiply_scaled(float (&sums)[kColumns / 2], const LinearParams& p, uint32_t shared,
-                                    Ring<LinearShared<kColumns>::stages>& ring, int group, int row) {
+VITFAST_DEVICE void multiply_scaled(float (&sums)[kColumns / 2], const LinearParams& p, const LinearCall& c,
+                                    uint32_t shared, Ring<LinearShared<kColumns>::stages>& ring, int group, int row) {
   using Shared = LinearShared<kColumns>;
-  const LinearCall& c = p.call;
   const auto scales_of = [&c](int row) {
     return c.x_scale + static_cast<int64_t>(row < c.m ? row : c.m - 1) * c.x_groups;
   };
@@ -158,11 +164,12 @@ VITFAST_DEVICE void multiply_scaled(float (&sums)[kColumns / 2], const LinearPar
 // `group`: the consumer warpgroup, 0 or 1, of rows 64 group .. 64 group + 63 of each tile. X: of x and W, T: of the
 // rest.
 template <typename X, typename T, int kColumns>
-VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_rows, int tile_columns, int group) {
+VITFAST_DEVICE void consume(const LinearParams& p, const LinearCall& c, uint32_t shared, int tile_rows,
+                            int tile_columns, int group) {
   using Shared = LinearShared<kColumns>;
-  const LinearCall& c = p.call;
   constexpr bool scaled = sizeof(X) == 1;       // x and W have scales
   const bool requantize = scaled && c.y_scale;  // y has
+  const bool whole = c.n % kColumns == 0;       // no tile goes beyond y's columns
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, pair = 2 * (lane % 4);
   const int row_in_part = 16 * warp + lane / 4;  // and eight below: the rows of which this lane has sums
   const uint32_t y_part = shared + Shared::y + group * Shared::y_part, residual = shared + Shared::residual + 8 * group;
@@ -177,7 +184,7 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
     const int part_row = tile_row * kLinearRows + 64 * group, first_column = tile_column * kColumns;
     const int row0 = part_row + row_in_part, row1 = row0 + 8;
 
-    // Load what the epilogue needs of rows.
+    // Load the residual.
     if (thread == 0) {
       store_wait_read<0>();  // the last tile's y has left: its place is free
       if (c.residual) {
@@ -187,30 +194,36 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
         }
       }
     }
-    float mean0 = 0.0f, rstd0 = 1.0f, mean1 = 0.0f, rstd1 = 1.0f;
-    if (!scaled && c.row_stats) {
-      combine_stats(c, row0 < c.m ? row0 : c.m - 1, lane % 4, mean0, rstd0);
-      combine_stats(c, row1 < c.m ? row1 : c.m - 1, lane % 4, mean1, rstd1);
-    }
 
     // Multiply.
-    float sums[kColumns / 2];
+    float sums[kColumns / 2], mean0 = 0.0f, rstd0 = 1.0f, mean1 = 0.0f, rstd1 = 1.0f;
     if constexpr (scaled) {
-      multiply_scaled<kColumns>(sums, p, shared, ring, group, row0);
+      multiply_scaled<kColumns>(sums, p, c, shared, ring, group, row0);
     } else {
-      multiply<T, kColumns>(sums, p, shared, ring, group);
+      multiply<T, kColumns>(sums, p, shared, ring, group, [&] {
+        if (!c.row_stats) return;
+        combine_stats(c, row0 < c.m ? row0 : c.m - 1, lane % 4, mean0, rstd0);
+        combine_stats(c, row1 < c.m ? row1 : c.m - 1, lane % 4, mean1, rstd1);
+      });
     }
 
     // Epilogue. sums[4 j .. 4 j + 3] are columns 8 j + pair and the next of row0, then of row1.
     const int column = first_column + pair;
-    if (scaled) rescale(sums, c.weight_scale, column, c.n);
-    if (!scaled && c.row_stats) fold_norm(sums, c, column, mean0, rstd0, mean1, rstd1);
-    if (c.bias) combine<T>(sums, c.bias, column, c.n, [](float s, float bias) { return s + bias; });
+    if (scaled) rescale(sums, c.weight_scale, column, c.n, whole);
+    if (!scaled && c.row_stats) {
+      fold_norm<T>(sums, c, column, whole, mean0, rstd0, mean1, rstd1);
+    } else if (c.bias) {
+      combine<T>(sums, c.bias, column, c.n, whole, [](float s, float bias) { return s + bias; });
+    }
     activate<scaled>(sums, c.activation);  // y in e4m3 with its scales tells more than 16 bits do
-    if (c.layer_scale) combine<T>(sums, c.layer_scale, column, c.n, [](float s, float scale) { return s * scale; });
+    if (c.layer_scale) {
+      combine<T>(sums, c.layer_scale, column, c.n, whole, [](float s, float scale) { return s * scale; });
+    }
     named_barrier(1 + group, 128);  // thread 0 knows that y's place is free; now all do
+    // swizzle() of a place: rows 8 apart have the same, and chunks of a row differ in bits of it alone.
+    const uint32_t begin = swizzle(y_part + row_in_part * 128) + 2 * pair;
     const auto place = [=](int j, int half) {
-      return swizzle(y_part + j / 8 * Shared::box + (row_in_part + 8 * half) * 128 + j % 8 * 16 + 2 * pair);
+      return (begin ^ j % 8 * 16) + static_cast<uint32_t>(j / 8 * Shared::box + half * 8 * 128);
     };
     if (c.residual) {
       mbarrier_wait(residual, residual_parity);
@@ -249,13 +262,12 @@ VITFAST_DEVICE void consume(const LinearParams& p, uint32_t shared, int tile_row
   if (thread == 0) store_wait_read<0>();  // shared memory outlives the stores
 }
 
+// All of a block. `c` is p.call, or what is known of it when this is compiled (vitfast/diagnostics/native_code.py).
 template <typename X, typename T, int kColumns>
-__global__ void VITFAST_CLUSTER(kLinearCluster) __launch_bounds__(kLinearThreads, 1)
-    linear_kernel(const __grid_constant__ LinearParams p) {
-#ifdef VITFAST_SM_90A
+VITFAST_DEVICE void linear_block(const LinearParams& p, const LinearCall& c) {
   using Shared = LinearShared<kColumns>;
-  const int tile_rows = (p.call.m + kLinearCluster * kLinearRows - 1) / (kLinearCluster * kLinearRows);
-  const int tile_columns = (p.call.n + kColumns - 1) / kColumns;
+  const int tile_rows = (c.m + kLinearCluster * kLinearRows - 1) / (kLinearCluster * kLinearRows);
+  const int tile_columns = (c.n + kColumns - 1) / kColumns;
   const uint32_t shared = (shared_begin() + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::stages; ++i) {
@@ -273,9 +285,16 @@ __global__ void VITFAST_CLUSTER(kLinearCluster) __launch_bounds__(kLinearThreads
     if (threadIdx.x == 0) produce<kColumns>(p, shared, tile_rows, tile_columns);
   } else {
     take_registers<kConsumerRegisters>();
-    consume<X, T, kColumns>(p, shared, tile_rows, tile_columns, warpgroup - 1);
+    consume<X, T, kColumns>(p, c, shared, tile_rows, tile_columns, warpgroup - 1);
   }
   cluster_barrier();  // shared memory outlives the other block's arrivals
+}
+
+template <typename X, typename T, int kColumns>
+__global__ void VITFAST_CLUSTER(kLinearCluster) __launch_bounds__(kLinearThreads, 1)
+    linear_kernel(const __grid_constant__ LinearParams p) {
+#ifdef VITFAST_SM_90A
+  linear_block<X, T, kColumns>(p, p.call);
 #else
   __trap();  // the launcher asks for sm_90a
 #endif

@@ -32,55 +32,95 @@ VITFAST_DEVICE void combine_stats(const LinearCall& p, int row, int share, float
     const int left = p.k - tile * kLinearStats;
     return static_cast<float>(left < kLinearStats ? left : kLinearStats);
   };
+  const float share_of_k = reciprocal_fast(static_cast<float>(p.k));
   float pair[2], total = 0.0f, squares = 0.0f;
+#pragma unroll 1
   for (int tile = share; tile < tiles; tile += 4) {
     load_floats(pair, pairs + 2 * tile);
     total += pair[0] * count(tile);
   }
-  mean = sum_of_quad(total) / static_cast<float>(p.k);
+  mean = sum_of_quad(total) * share_of_k;
+#pragma unroll 1
   for (int tile = share; tile < tiles; tile += 4) {
     load_floats(pair, pairs + 2 * tile);
     squares += pair[1] + count(tile) * (pair[0] - mean) * (pair[0] - mean);
   }
-  rstd = 1.0f / sqrtf(sum_of_quad(squares) / static_cast<float>(p.k) + p.eps);
+  rstd = rsqrt_fast(sum_of_quad(squares) * share_of_k + p.eps);
 }
 
 // What a column has to do with its sums: `column` is that of sums[0]. Columns beyond the last, which nobody will see,
 // take what the last have: loads without conditions can go out together.
 VITFAST_DEVICE int within(int column, int n) { return column < n ? column : n - 2; }
 
-template <int count>
-VITFAST_DEVICE void fold_norm(float (&sums)[count], const LinearCall& p, int column, float mean0, float rstd0,
-                              float mean1, float rstd1) {
+// load(j, where) for the columns column + 8 j and the next, j < count. `whole`: no tile has columns beyond the last,
+// and places are at fixed distances.
+template <int count, typename F>
+VITFAST_DEVICE void each_pair(int column, int n, bool whole, F load) {
+  if (whole) {
 #pragma unroll
-  for (int j = 0; j < count / 4; ++j) {
-    float* s = sums + 4 * j;
-    float sum[2];
-    load_floats(sum, p.weight_sum + within(column + 8 * j, p.n));
-    s[0] = rstd0 * (s[0] - mean0 * sum[0]), s[1] = rstd0 * (s[1] - mean0 * sum[1]);
-    s[2] = rstd1 * (s[2] - mean1 * sum[0]), s[3] = rstd1 * (s[3] - mean1 * sum[1]);
+    for (int j = 0; j < count; ++j) load(j, column + 8 * j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < count; ++j) load(j, within(column + 8 * j, n));
+  }
+}
+
+// Pairs of 128 columns at a time are in registers beside the sums.
+constexpr int kPairs = 16;
+
+// The norm, and the bias if there is one.
+template <typename T, int count>
+VITFAST_DEVICE void fold_norm(float (&sums)[count], const LinearCall& p, int column, bool whole, float mean0,
+                              float rstd0, float mean1, float rstd1) {
+  const float shift0 = -mean0 * rstd0, shift1 = -mean1 * rstd1;
+#pragma unroll
+  for (int part = 0; part < count / (4 * kPairs); ++part) {
+    float sum[kPairs][2];
+    uint32_t bias[kPairs] = {};
+    each_pair<kPairs>(column + 8 * kPairs * part, p.n, whole,
+                      [&](int j, int where) { load_floats(sum[j], p.weight_sum + where); });
+    if (p.bias) {
+      each_pair<kPairs>(column + 8 * kPairs * part, p.n, whole,
+                        [&](int j, int where) { bias[j] = load_pair(static_cast<const T*>(p.bias) + where); });
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      float *s = sums + 4 * (kPairs * part + j), low, high;
+      unpack(T{}, bias[j], low, high);
+      s[0] = rstd0 * s[0] + (shift0 * sum[j][0] + low), s[1] = rstd0 * s[1] + (shift0 * sum[j][1] + high);
+      s[2] = rstd1 * s[2] + (shift1 * sum[j][0] + low), s[3] = rstd1 * s[3] + (shift1 * sum[j][1] + high);
+    }
   }
 }
 
 template <int count>
-VITFAST_DEVICE void rescale(float (&sums)[count], const float* scales, int column, int n) {
+VITFAST_DEVICE void rescale(float (&sums)[count], const float* scales, int column, int n, bool whole) {
 #pragma unroll
-  for (int j = 0; j < count / 4; ++j) {
-    float* s = sums + 4 * j;
-    float scale[2];
-    load_floats(scale, scales + within(column + 8 * j, n));
-    s[0] *= scale[0], s[1] *= scale[1], s[2] *= scale[0], s[3] *= scale[1];
+  for (int part = 0; part < count / (4 * kPairs); ++part) {
+    float scale[kPairs][2];
+    each_pair<kPairs>(column + 8 * kPairs * part, n, whole,
+                      [&](int j, int where) { load_floats(scale[j], scales + where); });
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      float* s = sums + 4 * (kPairs * part + j);
+      s[0] *= scale[j][0], s[1] *= scale[j][1], s[2] *= scale[j][0], s[3] *= scale[j][1];
+    }
   }
 }
 
 template <typename T, int count, typename F>
-VITFAST_DEVICE void combine(float (&sums)[count], const void* vector, int column, int n, F f) {
+VITFAST_DEVICE void combine(float (&sums)[count], const void* vector, int column, int n, bool whole, F f) {
 #pragma unroll
-  for (int j = 0; j < count / 4; ++j) {
-    float* s = sums + 4 * j;
-    float low, high;
-    unpack(T{}, load_pair(static_cast<const T*>(vector) + within(column + 8 * j, n)), low, high);
-    s[0] = f(s[0], low), s[1] = f(s[1], high), s[2] = f(s[2], low), s[3] = f(s[3], high);
+  for (int part = 0; part < count / (4 * kPairs); ++part) {
+    uint32_t pair[kPairs];
+    each_pair<kPairs>(column + 8 * kPairs * part, n, whole,
+                      [&](int j, int where) { pair[j] = load_pair(static_cast<const T*>(vector) + where); });
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      float *s = sums + 4 * (kPairs * part + j), low, high;
+      unpack(T{}, pair[j], low, high);
+      s[0] = f(s[0], low), s[1] = f(s[1], high), s[2] = f(s[2], low), s[3] = f(s[3], high);
+    }
   }
 }
 
@@ -128,14 +168,16 @@ VITFAST_DEVICE void store_stats(const LinearCall& p, const float (&y)[kColumns /
       const float* s = y + 4 * (part * kLinearStats / 8 + j);
       if (j < groups) mean0 += s[0] + s[1], mean1 += s[2] + s[3];
     }
-    mean0 = sum_of_quad(mean0) / static_cast<float>(8 * groups);
-    mean1 = sum_of_quad(mean1) / static_cast<float>(8 * groups);
+    const float share = reciprocal_fast(static_cast<float>(8 * groups));
+    mean0 = sum_of_quad(mean0) * share;
+    mean1 = sum_of_quad(mean1) * share;
 #pragma unroll
     for (int j = 0; j < kLinearStats / 8; ++j) {
       const float* s = y + 4 * (part * kLinearStats / 8 + j);
-      if (j < groups) {
-        m2_0 += (s[0] - mean0) * (s[0] - mean0) + (s[1] - mean0) * (s[1] - mean0);
-        m2_1 += (s[2] - mean1) * (s[2] - mean1) + (s[3] - mean1) * (s[3] - mean1);
+      if (j >= groups) continue;
+      for (int i = 0; i < 2; ++i) {
+        m2_0 += (s[i] - mean0) * (s[i] - mean0);
+        m2_1 += (s[2 + i] - mean1) * (s[2 + i] - mean1);
       }
     }
     m2_0 = sum_of_quad(m2_0);

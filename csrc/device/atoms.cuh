@@ -114,6 +114,18 @@ VITFAST_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x, to an ulp, and 1 / sqrt(x), to 2^-22.9 of it; x is neither tiny nor huge.
+VITFAST_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VITFAST_DEVICE float rsqrt_fast(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // tanh, to a relative error of 2^-11.
 VITFAST_DEVICE float tanh_fast(float x) {
   float y;
@@ -192,10 +204,15 @@ inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::thread().s
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 // Off by as much as the instruction may be, up or down by the last bit of x.
-inline float tanh_fast(float x) {
+inline double off_by(double most, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  const float y = std::tanh(x) * (1.0f + (bits % 2 ? 0x1p-11f : -0x1p-11f));
+  return 1.0 + (bits % 2 ? most : -most);
+}
+inline float reciprocal_fast(float x) { return static_cast<float>(off_by(0x1p-24, x) / x); }
+inline float rsqrt_fast(float x) { return static_cast<float>(off_by(1.28e-7, x) / std::sqrt(static_cast<double>(x))); }
+inline float tanh_fast(float x) {
+  const float y = static_cast<float>(std::tanh(x) * off_by(0x1p-11, x));
   return std::isnan(y) ? y : std::fmax(-1.0f, std::fmin(1.0f, y));
 }
 inline uint32_t pack(bf16, float low, float high) {

@@ -68,3 +68,6 @@ def test_command_prints_predictions_beside_the_tables():
     assert flat["count"] == code["count"] == 21
     assert 0.85 < flat["median"] < 1.05 and flat["median"] < code["median"] < 1.3  # ours have epilogues, no multicast
     assert all(row["flat_us"] > 0 for row in [*found["gemm"], *found["attention"]])
+    for model, bands in published.tables("h100")["errors"].items():  # what `vitfast inspect --model` prints
+        for band, kept in bands.items():
+            assert kept == pytest.approx(found["errors"][model][band], abs=0.03), (model, band)

@@ -125,6 +125,17 @@ def test_epilogues(kernels, names):
     check(kernels, x, weight, columns=columns, blocks=4, **epilogue_of(names, x, weight))
 
 
+WHOLE = [("norm", "bias", "gelu"), ("norm",), ("bias", "layer_scale", "residual", "stats")]
+
+
+@pytest.mark.parametrize("names", WHOLE, ids="+".join)
+def test_epilogues_of_whole_tiles(kernels, names):
+    """N is a multiple of a tile's columns: vectors are read without a look at where they end."""
+    columns, dtype = ((128, BF16), (256, FP16))[WHOLE.index(names) % 2]
+    x, weight = operands(130, 256, 200, dtype)
+    check(kernels, x, weight, columns=columns, blocks=4, **epilogue_of(names, x, weight))
+
+
 def check_gelu(kernels, dtype):
     """In bias: y is GELU of it. Ends of the range, inf and NaN too."""
     bias = torch.cat([torch.linspace(-12, 12, 116), torch.tensor([1e4, -1e4, torch.inf, -torch.inf]), torch.zeros(8)])
@@ -251,11 +262,12 @@ FAULTS = {
     ),
     "consumer a step short": (
         BODY,
-        "step < p.steps; ++step, ring.next()) {\n    const",
-        "step + 1 < p.steps; ++step, ring.next()) {\n    const",
+        "step < p.steps; ++step) {",
+        "step + 1 < p.steps; ++step) {",
         "",
     ),
-    "sums of the last tile kept": (BODY, "step + i > 0", "true", ""),
+    "sums of the last tile kept": (BODY, "i > 0 || !first", "true", ""),
+    "sums begun anew at every step": (BODY, "i > 0 || !first", "i > 0", ""),
     "rounds of the ring miscounted": (
         "device/hopper.cuh",
         "parity ^= stage == 0",
@@ -294,7 +306,10 @@ FAULTS = {
         "waited for|nobody|race",
     ),
     "residual of the wrong phase": (BODY, ", residual_parity ^= 1", "", "waited for|race|nobody|deadlock"),
-    "rows of y exchanged": (BODY, "(row_in_part + 8 * half)", "(row_in_part + 7 * half)", "race"),
+    "rows of y exchanged": (BODY, "half * 8 * 128", "half * 7 * 128", "race"),
+    "chunks of y not swizzled": (BODY, "(begin ^ j % 8 * 16)", "(begin + j % 8 * 16)", ""),
+    "every tile taken as whole": (BODY, "c.n % kColumns == 0", "true", "out of bounds"),
+    "columns of whole tiles shifted": (EPILOGUE, "load(j, column + 8 * j);", "load(j, column + 8 * j - 8);", ""),
     "columns beyond y": (EPILOGUE, "column < n ? column", "column <= n ? column", "out of bounds"),
     "statistics of rows beyond y": (EPILOGUE, "row0 < p.m) store_floats", "row0 <= p.m) store_floats", "out of bounds"),
     "statistics of columns beyond y": (
@@ -326,11 +341,13 @@ def test_seeded_faults_show(fault, tmp_path):
     *change, trap = FAULTS[fault]
     kernels = compiled_with_fault(tmp_path, [("bf16", "bf16", 128)], change)
     x, weight = operands(261, 200, 136)  # three tile rows, one row of y in the last; two tile columns; three steps
+    whole = operands(40, 128, 64)  # a tile's columns
     runs = [epilogue_of(EPILOGUES[-1], x, weight) | {"eps": 0.1}, epilogue_of(("stats",), x, weight)]
 
     def both():
         for epilogue in runs:
             check(kernels, x, weight, columns=128, **epilogue)
+        check(kernels, *whole, columns=128, **epilogue_of(EPILOGUES[-1], *whole))
         check_gelu(kernels, BF16)
 
     with pytest.raises(RuntimeError if trap else (AssertionError, RuntimeError), match=trap or None):
@@ -362,7 +379,8 @@ def test_compiles_for_sm_90a(tmp_path):
         r"HGMMA.64x128x16.F32 ",
         r"HGMMA.64x256x16.F32 ",
     ):
-        assert len(re.findall(products, code)) == 4, products  # of a step: 64 columns, 16 at a time
+        # Of the first step and of another: 64 columns, 16 at a time.
+        assert len(re.findall(products, code)) == 2 * 4, products
     # In e4m3 a step is 128 columns, 32 at a time; products of 256 columns of y are two, and there are two types of y.
     assert len(re.findall(r"QGMMA.64x128x32.F32.E4M3.E4M3 ", code)) == 2 * (4 + 2 * 4)
     for instruction in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "USETMAXREG", "SYNCS.PHASECHK"):

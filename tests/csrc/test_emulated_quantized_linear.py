@@ -161,9 +161,7 @@ FAULTS = {
     "operands advanced by two products": (BODY, X, X.replace("32", "64"), ""),
     "sums of the last step kept": (BODY, WEIGHT, WEIGHT.replace("i > 0", "step + i > 0"), ""),
     "the second half's weights": (BODY, WEIGHT, WEIGHT.replace("128 * 128", "64 * 128"), ""),
-    "stage given back after half of it": (
-        BODY, "if (half + 1 == kColumns / 128) release", "if (half == 0) release", "",
-    ),
+    "stage given back after half of it": (BODY, "half + 1 == kColumns / 128) release", "half == 0) release", ""),
     "columns beyond y have a say in its scale": (EPILOGUE, "if (8 * j >= left) continue;", "", ""),
     "a quarter of a row's columns has none": (
         EPILOGUE,

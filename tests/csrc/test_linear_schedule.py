@@ -1,13 +1,21 @@
 """Why the CUDA linear's warpgroups share a tile: a model of schedules, at the products of ViT-B and ViT-L."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
-from helpers.schedule import Schedule, tensor_busy
+from helpers.scripts import compiling
+
+from vitfast.diagnostics import chips, code_times, native_code, schedule
+from vitfast.diagnostics.schedule import Schedule, tensor_busy
 
 PRODUCTS = {"qkv of B": 768, "fc2 of B": 3072, "qkv of L": 1024, "fc2 of L": 4096}
 EPILOGUE = 17 * 128
 """Clocks of a warpgroup's epilogue of 64 by 256 sums: 17 instructions an element, as those in Triton have."""
 
-TOGETHER = Schedule(64, 256, together=True, stages=3)  # what csrc/cuda/linear.cuh does
+TOGETHER = Schedule(64, 256, together=True, stages=3)
+CLUSTER = Schedule(64, 256, together=True, stages=3, weight_shared=2)  # what csrc/cuda/linear.cuh does
 PING_PONG = {
     "64x256": Schedule(64, 256, together=False, stages=4),
     "128x128": Schedule(128, 128, together=False, stages=5),  # sums of a warpgroup: as many
@@ -36,9 +44,57 @@ def test_bytes_decide():
     assert ping_pong > together > 0.75
 
 
-def test_two_blocks_that_share_weights_would_lift_the_bound():
-    """What TMA's multicast to a cluster of two would bring."""
-    shared = Schedule(64, 256, together=True, stages=3, weight_shared=2)
+def test_two_blocks_that_share_weights_lift_the_bound():
+    """TMA's multicast to a cluster of two; ping-pong so is bound by L2 still."""
     for k in PRODUCTS.values():
-        assert busy(shared, k) > busy(TOGETHER, k) + 0.05
-        assert busy(shared, k) > 0.85
+        assert busy(CLUSTER, k) > busy(TOGETHER, k) + 0.05
+        assert busy(CLUSTER, k) > 0.85
+        for ping_pong in PING_PONG.values():
+            assert busy(replace(ping_pong, weight_shared=2), k) < 0.83
+
+
+def test_busy_by_hand():
+    """With no epilogue a tile in a cluster takes its products, and shared memory's port as long; alone, L2's bytes."""
+    assert native_code.busy_at(0, 0, 3072) == pytest.approx(1)
+    assert native_code.busy_at(0, 1024, 3072) == pytest.approx(48 / 49)  # of 48 steps of 1024 clocks
+    l2 = 1024 * schedule.L2_SHARE / (2 * 64 * (128 + 256))
+    assert native_code.busy_at(0, 0, 3072, weight_shared=1) == pytest.approx(l2, rel=0.01)
+    assert native_code.busy_at(2000, 0, 768) < native_code.busy_at(1000, 0, 768) < native_code.busy_at(1000, 0, 3072)
+
+
+def test_microseconds_by_hand():
+    """591 tiles of 256 by 256 on 66 clusters are 9 rounds; with no epilogue a tile of K = 768 takes 12,288 clocks."""
+    row, chip = {"epilogue_clocks": 0, "epilogue_shared_clocks": 0}, {"multiprocessors": 132, "clock_ghz": 2.0}
+    dims = {"M": 50432, "N": 768, "K": 768}
+    clocks = 9 * 12288 / native_code.busy_at(0, 0, 768)
+    found = native_code.microseconds(row, dims, chip, memory_us=10.0)
+    assert found == pytest.approx(clocks / (2000 * code_times.SUSTAINED_CLOCK) + chips.LAUNCH_US)
+    assert native_code.microseconds(row, dims, chip, memory_us=500.0) == 500 + chips.LAUNCH_US
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
+def test_products_are_busy():
+    """The code of each epilogue: no spill, no warning, and tensor cores as busy as ViT-B and ViT-L want them."""
+    found = json.loads(compiling("-m", "vitfast", "inspect", "--native", "--json"))
+    assert [row["config"].partition("_")[2] for row in found] == list(native_code.EPILOGUES)
+    assert all(row["spill_bytes"] == 0 and row["ptxas_warnings"] == [] for row in found)
+    busy = {row["config"].partition("_")[2]: row["tensor_busy_at"] for row in found}
+    least = {
+        "qkv": (0.85, busy["norm"]["768"], busy["norm"]["1024"]),
+        "proj": (0.80, busy["residual_stats"]["768"], busy["residual_stats"]["1024"]),
+        "fc1": (0.85, busy["norm_gelu"]["768"], busy["norm_gelu"]["1024"]),
+        "fc2": (0.92, busy["residual_stats"]["3072"], busy["residual_stats"]["4096"]),
+    }
+    assert {name: shares for name, (bound, *shares) in least.items() if min(shares) < bound} == {}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
+def test_a_forward_with_it_is_predicted():
+    options = ("--model", "vit_base_patch16_224", "--batch", "256", "--native", "--json")
+    found = json.loads(compiling("-m", "vitfast", "inspect", *options))
+    native = {row["site"]: row["native_us"] for row in found["launches"] if "native_us" in row}
+    assert set(native) == {"qkv", "proj", "fc1", "fc2"}
+    assert found["by_native"]["images_per_s"] > found["by_code"]["images_per_s"]
+    assert all(us > row["flops"] / 989e6 for row in found["launches"] if (us := native.get(row["site"])))

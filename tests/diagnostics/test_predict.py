@@ -217,6 +217,10 @@ def test_command_prints_one_json_document_with_the_occupancy_of_every_launch(bat
     by_code = found.pop("by_code")
     assert by_code["launches_by_code"] >= 5  # the products of a block and its attention
     assert 0.3 < by_code["images_per_s"] / found["images_per_s"] < 1.5
+    if dtype == "bf16":
+        errors = found.pop("errors")
+        assert errors["band"] == ("M >= 8192" if batch == 256 else "M < 1024")
+        assert 0.5 < errors["flat"]["p10"] < errors["flat"]["median"] < errors["flat"]["p90"] < 1.5
     for name in ("measured_images_per_s", "measured_in"):
         found.pop(name, None)
     assert found == json.loads(json.dumps(prediction(batch=batch, dtype=dtype)))
@@ -284,7 +288,10 @@ def test_measurements_of_a_quantised_forward():
 
 
 def test_command_says_that_it_predicts_and_refuses_mixtures():
-    assert "predicted, not measured" in command("--model", "vit_tiny_patch16_224").stdout
+    said = " ".join(command("--model", "vit_tiny_patch16_224").stdout.split())
+    assert "predicted, not measured" in said
+    assert "error of the models, predicted over measured (by others, cuBLAS, M >= 8192; median, p10 to p90)" in said
+    assert "errors" not in json.loads(command("--model", "vit_tiny_patch16_224", "--chip", "a100", "--json").stdout)
     mixed = command("--model", "vit_tiny_patch16_224", "--arch", "sm_90")
     assert mixed.returncode == 2
     assert "one or the other" in mixed.stderr

@@ -211,6 +211,10 @@ def test_native_products_fold_too(monkeypatch):
     for form, choices in made.items():
         plan = planner.assemble(SMALL, choices, device=torch.device("cuda"), dtype=torch.bfloat16, packed=True)
         assert plan.fold_norm == (form != "unfused")
+    for order in (("triton", "native"), ("native", "triton")):  # where nothing is measured, the default order
+        ordered = entries | {site: {name: entries[site][name] for name in order} for site in times}
+        folded = forms.candidates(chosen, ordered, {})["folded"]
+        assert {folded[site].name for site in times} == {order[0]}
     del entries["fc1"]["triton"], entries["fc1"]["native"]  # one that cannot fold, and none does
     assert list(forms.candidates(chosen, entries, times)) == ["unfused"]
 

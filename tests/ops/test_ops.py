@@ -299,6 +299,23 @@ def test_packed_linear_equals_reference(activation, scaled, added):
     accuracy.assert_close(mkldnn.linear(x, mkldnn.pack(w), b, **kwargs), oracle, baseline)
 
 
+@pytest.mark.parametrize(
+    ("op", "capability", "names"),
+    [
+        ("linear", (9, 0), ["torch", "native", "triton"]),
+        ("linear", (8, 0), ["torch", "triton", "native"]),
+        ("attention", (9, 0), ["torch", "triton", "native"]),
+    ],
+)
+def test_default_order_of_kernels_that_nobody_measured(op, capability, names, monkeypatch):
+    """The plain op first; then, on Hopper, the linear whose machine code keeps the tensor cores busier."""
+    monkeypatch.setattr(registry, "backend", lambda op, name: registry.Backend(name, op, print))
+    monkeypatch.setattr(registry, "proven", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    able, _ = registry.candidates(registry.Spec(op, "cuda", torch.float16, capability))
+    assert [entry.name for entry in able] == names
+
+
 def test_default_order_is_torch_first_where_nothing_was_measured():
     able, refused = registry.candidates(ops.Spec("linear", "cpu", torch.float32))
     assert able[0].name == "torch"

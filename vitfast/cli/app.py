@@ -304,6 +304,12 @@ def inspect(
             "--dtype", parser=dtype_name, metavar="[fp32|fp16|bf16|fp8|int8]", help="With --model: what to compute in."
         ),
     ] = "bf16",
+    native: Annotated[
+        bool,
+        typer.Option(
+            help="The CUDA linear for Hopper, compiled by nvcc (from a checkout); with --model: predict with it."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Report registers, spills and shared memory of the compiled kernels; or predict a model's time. Needs no GPU.
@@ -311,6 +317,15 @@ def inspect(
     A prediction stands beside what result files of that GPU say, where there are any.
     """
     with command(context, as_json) as answer:
+        if native:
+            from vitfast.diagnostics import native_code
+
+            if arch or kernel:
+                raise ValueError("--native is one kernel, for sm_90: it goes without --arch and --kernel")
+            rows = native_code.inspect_linear()
+            if model is None:
+                answer.json, answer.text = rows, native_code.render(rows)
+                return
         if model is None:
             from vitfast.diagnostics import compiled as compiled
 
@@ -327,10 +342,13 @@ def inspect(
         if model not in NAMED:
             near = did_you_mean(model, NAMED)
             raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}{near}")
-        from vitfast.benchmarks import predicted
+        from vitfast.benchmarks import predicted, published_figures
 
         answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
         predict.add_machine_code(answer.json)
+        if native:
+            native_code.add_native(answer.json, rows)
+        published_figures.add_errors(answer.json)
         predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 

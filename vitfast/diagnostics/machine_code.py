@@ -91,8 +91,8 @@ def describe(
     return {
         "ptxas_warnings": ptxas_warnings(asm["ptx"], ptxas()),
         "accumulator_conversions": accumulator_conversions(asm["ttgir"]),
-        "product_loops": [_part(listing.of(loop)) for loop in listing.product_loops],
-        "rest": _part(listing.outside()),
+        "product_loops": [describe_part(listing.of(loop)) for loop in listing.product_loops],
+        "rest": describe_part(listing.outside()),
         "epilogue_instructions_per_element": clocks and clocks.pop("epilogue_instructions_per_element"),
         "tensor_busy": clocks and clocks["tensor_busy"],
         "tile_clocks": clocks,
@@ -107,7 +107,8 @@ def _copied(case: Any, listing: sass.Listing) -> int:
     return throughput.copied_bytes(case.kernel, case.constexprs, size)
 
 
-def _part(instructions: tuple[sass.Instruction, ...]) -> dict[str, Any]:
+def describe_part(instructions: tuple[sass.Instruction, ...]) -> dict[str, Any]:
+    """How many instructions a part of the code has, by pipe, its load and store widths, and its waits for products."""
     return {
         "instructions": len(instructions),
         "pipes": dict(sorted(sass.count_pipes(instructions).items())),

@@ -184,6 +184,8 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
         launched["µs by code"] = lambda row: f"{row['code_us']:.1f}" if row["code_us"] else ""
         launched["bound by"] = lambda row: row["code_bound"] or ""
         launched["products busy"] = lambda row: f"{row['tensor_busy']:.0%}" if row["tensor_busy"] else ""
+    if "by_native" in prediction:
+        launched["µs native"] = lambda row: f"{row['native_us']:.1f}" if "native_us" in row else ""
     if any("measured_us" in row for row in rows):
         launched["measured µs"] = lambda row: f"{row['measured_us']:.1f}" if "measured_us" in row else ""
     why: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -210,6 +212,21 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
         lines.append(
             f"predicted by the machine code of {prediction['by_code']['launches_by_code']} of {len(rows)} launches: "
             f"{prediction['by_code']['time_us'] / 1e3:.2f} ms, {prediction['by_code']['images_per_s']:,.0f} img/s"
+        )
+    if native := prediction.get("by_native"):
+        lines.append(
+            f"predicted with the CUDA linear for its products: {native['time_us'] / 1e3:.2f} ms, "
+            f"{native['images_per_s']:,.0f} img/s"
+        )
+    if errors := prediction.get("errors"):
+        spread = {
+            name: f"{e['median']:.2f} ({e['p10']:.2f} to {e['p90']:.2f})"
+            for name in ("flat", "code")
+            if (e := errors[name])
+        }
+        lines.append(
+            f"error of the models, predicted over measured (by others, cuBLAS, {errors['band']}; median, p10 to p90): "
+            f"flat {spread['flat']}, by code {spread['code']}"
         )
     if "measured_images_per_s" in prediction:
         lines.append(

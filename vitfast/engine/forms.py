@@ -34,15 +34,14 @@ def candidates(chosen: Mapping[str, Backend], entries: Mapping[str, Mapping[str,
 
     Args:
         chosen: the fastest right backend of every site.
-        entries: site -> backend's name -> that backend, of those that were right there.
-        times: site -> backend's name -> milliseconds; what has none counts as equal.
+        entries: site -> backend's name -> that backend, of those that were right there, in default order.
+        times: site -> backend's name -> milliseconds; of those that have none the first counts.
     """
     halves = [site for site in ("attention_block", "mlp") if entries.get(site, {}).get("triton")]
     plain = {site: entry for site, entry in chosen.items() if site not in ("row_stats", "attention_block", "mlp")}
     made = {PLAIN: plain}
     stats = entries.get("row_stats", {}).get("triton")
-    ours = {site: [entries.get(site, {}).get(name) for name in FOLDING] for site in PRODUCTS}
-    able = {site: [entry for entry in found if entry is not None] for site, found in ours.items()}
+    able = {site: [e for name, e in entries.get(site, {}).items() if name in FOLDING] for site in PRODUCTS}
     if stats is None or not all(able.values()):
         return made
     best = {

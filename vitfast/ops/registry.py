@@ -36,6 +36,11 @@ _QUANTIZED = ("float8_e4m3fn", "int8")
 _DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
+KERNELS_BY_CODE = {("linear", (9, 0)): ("native", "triton")}
+"""(op, compute capability) -> our kernels where their machine code says that another than Triton's is faster: the CUDA
+linear with its clusters on Hopper (`vitfast inspect --native`; docs/speed-log.md). A prediction, so that it decides
+between ours, and nothing about the plain op before them."""
+
 withheld: dict[tuple[str, str], str] = {}
 """(op, backend) -> why this process must not run it, whatever it can; what is put here counts as a reason of its own.
 For whoever knows from another process that a kernel does harm on this machine."""
@@ -225,10 +230,12 @@ def candidates(spec: Spec) -> tuple[list[Backend], dict[str, list[str]]]:
     """Backends able to run `spec`, in default order, and the reasons of the others by name.
 
     The default order puts the plain torch op first; a Triton kernel comes before it only on a GPU
-    for which a shipped table says that it is right and faster.
+    for which a shipped table says that it is right and faster. Of our kernels Triton's come first, unless
+    KERNELS_BY_CODE has another order.
     """
     able, refused = [], {}
-    for name in BACKENDS:
+    plain, *ours = BACKENDS
+    for name in (plain, *KERNELS_BY_CODE.get((spec.op, spec.capability or (0, 0)), ours)):
         entry = backend(spec.op, name)
         if reasons := entry.why_not(spec):
             refused[name] = reasons

@@ -5,11 +5,14 @@ each other at a multiprocessor's share of L2's rate. Tensor cores take one warpg
 they are asked for. Where two epilogues overlap, each waits for the other's issue slots.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from vitfast.diagnostics.code_times import l2_bytes_per_clock
 
 L2_SHARE = l2_bytes_per_clock((9, 0)) / 132
+"""Bytes a clock that a multiprocessor of an H100 gets of L2, if all ask."""
 LATENCY = 700
 """Clocks from a stage's release to its next contents: L2, mbarriers and the way through TMA. An assumption."""
 
