@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,6 +38,43 @@ class HeldEngine(FakeEngine):
         if self.seconds:
             time.sleep(self.seconds)
         return super().__call__(images, preprocessed=preprocessed)
+
+
+class TextEngine(FakeEngine):
+    """A fake that knows texts, too: it embeds one as its letters, and gives features of two by two patches."""
+
+    preprocess = PREPROCESS
+
+    @property
+    def config(self):
+        config = super().config
+        config.grid = lambda size: (2, 2)
+        return config
+
+    def __call__(self, images, *, preprocessed, layers=(), reshape=False):
+        output = super().__call__(images, preprocessed=preprocessed)
+        if layers:
+            output.layers = (output.embedding[:, :, None, None].expand(-1, -1, 2, 2),)
+        return output
+
+    def text(self, texts):
+        return torch.tensor([[float(text.encode().count(letter)) for letter in b"abcd"] for text in texts])
+
+    def zero_shot(self, labels, templates, embeddings):
+        scores = torch.nn.functional.normalize(embeddings.mean(1), dim=-1)
+        return SimpleZeroShot(labels, scores)
+
+
+@dataclass
+class SimpleZeroShot:
+    """What TextEngine makes of labels."""
+
+    labels: list[str]
+    weight: torch.Tensor
+    problem_type: str = "single_label_classification"
+
+    def __call__(self, embedding):
+        return embedding @ self.weight.T
 
 
 def png(seed: int = 0, height: int = 12, width: int = 16) -> bytes:

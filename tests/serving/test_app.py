@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import socket
 import struct
 import zlib
 
@@ -178,6 +179,20 @@ def test_the_page(server):
 )
 def test_what_is_no_picture(server, given, code):
     assert refused(post(server, input=given), 400) == code
+
+
+def test_nothing_is_ever_fetched(server, monkeypatch):
+    """Not by a URL in any place where one might stand, whatever it is that it names."""
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    for url in ("http://127.0.0.1:1/x.png", "http://169.254.169.254/latest", "ftp://h/x", "file:///etc/passwd"):
+        for given in (url, [url], {"url": url}, {"image_url": {"url": url}}, {"image": url}, f"data:{url},x"):
+            assert post(server, input=given).status_code == 400
+        assert server.post("/embeddings", files=files(url.encode())).status_code == 400
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{url}"/></svg>'.encode()
+        assert server.post("/embeddings", files=files(svg)).status_code == 400
+        for field in ("file", "text", "url"):
+            assert server.post("/embeddings", data={field: url}, files=files(png())).status_code == 400
 
 
 def test_the_bad_image_is_named(server):

@@ -160,6 +160,24 @@ def test_slow_senders_are_cut(sent, answer):
         assert received[9:12] == answer
 
 
+def test_a_body_that_drips_is_cut():
+    head = b"POST /embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+    with running({"fake": FakeEngine()}, Limits(body_timeout=0.3)) as (url, service):
+        host, port = url.removeprefix("http://").split(":")
+        started = time.monotonic()
+        with socket.create_connection((host, int(port)), timeout=20) as opened:
+            opened.sendall(head)
+            opened.settimeout(0.02)
+            received = b""
+            while not received and time.monotonic() < started + 20:
+                with contextlib.suppress(TimeoutError):
+                    opened.sendall(b" ")
+                    received = opened.recv(1000)
+        assert received[9:12] == b"408"
+        assert time.monotonic() - started < 10
+        wait_until(lambda: service.in_flight == service.budget.used == 0)
+
+
 SERVER = """
 import sys, time
 sys.path.insert(0, "tests")

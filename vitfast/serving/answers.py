@@ -22,19 +22,23 @@ def json_bytes(content: Any) -> bytes:
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
-def accepted(header: str) -> str:
+def accepted(header: str, *known: str) -> str:
     """Which of the formats an Accept header asks for; JSON where it leaves that open.
+
+    Args:
+        known: the formats there are; all three if none is given.
 
     Raises:
         Refusal: 406 if it allows none of them.
     """
+    known = known or (JSON, RAW, ARROW)
     kinds = [part.partition(";")[0].strip().lower() for part in header.split(",")]
     for kind in kinds:
-        if kind in (JSON, RAW, ARROW):
+        if kind in known:
             return kind
         if kind in ("", "*/*", "application/*"):
             return JSON
-    raise Refusal(406, f"answers come as {JSON}, {RAW} or {ARROW}", "not_acceptable")
+    raise Refusal(406, f"answers come as {' or '.join(known)}", "not_acceptable")
 
 
 def embeddings(rows: Sequence[Row], model: str, encoding: str) -> dict[str, Any]:
@@ -50,9 +54,23 @@ def embeddings(rows: Sequence[Row], model: str, encoding: str) -> dict[str, Any]
 
 
 def raw(rows: Sequence[Row]) -> tuple[bytes, dict[str, str]]:
-    """Little-endian float32 [N, E], row after row, and a header that says the shape."""
+    """Little-endian float32 [N, E] or [N, rows, columns, C], one after another, and a header that says the shape."""
     matrix = np.stack([row.embedding for row in rows]).astype("<f4")
     return matrix.tobytes(), {"X-Shape": ",".join(map(str, matrix.shape)), "X-Dtype": "float32"}
+
+
+def dense(rows: Sequence[Row], model: str) -> dict[str, Any]:
+    """Features of patches: their shape, and little-endian float32 in base64."""
+    data = [
+        {
+            "object": "features",
+            "index": i,
+            "shape": list(row.embedding.shape),
+            "features": base64.b64encode(row.embedding.astype("<f4").tobytes()).decode(),
+        }
+        for i, row in enumerate(rows)
+    ]
+    return {"object": "list", "data": data, "model": model}
 
 
 def arrow(rows: Sequence[Row]) -> bytes:

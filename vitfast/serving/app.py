@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/patches.js": ("patches.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
 """Path -> the file of page/ that it is, and its media type."""
@@ -61,6 +62,7 @@ def create_app(service: Service) -> Gate:
         "/embeddings": endpoints.embeddings,
         "/classify": endpoints.classify,
         "/similarity": endpoints.similarity,
+        "/dense": endpoints.dense,
     }
     get: dict[str, Callable[..., Any]] = {
         "/models": endpoints.models,
@@ -126,11 +128,13 @@ class _Endpoints:
         check: Callable[[ServedModel, Parsed], Any],
         render: Callable[[ServedModel, list[Row], Any], Response],
         more: Callable[[Any], list[str]] = lambda checked: [],
+        dense: bool = False,
     ) -> Response:
         """Read a request, check its fields before any work is done, run the model, and render in a thread.
 
         Args:
             more: texts whose rows are wanted, too, after those of the request.
+            dense: rows are the features of the images' patches.
         """
         service = self._service
         refuse_when_late(service.predicted_wait(), service.limits)
@@ -141,7 +145,8 @@ class _Endpoints:
             model.users += 1
             try:
                 checked = check(model, parsed)
-                rows = await service.rows(request, body, model, [*parsed.inputs, *more(checked)])
+                inputs = [*parsed.inputs, *more(checked)]
+                rows = await service.rows(request, body, model, inputs, dense=dense)
                 return await asyncio.to_thread(render, model, rows, checked)
             finally:
                 model.users -= 1
@@ -208,6 +213,20 @@ class _Endpoints:
             request, {"topk", "labels", "templates"}, check, render, more=lambda asked: asked.texts
         )
 
+    async def dense(self, request: Request) -> Response:
+        """POST /dense."""
+        kind = answers.accepted(request.headers.get("accept", ""), answers.JSON, answers.RAW)
+
+        def render(model: ServedModel, rows: list[Row], _: None) -> Response:
+            if kind == answers.RAW:
+                content, headers = answers.raw(rows)
+                return _response(content, kind, headers)
+            return _json(answers.dense(rows, model.name))
+
+        return await self._answer(
+            request, set(), lambda model, parsed: check_kinds(parsed, model, texts=False), render, dense=True
+        )
+
     async def similarity(self, request: Request) -> Response:
         """POST /similarity."""
 
@@ -233,6 +252,8 @@ class _Endpoints:
                 "classes": model.classes,
                 "text": model.has_text,
                 "image_size": list(model.image_size),
+                "resize": model.preprocess.resize,
+                "center_crop": model.preprocess.center_crop,
                 "device": str(model.engine.device),
                 "precision": model.engine.precision,
             }

@@ -22,7 +22,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ALWAYS = {"/health", "/health/live", "/health/ready", "/metrics"}
 """Answered while the server starts and ends, too."""
-OPEN = {"/", "/page.js", "/page.css", "/health", "/health/live", "/health/ready", "/openapi.json"}
+OPEN = {"/", "/page.js", "/patches.js", "/page.css", "/health", "/health/live", "/health/ready", "/openapi.json"}
 """Need no key: they tell nothing of anybody's data, and a person types the key into the page."""
 
 

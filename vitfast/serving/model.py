@@ -76,7 +76,10 @@ class Decoding:
 
 
 class Row(NamedTuple):
-    """What the model says of one image or text: float32 [E], and of an image [classes] if it has a head."""
+    """What the model says of one image or text: float32 [E], and of an image [classes] if it has a head.
+
+    Of an image whose patches are wanted it is their features, float32 [rows, columns, C].
+    """
 
     embedding: np.ndarray
     logits: np.ndarray | None = None
@@ -115,7 +118,7 @@ class ServedModel:
     ) -> None:
         if engine.preprocess is None:
             raise ValueError(f"{name}: the checkpoint does not say how its images are preprocessed, so none are served")
-        self.name, self.engine = name, engine
+        self.name, self.engine, self.preprocess = name, engine, engine.preprocess
         self.max_batch = max_batch or MAX_BATCH.get(engine.device.type, MAX_BATCH_ELSEWHERE)
         self._limits, self._decoding, self._metrics = limits, decoding, metrics
         self._decoder = Decoder(engine.preprocess, decoding.memory, True, limits.max_pixels)
@@ -128,6 +131,8 @@ class ServedModel:
         self.users = 0
         self.batcher = self._batcher(self._run, "image")
         self._text_batcher = self._batcher(self._run_texts, "text")
+        self._dense_batcher = self._batcher(self._run_dense, "dense")
+        self._dense_batcher.times = self.batcher.times  # it is the same work
         self.watch()
 
     def _batcher(self, run: Callable[[list[Any]], Sequence[Any]], kind: str) -> Batcher:
@@ -145,8 +150,12 @@ class ServedModel:
 
     def watch(self) -> None:
         """Have the metrics tell of this model's queues under its name."""
-        for kind, batcher in (("image", self.batcher), ("text", self._text_batcher)):
+        for kind, batcher in zip(("image", "text", "dense"), self._batchers, strict=True):
             self._metrics.watch_queue(self.name, kind, batcher)
+
+    @property
+    def _batchers(self) -> tuple[Batcher, ...]:
+        return self.batcher, self._text_batcher, self._dense_batcher
 
     @property
     def classes(self) -> int:
@@ -158,9 +167,12 @@ class ServedModel:
         """Height and width of what the model sees."""
         return self._shape[0], self._shape[1]
 
-    def bytes_of(self, given: Input) -> int:
-        """That an input takes while it waits."""
-        return 4 * len(given) if isinstance(given, str) else int(np.prod(self._shape))
+    def bytes_of(self, given: Input, dense: bool) -> int:
+        """That an input takes while it waits, and its answer if that is large."""
+        if isinstance(given, str):
+            return 4 * len(given)
+        rows, columns = self.engine.config.grid(self.image_size) if dense else (0, 0)
+        return int(np.prod(self._shape)) + 4 * rows * columns * self.engine.config.width
 
     def warm_up(self) -> None:
         """Run a batch of every size there may be, twice: kernels are built, and how long each takes is known."""
@@ -192,16 +204,24 @@ class ServedModel:
         logits = [None] * len(images) if output.logits is None else output.logits.float().cpu().numpy()
         return [Row(*row) for row in zip(embeddings, logits, strict=True)]
 
+    def _run_dense(self, images: list[np.ndarray]) -> list[Row]:
+        output = self.engine(torch.from_numpy(np.stack(images)), preprocessed=True, layers=[-1], reshape=True)
+        assert output.layers is not None
+        return [Row(row) for row in output.layers[0].permute(0, 2, 3, 1).float().contiguous().cpu().numpy()]
+
     def _run_texts(self, texts: list[str]) -> list[Row]:
         return [Row(embedding) for embedding in self.engine.text(texts).float().cpu().numpy()]
 
     def predicted_wait(self) -> float:
         """Seconds that an image would wait that came now: decoding and the model work side by side."""
-        at_model = self.batcher.predicted_wait() + self._text_batcher.predicted_wait()
+        at_model = sum(batcher.predicted_wait() for batcher in self._batchers)
         return max(self._decoding.predicted_wait(), at_model)
 
-    def submit(self, inputs: Sequence[Input]) -> list[Future[Row]]:
+    def submit(self, inputs: Sequence[Input], *, dense: bool = False) -> list[Future[Row]]:
         """Decode and run inputs. A future raises ImageError for an image that cannot be used.
+
+        Args:
+            dense: give the features of the images' patches.
 
         Texts that came of late are remembered: labels come again and again.
         """
@@ -209,8 +229,10 @@ class ServedModel:
         starts: list[Callable[[], None]] = []  # after all are announced, so that a batch waits for the whole request
         for given in inputs:
             if not isinstance(given, str):
-                entry = self.batcher.expect()
-                starts.append(functools.partial(self._decoding.submit, functools.partial(self._decode, given, entry)))
+                batcher = self._dense_batcher if dense else self.batcher
+                entry = batcher.expect()
+                decode = functools.partial(self._decode, given, entry, batcher)
+                starts.append(functools.partial(self._decoding.submit, decode))
             elif (known := self._remembered(given)) is not None:
                 futures.append(_done(known))
                 continue
@@ -238,22 +260,22 @@ class ServedModel:
             if len(self._texts) > _TEXTS:
                 self._texts.popitem(last=False)
 
-    def _decode(self, item: Item, entry: Entry) -> None:
+    def _decode(self, item: Item, entry: Entry, batcher: Batcher) -> None:
         if entry.future.cancelled():  # the client is gone
-            self.batcher.fail(entry, ImageError(item.path, "cancelled"))
+            batcher.fail(entry, ImageError(item.path, "cancelled"))
             return
         started = time.perf_counter()
         decoded = self._decoder(item)
         self._metrics.stage(self.name, "image", "decode", time.perf_counter() - started)
         if decoded.image is None:
-            self.batcher.fail(entry, ImageError(item.path, decoded.result.status))
+            batcher.fail(entry, ImageError(item.path, decoded.result.status))
         else:
             assert decoded.result.status == OK
-            self.batcher.put(entry, decoded.image)
+            batcher.put(entry, decoded.image)
 
     def close(self) -> None:
         """Finish what has been submitted, and end the threads."""
-        for batcher in (self.batcher, self._text_batcher):
+        for batcher in self._batchers:
             batcher.close()
 
 

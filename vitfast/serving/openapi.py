@@ -101,6 +101,9 @@ def document() -> dict[str, Any]:
             "/embeddings": embed,
             "/classify": classify,
             "/similarity": _post("Cosines between images and texts", {}, "A matrix [N, N]."),
+            "/dense": _post(
+                "Features of patches", {}, "Rows, columns and float32 in base64; raw float32 where Accept asks for it."
+            ),
             "/models": _get("The models there are"),
             "/v1/models": _get("The models there are"),
             "/health/live": _get("The process answers"),

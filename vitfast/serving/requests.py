@@ -275,7 +275,7 @@ def check_kinds(parsed: Parsed, model: ServedModel, *, texts: bool) -> None:
         return
     index = next(i for i, given in enumerate(parsed.inputs) if isinstance(given, str))
     if not texts:
-        raise Refusal(400, "images are classified, not texts", "text_not_supported", f"input[{index}]")
+        raise Refusal(400, "only images are taken here, no texts", "text_not_supported", f"input[{index}]")
     if not model.has_text:
         given = shown(parsed.inputs[index])
         message = f"{model.name} embeds images, not text; an image is a base64 data URL, got {given}"

@@ -170,6 +170,7 @@ def log_to(stream: TextIO, level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level if name == "vitfast.serving" else max(level, logging.WARNING))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each odd byte of a client
 
 
 @contextlib.contextmanager

@@ -131,8 +131,10 @@ class Service:
         """Of the model that is least busy: where that is too long, no request need be read."""
         return min(model.predicted_wait() for model in self.models.values())
 
-    async def rows(self, request: Request, body: Body, model: ServedModel, inputs: Sequence[Input]) -> list[Row]:
-        """Every input's row, in order.
+    async def rows(
+        self, request: Request, body: Body, model: ServedModel, inputs: Sequence[Input], *, dense: bool = False
+    ) -> list[Row]:
+        """Every input's row, in order; with `dense` the features of the images' patches.
 
         Raises:
             Refusal: for an image that cannot be used, when the client is gone, when time is up, if the server is too
@@ -145,8 +147,8 @@ class Service:
         from vitfast.serving.requests import refuse_when_late
 
         refuse_when_late(model.predicted_wait(), self.limits)
-        body.hold(sum(map(model.bytes_of, inputs)))
-        futures = model.submit(inputs)
+        body.hold(sum(model.bytes_of(given, dense) for given in inputs))
+        futures = model.submit(inputs, dense=dense)
         all_rows: asyncio.Future[list[Row]] = asyncio.gather(*map(asyncio.wrap_future, futures))
         gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
         timeout = self.limits.request_timeout

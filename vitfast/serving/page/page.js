@@ -1,7 +1,8 @@
-// Sends pictures to /similarity and shows, for each, the others from the most to the least alike.
+// Sends pictures and sentences to /similarity and shows, for each, the pictures from the most to the least alike.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
+let models = new Map(); // name -> what /models says of it
 let pictures = []; // [{file, url}]
 let asked = 0; // the latest request; answers to older ones are dropped
 
@@ -34,7 +35,21 @@ async function loadModels() {
   }
   byId("status").textContent = "";
   const { data } = await response.json();
+  models = new Map(data.map((model) => [model.id, model]));
   byId("model").replaceChildren(...data.map((model) => element("option", model.id, { value: model.id })));
+  chooseModel();
+}
+
+const chosen = () => models.get(byId("model").value);
+
+function chooseModel() {
+  byId("texts-row").hidden = !chosen()?.text;
+  compare();
+}
+
+function sentences() {
+  if (!chosen()?.text) return [];
+  return byId("texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
 }
 
 function figure(picture, similarity) {
@@ -56,39 +71,56 @@ function pair(similarity) {
   byId("results").replaceChildren(element("h2", "Two pictures"), score, row);
 }
 
-function grid(matrix) {
-  const parts = [];
-  pictures.forEach((picture, index) => {
-    parts.push(element("h2", `Most like ${picture.file.name}`));
-    const order = pictures.map((_, other) => other).filter((other) => other !== index);
-    order.sort((a, b) => matrix[index][b] - matrix[index][a]);
-    const row = element("ol", "", { className: "row" });
-    const own = element("li");
-    own.append(figure(picture));
-    row.append(own);
-    for (const other of order.slice(0, 5)) {
-      const item = element("li");
-      item.append(figure(pictures[other], matrix[index][other]));
-      row.append(item);
-    }
-    parts.push(row);
-  });
+function ranked(heading, scores, own) {
+  const order = pictures.map((_, index) => index).filter((index) => index !== own);
+  order.sort((a, b) => scores[b] - scores[a]);
+  const row = element("ol", "", { className: "row" });
+  if (own !== undefined) {
+    const item = element("li");
+    item.append(figure(pictures[own]));
+    row.append(item);
+  }
+  for (const index of order.slice(0, 5)) {
+    const item = element("li");
+    item.append(figure(pictures[index], scores[index]));
+    row.append(item);
+  }
+  return [element("h2", heading), row];
+}
+
+function show(matrix, texts) {
+  const parts = texts.flatMap((text, index) => ranked(`Pictures for “${text}”`, matrix[pictures.length + index]));
+  if (pictures.length === 2) {
+    pair(matrix[0][1]);
+    byId("results").prepend(...parts);
+    return;
+  }
+  if (pictures.length > 2) {
+    pictures.forEach((picture, index) => parts.push(...ranked(`Most like ${picture.file.name}`, matrix[index], index)));
+  }
   byId("results").replaceChildren(...parts);
+}
+
+async function ask(path, files, texts = [], more = {}) {
+  const body = new FormData();
+  if (byId("model").value) body.append("model", byId("model").value);
+  for (const file of files) body.append("file", file);
+  for (const text of texts) body.append("text", text);
+  return fetch(path, { method: "POST", body, headers: { ...headers(), ...more } });
 }
 
 async function compare() {
   const request = ++asked;
-  if (pictures.length < 2) {
+  const texts = sentences();
+  Patches.take(pictures, chosen());
+  if (pictures.length < 1 || pictures.length + texts.length < 2) {
     byId("status").textContent = pictures.length ? "One more picture is needed." : "";
     byId("results").replaceChildren(...pictures.map((picture) => figure(picture)));
     return;
   }
   byId("status").textContent = `Comparing ${pictures.length} pictures…`;
-  const body = new FormData();
-  if (byId("model").value) body.append("model", byId("model").value);
-  for (const picture of pictures) body.append("file", picture.file);
   try {
-    const response = await fetch("/similarity", { method: "POST", body, headers: headers() });
+    const response = await ask("/similarity", pictures.map((picture) => picture.file), texts);
     const message = response.ok ? "" : await failure(response);
     const content = response.ok ? await response.json() : null;
     if (request !== asked) return;
@@ -97,10 +129,10 @@ async function compare() {
       byId("results").replaceChildren();
       return;
     }
-    const { similarity } = content;
-    if (pictures.length === 2) pair(similarity[0][1]);
-    else grid(similarity);
-    byId("status").textContent = `${pictures.length} pictures compared.`;
+    show(content.similarity, texts);
+    const what = pictures.length === 1 ? "1 picture" : `${pictures.length} pictures`;
+    const with_ = texts.length ? ` with ${texts.length === 1 ? "1 sentence" : `${texts.length} sentences`}` : "";
+    byId("status").textContent = `${what} compared${with_}.`;
   } catch (error) {
     if (request === asked) byId("status").textContent = "The server cannot be reached.";
   }
@@ -114,7 +146,8 @@ function take(files) {
 
 byId("form").addEventListener("submit", (event) => event.preventDefault());
 byId("files").addEventListener("change", (event) => take(event.target.files));
-byId("model").addEventListener("change", compare);
+byId("model").addEventListener("change", chooseModel);
+byId("texts").addEventListener("change", compare);
 byId("key").addEventListener("change", loadModels);
 const drop = byId("drop");
 drop.addEventListener("dragover", (event) => {
