@@ -117,7 +117,13 @@ gpu-package: ## build the C++ extension for a GPU machine into build/gpu/package
 	strip --strip-unneeded $(PACKAGE)/vitfast/_C*.so
 	$(GPU)/venv/bin/python benchmarks/carried.py $(PACKAGE)
 
-gpu-rehearsal: $(READY) ## what a GPU would be given, on a stand-in for one, with planted faults (minutes; needs no GPU)
+# `make gpu` in a bare copy of the checkout, on a stand-in for the GPU, with an empty compile cache: its timeline. BUDGET is
+# larger than a GPU's, for here are fewer cores; then the tests that plant faults.
+gpu-rehearsal: BUDGET := 60m
+gpu-rehearsal: OUT := build/rehearsal
+gpu-rehearsal: $(READY) ## what a GPU would be given, on a stand-in for one, with its timeline, then with planted faults
+	rm -rf $(OUT)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python -m helpers.rehearsal --budget $(BUDGET) --out $(OUT)
 	$(BIN)/pytest -m "full or not full" --durations 0 tests/benchmarks/test_campaign.py tests/benchmarks/test_standin.py
 
 gpu-test: ## the tests for a GPU, as `make gpu` runs them

@@ -31,6 +31,8 @@ from vitfast.benchmarks.result_file import write
 from vitfast.benchmarks.watch import CONTEXT_LOST
 from vitfast.ops import registry
 
+BUDGET_S = 9 * 60.0
+"""The budget that the steps' limits are for."""
 STOPPING_S = 5.0
 """Kept for a step to finish its case and measure the roofs again after its own budget."""
 LEAST_S = 15.0
@@ -52,7 +54,7 @@ class Step:
         kind: "bench": a command of `vitfast bench`, by itself on the GPU; "jobs": several, PARALLEL of them at a time;
             "doctor"; "tests".
         arguments: of the command, or of each.
-        limit_s: the most it may take, of a budget that is large enough.
+        limit_s: the most it may take of BUDGET_S; of a larger budget, as much more.
         each_machine: done again by a later call on another machine.
     """
 
@@ -81,6 +83,12 @@ WARM_UP = tuple(
     for parts in (PARTS.get(op, 1),)
     for part in range(1, parts + 1)
 )
+CONFIGS = tuple(
+    ("smoke", "--op", op, "--backend", "triton", "--configs", "-m", BASE, "--batch", "256", "--part", f"{part}/4")
+    for op in ("linear", "attention")
+    for part in range(1, 5)
+)
+"""What the sweep launches, compiled beforehand by as many processes as there may be."""
 SMOKE = tuple(("smoke", "--op", op, "--backend", backend) for op, backend in smoke.pairs())
 SWEEP = ("sweep", "-m", BASE, "--op", "linear", "--op", "attention", "--batch", "256")
 
@@ -90,7 +98,8 @@ STEPS = (
     Step("smoke", "jobs", SMOKE, limit_s=60),
     Step("kernels-base", "bench", (("kernels", "-m", BASE, "--batch", "256"),), limit_s=120),
     Step("model-base", "bench", _model((256, 1), (BASE,), (*OURS, GRAPH)), limit_s=100),
-    Step("sweep", "bench", (SWEEP,), limit_s=80),
+    Step("configs", "jobs", CONFIGS, limit_s=40, each_machine=True),
+    Step("sweep", "bench", (SWEEP,), limit_s=60),
     Step("model-tuned", "bench", _model((256, 1), (BASE,), (*OURS, GRAPH)), limit_s=60),
     Step("tests", "tests", limit_s=180),
     Step("model-large", "bench", _model((128,), (LARGE,), (*OURS, GRAPH)), limit_s=60),
@@ -135,6 +144,7 @@ class Campaign:
         self._device, self._folder, self._say = device, folder, say
         self._steps, self._command, self._python = steps, tuple(command), tuple(python)
         self._end = time.monotonic() + budget_s
+        self._share = max(1.0, budget_s / BUDGET_S)
         self._stop, self._lock = threading.Event(), threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"slug": device.slug, **environment(device)}
@@ -157,7 +167,7 @@ class Campaign:
             for step in self._steps:
                 if not self._due(step):
                     continue
-                left = min(step.limit_s, self._end - time.monotonic())
+                left = min(step.limit_s * self._share, self._end - time.monotonic())
                 if left < LEAST_S:
                     unfinished.append(f"{step.name}: no time")
                     continue

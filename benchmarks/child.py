@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -62,7 +63,7 @@ def run(
     start = time.monotonic()
     with subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             while True:
@@ -76,10 +77,15 @@ def run(
                     return End(code, "", during, spent)
                 hung = during is not None and time.monotonic() - during.since > during.limit_s
                 if hung or spent > limit_s or (stop is not None and stop.is_set()):
-                    process.kill()
-                    process.wait()
+                    _end(process)
                     on_tick()
                     return End(None, "hung" if hung else "time", during, spent)
-        except BaseException:
-            process.kill()
-            raise
+        finally:  # also of what it left behind, such as workers of tests that hold the GPU
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -125,8 +125,10 @@ def run_case(
         rows.append(row)
         watch.begin(case.name, provider.name, "preparing", SLOW_LIMIT_S if provider.slow else LIMIT_S)
         try:
-            with quiet(), launched_configs() as configs:
-                row |= gate.judge(provider.build(call), provider)
+            with quiet():
+                run = provider.build(call)
+                with launched_configs() as configs:  # of one call: not of what planned it, nor of what is captured
+                    row |= gate.judge(run, provider)
                 if configs:
                     row["configs"] = configs
                 if row["correct"]:

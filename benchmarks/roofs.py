@@ -32,21 +32,18 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     """
     kind, where = device.torch_device.type, device.torch_device
     side = SIDES[kind]
-    calls: dict[str, Any] = {}
+    programs: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8) if kind == "cuda" else (dtype,):
         name = str(kind_of).removeprefix("torch.")
         try:
-            call = _square_gemm(side, where, kind_of)
-            call()
-            calls[name] = call
+            programs[name] = device.prepare([_square_gemm(side, where, kind_of)])
         except Exception as error:  # whatever the library raises
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
             device.check()
     source = torch.randn(COPY_BYTES[kind] // 4, device=where, generator=_generator(where))
     target = torch.empty_like(source)
-    calls["copy"] = functools.partial(target.copy_, source)
-    programs = {name: device.prepare([call]) for name, call in calls.items()}
+    programs["copy"] = device.prepare([functools.partial(target.copy_, source)])
     times, telemetry = timing.time_interleaved(programs, device, rounds)
     median = {name: timing.summary(values)["median_ms"] for name, values in times.items()}
     copy = median.pop("copy")

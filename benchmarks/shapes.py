@@ -14,25 +14,24 @@ from vitfast.models.plan import SITES
 
 
 def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
-    """(op, dims) of a forward's sites, telling ones first, then of other forms of the same work, and of backward."""
+    """(op, dims), telling ones first: bare products, a forward, other forms of its sites, 8 bits, backward, a block."""
 
     def at(site: str, precision: str = "", **changes: Any) -> tuple[str, Dims]:
         entry = SITES[site]
         return entry.op, {**site_dims(config, entry, batch, precision=precision, folded=True), **changes}
 
     heads, gate = at("attention")[1], config.activation
+    for site in ("fc1", "fc2", "qkv", "proj"):  # the bare products, which the library's own stand beside
+        yield at(site, epilogue="plain")
     for site in ("attention", "fc1", "fc2", "qkv", "proj", "patch_embed", "layer_norm", "row_stats", "head"):
         yield at(site)
-    if (config.activation, config.layer_scale, config.heads * config.head_dim) == ("gelu", False, config.width):
-        yield "block", {**heads, "width": config.width, "hidden": config.mlp_dim}
-    for site, epilogue in (("fc1", "plain"), ("fc1", "gelu"), ("fc2", "residual"), ("qkv", "bias")):
+    for site, epilogue in (("fc1", "gelu"), ("fc2", "residual"), ("qkv", "bias")):
         yield at(site, epilogue=epilogue)
     yield at("patch_embed", pixels="float")
     yield "add_layer_norm", at("layer_norm")[1]
     yield at("mlp")
     if config.width <= FUSED_MAX_WIDTH:
         yield at("attention_block")
-    yield "attention_backward", heads
     for precision in QUANTIZED:
         for site in ("fc1_requantize", "fc2_group_scales", "quantized_qkv", "quantized_proj"):
             yield at(site, precision)
@@ -42,6 +41,9 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
             yield from (at("attention_quantize", precision), at("proj_head_scales", precision))
         for site, epilogue in (("quantized_fc1", gate), ("quantized_fc2", "residual")):  # not handed on in 8 bits
             yield at(site, precision, epilogue=epilogue)
+    yield "attention_backward", heads
+    if (config.activation, config.layer_scale, config.heads * config.head_dim) == ("gelu", False, config.width):
+        yield "block", {**heads, "width": config.width, "hidden": config.mlp_dim}  # the costliest: it is planned, too
 
 
 def awkward_dims(batch: int) -> Iterator[tuple[str, Dims]]:

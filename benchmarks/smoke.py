@@ -6,15 +6,15 @@ And the same launches at a model's shapes without a comparison, which fills the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 
-from vitfast.benchmarks import kernels
+from vitfast.benchmarks import kernels, sweep
 from vitfast.benchmarks.cases import Case, Dims
 from vitfast.benchmarks.device import Device
-from vitfast.benchmarks.providers import BACKEND_NAMES, PROVIDERS, Absent, Provider, providers_of
+from vitfast.benchmarks.providers import BACKEND_NAMES, BASELINE, PROVIDERS, Absent, Provider, providers_of
 from vitfast.benchmarks.watch import Watch
 from vitfast.engine.dtypes import QUANTIZED
 
@@ -63,22 +63,36 @@ def cases(op: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
     return [Case(op, dims, device, dtype) for dims in SMALL[op]]
 
 
+def launches(todo: Iterable[Case], backend: str, device: Device, *, swept: bool = False) -> list[tuple[Case, Provider]]:
+    """What is there to launch of cases on a backend.
+
+    Args:
+        swept: every config that `benchmarks/sweep.py` would try, not the one that a call takes.
+    """
+    if swept:
+        return [(case, one) for case in todo for name, one in sweep.providers(case, device).items() if name != BASELINE]
+    name = BACKEND_NAMES[backend]
+    found = [(case, providers_of(case).get(name) or PROVIDERS[case.op].get(name)) for case in todo]
+    return [(case, one) for case, one in found if one is not None]
+
+
 def smoke(
-    todo: Iterable[Case], backend: str, device: Device, *, compare: bool = True, finished: Iterable[str] = (),
-    watch: Watch | None = None, on_rows: Callable[[list[dict[str, Any]]], None],
+    todo: Iterable[tuple[Case, Provider]], device: Device, *, compare: bool = True,
+    finished: Container[tuple[str, str]] = (), watch: Watch | None = None,
+    on_rows: Callable[[list[dict[str, Any]]], None],
 ) -> None:  # fmt: skip
-    """Launch every case once on a backend; `on_rows` gets its row: case, op, provider, correct, seconds, error.
+    """Make every launch once; `on_rows` gets its row: case, op, provider, correct, seconds, error.
 
     Args:
         compare: with the reference; without, `correct` says that it was launched.
-        finished: names of cases to leave alone. watch: told what is about to run.
+        finished: (case, provider) of those to leave alone. watch: told what is about to run.
 
     Raises:
         ContextLost: if the device cannot go on; its `row` names what that is due to.
     """
-    watch, done = watch or Watch(), set(finished)
-    for case, provider in _of(todo, backend):
-        if case.name in done:
+    watch = watch or Watch()
+    for case, provider in todo:
+        if (case.name, provider.name) in finished:
             continue
         row: dict[str, Any] = {"case": case.name, "op": case.op, "provider": provider.name, "correct": False}
         watch.begin(case.name, provider.name, "being launched", LIMIT_S)
@@ -99,11 +113,3 @@ def smoke(
         row["seconds"] = time.perf_counter() - start
         on_rows([row])
     watch.end()
-
-
-def _of(todo: Iterable[Case], backend: str) -> Iterator[tuple[Case, Provider]]:
-    name = BACKEND_NAMES[backend]
-    for case in todo:
-        provider = providers_of(case).get(name) or PROVIDERS[case.op].get(name)
-        if provider is not None:
-            yield case, provider

@@ -29,6 +29,7 @@ from vitfast.benchmarks.result_file import write
 from vitfast.benchmarks.watch import Watch
 from vitfast.engine.planner import FUSED_MAX_WIDTH
 from vitfast.models.plan import SITES
+from vitfast.ops import registry
 
 OURS = "vitfast triton"
 OPS = (
@@ -62,7 +63,7 @@ def sweep(
     watch: Watch | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None],
 ) -> dict[str, Any]:
-    """Check and time every config that a case can run; `on_rows` gets the rows of each case.
+    """Check and time every config that is worth a try at a case; `on_rows` gets the rows of each case.
 
     Args:
         seconds: for everything; cases that are left then are not swept.
@@ -77,8 +78,7 @@ def sweep(
     """
     swept: list[tuple[Case, str, list[dict[str, Any]]]] = []
     start = time.perf_counter()
-    fused = {site.op for site in SITES.values() if site.fused}
-    cases = [case for case in cases if case.op not in fused or case.dims["width"] <= FUSED_MAX_WIDTH]
+    cases = [case for case in cases if _wanted(case)]
     for index, case in enumerate(cases):
         if time.perf_counter() - start > seconds:
             choices = decide(swept)  # what was cut short is proven for nothing
@@ -89,13 +89,19 @@ def sweep(
         rows = [row for row in before if row["case"] == case.name]
         if case.name not in finished:
             lost = {name: row for (of, name), row in (died or {}).items() if of == case.name}
-            able = {name: provider for name, provider in _providers(case).items() if name not in lost}
+            able = {name: provider for name, provider in providers(case, device).items() if name not in lost}
             rows = list(lost.values())
             if kernels.REFERENCE not in lost:
                 rows += kernels.run_case(case, device, able, rounds, watch)
             on_rows(rows)
         swept.append((case, key, rows))
     return decide(swept)
+
+
+def _wanted(case: Case) -> bool:
+    """Not of halves of a block wider than one launch goes, nor of bare products: no forward has these."""
+    fused = {site.op for site in SITES.values() if site.fused}
+    return (case.op not in fused or case.dims["width"] <= FUSED_MAX_WIDTH) and case.dims.get("epilogue") != "plain"
 
 
 def decide(cases: Sequence[tuple[Case, str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
@@ -160,20 +166,24 @@ def write_table(path: Path, choices: dict[str, Any], environment: dict[str, Any]
     write(path, json.dumps(table, indent=1) + "\n")
 
 
-def _providers(case: Case) -> dict[str, Provider]:
-    """Plain torch, and our kernel in every config, or as it is."""
+def providers(case: Case, device: Device) -> dict[str, Provider]:
+    """Plain torch, and our kernel in every config that can run a case and is worth a try there, or as it is."""
     everyone = providers_of(case)
     swept = {BASELINE: everyone[BASELINE]}
+    if (case.spec.op, "triton") in registry.withheld:
+        return swept
     if case.op not in TUNED:
         return swept | {OURS: everyone[OURS]}
-    module = _kernel_file(case)
-    for config in module.CONFIGS:
+    module, problem = _kernel_file(case), problem_of(case, case.inputs())
+    able = [config for config in module.CONFIGS if not module.why_not(config, problem)]
+    if case.op == "linear":
+        sms = importlib.import_module("vitfast.kernels._parts.launch").num_sms(device.torch_device)
+        able = [config for config in able if module.worth_trying(config, problem, sms)]
+    for config in able:
         name = f"{OURS} {config.name}"
         swept[name] = Provider(name, functools.partial(_with_config, module, case, config))
     return swept
 
 
 def _with_config(module: Any, case: Case, config: Any, call: Call) -> Thunk:
-    if reasons := module.why_not(config, problem_of(case, call)):
-        raise ValueError(f"config {config.name} cannot run this: {'; '.join(reasons)}")
     return functools.partial(getattr(module, case.op), *call.args, **backend_options(call.kwargs), config=config)

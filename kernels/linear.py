@@ -187,6 +187,18 @@ def why_not(config: Config, problem: Problem) -> list[str]:
     return reasons
 
 
+def worth_trying(config: Config, problem: Problem, sms: int) -> bool:
+    """Whether a config that can run a problem may be the fastest on `sms` multiprocessors.
+
+    Where rows allow it, tiles come in by TMA: the others are for what it cannot read. K is split only where there are
+    fewer tiles than multiprocessors.
+    """
+    if problem.tma and config not in TMA_CONFIGS:
+        return False
+    tiles = triton.cdiv(problem.M, config.blocks["BLOCK_M"]) * triton.cdiv(problem.N, config.blocks["BLOCK_N"])
+    return split_of(config) == 1 or tiles < sms
+
+
 def pick_config(problem: Problem, sms: int) -> Config:
     """The tile that keeps the busiest of `sms` multiprocessors busy for the shortest time, by a model.
 
@@ -200,8 +212,6 @@ def pick_config(problem: Problem, sms: int) -> Config:
         block_m, block_n, block_k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
         split = split_of(config)
         tiles = triton.cdiv(problem.M, block_m) * triton.cdiv(problem.N, block_n)
-        if split > 1 and tiles >= sms:
-            return float("inf")
         rounds = triton.cdiv(tiles * split, sms)
         steps = triton.cdiv(triton.cdiv(problem.K, block_k), split)
         operand = max(ALONE, OPERAND * min(tiles * split, sms) / sms)
@@ -215,9 +225,8 @@ def pick_config(problem: Problem, sms: int) -> Config:
             return rounds * max(product, epilogue) + epilogue
         return rounds * max(product, steps * block_k * products + epilogue)
 
-    # Where rows allow it, tiles by TMA: the others are for what it cannot read.
-    configs = [config for config in CONFIGS if not why_not(config, problem)]
-    return min((config for config in configs if config in TMA_CONFIGS or not problem.tma), key=price)
+    able = (config for config in CONFIGS if not why_not(config, problem))
+    return min((config for config in able if worth_trying(config, problem, sms)), key=price)
 
 
 @triton.jit

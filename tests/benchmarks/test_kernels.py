@@ -289,7 +289,9 @@ def test_cases_without_time_are_named():
 
 def test_grids():
     quick = kernels.grid("quick", [], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
-    assert quick[0].name == "attention batch 8 tokens 197 heads 12 head_dim 64"
+    assert [one.name.split()[-1] for one in quick[:4]] == ["plain"] * 4  # the library's own products beside ours
+    assert quick[4].name == "attention batch 8 tokens 197 heads 12 head_dim 64"
+    assert quick[-1].op == "block"
     assert {one.op for one in quick} == set(cases.OPS) - {"attention_block"}  # which is for smaller models
     small = kernels.grid("quick", [], ["vit_small_patch16_224"], [8], DEVICE, torch.float32)
     assert {one.op for one in small} == set(cases.OPS)

@@ -338,6 +338,26 @@ def test_want_of_memory_is_no_refusal_and_not_kept(error, whose, folder, monkeyp
     assert len(list(folder.glob("*"))) == 1
 
 
+def test_memory_too_short_for_a_batch_is_tried_with_a_smaller_one(folder, monkeypatch):
+    """Both are measured then, and the plan is not kept."""
+    right = registry.backend("layer_norm", "torch")
+
+    def hungry(x, *args, **kwargs):
+        if x.shape[0] > 20 * SMALL.tokens():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right.call(x, *args, **kwargs)
+
+    entries = [right, dataclasses.replace(right, name="native", call=hungry)]
+    plain = registry.candidates
+    monkeypatch.setattr(planner, "candidates", lambda spec: (entries, {}) if spec.op == "layer_norm" else plain(spec))
+    with pytest.warns(UserWarning, match=r"memory was too short to measure layer_norm \(native\) on 64 images"):
+        found = planner.build(SMALL, device=torch.device("cpu"), dtype=torch.float32, batch=64)
+    record = found.measured["layer_norm"]
+    assert (record["batch"], record["out_of_memory"]) == (16, ["native"])
+    assert set(record["ms"]) == {"torch", "native"} and not record["refused"]
+    assert not list(folder.glob("*")), "kept"
+
+
 def test_a_tie_keeps_the_first(monkeypatch):
     first = registry.backend("layer_norm", "torch")
     second = dataclasses.replace(first, name="native")

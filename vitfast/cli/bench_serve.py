@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from vitfast.cli.bench import CsvFile, Device, Dtype, HtmlFile, JsonFile, Threads, finish, opened, seconds
+from vitfast.cli.bench import finish
+from vitfast.cli.bench_options import CsvFile, Device, Dtype, HtmlFile, JsonFile, Threads, open_here, seconds
 
 app = typer.Typer()
 
@@ -52,7 +53,7 @@ def serve(
 
         peers = dict(_peer(text) for text in peer or ())
         lasting, flood = seconds(each), seconds(overload_seconds)
-        measured, what = opened(device, dtype, threads)
+        measured, what = open_here(device, dtype, threads)
         name = str(what).removeprefix("torch.")
         method = {
             "connections": connections, "seconds": lasting, "rounds": rounds, "max_batch": max_batch,

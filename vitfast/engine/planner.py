@@ -10,6 +10,7 @@ stored as JSON under the user cache directory, keyed by everything that could ch
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,14 +189,14 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
         chosen[site.name] = able[0]
         if len(able) == 1 or (site.name == "head" and not config.num_classes and not config.projection_dim):
             continue
-        try:
-            chosen[site.name], record[site.name] = measure(
-                asked.case(site), able, device, timed=not asked.deterministic
-            )
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            record[site.name] = {"ms": {}, "refused": {}, "out_of_memory": [entry.name for entry in able]}
+
+        def tried(batch: int, site: Site = site, able: Sequence[Backend] = able) -> dict[str, Any]:
+            case = replace(asked, batch=batch).case(site)
+            chosen[site.name], found = measure(case, able, device, timed=not asked.deterministic)
+            return found
+
+        names = [entry.name for entry in able]
+        record[site.name] = _where_memory_allows(tried, asked.batch, names)
     if device.type == "cuda" and not asked.deterministic and not asked.quantized:
         return _with_fastest_form(asked, chosen, record), record
     for site in SITES.values():
@@ -207,6 +208,33 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
             for member in together:
                 chosen.pop(member.name, None)
     return _without_idle_sites(chosen), record
+
+
+def _where_memory_allows(run: Callable[[int], dict[str, Any]], batch: int, names: list[str]) -> dict[str, Any]:
+    """What a measurement at a batch size gives, or at a smaller one if memory is too short for some of it.
+
+    Args:
+        run: the measurement. names: what is measured.
+
+    Returns:
+        Its record; with `seconds`, and, if memory was short, `out_of_memory` (what it was short for, at first) and the
+        `batch` that was measured in the end.
+    """
+    begun = time.perf_counter()
+    starved: list[str] = []
+    while True:
+        try:
+            found = run(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            found = {"ms": {}, "refused": {}, "out_of_memory": names}
+        starved = starved or found.get("out_of_memory", [])
+        if batch == 1 or "out_of_memory" not in found:
+            break
+        batch = max(1, batch // 4)
+    found["seconds"] = time.perf_counter() - begun
+    return found | ({"out_of_memory": starved, "batch": batch} if starved else {})
 
 
 def _with_fastest_form(asked: _Request, chosen: dict[str, Backend], record: dict[str, Any]) -> dict[str, Backend]:
@@ -225,12 +253,12 @@ def _with_fastest_form(asked: _Request, chosen: dict[str, Backend], record: dict
     common: dict[str, Any] = {"device": device, "dtype": dtype}
     plans = {name: assemble(config, choices, packed=True, **common) for name, choices in possible.items()}
     plain = {site: registry.backend(SITES[site].op, "torch") for site in possible[forms.PLAIN]}
-    try:
-        found = forms.measure(
-            config, plans, assemble(config, plain, packed=False, **common), batch=asked.batch, **common
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        found = {"ms": {}, "refused": {}, "out_of_memory": list(possible)}
+    whole = assemble(config, plain, packed=False, **common)
+
+    def tried(batch: int) -> dict[str, Any]:
+        return forms.measure(config, plans, whole, batch=batch, **common)
+
+    found = _where_memory_allows(tried, asked.batch, list(possible))
     record["forms"] = found
     if not found["ms"]:
         return possible[forms.PLAIN]
@@ -352,8 +380,8 @@ def _remember(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
     starved = [f"{site} ({', '.join(r['out_of_memory'])})" for site, r in measured.items() if "out_of_memory" in r]
     if starved:
         warnings.warn(
-            f"memory was too short to measure {', '.join(starved)}: this plan takes the first able backend there, and "
-            "is not kept",
+            f"memory was too short to measure {', '.join(starved)} on {asked.batch} images: fewer decide, or the first "
+            "able backend is taken, and this plan is not kept",
             stacklevel=2,
         )
     else:
