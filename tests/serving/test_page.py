@@ -213,7 +213,7 @@ def test_a_key_and_a_refusal(engines, visit):
         wait(page, "status", "asks for an API key")
         page.get_by_label("API key").fill("secret")
         page.keyboard.press("Tab")
-        page.wait_for_function("document.getElementById('model').options.length === 2")
+        page.wait_for_function("() => document.getElementById('model').options.length === 2")
         page.get_by_label("Pictures: choose").set_input_files(
             [{"name": n, "mimeType": "image/png", "buffer": b"none"} for n in ("x.png", "y.png")]
         )
@@ -225,7 +225,7 @@ def test_the_keyboard_reaches_everything_and_all_has_a_name(engines, visit):
     visit, wrong = visit
     with running(engines) as (url, _):
         page = visit(url)
-        page.wait_for_function("document.getElementById('model').options.length === 2")
+        page.wait_for_function("() => document.getElementById('model').options.length === 2")
         page.get_by_label("Model").select_option("clip")
         choose(page, "cat.png", "dog.png")
         wait(page, "status", "2 pictures compared")
