@@ -59,6 +59,7 @@ def visit(request):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         local = (f"{url}/", "blob:", "data:")
         page.on("request", lambda sent: wrong.append(sent.url) if not sent.url.startswith(local) else None)
+        page.set_default_timeout(120_000)
         page.goto(f"{url}/")
         return page
 
@@ -76,7 +77,7 @@ def wait(page, place, pattern):
     page.wait_for_function(
         "([place, pattern]) => new RegExp(pattern).test(document.getElementById(place).textContent)",
         arg=[place, pattern],
-        timeout=30_000,
+        timeout=120_000,
     )
     return page.locator(f"#{place}").text_content()
 

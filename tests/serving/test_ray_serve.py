@@ -43,7 +43,8 @@ def test_the_examples_config():
 @pytest.mark.full
 def test_a_local_cluster_answers_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it leaves a token in the home folder
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    for name, value in (("raylet_start_wait_time_s", "300"), ("agent_register_timeout_ms", "300000")):  # a busy machine
+        monkeypatch.setenv(f"RAY_{name}", value)
     serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed: no cluster to test on")
     import ray
 
