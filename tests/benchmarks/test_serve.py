@@ -86,6 +86,13 @@ def test_an_answer_that_is_none():
     assert serve.judge(api, samples, want) == (3, "not an embedding: KeyError")
 
 
+def test_a_peer_may_scale_to_length_1():
+    sample = load.Sample(0, 1.0, 1.0, 200, json.dumps({"data": [{"embedding": [0.6, 0.8]}]}).encode())
+    want = torch.tensor([[3.0, 4.0]])
+    assert serve.judge(serve.APIS["infinity"], [sample], want) == (0, "")
+    assert serve.judge(serve.APIS["openai"], [sample], want)[0] == 1
+
+
 @pytest.mark.parametrize(("api", "answer"), [
     ("infinity", {"data": [{"embedding": [1.0, 2.0]}]}),
     ("litserve", {"embedding": [1.0, 2.0]}),
@@ -150,11 +157,11 @@ def test_an_open_loop_waits_for_nobody(slow):
 
 
 def test_a_closed_loop_pauses_when_it_is_refused_and_survives_lost_connections(slow):
-    samples = asyncio.run(load.closed_loop(load.Target(slow.url, "/x", {}, [b"refuse", b"break"]), 2, 0.5))
+    samples = asyncio.run(load.closed_loop(load.Target(slow.url, "/x", {}, [b"refuse", b"break"]), 4, 1.0))
     by = {status: [s for s in samples if s.status == status] for status in (0, 429)}
     assert len(by[0]) + len(by[429]) == len(samples)
     assert by[0][0].answer.startswith(b"IncompleteReadError")
-    assert 1 < len(by[429]) <= 2 * 0.5 / load.PAUSE + 2
+    assert 1 < len(by[429]) <= 4 * 1.0 / load.PAUSE + 4
 
 
 def test_arguments():

@@ -59,6 +59,7 @@ def visit(request):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         local = (f"{url}/", "blob:", "data:")
         page.on("request", lambda sent: wrong.append(sent.url) if not sent.url.startswith(local) else None)
+        page.set_default_timeout(120_000)
         page.goto(f"{url}/")
         return page
 
@@ -76,7 +77,7 @@ def wait(page, place, pattern):
     page.wait_for_function(
         "([place, pattern]) => new RegExp(pattern).test(document.getElementById(place).textContent)",
         arg=[place, pattern],
-        timeout=30_000,
+        timeout=120_000,
     )
     return page.locator(f"#{place}").text_content()
 
@@ -213,7 +214,7 @@ def test_a_key_and_a_refusal(engines, visit):
         wait(page, "status", "asks for an API key")
         page.get_by_label("API key").fill("secret")
         page.keyboard.press("Tab")
-        page.wait_for_function("document.getElementById('model').options.length === 2")
+        page.wait_for_function("() => document.getElementById('model').options.length === 2")
         page.get_by_label("Pictures: choose").set_input_files(
             [{"name": n, "mimeType": "image/png", "buffer": b"none"} for n in ("x.png", "y.png")]
         )
@@ -225,7 +226,7 @@ def test_the_keyboard_reaches_everything_and_all_has_a_name(engines, visit):
     visit, wrong = visit
     with running(engines) as (url, _):
         page = visit(url)
-        page.wait_for_function("document.getElementById('model').options.length === 2")
+        page.wait_for_function("() => document.getElementById('model').options.length === 2")
         page.get_by_label("Model").select_option("clip")
         choose(page, "cat.png", "dog.png")
         wait(page, "status", "2 pictures compared")

@@ -1,5 +1,6 @@
 """The same app as a deployment of Ray Serve: its arguments, and a local cluster that answers the same."""
 
+import asyncio
 import socket
 
 import httpx2 as httpx
@@ -40,8 +41,35 @@ def test_the_examples_config():
     assert [deployment["name"] for deployment in application["deployments"]] == [ray_serve.NAME]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__. was never awaited")  # which Ray itself would
+def test_what_a_replica_makes(tmp_path):
+    """The deployment as it is sent to a replica, made there and asked, without a cluster."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed: no deployment to make")
+    from ray import cloudpickle
+    from starlette.testclient import TestClient
+
+    made = engine(SMALL)
+    made.save(tmp_path / "model")
+    config = {"models": {"small": str(tmp_path / "model")}, "options": {"device": "cpu"}, "limits": {"max_images": 2}}
+    application = ray_serve.app(config)
+    deployment = application._bound_deployment
+    assert deployment.name == ray_serve.NAME
+    kind = cloudpickle.loads(cloudpickle.dumps(deployment.func_or_class))
+    replica = kind.__new__(kind)
+    asyncio.run(replica.__init__())
+    contents = [png(seed) for seed in range(3)]
+    with TestClient(replica.app) as client:
+        assert client.get("/health/ready").status_code == 200  # at once: it has warmed up
+        answer = client.post("/embeddings", files=files(*contents[:2]))
+        rows = np.float32([row["embedding"] for row in answer.json()["data"]])
+        assert np.allclose(rows, np.stack([embedding(content, made) for content in contents[:2]]), atol=1e-4)
+        assert client.post("/embeddings", files=files(*contents)).status_code == 413
+    del replica._serve_asgi_lifespan  # its end is the client's here
+
+
 @pytest.mark.full
-def test_a_local_cluster_answers_the_same(tmp_path):
+def test_a_local_cluster_answers_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it leaves a token in the home folder
     serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed: no cluster to test on")
     import ray
 

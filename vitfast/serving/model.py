@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -172,7 +173,7 @@ class ServedModel:
         if isinstance(given, str):
             return 4 * len(given)
         rows, columns = self.engine.config.grid(self.image_size) if dense else (0, 0)
-        return int(np.prod(self._shape)) + 4 * rows * columns * self.engine.config.width
+        return math.prod(self._shape) + 4 * rows * columns * self.engine.config.width
 
     def warm_up(self) -> None:
         """Run a batch of every size there may be, twice: kernels are built, and how long each takes is known."""
