@@ -109,6 +109,7 @@ struct Counts {
   std::vector<int64_t> executed;  // by op: instructions of a warp
   int64_t global_read = 0, global_written = 0, copied_in = 0, copied_out = 0, async_copied = 0;  // bytes
   int64_t shared_accesses = 0, shared_turns = 0;  // of whole warps; turns - accesses are bank conflicts
+  int64_t implied_waits = 0;                      // sums used before their wait, which the assembler then puts in
 };
 
 enum class State { ready, waiting, done };
@@ -186,7 +187,12 @@ struct Warp {
   std::vector<StoreAsync> stores[kLanes];
   std::vector<std::vector<StoreAsync>> store_groups[kLanes];
   std::shared_ptr<Products> products;
+  std::vector<bool> under_way;  // by 64 bytes of registers: sums of products that nobody has waited for
+  int sums_under_way = 0;
 };
+
+// Ends all products of a warp as if it had waited for them: products.h.
+void finish_products(Warp& warp);
 
 struct Mbarrier {
   int agent, count, to_come;
@@ -249,6 +255,7 @@ class Block {
  private:
   void step();
   void run_warp(Warp& warp, int most);
+  void imply_wait(Warp& warp, int32_t at);
   std::string deadlock() const;
 
   Memory& memory_;
@@ -277,191 +284,6 @@ inline Warp::Warp(Block& whose, int which)
 inline std::string Block::name(const Epoch& epoch) const {
   if (epoch.agent < program.warps) return warps[epoch.agent]->name(epoch.lane);
   return "a copy";
-}
-
-inline Unit* Block::units(const std::string& who, uint32_t address, uint32_t bytes, uint32_t aligned) {
-  if (address % aligned) throw Trap(who + ": shared address " + number(address) + " is not aligned");
-  if (address < kSharedBase || address + bytes > kSharedBase + shared.size()) {
-    throw Trap(who + ": shared address " + number(address - int64_t{kSharedBase}) + " is beyond the " +
-               number(shared.size()) + " bytes there are");
-  }
-  return &units_[(address - kSharedBase) / program.unit];
-}
-
-inline void Block::note_write(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool is_under_way,
-                              const void* what) {
-  Unit* unit = units("a write", address, bytes, std::min(bytes, 16u));
-  Reader* reader = &readers_[(unit - units_.data()) * program.warps];
-  for (uint32_t i = 0; i < bytes; i += program.unit, ++unit) {
-    const auto trap = [&](const std::string& why) {
-      throw Trap("race: " + warp.name(lane) + " writes shared byte " + number(address + i - kSharedBase) + ", which " +
-                 why);
-    };
-    if (unit->barrier) trap("holds an mbarrier");
-    if (unit->in_use) trap("a product or store under way still reads");
-    if (unit->under_way && unit->writer.agent >= program.warps) trap("a copy under way writes");
-    // Lanes of one instruction may write to one place: one of them wins. Triton lets them where all hold the same sum,
-    // and warps where all hold the same bits.
-    const bool again = what && !unit->under_way && !unit->by_copy &&
-                       !std::memcmp(at(address + i), static_cast<const char*>(what) + i, program.unit);
-    if (unit->written_by != instructions && !again && !warp.knows(unit->writer, lane)) {
-      trap(name(unit->writer) + " wrote with no barrier between");
-    }
-    unit->written_by = instructions;
-    for (int w = 0; w < program.warps; ++w, ++reader) {
-      if (!reader->time) continue;
-      const Epoch read{static_cast<int16_t>(w), reader->lane, reader->time};
-      if (!warp.knows(read, lane)) trap(name(read) + " read with no barrier between");
-      reader->time = 0;
-    }
-    unit->written = true;
-    unit->under_way = is_under_way;
-    unit->by_copy = false;
-    unit->writer = warp.now(lane);
-  }
-}
-
-inline void Block::note_read(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
-  Unit* unit = units("a read", address, bytes, std::min(bytes, 16u));
-  Reader* reader = &readers_[(unit - units_.data()) * program.warps + warp.number];
-  for (uint32_t i = 0; i < bytes; i += program.unit, ++unit, reader += program.warps) {
-    const auto trap = [&](const std::string& why) {
-      throw Trap(warp.name(lane) + " reads shared byte " + number(address + i - kSharedBase) + ", " + why);
-    };
-    if (unit->barrier) trap("which holds an mbarrier");
-    if (!unit->written) trap("which nobody has written");
-    if (unit->under_way) trap("whose copy nobody has waited for");
-    if (!warp.knows(unit->writer, lane)) trap("race: which " + name(unit->writer) + " wrote with no barrier between");
-    reader->lane = reader->time == warp.time && reader->lane != lane ? kAllOf : lane;
-    reader->time = warp.time;
-  }
-}
-
-// TMA and wgmma read shared memory on behalf of a lane, or of the whole warp.
-inline void Block::note_async_read(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
-  Unit* unit = units("a product or store", address, bytes, 16);
-  for (uint32_t i = 0; i < bytes; i += program.unit, ++unit) {
-    const auto trap = [&](const std::string& why) {
-      throw Trap(warp.name(lane) + " has shared byte " + number(address + i - kSharedBase) + " read, " + why);
-    };
-    if (unit->barrier) trap("which holds an mbarrier");
-    if (!unit->written) trap("which nobody has written");
-    if (unit->under_way) trap("whose copy nobody has waited for");
-    if (!warp.knows(unit->writer, lane)) trap("race: which " + name(unit->writer) + " wrote with no barrier between");
-    if (!unit->by_copy && unit->writer.time >= warp.fenced.of(unit->writer.agent)) {
-      trap("which " + name(unit->writer) + " wrote with no fence.proxy.async after it");
-    }
-    ++unit->in_use;
-  }
-}
-
-inline void Block::end_async_read(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
-  Unit* unit = &units_[(address - kSharedBase) / program.unit];
-  Reader* reader = &readers_[(unit - units_.data()) * program.warps + warp.number];
-  for (uint32_t i = 0; i < bytes; i += program.unit, ++unit, reader += program.warps) {
-    --unit->in_use;
-    reader->lane = lane;
-    reader->time = warp.time;
-  }
-}
-
-inline void Block::check_global(const std::string& who, uint64_t address, size_t bytes, size_t aligned, bool write) {
-  if (address % aligned) throw Trap(who + ": a global address is not aligned to " + number(aligned));
-  if (last_range_ && address >= last_range_->begin && address + bytes <= last_range_->end) return;
-  for (const Range& range : memory_.ranges) {
-    if (address >= range.begin && address + bytes <= range.end) {
-      last_range_ = &range;
-      return;
-    }
-  }
-  std::string where;
-  for (size_t i = 0; i < memory_.ranges.size(); ++i) {
-    const int64_t offset = address - memory_.ranges[i].begin, size = memory_.ranges[i].end - memory_.ranges[i].begin;
-    if (offset > -(1 << 20) && offset < size + (1 << 20)) {
-      where += " (byte " + number(offset) + " of " + number(size) + " of tensor " + number(i) + ")";
-    }
-  }
-  throw Trap(who + (write ? " writes" : " reads") + " global memory out of bounds" + where);
-}
-inline void Block::check_global(Warp& warp, int lane, uint64_t address, size_t bytes, size_t aligned, bool write) {
-  if (last_range_ && address >= last_range_->begin && address + bytes <= last_range_->end && address % aligned == 0) {
-    return;
-  }
-  check_global(warp.name(lane), address, bytes, aligned, write);
-}
-
-inline void Block::note_global_read(Warp& warp, int lane, uint64_t address, uint32_t bytes) {
-  if (!memory_.written) return;
-  Region* region = memory_.region(address);
-  if (region->units.empty()) return;
-  const size_t first = (address - region->begin) / program.global_unit;
-  for (uint32_t i = 0; i < bytes / program.global_unit; ++i) {
-    const GlobalUnit& unit = region->units[first + i];
-    if (unit.block >= 0 && unit.block != block_) {
-      throw Trap("race: " + warp.name(lane) + " reads global memory that block " + number(unit.block) + " wrote");
-    }
-    if (unit.block == block_ && !warp.knows(unit.writer, lane)) {
-      throw Trap("race: " + warp.name(lane) + " reads global memory that " + name(unit.writer) +
-                 " wrote with no barrier between");
-    }
-    Reader& reader = region->readers[(first + i) * program.warps + warp.number];
-    reader.lane = reader.time == warp.time && reader.lane != lane ? kAllOf : lane;
-    reader.time = warp.time;
-  }
-}
-
-inline void Block::note_global_write(Warp& warp, int lane, uint64_t address, uint32_t bytes, const void* what) {
-  Region* region = memory_.region(address);
-  if (region->units.empty()) {
-    memory_.written = true;
-    region->units.resize((region->end - region->begin) / program.global_unit + 1);
-    region->readers.resize(region->units.size() * program.warps);
-  }
-  const size_t first = (address - region->begin) / program.global_unit;
-  for (uint32_t i = 0; i < bytes / program.global_unit; ++i) {
-    GlobalUnit& unit = region->units[first + i];
-    const uint32_t at = i * program.global_unit;
-    const bool again = what && !std::memcmp(reinterpret_cast<const char*>(address) + at,
-                                            static_cast<const char*>(what) + at, program.global_unit);
-    if (unit.block >= 0 && unit.block != block_ && !again) {
-      throw Trap("race: " + warp.name(lane) + " writes global memory that block " + number(unit.block) + " wrote");
-    }
-    if (unit.block == block_ && !again && !warp.knows(unit.writer, lane)) {
-      throw Trap("race: " + warp.name(lane) + " writes global memory that " + name(unit.writer) +
-                 " wrote with no barrier between");
-    }
-    Reader* reader = &region->readers[(first + i) * program.warps];
-    for (int w = 0; w < program.warps; ++w, ++reader) {
-      const Epoch read{static_cast<int16_t>(w), reader->lane, reader->time};
-      if (reader->time && !warp.knows(read, lane)) {
-        throw Trap("race: " + warp.name(lane) + " writes global memory that " + name(read) +
-                   " read with no barrier between");
-      }
-      reader->time = 0;
-    }
-    unit = {block_, warp.now(lane)};
-  }
-}
-
-// 32 banks are 4 bytes wide; accesses of 8 and 16 bytes a lane go in halves and quarters of the warp.
-inline void Block::count_turns(const Warp&, const uint32_t* addresses, Lanes lanes, int bytes) {
-  const int together = kLanes * 4 / std::max(bytes, 4), words = std::max(bytes, 4) / 4;
-  for (int first = 0; first < kLanes; first += together) {
-    uint32_t seen[kLanes * 4];
-    int turns[32] = {}, count = 0, most = 0;
-    for (int lane = first; lane < first + together; ++lane) {
-      if (!(lanes >> lane & 1)) continue;
-      for (int word = 0; word < words; ++word) {
-        const uint32_t which = addresses[lane] / 4 + word;
-        if (std::find(seen, seen + count, which) != seen + count) continue;
-        seen[count++] = which;
-        most = std::max(most, ++turns[which % 32]);
-      }
-    }
-    if (!count) continue;
-    ++counts.shared_accesses;
-    counts.shared_turns += most;
-  }
 }
 
 inline void Block::run(const uint32_t (&where)[3], const uint32_t (&grid)[3]) {
@@ -515,6 +337,22 @@ inline std::string Block::deadlock() const {
   return text;
 }
 
+// The PTX ISA says nothing of what an instruction finds in sums that nobody has waited for; ptxas waits (C7517).
+inline void Block::imply_wait(Warp& warp, int32_t at) {
+  const int32_t end = at + 1 < static_cast<int32_t>(program.code.size())
+                          ? program.code[at + 1].first
+                          : static_cast<int32_t>(program.operands.size());
+  for (int32_t i = program.code[at].first; i < end; ++i) {
+    const int32_t operand = program.operands[i];
+    // An offset of an address may look like a register: a wait too many, which the count shows.
+    if (operand < 0 || operand >> 6 >= static_cast<int32_t>(warp.under_way.size()) || !warp.under_way[operand >> 6]) {
+      continue;
+    }
+    ++counts.implied_waits;
+    return finish_products(warp);
+  }
+}
+
 inline void Block::run_warp(Warp& warp, int most) {
   const std::vector<Op>& all = ops();
   while (most-- > 0) {
@@ -555,6 +393,7 @@ inline void Block::run_warp(Warp& warp, int most) {
     } else {
       if (lanes) {
         ++counts.executed[instruction.op];
+        if (warp.sums_under_way && op.kind == Op::plain) imply_wait(warp, group->at);
         then = op.run(warp, operands, lanes);
       }
       if (then != Then::retry) ++group->at;
@@ -588,3 +427,5 @@ inline void Block::run_warp(Warp& warp, int most) {
 }
 
 }  // namespace ptx
+
+#include "tracking.h"

@@ -2,7 +2,7 @@
 // an operand lies in shared memory, and how e4m3 products are added up, is in ../wgmma.h.
 #pragma once
 
-#include "memory.h"
+#include "tma.h"
 
 namespace ptx {
 
@@ -245,6 +245,9 @@ Then multiply_async(Warp& w, const int32_t* o, Lanes) {
   if (!held.products++) {
     if (!queue.fenced) throw Trap("warp " + number(w.number) + " begins a product with no wgmma.fence");
     held.registers = o;
+    w.under_way.resize(w.block.program.register_bytes / 64 + 1);
+    for (int n = 0; n < columns / 2; ++n) w.under_way[o[n] >> 6] = true;
+    ++w.sums_under_way;
     held.values.resize(16 * columns);
     for (int n = 0; n < columns / 2; ++n) {
       uint32_t* from = w.reg<uint32_t>(o[n]);
@@ -274,8 +277,7 @@ inline int depth_of(const Product& p) {
   return p.compute == compute<Bf16> || p.compute == compute<Fp16> ? 16 : p.compute == compute<Tf32> ? 8 : 32;
 }
 
-inline Then product_wait(Warp& w, const int32_t* o, Lanes) {
-  const size_t pending = *w.reg<uint32_t>(o[0]);
+inline void wait_for_products(Warp& w, size_t pending) {
   Products& queue = products_of(w);
   while (queue.groups.size() > pending) {
     for (Product& p : queue.groups.front()) {
@@ -289,13 +291,22 @@ inline Then product_wait(Warp& w, const int32_t* o, Lanes) {
           if (to[i] != kSpoiled) throw Trap(w.name(i) + " wrote sums of a product under way");
           to[i] = sums.values[where_in_sums(i, n, p.columns)];
         }
+        w.under_way[sums.registers[n] >> 6] = false;
       }
+      --w.sums_under_way;
       queue.sums.erase(p.sums);
       queue.fenced = false;
     }
     queue.groups.erase(queue.groups.begin());
   }
+}
+inline Then product_wait(Warp& w, const int32_t* o, Lanes) {
+  wait_for_products(w, *w.reg<uint32_t>(o[0]));
   return Then::next;
+}
+inline void finish_products(Warp& w) {
+  product_commit(w, nullptr, kAll);
+  wait_for_products(w, 0);
 }
 
 inline void add_products(std::vector<Op>& all) {

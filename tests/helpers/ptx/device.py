@@ -60,6 +60,10 @@ def library() -> Library:
     return Library(ctypes.CDLL(str(built)))
 
 
+_COMPILED: dict = {}
+"""Hash -> Triton's compiled kernel. The JIT keeps what it compiled beyond a `Device`'s life, and so must this."""
+
+
 @dataclass
 class Launch:
     kernel: str
@@ -74,19 +78,18 @@ class Device:
 
     Attributes:
         seed: of the schedules and asynchronous effects; every launch has its own that follows from it.
-        compiled: hash -> Triton's compiled kernel. launches: in order.
+        launches: in order.
         change: what is done to a kernel's PTX before it is decoded: (name, PTX) -> PTX.
     """
 
     arch: int
     seed: int = 0
-    compiled: dict = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
     change: object = staticmethod(lambda name, ptx: ptx)
     _programs: dict = field(default_factory=dict)
 
     def program(self, key: str) -> Program:
-        compiled = self.compiled[key]
+        compiled = _COMPILED[key]
         ptx = self.change(compiled.metadata.name, compiled.asm["ptx"])
         if (found := self._programs.get(ptx)) is None:
             found = self._programs[ptx] = Program(library(), ptx, compiled.metadata.shared)
@@ -201,6 +204,11 @@ class _Driver:
         return torch.device("cpu")
 
 
+def known(made):
+    """A compiled kernel, from now on one that can be launched by its hash."""
+    return _COMPILED.setdefault(made.metadata.hash, made)
+
+
 @contextlib.contextmanager
 def executing(arch: int = 90, seed: int = 0):
     """Launches on CPU tensors compile for a chip and execute what comes of it; gives the `Device`.
@@ -215,8 +223,7 @@ def executing(arch: int = 90, seed: int = 0):
 
     def noted(*args, **kwargs):
         made = compile_kernel(*args, **kwargs)
-        device.compiled[made.metadata.hash] = made
-        return made
+        return known(made)
 
     def chip(which):
         return divmod(arch, 10)
