@@ -1,11 +1,15 @@
-"""Test set-up: Triton's interpreter where there is no GPU, poisoned allocations everywhere."""
+"""Test set-up: Triton's interpreter where there is no GPU, poisoned allocations everywhere.
+
+VITFAST_EXECUTE=90 (or 80) runs what the compiler makes of the kernels for that chip instead: `helpers.ptx.device`.
+"""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    if "VITFAST_EXECUTE" not in os.environ:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The interpreter's numpy and torch's thread pools fight over cores; tests are small.
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
@@ -16,9 +20,11 @@ from vitfast import testing
 from vitfast.attention import sdpa
 from vitfast.engine import plan_cache
 
+EXECUTE = int(os.environ.get("VITFAST_EXECUTE", 0))
+"""The chip whose compiled kernels are executed, 0 for none."""
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and not EXECUTE:
     testing.repair_interpreter()
 
 
@@ -45,6 +51,18 @@ def _global_state():
 def _poison():
     with testing.poisoned_allocations():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _executor():
+    """The GPU made of compiled code, where it is asked for."""
+    if not EXECUTE:
+        yield
+        return
+    from helpers.ptx.device import executing
+
+    with executing(EXECUTE) as device:
+        yield device
 
 
 @pytest.fixture(autouse=True, scope="session")

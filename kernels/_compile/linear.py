@@ -66,7 +66,12 @@ def _product_case(config: Config, epilogue: str) -> CompileCase:
         "linear",
         epilogue,
         tensors,
-        {"ACTIVATION": activation, "STATS_BLOCK": 8, "GROUP": GROUP_M, "SPLIT_K": split_of(config)},
+        {
+            "ACTIVATION": activation,
+            "STATS_BLOCK": 1 if epilogue == "part" else 8,
+            "GROUP": GROUP_M,
+            "SPLIT_K": split_of(config),
+        },
         (*outputs, "x", "weight", *present),
         {"M": m, "N": n, "K": k},
     )

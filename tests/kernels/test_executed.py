@@ -1,0 +1,100 @@
+"""What the compiler made of the kernels, executed instruction by instruction: `helpers.ptx` and tests/emulation/ptx.
+
+Cases of kernels/_compile, compiled for sm_90 and sm_80, run through their launchers and meet the oracle under a GPU's
+bounds. Mistakes put into their PTX, and races put into their sources, are found.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers.emulated import needs_compiler
+from helpers.ptx.faults import FAULTS
+from helpers.scripts import ROOT, compiling
+
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU"),
+]
+
+CORE = [
+    (90, "linear", "tma_64x64x64_gelu"),
+    (90, "layer_norm", "1024"),
+    (90, "quantize", "1024_fp8e4nv_norm"),
+    (90, "attention_short", "short D=32"),
+    (90, "quantized_linear", "tma_64x128x128_i8_bias"),
+    (80, "linear", "64x64x64_gelu"),
+]
+"""TMA, mbarriers and wgmma; reductions; 8-bit output; products out of registers; int8; cp.async and mma.sync."""
+PATH = f"{ROOT}:{ROOT / 'tests'}"
+
+
+def executed(jobs):
+    """What `python -m helpers.ptx` says of each job."""
+    lines = compiling("-W", "ignore", "-m", "helpers.ptx", json.dumps(jobs), PYTHONPATH=PATH).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def core():
+    """The core cases and the faults, in one process: what was found wrong with each."""
+    jobs = {case: {"arch": case[0], "file": case[1], "case": case[2]} for case in CORE}
+    jobs |= {name: {"fault": name} for name in FAULTS}
+    return dict(zip(jobs, executed(list(jobs.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", CORE, ids=lambda case: f"sm_{case[0]}-{case[1]}-{case[2]}")
+def test_a_case_is_right(case, core):
+    assert not core[case]["wrong"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, core):
+    """Not only wrong numbers: the trap says what is amiss."""
+    assert re.search(FAULTS[fault].says, core[fault]["wrong"]), core[fault]["wrong"] or "nothing was found"
+
+
+def test_what_is_executed_is_counted(core):
+    """The bytes that TMA brings are those of all boxes: 2 x 2 tiles, 9 steps along K, 64 x 64 of both operands."""
+    counts = core[CORE[0]]["counts"]
+    assert counts["tma_read_bytes"] == 4 * 9 * 2 * 64 * 64 * 2
+    assert counts["tma_written_bytes"] == 73 * 80 * 2
+    assert counts["wgmma.mma_async.sync.aligned.k16.f32.bf16.bf16"] == 4 * 9 * 4 * 4  # tiles, steps, in a step, warps
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")))
+@pytest.mark.parametrize("arch", [90, 80])
+def test_every_compile_case_is_right(arch, file):
+    results = executed([{"arch": arch, "file": file, "case": "", "all": True}])
+    assert results
+    assert not [(result["name"], result["wrong"]) for result in results if result["wrong"]]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_other_schedules_find_nothing_else(seed):
+    jobs = [{"arch": arch, "file": file, "case": case, "seed": seed} for arch, file, case in CORE]
+    assert not [result for result in executed(jobs) if result["wrong"]]
+
+
+@pytest.mark.full
+def test_a_barrier_missing_from_the_source_is_found():
+    """attention_block's projection reads from global memory what other threads of the program have written there."""
+    job = {"arch": 90, "file": "attention_block", "case": "width192 D=64"}
+    right, wrong = executed([job, job | {"old": "    tl.debug_barrier()\n", "new": "    pass\n"}])
+    assert not right["wrong"]
+    assert re.search("race: .* reads global memory that .* wrote with no barrier between", wrong["wrong"]), wrong
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fused", "fold_norm", "launches"), [((), False, 17), ((), True, 14), (("attention_block", "mlp"), True, 7)]
+)
+@pytest.mark.parametrize("arch", [90, 80])
+def test_a_forward_of_two_blocks_is_right(arch, fused, fold_norm, launches):
+    """Launchers, the JIT's specialisation and tensor descriptors as they are; every launch executed."""
+    [result] = executed([{"forward": fused, "fold_norm": fold_norm, "arch": arch}])
+    assert not result["wrong"]
+    assert sum(result["counts"].values()) == launches
