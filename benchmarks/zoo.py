@@ -158,9 +158,9 @@ def perturbed(model: nn.Module) -> nn.Module:
             fan = parameter[0].numel() if parameter.ndim > 1 else 0
             parameter.add_(noise(parameter), alpha=0.5 * fan**-0.5 if fan else 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
+            if name.endswith(("running_mean", "std_bias")):
                 buffer.add_(noise(buffer), alpha=0.1)
-            elif name.endswith("running_var"):
+            elif name.endswith(("running_var", "std_scale")):
                 buffer.mul_(1 + 0.2 * noise(buffer).abs())
     return model.eval()
 
@@ -184,11 +184,14 @@ def _timm(name: str, create: Callable[..., Any] | None = None, **options: Any) -
     options = {"num_classes": 11, **options}
     with torch.device("meta"):
         whole = create(name)
-    patch = getattr(getattr(whole, "patch_embed", None), "patch_size", (0, 0))
+    inner = getattr(whole, "encoder", whole)
+    patch = getattr(getattr(inner, "patch_embed", None), "patch_size", (0, 0))
     few: dict[str, Any] = {"img_size": (4 * patch[0], 6 * patch[1])} if min(patch) > 4 else {}
-    first = next(iter(getattr(whole, "blocks", [])), None)
+    first = next(iter(getattr(inner, "blocks", [])), None)
+    if hasattr(first, "window_size"):
+        few |= {"global_attn_indexes": (1,)}
     heads = getattr(getattr(first, "attn", first), "num_heads", 0)
-    narrow = {"embed_dim": 4 * (whole.embed_dim // heads), "num_heads": 4} if heads > 4 else {}
+    narrow = {"embed_dim": 4 * (inner.embed_dim // heads), "num_heads": 4} if heads > 4 else {}
     kv = {"num_kv_heads": (4, 2)} if len({getattr(b.attn, "num_kv_heads", 0) for b in getattr(whole, "blocks", [])
                                           if hasattr(b, "attn")}) > 1 else {}  # fmt: skip
     for arguments in (few | narrow | kv, few | narrow, few | kv, few, narrow, {}):
@@ -202,6 +205,12 @@ def _timm_outputs(model: Any, images: Tensor) -> Outputs:
     if wanted and getattr(model.patch_embed, "strict_img_size", True):  # pixels that no whole patch is left for
         images = nn.functional.pad(images, (0, wanted[1] - images.shape[3], 0, wanted[0] - images.shape[2]))
     made = {"tokens": model.forward_features(images), "output": model(images)}
+    inner = getattr(model, "encoder", model)
+    joined = getattr(inner, "merger", None) or getattr(inner, "aligner", None)
+    if joined or getattr(inner, "global_pool", "") == "soft":  # tokens joined are what an encoder gives
+        made["neck"] = made.pop("output" if inner is model else "tokens")
+    if hasattr(model, "neck"):
+        made["neck"] = made.pop("tokens").flatten(2).mT
     return {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
 
 
@@ -341,8 +350,8 @@ def tried(case: Case) -> Result:
     config = checkpoint.config
     size = config.image_size
     if max(size) > LARGEST and config.dynamic_size:
-        patch = config.patch_size
-        size = (LARGEST // patch[0] * patch[0], LARGEST // 2 // patch[1] * patch[1])
+        unit = [patch * joined for patch, joined in zip(config.patch_size, config.neck_patches, strict=True)]
+        size = (LARGEST // unit[0] * unit[0], LARGEST // 2 // unit[1] * unit[1])
     images = torch.randn(1, config.in_channels, *size, generator=torch.Generator().manual_seed(1))
     try:
         with torch.no_grad():
@@ -350,7 +359,7 @@ def tried(case: Case) -> Result:
     except Exception as error:  # the library's own, which then has nothing to compare with
         return Result(case, "different", float("inf"), f"{type(error).__name__}: {error}".splitlines()[0])
     made = engine(images)
-    given = {"tokens": made.tokens, "embedding": made.embedding}
+    given = {"tokens": made.tokens, "embedding": made.embedding, "neck": made.neck}
     given["output"] = made.embedding if made.logits is None else made.logits
     if "text" in expected:
         given["text"] = engine.text(text_ids(model))

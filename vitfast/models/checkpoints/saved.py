@@ -27,15 +27,16 @@ def write(checkpoint: Checkpoint, directory: Path, plan: Mapping[str, Any] | Non
         plan: what was chosen to run it, and for which machine (see `vitfast.engine.plan_cache`).
 
     Raises:
-        CheckpointError: if the package safetensors is absent, or the model has a stem, which no file describes.
+        CheckpointError: if the package safetensors is absent, or the model has a stem or neck, which no file describes.
         OSError: if the folder cannot be written.
     """
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise CheckpointError("saving a model needs the package safetensors: pip install safetensors") from error
-    if checkpoint.stem is not None:
-        raise CheckpointError(f"a model whose tokens come from a {checkpoint.config.stem} cannot be saved")
+    if checkpoint.stem is not None or checkpoint.neck is not None:
+        part = checkpoint.config.stem or checkpoint.config.neck
+        raise CheckpointError(f"a model with a part that runs as it is ({part}) cannot be saved")
     description = {
         "format": FORMAT,
         "vitfast": __version__,

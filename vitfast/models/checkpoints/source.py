@@ -41,6 +41,7 @@ class Checkpoint:
         preprocess: how its images are prepared; None where the source does not say.
         labels: the classes' names, one per row of the head; None where the source does not say.
         stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
+        neck: what makes other tokens [B, ..., E] of the patches' [B, rows, columns, C], where a model has such a part.
         text: the text tower beside it, where the source has one that can be run (CLIP, SigLIP).
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
@@ -52,6 +53,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     stem: nn.Module | None = None
+    neck: nn.Module | None = None
     text: TextTower | None = None
 
 
