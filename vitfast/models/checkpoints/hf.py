@@ -47,7 +47,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VIDEO = "patches of several frames, or attention between frames"
 _PATCHES = "patches and their grids as input (image_grid_thw), and attention over images packed together"
 _STAGES = "pooling between stages (a hierarchical model)"
-_WINDOWS = "windowed attention with decomposed relative position, and a neck of convolutions"
+_WINDOWS = "what its parts are called (windows and a neck, which timm's samvit models have and run with)"
 _MAPS = "feature maps as output; load the files as the model without Backbone"
 _DECODER = "a decoder or head beside the encoder; pass the encoder"
 REFUSED = {
@@ -60,8 +60,7 @@ REFUSED = {
             *("BeitForMaskedImageModeling", "BeitForSemanticSegmentation", "Data2VecVisionForSemanticSegmentation"),
             *("DPTForDepthEstimation", "DPTForSemanticSegmentation", "DepthAnythingForDepthEstimation"),
             *("YolosForObjectDetection", "VitPoseForPoseEstimation", "CLIPSegForImageSegmentation"),
-            *("OwlViTForObjectDetection", "Owlv2ForObjectDetection", "EomtForUniversalSegmentation"),
-            *("EomtDinov3ForUniversalSegmentation", "Aimv2Model"),
+            *("EomtForUniversalSegmentation", "EomtDinov3ForUniversalSegmentation"),
         ),
         _DECODER,
     ),
@@ -70,15 +69,21 @@ REFUSED = {
     "MLCDVisionModel": "rotary embedding of the class token",
     **dict.fromkeys(("XCLIPVisionModel", "XCLIPModel"), "message tokens between frames"),
     **dict.fromkeys(
-        ("VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "VivitForVideoClassification"), _VIDEO
+        (
+            *("VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "VivitForVideoClassification"),
+            *("TimesformerModel", "VJEPA2Model", "VideoLlavaModel"),
+        ),
+        _VIDEO,
     ),
     **dict.fromkeys(("HieraModel", "HieraForImageClassification", "Sam2VisionModel", "Sam3VisionModel"), _STAGES),
-    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel", "SamModel", "VitDetModel"), _WINDOWS),
+    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel", "SamModel", "SamHQModel", "VitDetModel"), _WINDOWS),
+    "GotOcr2Model": "windows, and convolutions between the tower and the language model",
     **dict.fromkeys(
         (
             *("Qwen2VLVisionModel", "Qwen2_5_VLVisionModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
             *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Glm4vVisionModel", "Glm4vMoeVisionModel"),
-            *("PaddleOCRVisionModel", "VideoLlama3VisionModel"),
+            *("PaddleOCRVisionModel", "VideoLlama3VisionModel", "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel"),
+            "Glm4vModel",
         ),
         _PATCHES,
     ),
@@ -86,7 +91,18 @@ REFUSED = {
         ("MllamaVisionModel", "Llama4VisionModel"), "tiles of images, with embeddings of their aspect ratio"
     ),
     "Phi4MultimodalVisionModel": "positions and pooling that follow patch_attention_mask",
-    "AlignVisionModel": "an EfficientNet",
+    **dict.fromkeys(("AlignVisionModel", "AlignModel"), "an EfficientNet"),
+    "GroupViTModel": "grouping of tokens between stages",
+    "LwDetrModel": "windows in the layout of the tokens, and maps of several blocks",
+    "MgpstrModel": "tokens of characters, each with an attention of its own, after the blocks",
+    **dict.fromkeys(("PixioModel", "PixioBackbone"), "several class tokens, whose mean is what it gives"),
+    "RadioModel": "position embeddings that follow the size of the image, and a conditioner of the pixels",
+    "Sapiens2Model": "grouped key and value heads beside full ones, in the same model",
+    **dict.fromkeys(
+        ("OwlViTModel", "Owlv2Model", "OwlViTForObjectDetection", "Owlv2ForObjectDetection"),
+        "a tower that is no class of its own; OwlViTVisionModel and Owlv2VisionModel read the same files",
+    ),
+    **dict.fromkeys(("Idefics2Model", "Kosmos2Model", "Ovis2Model"), "a tower with names of its own"),
     "GroupViTVisionModel": "grouping of tokens between stages",
     "Pix2StructVisionModel": "patches with their row and column as input",
 }
@@ -174,7 +190,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
     named = read_settings(hf_common.Origin, config, where).architectures
     inner = config.get("vision_config") or config.get("encoder")
     kind = inner.get("model_type") if isinstance(inner, Mapping) else None
-    inside = any(kind in family.BY_MODEL_TYPE for family in FAMILIES)
+    inside = isinstance(kind, str) and any(kind in family.BY_MODEL_TYPE for family in FAMILIES)
     if named and not inside and not any(family.matches(named[0]) for family in FAMILIES):
         raise _refused(named[0], where)
 
@@ -187,7 +203,7 @@ def _tower_inside(
     if settings is None:
         return None
     kind = settings.get("model_type")
-    family = next((family for family in FAMILIES if kind in family.BY_MODEL_TYPE), None)
+    family = next((family for family in FAMILIES if isinstance(kind, str) and kind in family.BY_MODEL_TYPE), None)
     if family is None:
         return None
     leads = [key.removesuffix(family.MARKER) for key in state if key.endswith(family.MARKER)]
