@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from vitfast.benchmarks import zoo_transformers
+from vitfast.benchmarks.zoo_transformers import TRANSFORMERS
 from vitfast.engine.engine import Engine
 from vitfast.models import checkpoints, libraries
 from vitfast.ops.registry import BackendError
@@ -51,76 +53,6 @@ TIMM_MODULES = {
     "hieradet_sam2": "SAM 2",
 }
 """Modules of timm that hold Vision Transformers -> what is in them."""
-
-SMALL = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32,
-    "patch_size": 8, "layer_norm_eps": 1e-3, "projection_dim": 24,
-}  # fmt: skip
-_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
-_RELATIVE = {"use_relative_position_bias": True}
-
-
-def _each(names: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: dict(settings) for name in names}
-
-
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    **_each(
-        (
-            *("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"),
-            *("DeiTForImageClassificationWithTeacher", "ViTMSNModel", "ViTMSNForImageClassification"),
-            *("IJepaModel", "IJepaForImageClassification", "DPTModel", "DINOv3ViTModel", "InternVLVisionModel"),
-            *("CLIPVisionModel", "CLIPVisionModelWithProjection", "MetaClip2VisionModel", "GitVisionModel"),
-            *("MetaClip2VisionModelWithProjection", "ChineseCLIPVisionModel", "AltCLIPVisionModel"),
-            *("CLIPSegVisionModel", "SiglipVisionModel", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
-            *("BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel", "InstructBlipVideoVisionModel"),
-            *("OwlViTVisionModel", "Owlv2VisionModel", "Aimv2VisionModel"),
-            *(
-                "XCLIPVisionModel",
-                "YolosModel",
-                "VitPoseBackbone",
-                "VitDetModel",
-                "VideoMAEModel",
-                "PixtralVisionModel",
-            ),
-            *("MLCDVisionModel", "Phi4MultimodalVisionModel", "SamVisionModel", "ViTForMaskedImageModeling"),
-            *("DeiTForMaskedImageModeling", "Dinov2Backbone", "DINOv3ViTBackbone", "ViTMAEForPreTraining"),
-            *("VivitModel", "HieraModel", "Sam2VisionModel", "Qwen3VLVisionModel"),
-            *("BlipModel", "SamModel", "Glm4vVisionModel", "MllamaVisionModel"),
-            *("YolosForObjectDetection", "DPTForDepthEstimation", "BeitForMaskedImageModeling", "BeitBackbone"),
-        ),
-        {},
-    ),
-    "ViTMAEModel": {"mask_ratio": 0.0},
-    "Dinov2Model": {"mlp_ratio": 2},
-    "Dinov2ForImageClassification": {"mlp_ratio": 2, "use_swiglu_ffn": True},
-    "Dinov2WithRegistersModel": {"mlp_ratio": 2},
-    "Dinov2WithRegistersForImageClassification": {"mlp_ratio": 2},
-    "Tipsv2VisionModel": {"mlp_ratio": 2},
-    "BeitModel": _RELATIVE | {"use_absolute_position_embeddings": True},
-    "BeitForImageClassification": {"use_shared_relative_position_bias": True},
-    "Data2VecVisionModel": _RELATIVE | {"use_mean_pooling": False},
-    "Data2VecVisionForImageClassification": {"use_relative_position_bias": True},
-    "JanusVisionModel": {"mlp_ratio": 2.0, "hidden_act": "gelu"},
-    **_each(
-        (
-            *("CLIPModel", "CLIPForImageClassification", "MetaClip2Model", "MetaClip2ForImageClassification"),
-            *("ChineseCLIPModel", "AltCLIPModel", "CLIPSegModel", "SiglipModel", "SiglipForImageClassification"),
-        ),
-        {"vision_config": SMALL, "text_config": _TEXT},
-    ),
-    "Siglip2VisionModel": {"num_patches": 9},
-    **_each(
-        ("Siglip2Model", "Siglip2ForImageClassification"),
-        {"vision_config": SMALL | {"num_patches": 16}, "text_config": _TEXT},
-    ),
-}
-"""Class of transformers -> what its config has beyond SMALL; a whole model's, what it has instead."""
-
-_UNNORMED = ("CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP", "Owl")
-"""Beginnings of classes whose last_hidden_state is before the last norm."""
-_TANH = ("ViT", "DeiT", "DPT", "IJepa", "Yolos")
-"""Beginnings of classes whose pooler_output passes a dense layer and tanh, which is no part of `embedding`."""
 
 Outputs = dict[str, Tensor]
 
@@ -155,12 +87,14 @@ def perturbed(model: nn.Module) -> nn.Module:
 
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.is_meta:  # of a model that is refused by its class
+                continue
             fan = parameter[0].numel() if parameter.ndim > 1 else 0
             parameter.add_(noise(parameter), alpha=0.5 * fan**-0.5 if fan else 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
+            if name.endswith(("running_mean", "std_bias")):
                 buffer.add_(noise(buffer), alpha=0.1)
-            elif name.endswith("running_var"):
+            elif name.endswith(("running_var", "std_scale")):
                 buffer.mul_(1 + 0.2 * noise(buffer).abs())
     return model.eval()
 
@@ -184,11 +118,14 @@ def _timm(name: str, create: Callable[..., Any] | None = None, **options: Any) -
     options = {"num_classes": 11, **options}
     with torch.device("meta"):
         whole = create(name)
-    patch = getattr(getattr(whole, "patch_embed", None), "patch_size", (0, 0))
+    inner = getattr(whole, "encoder", whole)
+    patch = getattr(getattr(inner, "patch_embed", None), "patch_size", (0, 0))
     few: dict[str, Any] = {"img_size": (4 * patch[0], 6 * patch[1])} if min(patch) > 4 else {}
-    first = next(iter(getattr(whole, "blocks", [])), None)
+    first = next(iter(getattr(inner, "blocks", [])), None)
+    if hasattr(first, "window_size"):
+        few |= {"global_attn_indexes": (1,)}
     heads = getattr(getattr(first, "attn", first), "num_heads", 0)
-    narrow = {"embed_dim": 4 * (whole.embed_dim // heads), "num_heads": 4} if heads > 4 else {}
+    narrow = {"embed_dim": 4 * (inner.embed_dim // heads), "num_heads": 4} if heads > 4 else {}
     kv = {"num_kv_heads": (4, 2)} if len({getattr(b.attn, "num_kv_heads", 0) for b in getattr(whole, "blocks", [])
                                           if hasattr(b, "attn")}) > 1 else {}  # fmt: skip
     for arguments in (few | narrow | kv, few | narrow, few | kv, few, narrow, {}):
@@ -202,55 +139,21 @@ def _timm_outputs(model: Any, images: Tensor) -> Outputs:
     if wanted and getattr(model.patch_embed, "strict_img_size", True):  # pixels that no whole patch is left for
         images = nn.functional.pad(images, (0, wanted[1] - images.shape[3], 0, wanted[0] - images.shape[2]))
     made = {"tokens": model.forward_features(images), "output": model(images)}
+    inner = getattr(model, "encoder", model)
+    joined = getattr(inner, "merger", None) or getattr(inner, "aligner", None)
+    if joined or getattr(inner, "global_pool", "") == "soft":  # tokens joined are what an encoder gives
+        made["neck"] = made.pop("output" if inner is model else "tokens")
+    if hasattr(model, "neck"):
+        made["neck"] = made.pop("tokens").flatten(2).mT
     return {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
 
 
 def transformers_cases(names: Sequence[str] = tuple(TRANSFORMERS)) -> Iterator[Case]:
     """transformers' classes, two narrow blocks of each."""
     for name in names:
-        yield Case("transformers", name, name, partial(_transformers, name), _transformers_outputs)
-
-
-def _transformers(name: str) -> nn.Module:
-    library = libraries.import_library("transformers")
-    kind, changes = getattr(library, name), TRANSFORMERS[name]
-    settings = changes if "vision_config" in changes else SMALL | changes
-    try:
-        return kind(kind.config_class(**settings))
-    except Exception:  # a config whose sizes have other names or kinds, built as small as it lets itself be
-        return kind(kind.config_class(num_hidden_layers=2))
-
-
-def _transformers_outputs(model: Any, images: Tensor) -> Outputs:
-    name = type(model).__name__
-    if hasattr(model, "get_image_features"):
-        made = model.get_image_features(**_patches(images) if name.startswith("Siglip2") else {"pixel_values": images})
-        return {"embedding": made if isinstance(made, Tensor) else made.pooler_output}
-    given = _patches(images) if name.startswith("Siglip2") else {"pixel_values": images}
-    if name.startswith("ViTMAE"):  # random numbers by which patches are shuffled
-        given["noise"] = torch.arange(model.config.image_size**2 // model.config.patch_size**2)[None].float()
-    found = model(**given)
-    outputs: Outputs = {}
-    for key, ours in (("logits", "output"), ("image_embeds", "embedding"), ("last_hidden_state", "tokens")):
-        if isinstance(tensor := getattr(found, key, None), Tensor):
-            outputs[ours] = tensor
-    pooled = getattr(found, "pooler_output", None)
-    if isinstance(pooled, Tensor) and "embedding" not in outputs and not name.startswith(_TANH):
-        outputs["embedding"] = pooled
-    if name.startswith(_UNNORMED):
-        outputs.pop("tokens", None)
-    if name.startswith("Janus"):  # whose pooler_output is the first patch's, normalised twice
-        outputs.pop("embedding", None)
-    return outputs
-
-
-def _patches(images: Tensor) -> dict[str, Tensor]:
-    """Images as SigLIP 2 takes them."""
-    side, grid = SMALL["patch_size"], [size // SMALL["patch_size"] for size in images.shape[2:]]
-    cut = images.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 3, 5, 1)
-    rows = cut.reshape(len(images), grid[0] * grid[1], -1)
-    mask = torch.ones(rows.shape[:2], dtype=torch.long)
-    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([grid] * len(images))}
+        kind = getattr(libraries.import_library("transformers"), name)
+        family, build = kind.__module__.split(".")[2], partial(zoo_transformers.build, name)
+        yield Case("transformers", family, name, build, zoo_transformers.outputs)
 
 
 def torchvision_cases() -> Iterator[Case]:
@@ -341,8 +244,8 @@ def tried(case: Case) -> Result:
     config = checkpoint.config
     size = config.image_size
     if max(size) > LARGEST and config.dynamic_size:
-        patch = config.patch_size
-        size = (LARGEST // patch[0] * patch[0], LARGEST // 2 // patch[1] * patch[1])
+        unit = [patch * joined for patch, joined in zip(config.patch_size, config.neck_patches, strict=True)]
+        size = (LARGEST // unit[0] * unit[0], LARGEST // 2 // unit[1] * unit[1])
     images = torch.randn(1, config.in_channels, *size, generator=torch.Generator().manual_seed(1))
     try:
         with torch.no_grad():
@@ -350,8 +253,9 @@ def tried(case: Case) -> Result:
     except Exception as error:  # the library's own, which then has nothing to compare with
         return Result(case, "different", float("inf"), f"{type(error).__name__}: {error}".splitlines()[0])
     made = engine(images)
-    given = {"tokens": made.tokens, "embedding": made.embedding}
+    given = {"tokens": made.tokens, "embedding": made.embedding, "neck": made.neck}
     given["output"] = made.embedding if made.logits is None else made.logits
+    given["patches"] = None if made.tokens is None else made.tokens[:, config.prefix_tokens :]
     if "text" in expected:
         given["text"] = engine.text(text_ids(model))
     errors = {name: _difference(given[name], tensor) for name, tensor in expected.items()}
@@ -383,7 +287,9 @@ def report(results: Sequence[Result]) -> str:
         "",
         "Which models of other libraries run on the engine. Each is built small (two blocks, few patches where one can",
         "say so), every parameter perturbed so that a dropped term shows, loaded as a live module and compared with",
-        f"its library in fp32 on the CPU: equal is within {TOLERANCE:g} of the largest value, tokens and output.",
+        f"its library in fp32 on the CPU: equal is within {TOLERANCE:g} of the largest value, tokens and output. Of a",
+        "whole model of transformers it is the vision tower inside that is loaded and compared; of open_clip's, the",
+        "text tower as well.",
         "",
         "    python -m vitfast.benchmarks.zoo --write docs/zoo.md",
         "",
@@ -403,6 +309,8 @@ def report(results: Sequence[Result]) -> str:
             shown = "" if worst is None else f"{worst:.0e}"
             lines.append(f"| {family} | {len(members)} | {c['equal']} | {c['refused']} | {c['different']} | {shown} |")
         lines.append("")
+        if library == "transformers":  # whose classes are few to a family, and known by name
+            lines += [f"* equal: {', '.join(r.case.name for r in mine if r.status == 'equal')}"]
         reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
         for result in mine:
             if result.status != "equal":

@@ -254,7 +254,9 @@ def test_timm_at_another_size(name):
 
 
 TIMM_REFUSED = {
-    "DiffAttention": lambda: timm_model(**(TIMM | {"embed_dim": 64, "num_heads": 2}), attn_layer="diff"),
+    "a norm of the halves of q and k": lambda: timm_model(
+        **(TIMM | {"embed_dim": 64, "num_heads": 2}), attn_layer="diff", qk_norm=True
+    ),
     "LeakyReLU": lambda: timm_model(**TIMM, act_layer=nn.LeakyReLU),
     "SimpleNorm": lambda: timm_model(**TIMM, norm_layer=timm_layers("SimpleNorm")),
     "AttentionPoolPrr": lambda: timm_model(**TIMM, global_pool="prr"),

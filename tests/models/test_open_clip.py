@@ -53,6 +53,11 @@ def test_the_text_tower_of_a_folder(clip, tmp_path, prefix):
     with torch.no_grad():
         peers.close(engine.text(ids()), model.get_text_features(input_ids=ids()).pooler_output)
     assert engine._text.tower.scale == model.logit_scale.exp().item()
+    engine.save(tmp_path / "saved")
+    again = vitfast.load(tmp_path / "saved", **DEVICE)
+    images = make(2, 3, 32, 32).cpu()
+    assert torch.equal(again.text(ids()), engine.text(ids()))
+    assert torch.equal(again(images).embedding, engine(images).embedding)
 
 
 @pytest.mark.parametrize("settings", [{"hf_model_name": "roberta-base"}, {"text_arch": "modern"}])

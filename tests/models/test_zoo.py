@@ -10,7 +10,9 @@ from vitfast.engine.engine import Engine
 from vitfast.models import checkpoints
 
 EQUAL = [name for name in zoo.TRANSFORMERS if name in checkpoints.hf.supported()]
-SAMPLE = ["DINOv3ViTModel", "SiglipModel", "Siglip2VisionModel", "Aimv2VisionModel", "BeitModel", "BlipVisionModel"]
+SAMPLE = ["DINOv3ViTModel", "SiglipModel", "Siglip2VisionModel", "Aimv2VisionModel", "BeitModel", "BlipVisionModel",
+          "PixtralVisionModel", "FlavaImageModel", "Dinov2Backbone", "LlavaModel", "Mistral3Model",
+          "ViTForMaskedImageModeling", "TimmWrapperModel"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,17 @@ def test_a_sample_of_transformers(name):
     equal(case)
 
 
+TIMM_SAMPLE = ("vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256", "samvit_base_patch16_224",
+               "samvit_base_patch16", "naflexvit_base_patch16_parfac_gap", "deepseek_vit_412m")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sample_of_timm():
+    for case in zoo.timm_cases():
+        if case.name in TIMM_SAMPLE:
+            equal(case)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", EQUAL)
 @pytest.mark.filterwarnings("ignore")
@@ -46,7 +59,8 @@ def test_what_is_not_equal_is_refused_with_a_reason():
     results = [zoo.tried(case) for case in cases]
     assert not [(r.case.name, r.reason) for r in results if r.status == "different"]
     assert all("not supported" in r.reason for r in results if r.status == "refused")
-    assert sum(r.status == "equal" for r in results if r.case.library == "timm") >= 300
+    assert sum(r.status == "equal" for r in results if r.case.library == "timm") >= 325
+    assert sum(r.status == "equal" for r in results if r.case.library == "transformers") >= 90
 
 
 SAVED = ("DINOv3ViTModel", "BeitForImageClassification", "SiglipVisionModel", "Siglip2Model", "Aimv2VisionModel",
@@ -65,6 +79,22 @@ def test_what_transformers_saves_gives_the_same(name, tmp_path):
     images = testing.make(2, 3, *engines[0].config.image_size).cpu()
     (live, saved) = (engine(images) for engine in engines)
     assert torch.equal(live.tokens, saved.tokens) and torch.equal(live.embedding, saved.embedding)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [("LlavaForConditionalGeneration", "CLIPVisionModel"), ("InternVLModel", "InternVLVisionModel")],
+)
+def test_the_tower_in_a_folder_of_a_larger_model(name, tower, tmp_path):
+    (case,) = zoo.transformers_cases([name])
+    model = zoo.perturbed(case.build())
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"the model taken is the {tower} in a {name}"):
+        saved = Engine(checkpoints.load(tmp_path), device="cpu", dtype="fp32", backend="torch")
+    with pytest.warns(UserWarning, match=f"{name}: the model taken is its part .* \\({tower}\\)"):
+        live = Engine(checkpoints.load(model), device="cpu", dtype="fp32", backend="torch")
+    images = testing.make(2, 3, *live.config.image_size).cpu()
+    assert torch.equal(live(images).tokens, saved(images).tokens)
 
 
 @pytest.mark.filterwarnings("ignore")

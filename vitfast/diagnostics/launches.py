@@ -75,7 +75,8 @@ class _Step:
 def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
     """The forward in order: with norms folded where they can be, or with products in 8 bits ("fp8" or "int8").
 
-    RMSNorm is predicted as LayerNorm; a stem, a gate and attention pooling, which run in torch, are left out.
+    RMSNorm is predicted as LayerNorm, attention in windows as attention over all tokens. What runs in torch is left
+    out: a stem, a neck, a gate, a norm of v and attention pooling.
     """
     folded = folds_norms(config)
 
@@ -88,7 +89,8 @@ def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
         if wanted:
             yield step("layer_norm", config.depth, name, **changes)
 
-    depth, before, after = config.depth, config.block != "post" and not folded, config.block == "post"
+    depth, before = config.depth, config.block != "post" and not folded
+    after = config.block in ("post", "sandwich")
     if not config.stem:
         yield step("patch_embed")
     if config.embed_norm:
@@ -99,7 +101,8 @@ def _steps(config: ViTConfig, batch: int, precision: str) -> Iterator[_Step]:
         if folded:
             yield step("row_stats")
         yield from norm("norm1", before)
-        yield from (step(site, depth) for site in ("qkv", "attention"))
+        yield step("qkv", depth)
+        yield step("attention", (1 + config.differential) * depth)
         yield from norm("attention_norm", config.attention_norm, width=config.heads * config.head_dim)
         yield step("proj", depth)
         yield from norm("norm1", after)

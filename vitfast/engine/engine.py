@@ -160,7 +160,7 @@ class Engine:
 
         Architecture, preprocessing, labels and the plan are in vitfast_config.json; the weights are in
         model.safetensors, in the dtype they came in. The plan serves where device, dtype and versions are the same;
-        elsewhere it is made anew. A text tower is not saved.
+        elsewhere it is made anew. A text tower is saved, too, with its tokenizer's files.
 
         Raises:
             CheckpointError: if the package safetensors is absent. OSError: if the folder cannot be written.

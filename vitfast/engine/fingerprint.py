@@ -13,7 +13,7 @@ from vitfast.models.checkpoints import Checkpoint
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """The first 32 hex digits of a SHA-256 over the architecture and the canonical weights, a stem's too, as stored.
+    """The first 32 hex digits of a SHA-256 over the architecture and the weights as stored, those of stem and neck too.
 
     The model's name plays no part, nor where it lies, nor in what it is computed. It takes a pass over the weights.
 
@@ -25,8 +25,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     described = asdict(checkpoint.config)
     whole = hashlib.sha256(repr(sorted((k, v) for k, v in described.items() if k != "name")).encode())
     weights = dict(checkpoint.weights)
-    if checkpoint.stem is not None:
-        weights |= {f"stem.{name}": tensor for name, tensor in checkpoint.stem.state_dict().items()}
+    for part, module in (("stem", checkpoint.stem), ("neck", checkpoint.neck)):
+        if module is not None:
+            weights |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
     names = sorted(weights)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         for name, digest in zip(names, pool.map(lambda name: _digest(weights[name]), names), strict=True):

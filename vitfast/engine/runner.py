@@ -62,7 +62,7 @@ class Runner:
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self.weights = prepare_weights(
             self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std,
-            stem=checkpoint.stem, own_blocks=checkpoint.own_blocks,
+            stem=checkpoint.stem, neck=checkpoint.neck, own_blocks=checkpoint.own_blocks,
         )  # fmt: skip
         self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
         self.ends: OrderedDict[tuple[tuple[int, int], ...], Tensor] = OrderedDict()
@@ -135,7 +135,12 @@ class Runner:
         size, native = (height, width), self.config.image_size
         if size != native and not self.config.dynamic_size:
             raise ValueError(f"image size {height}x{width}: this model takes {native[0]}x{native[1]} only")
-        self.config.grid(size)
+        grid, unit = self.config.grid(size), self.config.neck_patches
+        if self.config.neck_whole and (grid[0] % unit[0] or grid[1] % unit[1]):
+            raise ValueError(
+                f"image size {height}x{width}: its {grid[0]}x{grid[1]} patches are no multiple of the "
+                f"{unit[0]}x{unit[1]} that this model joins ({self.config.neck})"
+            )
         return size
 
     def position(self, size: tuple[int, int]) -> Positions:
@@ -145,7 +150,7 @@ class Runner:
             return weights.positions
         positions = self.positions.get(size)
         if positions is None:
-            positions = positions_for(self.config, weights.exact_positions, size, self.dtype)
+            positions = positions_for(self.config, weights.exact_positions, size, self.dtype, self.device)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
             self.positions[size] = positions
@@ -169,6 +174,8 @@ class Runner:
             raise ValueError(f"attention maps: blocks {own} have code of their own, and run as the modules they are")
         plan, seen = self.plan, observe.Attention(self.plan.attention, maps)
         if maps:
+            if self.config.differential or self.config.window:
+                raise ValueError("attention maps: this model has no one map of all tokens in each block")
             if plan.attention_block is not None:
                 raise ValueError("attention maps: this plan computes attention inside a fused block")
             plan = replace(plan, attention=seen, attention_quantize=None)
@@ -217,6 +224,7 @@ class Runner:
             tokens=empty(config.tokens(size), config.width) if tokens else None,
             embedding=empty(config.embedding_dim),
             logits=empty(config.num_classes) if config.num_classes else None,
+            neck=empty(config.neck_tokens(size), config.pooled_dim) if config.neck and tokens else None,
         )
 
     def nbytes(self) -> int:

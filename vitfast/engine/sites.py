@@ -26,7 +26,7 @@ def scales_heads(config: ViTConfig) -> bool:
 
 def folds_norms(config: ViTConfig) -> bool:
     """Whether every norm of the blocks is a LayerNorm before a product, which nothing else reads."""
-    special = config.block == "post" or config.gated_attention or config.double_norm
+    special = config.block in ("post", "sandwich") or config.gated_attention or config.double_norm
     return config.norm == "layer_norm" and not special
 
 
@@ -45,6 +45,10 @@ def why_not_quantized(config: ViTConfig) -> str:
             config.norm != "layer_norm" or config.block != "pre"
         ),
         "a gate on attention (gated_attention)": config.gated_attention,
+        "attention in windows (window)": config.window,
+        "differential attention (differential)": config.differential,
+        "a norm of v (v_norm)": config.v_norm,
+        "decomposed relative position": config.relative_position == "decomposed",
         "a norm of what attention gives (attention_norm)": config.attention_norm,
         "a norm of the hidden activations (mlp_norm)": config.mlp_norm,
         "two norms before fc1 (double_norm)": config.double_norm,
@@ -55,7 +59,8 @@ def why_not_quantized(config: ViTConfig) -> str:
 
 def attention_variant(config: ViTConfig) -> str:
     """What attention does beside the products, in the words of `vitfast.engine.cases`."""
-    words = {"bias": config.relative_position, "qk-norm": config.qk_norm, "rope": config.rope}
+    biased = config.relative_position in ("shared", "blocks")
+    words = {"bias": biased, "qk-norm": config.qk_norm, "rope": config.rope}
     return " ".join(word for word, wanted in words.items() if wanted)
 
 
@@ -118,7 +123,7 @@ def site_dims(
             "epilogue": _epilogue(config, site, folded=folded, layer_scale=layer_scale),
         }  # fmt: skip
         return dims | ({"precision": precision} if site.quantized else {})
-    heads = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.head_dim}
+    heads = {"batch": batch, "tokens": tokens, "heads": config.heads, "head_dim": config.attention_dim}
     if site.op == "attention":
         variant = " ".join(filter(None, (f"to {precision}" if site.quantized else "", attention_variant(config))))
         return heads | ({"variant": variant} if variant else {})

@@ -146,7 +146,7 @@ class Trunk:
     def placed(self) -> bool:
         """Whether blocks do something that depends on where their tokens are."""
         config = self._config or self.checkpoint().config
-        return bool(config.rope or config.relative_position)
+        return bool(config.rope or config.relative_position or config.window)
 
     def _misplaced(self, x: Tensor) -> str:
         """Why it is not known where the tokens of a block's input are; "" if that is known or does not matter."""

@@ -11,6 +11,7 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated, Q
     prefix             [P, C]   CLS, then distillation, then register tokens, each with its own
                                 position embedding already added                     (if P > 0)
     position           [L, C]   position embedding of the patch tokens, row-major   (if position)
+    position_rows [R, C], position_columns [S, C]   by a patch's row and column, added   (if position_sides is (R, S))
     rope   [1, 1, 2, D/2], or [blocks, H, 2, D/2] if rope_learned: radians that channel pair d of a head
                                 turns by for a step down and for a step to the right (if rope)
     relative_position  [S, H, T]  by (row, column) of query less key from -(rows - 1) on, row-major, then
@@ -21,6 +22,10 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated, Q
     blocks.{i}.qkv.weight [3*H*D, C]  rows ordered q, k, v     .bias [3*H*D]        (optional)
     blocks.{i}.q_norm.{weight,bias}, blocks.{i}.k_norm.{weight,bias} [D]            (if qk_norm)
     blocks.{i}.gate.weight [H*D, C]   .bias [H*D]                                   (if gated_attention)
+    blocks.{i}.relative_rows [2*h - 1, D], blocks.{i}.relative_columns [2*w - 1, D]   by row or column of query less
+                                key from -(h - 1) on, in a block that sees h x w patches  (if relative_position is
+                                decomposed)
+    blocks.{i}.lambda [1]       blocks.{i}.head_norm.weight [D]                     (if differential)
     blocks.{i}.attention_norm.{weight,bias} [H*D]                                   (if attention_norm)
     blocks.{i}.proj.weight [C, H*D]   .bias [C]                                     (optional)
     blocks.{i}.layer_scale1 [C]                                                     (if layer_scale)
@@ -30,6 +35,7 @@ L = grid[0] * grid[1] patch tokens, R = F, or 2F when the activation is gated, Q
     blocks.{i}.mlp_norm.{weight,bias} [F]                                           (if mlp_norm)
     blocks.{i}.fc2.weight [C, F]  .bias [C]                                         (optional)
     blocks.{i}.layer_scale2 [C]                                                     (if layer_scale)
+    blocks.{i}.post_norm1.{weight,bias}, blocks.{i}.post_norm2.{weight,bias} [C]    (if block is sandwich)
     norm.{weight,bias} [C]       over all tokens, before pooling                    (if final_norm)
     pool.query [Q]  the learned query, projected    pool.kv.weight [2*Q, C]  .bias [2*Q]  (if pool is map or map_all)
     pool.proj.weight [Q, Q]  .bias [Q]    pool.k_norm.{weight,bias} [Q / pool_heads]  (if pool_qk_norm)
@@ -49,8 +55,10 @@ from typing import Annotated
 
 from vitfast.models import schema
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu", "geglu", "geglu_tanh")
 """gelu is the erf form; quick_gelu is x * sigmoid(1.702 x); swiglu is silu(gate) * up, geglu gelu(gate) * up."""
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+"""Gated activations -> the gate's."""
 
 POOLS = ("cls", "avg", "avg_all", "max", "avg_max", "cls_dist", "map", "map_all", "none")
 """How tokens become one vector: the CLS token; the mean of the patch tokens; the mean of all
@@ -60,8 +68,12 @@ distilled DeiT); attention of a learned query over the patch tokens, or all toke
 
 NORMS = ("layer_norm", "rms_norm")
 
-BLOCKS = ("pre", "post", "parallel")
-"""Where a block has its norms: x + f(norm(x)), half after half; x + norm(f(x)); or both halves of the same norm(x)."""
+BLOCKS = ("pre", "post", "sandwich", "parallel")
+"""Where a block has its norms: x + f(norm(x)), half after half; x + norm(f(x)); x + norm(f(norm(x))); or both halves of
+the same norm(x)."""
+
+DIFFERENTIAL_EPS = 1e-5
+"""Of the norm of heads in differential attention."""
 
 ROPE_GRIDS = ("", "index", "span", "centered")
 """Coordinates of rotary position embedding, along each side of s patches: none; 0 to s - 1; -1 to 1; or the patches'
@@ -111,6 +123,8 @@ class ViTConfig:
     """CLS + distillation + register tokens."""
     class_token: Flag = True
     position: Flag = True
+    position_sides: Annotated[tuple[int, int], schema.sides(0, 65_536)] = (0, 0)
+    """Rows and columns that have a position embedding each, added up (Gemma 4); (0, 0): there are none such."""
     stem: Annotated[str, schema.TEXT] = ""
     """What makes tokens of images where it is no patch convolution: the class of a module that runs as it is."""
     embed_norm: Flag = False
@@ -125,10 +139,21 @@ class ViTConfig:
     """Added to coordinates in patches."""
     rope_reference: Annotated[tuple[int, int], schema.sides(0, 65_536)] = (0, 0)
     """Grid (rows, columns) that coordinates are stretched to (EVA-02); (0, 0) leaves them."""
-    relative_position: Annotated[str, schema.one_of("", "shared", "blocks")] = ""
-    """A learned bias of the scores by relative position, the same in all blocks or one for each."""
+    relative_position: Annotated[str, schema.one_of("", "shared", "blocks", "decomposed")] = ""
+    """A learned bias of the scores by relative position, the same in all blocks or one for each; or the products of
+    the query with a vector for the relative row and one for the relative column (SAM)."""
+    window: Annotated[int, schema.whole(0, 65_536)] = 0
+    """Attention is within windows of so many rows and columns of patches; 0: over all tokens. Patches that are missing
+    in the last windows are zeros after the norm."""
+    global_blocks: Annotated[tuple[int, ...], schema.WHOLES] = ()
+    """Blocks without windows."""
     qk_norm: Annotated[str, schema.one_of("", *NORMS)] = ""
     """A norm of each head of q and k."""
+    v_norm: Flag = False
+    """RMSNorm of each head of v, without weight."""
+    differential: Flag = False
+    """Softmax of the products of the first halves of q and k, less lambda times that of the second; then RMSNorm of
+    each head ("Differential Transformer", Ye et al. 2024)."""
     attention_scale: Annotated[float, schema.number(0, 1e6)] = 0.0
     """Of the scores; 0 means 1 / sqrt(head_dim)."""
     gated_attention: Flag = False
@@ -143,9 +168,15 @@ class ViTConfig:
     """A LayerNorm between embedding and blocks (CLIP)."""
     layer_scale: Flag = False
     final_norm: Flag = True
+    neck: Annotated[str, schema.TEXT] = ""
+    """What makes other tokens of the patches' after the final norm: the class of a module that runs as it is."""
+    neck_patches: Annotated[tuple[int, int], schema.sides(1, 65_536)] = (1, 1)
+    """Patches (rows, columns) that one token of the neck stands for."""
+    neck_whole: Flag = False
+    """The neck takes no grid that leaves patches over."""
     pool: Annotated[str, schema.one_of(*POOLS)] = "cls"
     pool_dim: Annotated[int, schema.whole(0, 65_536)] = 0
-    """Channels of the pooled vector; 0 means the width."""
+    """Channels of the pooled vector, and of the neck's tokens; 0 means the width."""
     pool_heads: Annotated[int, schema.whole(0, 4_096)] = 0
     """Heads of attention pooling."""
     pool_qk_norm: Annotated[str, schema.one_of("", *NORMS)] = ""
@@ -188,19 +219,37 @@ class ViTConfig:
             raise ValueError(f"ViTConfig.rope needs an even head_dim, got {self.head_dim}")
         if self.attention_pool and (self.pool_heads < 1 or self.pooled_dim % self.pool_heads):
             raise ValueError(f"ViTConfig.pool_heads must divide the width {self.pooled_dim}, got {self.pool_heads}")
-        if self.pool_mlp_dim and self.pool_activation in ("swiglu", "geglu"):
+        if self.pool_mlp_dim and self.pool_activation in GATED:
             raise ValueError(f"ViTConfig.pool_activation must not be gated, got {self.pool_activation!r}")
         if self.relative_position and self.prefix_tokens != self.class_token:
             raise ValueError(
                 f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix"
             )
+        if (self.window or self.relative_position == "decomposed") and (self.prefix_tokens or self.dynamic_size):
+            raise ValueError("ViTConfig: windows and decomposed relative position are of patches alone, at one size")
+        if self.differential and (self.head_dim % 2 or self.qk_norm):
+            raise ValueError("ViTConfig.differential needs an even head_dim, and no qk_norm")
+        if self.attention_dim > 256:
+            raise ValueError(f"ViTConfig: attention over {self.attention_dim} channels, at most 256 can be run")
         self.grid(self.image_size)
+
+    def sides(self, block: int) -> tuple[int, int]:
+        """Rows and columns of patches that a block's attention sees, at the native size."""
+        windowed = self.window and block not in self.global_blocks
+        return (self.window, self.window) if windowed else self.grid(self.image_size)
+
+    @property
+    def attention_dim(self) -> int:
+        """Channels of a head's products: head_dim, and one for each row and column where these have a bias."""
+        if self.relative_position != "decomposed":
+            return self.head_dim
+        return self.head_dim + max(sum(self.sides(i)) for i in range(self.depth))
 
     @property
     def plain_attention(self) -> bool:
         """Whether attention is softmax of scaled products, and nothing stands between it and its products."""
         special = (self.rope, self.relative_position, self.qk_norm, self.gated_attention, self.attention_norm)
-        return not any(special) and not self.attention_scale
+        return not any((*special, self.v_norm, self.differential, self.window, self.attention_scale))
 
     @property
     def attention_pool(self) -> bool:
@@ -220,12 +269,12 @@ class ViTConfig:
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate and an up projection."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in GATED
 
     @property
     def fused_activation(self) -> str:
         """The activation that fc1 does itself; "" where it is a step of its own."""
-        return "" if self.activation == "geglu" else self.activation
+        return "" if self.activation in ("geglu", "geglu_tanh") else self.activation
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patches (rows, columns) of an image of (height, width) pixels.
@@ -254,6 +303,11 @@ class ViTConfig:
         self.grid((height, width))
         return height, width
 
+    def neck_tokens(self, image_size: tuple[int, int]) -> int:
+        """Tokens that the neck makes of images of (height, width)."""
+        (rows, columns), (down, right) = self.grid(image_size), self.neck_patches
+        return -(-rows // down) * -(-columns // right)
+
     def tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Sequence length N (prefix and patches) for an image size, the native one by default."""
         rows, columns = self.grid(image_size or self.image_size)
@@ -280,7 +334,7 @@ class ViTConfig:
         if self.rope:
             per = (self.depth, self.heads) if self.rope_learned else (1, 1)
             shapes["rope"] = ((*per, 2, self.head_dim // 2), True)
-        if self.relative_position:
+        if self.relative_position in ("shared", "blocks"):
             steps = (2 * rows - 1) * (2 * columns - 1) + 3 * self.class_token
             tables = 1 if self.relative_position == "shared" else self.depth
             shapes["relative_position"] = ((tables, self.heads, steps), True)
@@ -288,6 +342,9 @@ class ViTConfig:
             shapes["prefix"] = ((self.prefix_tokens, c), True)
         if self.position:
             shapes["position"] = ((rows * columns, c), True)
+        for name, side in zip(("position_rows", "position_columns"), self.position_sides, strict=True):
+            if side:
+                shapes[name] = ((side, c), True)
         if self.pre_norm:
             norm("norm_pre")
         for i in range(self.depth):
@@ -299,6 +356,12 @@ class ViTConfig:
                 dense(f"blocks.{i}.gate", hd, c)
             if self.attention_norm:
                 norm(f"blocks.{i}.attention_norm", hd)
+            if self.relative_position == "decomposed":
+                for name, side in zip(("rows", "columns"), self.sides(i), strict=True):
+                    shapes[f"blocks.{i}.relative_{name}"] = ((2 * side - 1, self.head_dim), True)
+            if self.differential:
+                shapes[f"blocks.{i}.lambda"] = ((1,), True)
+                shapes[f"blocks.{i}.head_norm.weight"] = ((self.head_dim,), True)
             dense(f"blocks.{i}.proj", c, hd)
             norm(f"blocks.{i}.norm2")
             dense(f"blocks.{i}.fc1", 2 * f if self.gated else f, c)
@@ -307,6 +370,8 @@ class ViTConfig:
             if self.mlp_norm:
                 norm(f"blocks.{i}.mlp_norm", f)
             dense(f"blocks.{i}.fc2", c, f)
+            for name in ("post_norm1", "post_norm2") if self.block == "sandwich" else ():
+                norm(f"blocks.{i}.{name}")
             if self.layer_scale:
                 shapes[f"blocks.{i}.layer_scale1"] = shapes[f"blocks.{i}.layer_scale2"] = ((c,), True)
         if self.final_norm:

@@ -67,8 +67,8 @@ def forward(
     x = vit.final_norm(config, weights, x, plan)[0]
     rows = x.split([images * tokens for images, tokens in shapes])
     return [
-        vit.head(config, weights, part.view(*shape, x.shape[-1]), plan)
-        for part, shape in zip(rows, shapes, strict=True)
+        vit.head(config, weights, part.view(*shape, x.shape[-1]), plan, group.positions.grid)
+        for part, shape, group in zip(rows, shapes, groups, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a forward reads that depends on the size of its images: position embedding, rotary tables, relative position."""
+"""What a forward reads that depends on the size of its images: positions, of any kind, and windows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,58 @@ from vitfast.models.config import ViTConfig
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How the tokens of a grid are cut into windows, and put together again.
+
+    Attributes:
+        index: [windows * side * side], the token at each place of the windows; N, one past the last, where a patch is
+            missing. back: [N], the place of each token. tokens: in a window.
+    """
+
+    index: Tensor
+    back: Tensor
+    tokens: int
+
+    def cut(self, rows: Tensor, padding: Tensor | None) -> Tensor:
+        """Rows [B, N, K] as windows [B * windows, T, K], with `padding` [K], or zeros, for patches that are missing."""
+        if len(self.index) > len(self.back):
+            last = rows.new_zeros(rows.shape[-1]) if padding is None else padding
+            rows = torch.cat([rows, last.expand(len(rows), 1, -1)], dim=1)
+        return rows[:, self.index].view(-1, self.tokens, rows.shape[-1])
+
+    def join(self, rows: Tensor, batch: int) -> Tensor:
+        """Windows [B * windows, T, K] as rows [B, N, K]."""
+        return rows.view(batch, -1, rows.shape[-1])[:, self.back]
+
+
+def windows_for(grid: tuple[int, int], side: int, device: torch.device) -> Windows:
+    """Windows of `side` rows and columns, from the top left; the last ones may be short of patches."""
+    (rows, columns), tokens = grid, grid[0] * grid[1]
+    places = torch.full((-(-rows // side) * side, -(-columns // side) * side), tokens, device=device)
+    places[:rows, :columns] = torch.arange(tokens, device=device).view(grid)
+    index = places.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2).flatten()
+    back = torch.empty(tokens + 1, dtype=torch.int64, device=device)
+    back[index] = torch.arange(len(index), device=device)
+    return Windows(index, back[:tokens].clone(), side * side)
+
+
+@dataclass(frozen=True)
 class Positions:
     """Positions of one image size.
 
     Attributes:
+        grid: patches (rows, columns).
         embedding: [L, C] in the model's dtype, added to the patch embeddings; or None.
         cos, sin: fp32 [1, L, D], the same for all blocks and heads, or [blocks * H, L, D] of each; or None.
         bias: [S, H, N, N] in the model's dtype, added to the scores: S is 1, or one a block; or None.
     """
 
+    grid: tuple[int, int]
     embedding: Tensor | None
     cos: Tensor | None = None
     sin: Tensor | None = None
     bias: Tensor | None = None
+    windows: Windows | None = None
 
     def of_block(self, config: ViTConfig, block: int) -> dict[str, Any]:
         """What a block's attention is given of them, by the names of the op's backends."""
@@ -37,19 +76,26 @@ class Positions:
         if self.bias is not None:
             shared = config.relative_position == "shared"
             options["bias"] = self.bias[:1] if shared else self.bias[block : block + 1]
+        if self.windows is not None and block not in config.global_blocks:
+            options["windows"] = self.windows
         return options
 
 
 def positions_for(
-    config: ViTConfig, exact: Mapping[str, Tensor], image_size: tuple[int, int], dtype: torch.dtype
-) -> Positions:
+    config: ViTConfig, exact: Mapping[str, Tensor], image_size: tuple[int, int], dtype: torch.dtype,
+    device: torch.device,
+) -> Positions:  # fmt: skip
     """Positions of images of (height, width), computed in fp32 at least and rounded once.
 
     Args:
-        exact: those of "position", "rope" and "relative_position" that the model has, as `ViTConfig` describes them.
+        exact: those of "position", "position_rows", "position_columns", "rope" and "relative_position" that the model
+            has, as `ViTConfig` describes them.
+
+    Raises:
+        ValueError: for more rows or columns than have a position embedding.
     """
     grid, native = config.grid(image_size), config.grid(config.image_size)
-    embedding = bias = cos = sin = None
+    embedding = bias = cos = sin = windows = None
     if "position" in exact:
         embedding = resize_position(
             exact["position"],
@@ -61,11 +107,18 @@ def positions_for(
             align_corners=config.position_align_corners,
             square=config.position_square,
         ).to(dtype)
+    if any(config.position_sides):
+        if any(side > most for side, most in zip(grid, config.position_sides, strict=True)):
+            raise ValueError(f"a grid of {grid} patches, and positions for {config.position_sides}")
+        rows, columns = exact["position_rows"][: grid[0]], exact["position_columns"][: grid[1]]
+        embedding = (rows[:, None] + columns[None]).flatten(0, 1).to(dtype)
     if "rope" in exact:
         cos, sin = rotary_tables(config, exact["rope"], grid)
     if "relative_position" in exact:
         bias = relative_bias(exact["relative_position"], grid, class_token=config.class_token).to(dtype)
-    return Positions(embedding, cos, sin, bias)
+    if config.window:
+        windows = windows_for(grid, config.window, device)
+    return Positions(grid, embedding, cos, sin, bias, windows)
 
 
 def resize_position(

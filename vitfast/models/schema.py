@@ -60,6 +60,10 @@ def one_of(*names: str) -> Domain:
 FLAG = Domain("true or false", lambda value: isinstance(value, bool))
 TEXT = Domain("a text", lambda value: isinstance(value, str))
 TEXTS = Domain("a list of texts", lambda v: isinstance(v, (list, tuple)) and all(isinstance(item, str) for item in v))
+WHOLES = Domain(
+    "whole numbers from 0 to 65,536",
+    lambda v: isinstance(v, tuple) and all(_is_whole(item, 0, 65_536) for item in v),
+)
 OBJECT = Domain("an object", lambda value: isinstance(value, Mapping))
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast.models.config import ViTConfig
+from vitfast.models.config import DIFFERENTIAL_EPS, ViTConfig
 from vitfast.models.output import Output
 from vitfast.models.plan import LinearOp, Plan, QuantizedLinearOp
 from vitfast.models.positions import Positions
@@ -54,7 +54,7 @@ def forward(
             x, stats = run(config, weights.activation, block, x, stats, plan, place, last=i == config.depth - 1)
         if i in layers:
             kept[i] = x
-    output = head(config, weights, final_norm(config, weights, x, plan), plan)
+    output = head(config, weights, final_norm(config, weights, x, plan), plan, positions.grid)
     return replace(output, layers=tuple(kept[i] for i in layers)) if layers else output
 
 
@@ -194,13 +194,54 @@ def _attention_half(
     normed, folded = _normed(config, plan, x, block.norm1, block.qkv)
     if plan.fold_norm:
         folded["row_stats"] = stats
-    q, k, v = _split(config, plan.qkv(normed, block.qkv.weight, block.qkv.bias, **folded))
-    mixed = plan.attention(q, k, v, **block.heads, **place).view(*x.shape[:2], -1)
+    mixed = _attend(config, block, plan.qkv(normed, block.qkv.weight, block.qkv.bias, **folded), plan, place)
     if block.attention_norm:
         mixed = _norm(config, plan, mixed, block.attention_norm)
     if block.gate:
         mixed = mixed * F.linear(normed, block.gate.weight, block.gate.bias).sigmoid()
-    return _second(config, plan, plan.proj, mixed, block.proj, block.layer_scale1, block.norm1, x, want_stats)
+    return _second(config, plan, plan.proj, mixed, block.proj, block.layer_scale1, block.post_norm1, x, want_stats)
+
+
+def _attend(config: ViTConfig, block: Block, qkv: Tensor, plan: Plan, place: Place) -> Tensor:
+    """Attention of packed rows [B, N, 3 * H * D]: [B, N, H * D]."""
+    if windows := place.get("windows"):
+        return windows.join(_attend(config, block, windows.cut(qkv, block.padding), plan, {}), len(qkv))
+    q, k, v = _split(config, qkv)
+    if config.v_norm:
+        v = F.rms_norm(v, v.shape[-1:], eps=config.norm_eps)
+    if block.differential:
+        mixed = _differential(config, *block.differential, (q, k, v), plan, {**block.heads, **place})
+    elif block.relative:
+        mixed = _decomposed(config, *block.relative, (q, k, v), plan)
+    else:
+        mixed = plan.attention(q, k, v, **block.heads, **place)
+    return mixed.flatten(2)
+
+
+def _differential(
+    config: ViTConfig, factor: Tensor, weight: Tensor, qkv: tuple[Tensor, ...], plan: Plan, options: Place
+) -> Tensor:
+    """Two softmaxes, of the halves of q and k, one less a share of the other. Half of q is zeros in each."""
+    q, k, v = qkv
+    first, second = q.chunk(2, dim=-1)
+    half = first.shape[-1]
+    mixed = plan.attention(F.pad(first, (0, half)), k, v, **options)
+    mixed = mixed - factor * plan.attention(F.pad(second, (half, 0)), k, v, **options)
+    return F.rms_norm(mixed, mixed.shape[-1:], weight, DIFFERENTIAL_EPS)
+
+
+def _decomposed(
+    config: ViTConfig, rows: Tensor, columns: Tensor, ones: Tensor, qkv: tuple[Tensor, ...], plan: Plan
+) -> Tensor:
+    """With a bias by relative row and column, whose values are further channels of q, met by ones in k: so no tensor of
+    N x N is made."""
+    q, k, v = qkv
+    sides, scale = (len(rows), len(columns)), config.attention_scale or config.head_dim**-0.5
+    cells = q.unflatten(1, sides)
+    down, right = torch.einsum("byxhd,ykd->byxhk", cells, rows), torch.einsum("byxhd,xkd->byxhk", cells, columns)
+    added = torch.cat([down, right], dim=-1).flatten(1, 2) / scale
+    q, k = torch.cat([q, added], dim=-1), torch.cat([k, ones[:, None].expand(*k.shape[:3], -1)], dim=-1)
+    return plan.attention(q, k, F.pad(v, (0, sum(sides))), scale=scale)[..., : config.head_dim]
 
 
 def _mlp_half(
@@ -218,15 +259,16 @@ def _mlp_half(
         hidden = reference.activate(hidden, config.activation)
     if block.mlp_norm:
         hidden = _norm(config, plan, hidden, block.mlp_norm)
-    return _second(config, plan, plan.fc2, hidden, block.fc2, block.layer_scale2, block.norm2, residual, want_stats)
+    scale, norm = block.layer_scale2, block.post_norm2
+    return _second(config, plan, plan.fc2, hidden, block.fc2, scale, norm, residual, want_stats)
 
 
 def _second(
-    config: ViTConfig, plan: Plan, product: LinearOp, x: Tensor, dense: Dense, layer_scale: Tensor | None, norm: Norm,
-    residual: Tensor, want_stats: bool,
+    config: ViTConfig, plan: Plan, product: LinearOp, x: Tensor, dense: Dense, layer_scale: Tensor | None,
+    norm: Norm | None, residual: Tensor, want_stats: bool,
 ) -> State:  # fmt: skip
     """The product that ends a half, and the sum; with norms at the end of a half, the norm between the two."""
-    if config.block == "post":
+    if norm:
         return residual + _norm(config, plan, product(x, dense.weight, dense.bias), norm), None
     made = product(x, dense.weight, dense.bias, layer_scale=layer_scale, residual=residual, stats=want_stats)
     return made if want_stats else (made, None)
@@ -273,9 +315,11 @@ def _either(
     return plain(x, dense.weight, dense.bias, **epilogue)
 
 
-def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Output:
+def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan, grid: tuple[int, int]) -> Output:
     """Pool, norm, project and classify. A few rows only, so no fusion is worth having here."""
-    patches = tokens[:, config.prefix_tokens :]
+    patches, neck = tokens[:, config.prefix_tokens :], None
+    if weights.neck is not None:
+        patches = neck = weights.neck(patches.unflatten(1, grid)).flatten(1, -2)
     if weights.pool:
         pooled = attention_pool(config, weights.pool, tokens if config.pool == "map_all" else patches, plan)
     elif config.pool == "cls_dist":
@@ -303,7 +347,7 @@ def head(config: ViTConfig, weights: Weights, tokens: Tensor, plan: Plan) -> Out
             logits = (first + second) / 2
         else:
             logits = plan.head(features, weights.head.weight, weights.head.bias)
-    return Output(tokens, embedding, logits)
+    return Output(tokens, embedding, logits, neck=neck)
 
 
 def attention_pool(config: ViTConfig, pool: AttentionPool, tokens: Tensor, plan: Plan) -> Tensor:

@@ -55,6 +55,16 @@ class Block:
     mlp_norm: Norm | None = None
     norm3: Norm | None = None
     """Between norm2 and fc1."""
+    post_norm1: Norm | None = None
+    post_norm2: Norm | None = None
+    """Norms at the ends of the halves, before the sums."""
+    padding: Tensor | None = None
+    """q, k and v [3 * H * D] of a patch that is missing in a window: their biases."""
+    relative: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of decomposed relative position: [h, h, D] and [w, w, D], the vectors by row or column of query and of key; and
+    [h * w, h + w], ones at a key's row and column."""
+    differential: tuple[Tensor, Tensor] | None = None
+    """Lambda [1] and the weight [D] of the norm of heads."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ class Weights:
     blocks: tuple[Block | nn.Module, ...]
     """A module where a block has code of its own (see `Checkpoint.own_blocks`)."""
     norm: Norm | None
+    neck: nn.Module | None
     pool: AttentionPool | None
     pool_norm: Norm | None
     projection: Dense | None
@@ -113,6 +124,7 @@ def prepare_weights(
     std: tuple[float, ...] | None = None,
     stem: nn.Module | None = None,
     own_blocks: Mapping[int, nn.Module] | None = None,
+    neck: nn.Module | None = None,
 ) -> Weights:
     """Cast, move, fold and pack canonical weights once; the result shares no memory with them.
 
@@ -181,6 +193,23 @@ def prepare_weights(
     def plain(name: str) -> Dense:
         return Dense(cast(f"{name}.weight"), get(f"{name}.bias"))
 
+    def relative(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        (rows, columns), made = config.sides(i), []
+        for name, side in (("rows", rows), ("columns", columns)):
+            at = torch.arange(side, device=device)
+            made.append(cast(f"blocks.{i}.relative_{name}")[at[:, None] - at[None] + side - 1])
+        down, right = (torch.eye(side, device=device, dtype=dtype) for side in (rows, columns))
+        ones = torch.cat([down.repeat_interleave(columns, 0), right.repeat(rows, 1)], dim=1)
+        return made[0], made[1], ones
+
+    def ends(i: int, half: int) -> Norm | None:
+        if config.block not in ("post", "sandwich"):
+            return None
+        return norm(f"blocks.{i}.{'norm' if config.block == 'post' else 'post_norm'}{half}")
+
+    def moved(part: nn.Module) -> nn.Module:
+        return copy.deepcopy(part).to(device, dtype).eval().requires_grad_(False)
+
     def heads(block: str) -> dict[str, Any]:
         options: dict[str, Any] = {"scale": config.attention_scale} if config.attention_scale else {}
         if config.qk_norm:
@@ -218,15 +247,19 @@ def prepare_weights(
             attention_norm=optional_norm(f"blocks.{i}.attention_norm"),
             mlp_norm=optional_norm(f"blocks.{i}.mlp_norm"),
             norm3=optional_norm(f"blocks.{i}.norm3"),
+            post_norm1=ends(i, 1),
+            post_norm2=ends(i, 2),
+            padding=get(f"blocks.{i}.qkv.bias") if config.window else None,
+            relative=relative(i) if config.relative_position == "decomposed" else None,
+            differential=(
+                (cast(f"blocks.{i}.lambda"), cast(f"blocks.{i}.head_norm.weight")) if config.differential else None
+            ),
         )
-
-    def moved(module: nn.Module) -> nn.Module:
-        return copy.deepcopy(module).to(device, dtype).eval().requires_grad_(False)
 
     own = own_blocks or {}
     placed = {
         name: exact(name).to(torch.promote_types(weights[name].dtype, torch.float32), copy=True)
-        for name in ("position", "rope", "relative_position")
+        for name in ("position", "position_rows", "position_columns", "rope", "relative_position")
         if name in weights
     }
     return Weights(
@@ -236,11 +269,12 @@ def prepare_weights(
         stem=moved(stem) if stem is not None else None,
         embed_norm=optional_norm("embed_norm"),
         prefix=get("prefix"),
-        positions=positions_for(config, placed, config.image_size, dtype),
+        positions=positions_for(config, placed, config.image_size, dtype, device),
         exact_positions=placed if config.dynamic_size else {},
         norm_pre=optional_norm("norm_pre"),
         blocks=tuple(moved(own[i]) if i in own else block(i) for i in range(config.depth)),
         norm=optional_norm("norm"),
+        neck=moved(neck) if neck is not None else None,
         pool=attention_pool() if config.attention_pool else None,
         pool_norm=optional_norm("pool_norm"),
         projection=optional_head("projection"),

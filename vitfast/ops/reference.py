@@ -66,9 +66,9 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
-    if activation == "geglu":
+    if activation in ("geglu", "geglu_tanh"):
         gate, up = x.chunk(2, dim=-1)
-        return F.gelu(gate) * up
+        return F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none") * up
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {(*_ACTIVATIONS, 'swiglu')}, got {activation!r}")
     return _ACTIVATIONS[activation](x)

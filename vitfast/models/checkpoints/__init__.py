@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,14 @@ def _from_module(module: nn.Module) -> Checkpoint:
     kind = type(module)
     reason = next((why for family in (timm, hf, open_clip_live) if (why := family.REFUSED.get(kind.__name__))), "")
     inside = live.loadable_parts(module, loadable)
+    if len(inside) == 1 and kind.__module__.startswith("transformers.models."):
+        part = module.get_submodule(inside[0])
+        warnings.warn(
+            f"{kind.__name__}: the model taken is its part {inside[0]} ({type(part).__name__}); what is made of its "
+            "output is left out",
+            stacklevel=3,
+        )
+        return _from_module(part)
     hint = f". Its part {' or '.join(inside)} can be loaded by itself" if inside and not reason else ""
     if not reason and kind.__module__.startswith(("timm.", "transformers.", "torchvision.", "open_clip.")):
         reason = "what its parts are called and how they are joined is not described here"

@@ -21,13 +21,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pth.tar", ".pt.tar")
 NAMES = ("model.safetensors", "pytorch_model.bin")
 """What weights are called in a folder, safe and pickled."""
-_TOKENIZER = (
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
 )
 _SETTINGS = (
     *("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
-    *_TOKENIZER,
+    *TOKENIZER,
 )
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors")
 _PICKLED = (

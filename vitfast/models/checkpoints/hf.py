@@ -7,6 +7,7 @@ between files and (in recent versions) modules in memory; both are read.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vitfast.models.checkpoints import (
     hf_dinov2,
     hf_dinov3,
     hf_live,
+    hf_pixtral,
     hf_siglip,
     hf_text,
     hf_vit,
@@ -37,7 +39,7 @@ from vitfast.models.config import ViTConfig
 FAMILIES: tuple[Any, ...] = (
     *(hf_vit, hf_dinov2, hf_clip),
     *(hf_dinov3.FAMILY, hf_beit.FAMILY, hf_beit.INTERNVL, hf_siglip.SIGLIP, hf_siglip.SIGLIP2, hf_siglip.TOWERS),
-    *(hf_aimv2.FAMILY,),
+    *(hf_aimv2.FAMILY, hf_pixtral.FAMILY),
 )
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -45,43 +47,43 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VIDEO = "patches of several frames, or attention between frames"
 _PATCHES = "patches and their grids as input (image_grid_thw), and attention over images packed together"
 _STAGES = "pooling between stages (a hierarchical model)"
-_WINDOWS = "windowed attention with decomposed relative position, and a neck of convolutions"
+_WINDOWS = "what its parts are called (windows and a neck, which timm's samvit models have and run with)"
 _MAPS = "feature maps as output; load the files as the model without Backbone"
 _DECODER = "a decoder or head beside the encoder; pass the encoder"
 REFUSED = {
     "ViTForMaskedImageModeling": "a decoder; pass its encoder, model.vit",
     "DeiTForMaskedImageModeling": "a decoder; pass its encoder, model.deit",
     "ViTMAEForPreTraining": "a decoder; pass its encoder, model.vit",
-    "Dinov2Backbone": "feature maps as output; load the files as Dinov2Model",
-    "Dinov2WithRegistersBackbone": "feature maps as output; load the files as Dinov2WithRegistersModel",
-    **dict.fromkeys(
-        ("DINOv3ViTBackbone", "BeitBackbone", "VitDetBackbone", "HieraBackbone", "Tipsv2VisionBackbone"), _MAPS
-    ),
+    **dict.fromkeys(("BeitBackbone", "VitDetBackbone", "HieraBackbone"), _MAPS),
     **dict.fromkeys(
         (
             *("BeitForMaskedImageModeling", "BeitForSemanticSegmentation", "Data2VecVisionForSemanticSegmentation"),
             *("DPTForDepthEstimation", "DPTForSemanticSegmentation", "DepthAnythingForDepthEstimation"),
             *("YolosForObjectDetection", "VitPoseForPoseEstimation", "CLIPSegForImageSegmentation"),
-            *("OwlViTForObjectDetection", "Owlv2ForObjectDetection", "EomtForUniversalSegmentation"),
-            *("EomtDinov3ForUniversalSegmentation", "Aimv2Model"),
+            *("EomtForUniversalSegmentation", "EomtDinov3ForUniversalSegmentation"),
         ),
         _DECODER,
     ),
     "YolosModel": "detection tokens after the patches, and position embeddings in every block",
     "VitPoseBackbone": "patches that overlap (a patch convolution with padding)",
     "MLCDVisionModel": "rotary embedding of the class token",
-    "PixtralVisionModel": "images of several sizes packed together, under a block-diagonal mask",
     **dict.fromkeys(("XCLIPVisionModel", "XCLIPModel"), "message tokens between frames"),
     **dict.fromkeys(
-        ("VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "VivitForVideoClassification"), _VIDEO
+        (
+            *("VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "VivitForVideoClassification"),
+            *("TimesformerModel", "VJEPA2Model", "VideoLlavaModel"),
+        ),
+        _VIDEO,
     ),
     **dict.fromkeys(("HieraModel", "HieraForImageClassification", "Sam2VisionModel", "Sam3VisionModel"), _STAGES),
-    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel", "SamModel", "VitDetModel"), _WINDOWS),
+    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel", "SamModel", "SamHQModel", "VitDetModel"), _WINDOWS),
+    "GotOcr2Model": "windows, and convolutions between the tower and the language model",
     **dict.fromkeys(
         (
             *("Qwen2VLVisionModel", "Qwen2_5_VLVisionModel", "Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"),
             *("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", "Glm4vVisionModel", "Glm4vMoeVisionModel"),
-            *("PaddleOCRVisionModel", "VideoLlama3VisionModel"),
+            *("PaddleOCRVisionModel", "VideoLlama3VisionModel", "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel"),
+            "Glm4vModel",
         ),
         _PATCHES,
     ),
@@ -89,7 +91,18 @@ REFUSED = {
         ("MllamaVisionModel", "Llama4VisionModel"), "tiles of images, with embeddings of their aspect ratio"
     ),
     "Phi4MultimodalVisionModel": "positions and pooling that follow patch_attention_mask",
-    "AlignVisionModel": "an EfficientNet",
+    **dict.fromkeys(("AlignVisionModel", "AlignModel"), "an EfficientNet"),
+    "GroupViTModel": "grouping of tokens between stages",
+    "LwDetrModel": "windows in the layout of the tokens, and maps of several blocks",
+    "MgpstrModel": "tokens of characters, each with an attention of its own, after the blocks",
+    **dict.fromkeys(("PixioModel", "PixioBackbone"), "several class tokens, whose mean is what it gives"),
+    "RadioModel": "position embeddings that follow the size of the image, and a conditioner of the pixels",
+    "Sapiens2Model": "grouped key and value heads beside full ones, in the same model",
+    **dict.fromkeys(
+        ("OwlViTModel", "Owlv2Model", "OwlViTForObjectDetection", "Owlv2ForObjectDetection"),
+        "a tower that is no class of its own; OwlViTVisionModel and Owlv2VisionModel read the same files",
+    ),
+    **dict.fromkeys(("Idefics2Model", "Kosmos2Model", "Ovis2Model"), "a tower with names of its own"),
     "GroupViTVisionModel": "grouping of tokens between stages",
     "Pix2StructVisionModel": "patches with their row and column as input",
 }
@@ -151,7 +164,12 @@ def from_state(
     architecture = _architecture(config, state, where)
     family = next((family for family in FAMILIES if family.matches(architecture)), None)
     if family is None:
-        raise _refused(architecture, where)
+        inside = _tower_inside(config, state)
+        if inside is None:
+            raise _refused(architecture, where)
+        kind = inside[0]["architectures"][0]
+        warnings.warn(f"{name}: the model taken is the {kind} in a {architecture}", stacklevel=3)
+        return from_state(*inside, name, where, directory)
     labels = read_settings(hf_common.Labels, config, where)
     facts = family.read(config, architecture, where)
     marked = [prefix + family.MARKER for prefix in family.prefixes(architecture)]
@@ -170,8 +188,31 @@ def from_state(
 def check(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for an architecture that config.json names and that is not supported."""
     named = read_settings(hf_common.Origin, config, where).architectures
-    if named and not any(family.matches(named[0]) for family in FAMILIES):
+    inner = config.get("vision_config") or config.get("encoder")
+    kind = inner.get("model_type") if isinstance(inner, Mapping) else None
+    inside = isinstance(kind, str) and any(kind in family.BY_MODEL_TYPE for family in FAMILIES)
+    if named and not inside and not any(family.matches(named[0]) for family in FAMILIES):
         raise _refused(named[0], where)
+
+
+def _tower_inside(
+    config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Settings and weights of the vision tower in a model of another class; None if there is none that is known."""
+    settings = next((config[key] for key in ("vision_config", "encoder") if schema.OBJECT.holds(config.get(key))), None)
+    if settings is None:
+        return None
+    kind = settings.get("model_type")
+    family = next((family for family in FAMILIES if isinstance(kind, str) and kind in family.BY_MODEL_TYPE), None)
+    if family is None:
+        return None
+    leads = [key.removesuffix(family.MARKER) for key in state if key.endswith(family.MARKER)]
+    if not leads:
+        return None
+    lead = min(leads, key=len)
+    inner = {key.removeprefix(lead): tensor for key, tensor in state.items() if key.startswith(lead)}
+    architecture = family.BY_MODEL_TYPE[kind](inner)
+    return {**settings, "architectures": [architecture]}, inner
 
 
 def _refused(architecture: str, where: str) -> CheckpointError:

@@ -70,17 +70,6 @@ class _Whole:
     projection_dim: Annotated[int, schema.whole(1, 65_536)] = 512
 
 
-_NAMES = common.BlockNames(
-    block="encoder.layers.{}.",
-    norm1="layer_norm1.",
-    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-    proj="self_attn.out_proj.",
-    norm2="layer_norm2.",
-    fc1=("mlp.fc1.",),
-    fc2="mlp.fc2.",
-)
-
-
 def matches(architecture: str) -> bool:
     """Whether this family has the class."""
     return architecture in ARCHITECTURES
@@ -135,7 +124,7 @@ def translate(
     token, position = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding.weight"
     source.tokens(ours, [token], position, covered=1)
     source.norm("norm_pre", f"{prefix}pre_layrnorm.")
-    _NAMES.read(source, ours, prefix)
+    common.CLIP_NAMES.read(source, ours, prefix)
     if classifier:
         source.dense("head", "classifier.")
         return ours, source.finish(ours, (*IGNORABLE, r".*post_layernorm\.(weight|bias)"))

@@ -184,6 +184,16 @@ def layout(state: Mapping[str, Tensor], prefix: str, *candidates: BlockNames) ->
     return max(candidates, key=lambda names: names.present(state, prefix))
 
 
+CLIP_NAMES = BlockNames(
+    block="encoder.layers.{}.",
+    norm1="layer_norm1.",
+    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+    proj="self_attn.out_proj.",
+    norm2="layer_norm2.",
+    fc1=("mlp.fc1.",),
+    fc2="mlp.fc2.",
+)
+"""Of CLIP's and SigLIP's towers, image and text."""
 FILE_ATTENTION = ("attention.attention.query.", "attention.attention.key.", "attention.attention.value.")
 MEMORY_ATTENTION = ("attention.q_proj.", "attention.k_proj.", "attention.v_proj.")
 

@@ -24,6 +24,7 @@ ARCHITECTURES = (
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersForImageClassification",
     "Tipsv2VisionModel",
+    *("Dinov2Backbone", "Dinov2WithRegistersBackbone", "Tipsv2VisionBackbone"),  # whose maps are tokens of the patches
 )
 BY_MODEL_TYPE = {
     "tipsv2_vision_model": lambda state: "Tipsv2VisionModel",

@@ -88,7 +88,7 @@ def _weights(source: Source, config: ViTConfig, facts: Settings, prefix: str, ar
 
 
 FAMILY = common.Family(
-    architectures=("DINOv3ViTModel",),
+    architectures=("DINOv3ViTModel", "DINOv3ViTBackbone"),
     bases=lambda architecture: ("", "model."),
     by_model_type={"dinov3_vit": lambda state: "DINOv3ViTModel"},
     marker="embeddings.patch_embeddings.weight",

@@ -58,17 +58,8 @@ class TowerSettings(Settings):
     use_qk_norm: Flag = False
 
 
-_NAMES = common.BlockNames(
-    block="encoder.layers.{}.",
-    norm1="layer_norm1.",
-    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-    proj="self_attn.out_proj.",
-    norm2="layer_norm2.",
-    fc1=("mlp.fc1.",),
-    fc2="mlp.fc2.",
-)
-_JANUS = replace(_NAMES, proj="self_attn.projection_layer.")
-_BLIP = replace(_NAMES, qkv=("self_attn.qkv.",), proj="self_attn.projection.")
+_JANUS = replace(common.CLIP_NAMES, proj="self_attn.projection_layer.")
+_BLIP = replace(common.CLIP_NAMES, qkv=("self_attn.qkv.",), proj="self_attn.projection.")
 
 
 def _make(facts: Settings, architecture: str, classes: int) -> dict[str, Any]:
@@ -110,7 +101,7 @@ def _weights(source: Source, config: ViTConfig, facts: Settings, prefix: str, ar
     else:
         source.dense("patch_embed", embedding)
     source.tokens(config, [], f"{prefix}embeddings.position_embedding.weight", covered=0)
-    _NAMES.read(source, config, prefix)
+    common.CLIP_NAMES.read(source, config, prefix)
     source.norm("norm", f"{prefix}post_layernorm.")
     if config.attention_pool:
         _read_head(source, config, f"{prefix}head.")
@@ -162,7 +153,7 @@ def _weights_tower(source: Source, config: ViTConfig, facts: TowerSettings, pref
     source.tokens(config, tokens, position, covered=len(tokens))
     if config.pre_norm:
         source.norm("norm_pre", f"{prefix}pre_layernorm.")
-    names = {"blip": _BLIP, "janus": _JANUS}.get(kind, _NAMES)
+    names = {"blip": _BLIP, "janus": _JANUS}.get(kind, common.CLIP_NAMES)
     names.read(source, config, prefix, qkv_bias=facts.qkv_bias if kind == "blip" else facts.attention_bias)
     source.norm("norm", f"{prefix}post_layernorm.")
     if config.pool_norm:

@@ -54,16 +54,6 @@ class _Siglip:
 
 _KINDS: dict[str, Any] = {"CLIPModel": _Clip, "SiglipModel": _Siglip}
 
-_NAMES = common.BlockNames(
-    block="text_model.encoder.layers.{}.",
-    norm1="layer_norm1.",
-    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-    proj="self_attn.out_proj.",
-    norm2="layer_norm2.",
-    fc1=("mlp.fc1.",),
-    fc2="mlp.fc2.",
-)
-
 
 def read(
     config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: str, name: str, where: str,
@@ -92,7 +82,7 @@ def read(
     )
     source = Source(state, f"{name}, text")
     source.tokens(ours, [], "text_model.embeddings.position_embedding.weight", covered=0)
-    _NAMES.read(source, ours, "")
+    common.CLIP_NAMES.read(source, ours, "text_model.")
     source.norm("norm", "text_model.final_layer_norm.")
     clip = kind is _Clip
     projection = "text_projection." if clip else "text_model.head."

@@ -24,13 +24,14 @@ ARCHITECTURES = (
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
     *("ViTMSNModel", "ViTMSNForImageClassification", "ViTMAEModel", "IJepaModel", "IJepaForImageClassification"),
-    "DPTModel",
+    *("DPTModel", "FlavaImageModel"),
 )
 BY_MODEL_TYPE = {
     "vit_msn": lambda state: "ViTMSNForImageClassification" if "classifier.weight" in state else "ViTMSNModel",
     "vit_mae": lambda state: "ViTMAEModel",
     "ijepa": lambda state: "IJepaForImageClassification" if "classifier.weight" in state else "IJepaModel",
     "dpt": lambda state: "DPTModel",
+    "flava_image_model": lambda state: "FlavaImageModel",
     "vit": lambda state: "ViTForImageClassification" if "classifier.weight" in state else "ViTModel",
     "deit": lambda state: (
         "DeiTForImageClassificationWithTeacher"
@@ -94,7 +95,7 @@ def read(config: Mapping[str, Any], architecture: str, where: str) -> Settings:
 
 def prefixes(architecture: str) -> tuple[str, str]:
     """What may stand before the encoder's names: in the class's own files, and in others that hold the encoder."""
-    bases = {"DeiT": "deit.", "IJepa": "ijepa.", "DPT": "dpt."}
+    bases = {"DeiT": "deit.", "IJepa": "ijepa.", "DPT": "dpt.", "Flava": "image_model."}
     base = next((base for start, base in bases.items() if architecture.startswith(start)), "vit.")
     return ("", base) if architecture.endswith("Model") else (base, "")
 

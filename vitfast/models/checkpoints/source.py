@@ -43,6 +43,7 @@ class Checkpoint:
         stem: what makes the patches' tokens [B, L, C] of images, where that is no patch convolution.
         own_blocks: blocks of a live module with hooks or patched forwards inside, by number: copies, to be run as they
             are.
+        neck: what makes other tokens [B, ..., E] of the patches' [B, rows, columns, C], where a model has such a part.
         text: the text tower beside it, where the source has one that can be run (CLIP, SigLIP).
         problem_type: what the logits are for, in transformers' words: "single_label_classification",
             "multi_label_classification" or "regression"; None where the source does not say.
@@ -55,6 +56,7 @@ class Checkpoint:
     problem_type: str | None = None
     stem: nn.Module | None = None
     own_blocks: Mapping[int, nn.Module] = field(default_factory=dict)
+    neck: nn.Module | None = None
     text: TextTower | None = None
 
 

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from vitfast.models import libraries, schema
-from vitfast.models.checkpoints import files, live, state_dicts, timm_vit
+from vitfast.models.checkpoints import files, live, state_dicts, timm_sam, timm_towers, timm_vit
 from vitfast.models.checkpoints.preprocess import TimmSettings, from_timm
 from vitfast.models.checkpoints.source import Checkpoint, CheckpointError, read_settings
 from vitfast.models.config import Channels, Classes, Depth, Heads, ViTConfig, Width
 from vitfast.ops.names import did_you_mean
 
-SUPPORTED, REFUSED = timm_vit.SUPPORTED, timm_vit.REFUSED
+_FAMILIES: tuple[Any, ...] = (timm_vit, timm_towers, timm_sam)
+SUPPORTED = tuple(name for family in _FAMILIES for name in family.SUPPORTED)
+REFUSED = timm_vit.REFUSED
 """timm classes that are near enough to be tried, with what the forward lacks for them."""
 
 _Count = Annotated[int, schema.whole(0, 65_536)]
@@ -80,7 +82,12 @@ def _settings(directory: Path, where: str) -> _Settings:
 def matches(module: nn.Module) -> bool:
     """Whether this is exactly one of the classes of timm's that are known; a subclass may do anything."""
     kind = type(module)
-    return kind.__module__.startswith("timm.models.") and kind.__name__ in timm_vit.SUPPORTED
+    return kind.__module__.startswith("timm.models.") and kind.__name__ in SUPPORTED
+
+
+def _family(module: nn.Module) -> Any:
+    """What reads a module of a class that is known."""
+    return next(family for family in _FAMILIES if type(module).__name__ in family.SUPPORTED)
 
 
 def from_module(module: Any, where: str | None = None) -> Checkpoint:
@@ -99,9 +106,9 @@ def from_module(module: Any, where: str | None = None) -> Checkpoint:
     named = (settings.get("architecture"), settings.get("tag"))
     name = ".".join(part for part in named if isinstance(part, str) and part) or type(module).__name__
     own = live.unchanged(module, name, blocks=module.blocks if type(module).__name__ in timm_vit.PLAIN else None)
-    made = timm_vit.translate(module, name)
+    made = _family(module).translate(module, name)
     # A stem or patches of a size that leaves some pixels over take the images that timm's would.
-    image_size = tuple(module.patch_embed.img_size) if hasattr(module, "patch_embed") else made.config.image_size
+    image_size = tuple(getattr(getattr(module, "patch_embed", None), "img_size", None) or made.config.image_size)
     found = from_timm(settings, made.config, image_size, where or f"pretrained_cfg of {name}")
     return replace(made, preprocess=found, labels=_labels(settings, made.config), own_blocks=own)
 
@@ -172,7 +179,7 @@ def check(directory: Path, name: str) -> None:
             f"{where}: timm's {kind} is not supported{f': {REFUSED[kind]}' if kind in REFUSED else ''}"
         )
     with contextlib.suppress(NotImplementedError):  # of some models the values of a table decide, which are not there
-        timm_vit.config_of(module, settings.architecture)
+        _family(module).config_of(module, settings.architecture)
 
 
 def _cannot(settings: _Settings, name: str, where: str) -> str:

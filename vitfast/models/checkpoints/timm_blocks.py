@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.models.checkpoints.source import Source, require
-from vitfast.models.config import ViTConfig
+from vitfast.models.config import DIFFERENTIAL_EPS, ViTConfig
 
 DROP = ("Dropout", "Identity")
 PATH = ("DropPath", "Identity")
@@ -19,7 +19,7 @@ NORM = (*LAYER_NORMS, *RMS_NORMS)
 ACTS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish")
 _MLPS = ("Mlp", "GluMlp", "SwiGLU", "GeGluMlp")
 _LS = ("LayerScale", "Identity")
-_ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention")
+_ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention", "RelPosAttention", "DiffAttention")
 _BLOCK = {
     **dict.fromkeys(("norm1", "norm2"), NORM),
     **dict.fromkeys(("ls1", "ls2"), _LS),
@@ -31,6 +31,7 @@ _ATTENTION = {
     **dict.fromkeys(("qkv", "q_proj", "k_proj", "v_proj", "proj", "gate"), ("Linear",)),
     **dict.fromkeys(("q_norm", "k_norm", "norm"), (*NORM, "Identity")),
     **dict.fromkeys(("attn_drop", "proj_drop"), DROP),
+    "sub_norm": RMS_NORMS,
     "rel_pos": ("RelPosBias", "RelPosMlp"),
 }
 _MLP = {
@@ -38,6 +39,16 @@ _MLP = {
     **dict.fromkeys(("drop1", "drop2"), DROP),
     "act": (*ACTS, "ReLU"),
     "norm": (*NORM, "Identity"),
+}
+_SCALING = {
+    **dict.fromkeys(("in_proj", "out_proj", "attn_out_proj", "mlp_out_proj"), ("Linear",)),
+    **dict.fromkeys(("q_norm", "k_norm"), (*NORM, "Identity")),
+    **dict.fromkeys(("attn_drop", "mlp_drop"), DROP),
+    "in_norm": NORM,
+    "mlp_act": ACTS,
+    "sub_norm": RMS_NORMS,
+    "ls": _LS,
+    "drop_path": PATH,
 }
 _BRANCHES = {"*": ("Sequential",)}
 _BRANCH = {"norm": NORM, "attn": ("Attention",), "mlp": _MLPS, "ls": _LS, "drop_path": PATH}
@@ -47,15 +58,7 @@ ANATOMY: Mapping[str, Mapping[str, Sequence[str]]] = {
          "DeepseekVitBlock"),
         _BLOCK,
     ),
-    "ParallelScalingBlock": {
-        **dict.fromkeys(("in_proj", "out_proj", "attn_out_proj", "mlp_out_proj"), ("Linear",)),
-        **dict.fromkeys(("q_norm", "k_norm"), (*NORM, "Identity")),
-        **dict.fromkeys(("attn_drop", "mlp_drop"), DROP),
-        "in_norm": NORM,
-        "mlp_act": ACTS,
-        "ls": _LS,
-        "drop_path": PATH,
-    },
+    **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock"), _SCALING),
     "ParallelThingsBlock": dict.fromkeys(("attns", "ffns"), ("ModuleList",)),
     **dict.fromkeys(("ParallelThingsBlock.attns", "ParallelThingsBlock.ffns"), _BRANCHES),
     "Sequential": _BRANCH,
@@ -64,11 +67,6 @@ ANATOMY: Mapping[str, Mapping[str, Sequence[str]]] = {
     "RelPosMlp": {"mlp": ("Mlp",), "bias_act": ("Sigmoid", "Identity")},
 }  # fmt: skip
 """What timm's blocks are made of, as far as they can be run here. Finer points are read from the parts."""
-
-REFUSED = {
-    "DiffAttention": "differential attention, two softmaxes of half heads subtracted by learned factors",
-    "DiffParallelScalingBlock": "differential attention, two softmaxes of half heads subtracted by learned factors",
-}
 
 _ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "Swish": "silu"}
 
@@ -92,6 +90,8 @@ class Facts(NamedTuple):
     relative_position: str
     interleaved: bool | None
     """Whether rotary embedding would turn neighbouring channels; None where the attention has none."""
+    differential: bool = False
+    attention_scale: float = 0.0
 
 
 def is_a(part: nn.Module, *names: str) -> bool:
@@ -150,9 +150,7 @@ def facts_of(block: Any, where: str) -> Facts:
     """
     kind = type(block).__name__
     known = kind in ANATOMY and (kind.endswith("Block") or kind == "EvaBlockPostNorm")
-    reason = REFUSED.get(kind)
-    told = f"{kind} ({reason or 'a block of this class'})"
-    require(known and type(block).__module__.startswith("timm."), told, where)
+    require(known and type(block).__module__.startswith("timm."), f"{kind} (a block of this class)", where)
     post = kind in ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm")
     attention, mlp = block.attn, block.mlp
     norms = {"norm1": block.norm1, "norm2": block.norm2}
@@ -191,14 +189,17 @@ def attention_facts(attention: Any, where: str, norm: str) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the part that is not known.
     """
-    reason = REFUSED.get(type(attention).__name__)
-    require(is_a(attention, *_ATTENTIONS), f"this attention{f' ({reason})' if reason else ''}", where)
+    require(is_a(attention, *_ATTENTIONS), "this attention", where)
     dims = attention.proj.in_features
     require(dims % attention.num_heads == 0, f"{attention.num_heads} heads for {dims} channels", where)
     head_dim = dims // attention.num_heads
-    require(attention.scale == head_dim**-0.5, f"scale={attention.scale}", where)
     normed = [not absent(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     require(normed[0] == normed[1], "a norm of q or k only", where)
+    differential = is_a(attention, "DiffAttention")
+    if differential:
+        differential_facts(attention, normed[0], where)
+    else:
+        require(attention.scale == head_dim**-0.5, f"scale={attention.scale}", where)
     rotates = type(attention).__name__ in ("AttentionRope", "EvaAttention")
     return {
         "heads": attention.num_heads,
@@ -206,8 +207,37 @@ def attention_facts(attention: Any, where: str, norm: str) -> dict[str, Any]:
         "qk_norm": norm if normed[0] else "",
         "gated_attention": getattr(attention, "gate", None) is not None,
         "attention_norm": not absent(getattr(attention, "norm", None)),
+        "differential": differential,
+        "attention_scale": attention.scale if differential else 0.0,
         "interleaved": not getattr(attention, "rotate_half", False) if rotates else None,
     }
+
+
+def differential_facts(part: Any, normed: bool, where: str) -> None:
+    """Check what has differential attention: an attention or a block.
+
+    Raises:
+        CheckpointError: for a norm of half heads, another scale or eps.
+    """
+    require(not normed, "a norm of the halves of q and k", where)
+    require(part.scale == part.head_dim**-0.5, f"scale={part.scale}", where)
+    eps = part.sub_norm.eps
+    require(eps == DIFFERENTIAL_EPS, f"a norm of heads with eps={eps}, not {DIFFERENTIAL_EPS}", where)
+
+
+def read_differential(source: Source, config: ViTConfig, ours: str, theirs: str, part: Any) -> None:
+    """Take lambda, which is computed here, and the norm of heads with the factor after it."""
+    kept, half = 1 - part.lambda_init, config.head_dim // 2
+    dual = part.lambda_a is not None
+    names = ("a", "b") if dual else ("q1", "k1", "q2", "k2")
+
+    def factor(*given: Tensor) -> Tensor:
+        first, second = given if dual else ((given[0] * given[1]).sum(), (given[2] * given[3]).sum())
+        return (first.exp() - second.exp() + part.lambda_init).view(1)
+
+    source.derive(f"{ours}lambda", (1,), factor, {f"{theirs}lambda_{name}": () if dual else (half,) for name in names})
+    norm = {f"{theirs}sub_norm.weight": (config.head_dim,)}
+    source.derive(f"{ours}head_norm.weight", (config.head_dim,), lambda weight: weight * kept, norm)
 
 
 def mlp_facts(mlp: Any, where: str) -> tuple[bool, str]:
@@ -269,6 +299,8 @@ def _read_attention(source: Source, config: ViTConfig, ours: str, theirs: str, a
         _read_projections(source, config, ours, theirs, attention)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
         read_norm(source, f"{ours}{name}", f"{theirs}{name}.", getattr(attention, name))
+    if config.differential:
+        read_differential(source, config, ours, theirs, attention)
     if config.gated_attention:
         source.dense(f"{ours}gate", f"{theirs}gate.", bias=attention.gate.bias is not None)
     if config.attention_norm:

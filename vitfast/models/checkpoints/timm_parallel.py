@@ -14,24 +14,31 @@ from vitfast.models.checkpoints.timm_blocks import (
     absent,
     activation,
     attention_facts,
+    differential_facts,
+    is_a,
     mlp_facts,
     one_norm,
+    read_differential,
     read_norm,
 )
 from vitfast.models.config import ViTConfig
 
 
 def scaling_facts(block: Any, where: str) -> Facts:
-    """What a ParallelScalingBlock does."""
+    """What a ParallelScalingBlock does, or one with differential attention."""
     norms = {"in_norm": block.in_norm, "q_norm": block.q_norm, "k_norm": block.k_norm}
     norm, eps = one_norm({path: part for path, part in norms.items() if not absent(part)}, where)
     require(absent(block.q_norm) == absent(block.k_norm), "a norm of q or k only", where)
     require(block.scale == block.head_dim**-0.5, f"scale={block.scale}", where)
+    differential = is_a(block, "DiffParallelScalingBlock")
+    if differential:
+        differential_facts(block, not absent(block.q_norm), where)
     return Facts(
-        heads=block.num_heads, head_dim=block.head_dim, mlp_dim=block.in_split[0],
+        heads=block.num_heads, head_dim=block.head_dim * (1 + differential), mlp_dim=block.in_split[0],
         activation=activation(block.mlp_act, f"{where}.mlp_act"), layer_scale=not absent(block.ls), block="parallel",
         norm=norm, norm_eps=eps, qk_norm="" if absent(block.q_norm) else norm, gated_attention=False,
         attention_norm=False, mlp_norm=False, double_norm=False, relative_position="", interleaved=None,
+        differential=differential, attention_scale=block.scale if differential else 0.0,
     )  # fmt: skip
 
 
@@ -75,6 +82,8 @@ def read_scaling(source: Source, config: ViTConfig, ours: str, block: Any) -> No
         source.derive(f"{ours}qkv.bias", (3 * inner,), lambda t: t[hidden:], biases)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
         read_norm(source, f"{ours}{name}", f"{theirs}{name}.", getattr(block, name))
+    if config.differential:
+        read_differential(source, config, ours, theirs, block)
     if block.out_proj is not None:
         both = {f"{theirs}out_proj.weight": (width, inner + hidden)}
         source.derive(f"{ours}proj.weight", (width, inner), lambda t: t[:, :inner], both)

@@ -47,7 +47,7 @@ def naflex_facts(embeds: Any, where: str) -> dict[str, Any]:
     """
     require(embeds.norm_input is None, "a norm of the pixels", where)
     kind = embeds.pos_embed_type
-    require(kind in ("learned", "none"), f"position embeddings of rows and columns apart ({kind})", where)
+    require(kind in ("learned", "factorized", "none"), f"position embeddings of the kind {kind}", where)
     require(embeds.pos_embed_grid_size is not None, "an undefined image size", where)
     mode = embeds.pos_embed_interp_mode
     require(mode in ("bicubic", "bilinear"), f"positions resized by {mode}", where)
@@ -57,9 +57,10 @@ def naflex_facts(embeds: Any, where: str) -> dict[str, Any]:
         "patch_size": tuple(patch),
         "width": embeds.embed_dim,
         "in_channels": embeds.in_chans,
-        "position_interpolation": mode,
-        "position_antialias": embeds.pos_embed_antialias,
-        "position_align_corners": bool(embeds.pos_embed_align_corners),
+        # Rows and columns apart are resized by lines, and the sum of both is what bilinear resizing makes of the sum.
+        "position_interpolation": "bilinear" if kind == "factorized" else mode,
+        "position_antialias": kind != "factorized" and embeds.pos_embed_antialias,
+        "position_align_corners": kind != "factorized" and bool(embeds.pos_embed_align_corners),
         "position_square": embeds.pos_embed_ar_preserving,
     }
 
@@ -86,6 +87,11 @@ def read_naflex(source: Source, config: ViTConfig, embeds: Any) -> None:
     source.tokens(config, tokens, None, covered=0)
     if config.position:
         rows, columns = config.grid(config.image_size)
+        if embeds.pos_embed_type == "factorized":
+            sides = {"embeds.pos_embed_y": (1, rows, config.width), "embeds.pos_embed_x": (1, columns, config.width)}
+            shape = (rows * columns, config.width)
+            source.derive("position", shape, lambda y, x: (y[0][:, None] + x[0][None]).flatten(0, 1), sides)
+            return
         given = {"embeds.pos_embed": (1, rows, columns, config.width)}
         source.derive("position", (rows * columns, config.width), lambda t: t.flatten(0, 2), given)
 

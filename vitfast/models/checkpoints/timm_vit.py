@@ -18,12 +18,6 @@ PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
 """Classes whose blocks are given tokens and nothing else."""
 SUPPORTED = (*PLAIN, "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
 REFUSED = {
-    **dict.fromkeys(("Qwen3VitEncoder", "Qwen3VitClassifier"), "tokens on a map, and a merger of neighbours after it"),
-    **dict.fromkeys(
-        ("Gemma4VitEncoder", "Gemma4VitClassifier"), "four norms a block, a norm of v, and products that may be clipped"
-    ),
-    **dict.fromkeys(("DeepseekVitEncoder", "DeepseekVitClassifier"), "tokens on a map, and an aligner after it"),
-    "VisionTransformerSAM": "windowed attention with decomposed relative position",
     "Hiera": "pooling of queries between stages (a hierarchical model)",
     "HieraDet": "pooling of queries between stages (a hierarchical model)",
 }
@@ -66,6 +60,7 @@ _ANATOMY: live.Anatomy = {
 }
 """What timm's modules are made of, as far as it can be run here. Finer points are read from the parts."""
 
+_SCALING = ("ParallelScalingBlock", "DiffParallelScalingBlock")
 _POOLS = {"token": "cls", "avg": "avg", "avgmax": "avg_max", "max": "max", "": "none"}
 
 
@@ -138,7 +133,7 @@ def config_of(module: Any, name: str) -> ViTConfig:
         depth=len(module.blocks),
         prefix_tokens=module.num_prefix_tokens,
         class_token=(embed if naflex else module).cls_token is not None,
-        position=getattr(embed if naflex else module, "pos_embed", None) is not None,
+        position=any(getattr(embed if naflex else module, n, None) is not None for n in ("pos_embed", "pos_embed_y")),
         embed_norm="patch_embed.norm" in norms,
         relative_position=relative,
         pre_norm="norm_pre" in norms,
@@ -154,7 +149,7 @@ def config_of(module: Any, name: str) -> ViTConfig:
 
 
 def _facts_of(block: Any, where: str) -> Facts:
-    if is_a(block, "ParallelScalingBlock"):
+    if is_a(block, *_SCALING):
         return timm_parallel.scaling_facts(block, where)
     if is_a(block, "ParallelThingsBlock"):
         return timm_parallel.things_facts(block, where)
@@ -214,7 +209,7 @@ def _read(module: Any, config: ViTConfig, source: Source) -> None:
     if config.relative_position:
         timm_rope.read_relative(source, config, module)
     for i, block in enumerate(module.blocks):
-        if is_a(block, "ParallelScalingBlock"):
+        if is_a(block, *_SCALING):
             timm_parallel.read_scaling(source, config, f"blocks.{i}.", block)
         elif is_a(block, "ParallelThingsBlock"):
             timm_parallel.read_things(source, config, f"blocks.{i}.", block)
