@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -118,6 +119,9 @@ def embed(
     decode_memory: DecodeMemory = None,
     columns: Columns = None,
     image_column: ImageColumn = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a page that shows how busy each stage was over time.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Embed images into a folder of Parquet files.
@@ -132,6 +136,7 @@ def embed(
         from vitfast.pipeline.parts import OWN_COLUMNS
         from vitfast.pipeline.sources import find_sources
         from vitfast.pipeline.stages import Stages
+        from vitfast.pipeline.timeline import Timeline
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
@@ -140,7 +145,7 @@ def embed(
             raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
         images = find_sources(sources, columns=carried, image_column=image_column)
         listing = images.listing
-        summary, stages, stopped = Summary(), Stages(), None
+        summary, stages, stopped = Summary(), Stages(timeline=None if profile is None else Timeline()), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
             todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
@@ -161,6 +166,10 @@ def embed(
                     write_parquet(results, folder, engine, on_result=on_result, summary=summary, stages=stages)
                 except KeyboardInterrupt as error:
                     stopped = error
+        if stages.timeline is not None and profile is not None:
+            threads = dict.fromkeys(("read", "decode", "resize"), stages.workers)
+            remark = f"{summary.done} images, {summary.images_per_second:.1f} img/s; {stages.advice()}"
+            Path(profile).write_text(stages.timeline.page(threads, remark), encoding="utf-8")
         summary.skipped, summary.changed = folder.skipped, folder.changed
         summary.failed |= {path: f"cannot be read: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0

@@ -23,7 +23,7 @@ from vitfast.pipeline.sources.item import Item, file_item
 from vitfast.pipeline.sources.remote import expand, is_url, open_url, url_item
 from vitfast.pipeline.sources.tables import PARQUET, is_table, list_items, parquet_items
 
-__all__ = ["Item", "Sources", "find_sources"]
+__all__ = ["Item", "Sources", "container_items", "find_sources", "is_container"]
 
 
 class Sources:
@@ -87,7 +87,7 @@ def find_sources(
         else:
             names = [source]
         for name in names:
-            if not (is_archive(name) or is_table(name) or is_url(name)) or os.path.isdir(name):
+            if not (is_container(name) or is_url(name)) or os.path.isdir(name):
                 files.append(name)
             elif not is_url(name) and not os.path.isfile(name):
                 raise InputError(f"no such file: {path_text(name)!r}")
@@ -96,6 +96,20 @@ def find_sources(
     listing = find_images(files) if files else ImageListing()
     left_out |= listing.left_out
     return Sources(ImageListing(listing.images, left_out, listing.unreadable), containers)
+
+
+def is_container(name: str) -> bool:
+    """Whether a name's ending says archive or table."""
+    return is_archive(name) or is_table(name)
+
+
+def container_items(name: str) -> Iterator[Item]:
+    """The images of an archive or table, in its order.
+
+    Raises:
+        Exception: what its format raises where it is damaged.
+    """
+    return _reader(name, (), None, {})()
 
 
 def _open(name: str) -> BinaryIO:
