@@ -27,6 +27,7 @@ from vitfast.cli.options import (
     DecodeMemory,
     Device,
     DtypeOption,
+    Fps,
     ImageColumn,
     Json,
     MaxPixels,
@@ -119,6 +120,7 @@ def embed(
     decode_memory: DecodeMemory = None,
     columns: Columns = None,
     image_column: ImageColumn = None,
+    fps: Fps = 1.0,
     profile: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a page that shows how busy each stage was over time.")
     ] = None,
@@ -126,9 +128,9 @@ def embed(
 ) -> None:
     """Embed images into a folder of Parquet files.
 
-    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet
-    file or a URL. One row per image: path, embedding, status and more. The same command again goes on where it stopped;
-    bad images are noted in the status column and tried again.
+    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet or
+    Arrow file, a video or a URL. One row per image: path, embedding, status and more. The same command again goes on
+    where it stopped; bad images are noted in the status column and tried again.
     """
     with command(context, as_json) as answer:
         from vitfast.pipeline.embed import embed_images
@@ -143,7 +145,7 @@ def embed(
         carried = columns.split(",") if columns else []
         if own := set(carried) & set(OWN_COLUMNS):
             raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
-        images = find_sources(sources, columns=carried, image_column=image_column)
+        images = find_sources(sources, columns=carried, image_column=image_column, fps=fps)
         listing = images.listing
         summary, stages, stopped = Summary(), Stages(timeline=None if profile is None else Timeline()), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
@@ -227,6 +229,7 @@ def classify(
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
     image_column: ImageColumn = None,
+    fps: Fps = 1.0,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image."""
@@ -235,7 +238,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
         from vitfast.pipeline.sources import find_sources
 
-        images = find_sources(sources, image_column=image_column)
+        images = find_sources(sources, image_column=image_column, fps=fps)
         listing = images.listing
         engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
         options = decode_options(max_pixels, decode_memory)
