@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vitfast.benchmarks import result_file
@@ -62,6 +61,7 @@ CASES = (
 
 def make_pictures(folder: Path, case: Case, distinct: int = 12) -> list[Path]:
     """JPEGs of smooth colours with noise; after the first few, links to them."""
+    import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True)
