@@ -189,7 +189,7 @@ def test_parts_are_written_as_the_run_goes(photos, tmp_path, monkeypatch):
     assert seen == sorted(seen)
     assert max(seen) == 3
     assert len(summary.parts) == 4
-    assert sorted(map(str, out.iterdir())) == sorted(summary.parts)
+    assert sorted(map(str, out.iterdir())) == [str(out / "_manifest.json"), *sorted(summary.parts)]
     assert len(pq.read_table(out)) == 13
 
 
@@ -235,7 +235,7 @@ def test_what_a_killed_run_left_is_taken_away(photos, tmp_path):
     (out / ".lock").write_text("{")
     (out / "notes.txt").write_text("the user's own")
     assert run(photos, out).done == 10
-    assert sorted(path.name[:5] for path in out.iterdir()) == ["notes", "part-"]
+    assert sorted(path.name[:5] for path in out.iterdir()) == ["_mani", "notes", "part-"]
 
 
 def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, monkeypatch):

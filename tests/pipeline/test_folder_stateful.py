@@ -145,7 +145,7 @@ class FolderMachine(RuleBasedStateMachine):
                     assert row["sha"] == now[path]
                 if row["sha"] == now[path]:
                     assert (row["status"] == "ok") == (self.embeddings[now[path]] is not None)
-            assert {path.name[:5] for path in self.out.iterdir()} == {"part-"}
+            assert {path.name[:5] for path in self.out.iterdir()} == {"part-", "_mani"}
 
     def _read(self):
         """The folder's rows as anybody reads them, each checked by itself."""

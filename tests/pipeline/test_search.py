@@ -5,28 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.folders import folder_of
 from helpers.photos import FakeEngine, make_photos, save
 from typer.testing import CliRunner
 
 from vitfast.cli.app import app
 from vitfast.images.files import InputError, collect, path_text
 from vitfast.pipeline import search
-from vitfast.pipeline.embed import OK, Result, embed_images
-from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.embed import embed_images
 from vitfast.pipeline.parquet import EmbeddingFolder, write_parquet
 from vitfast.pipeline.search import Index
-
-
-def folder_of(vectors, out, names=None):
-    """An embedding folder that holds these vectors, in parts of a few rows."""
-    engine = FakeEngine()
-    folder = EmbeddingFolder(out, "m")
-    names = names or [f"/{number:04d}.png" for number in range(len(vectors))]
-    results = [Result(name, OK, np.asarray(v, np.float32)) for name, v in zip(names, vectors, strict=True)]
-    with folder:
-        for start in range(0, len(results), 7):
-            folder.write_part(folder.new_part(), results[start : start + 7], len(vectors[0]), Identity.of(engine))
-    return out
 
 
 @pytest.fixture

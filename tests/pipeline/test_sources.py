@@ -89,6 +89,16 @@ def make_shards(photos, path):
     return [path.with_name(f"*-{path.name}")]
 
 
+def make_arrow(photos, path):
+    """Both forms of a file: the stream is how Hugging Face's datasets keep theirs."""
+    rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
+    table = pa.table({"image": rows})
+    new = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return [path]
+
+
 KINDS = {
     "folder": ("", lambda photos, path: [photos]),
     "tar": ("all.tar", make_tar),
@@ -101,6 +111,8 @@ KINDS = {
     "tsv": ("all.tsv", functools.partial(make_csv, delimiter="\t")),
     "parquet of bytes": ("all.parquet", make_bytes),
     "parquet of structs": ("all.parquet", make_struct),
+    "arrow stream": ("stream.arrow", make_arrow),
+    "arrow file": ("file.arrow", make_arrow),
 }
 
 

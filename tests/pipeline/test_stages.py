@@ -4,6 +4,7 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 from helpers.photos import FakeEngine, make_photos
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from vitfast.cli.app import app
 from vitfast.pipeline import embed, stages
 from vitfast.pipeline.parquet import EmbeddingFolder
 from vitfast.pipeline.stages import Stages
+from vitfast.pipeline.timeline import Timeline
 
 
 class SlowEngine(FakeEngine):
@@ -64,3 +66,33 @@ def test_no_more_workers_than_cores_are_advised(monkeypatch):
     monkeypatch.setattr(stages, "usable_cores", lambda: 2)
     done = Stages(decode=3.0, total=4.0, workers=2)
     assert done.advice() == "decode-bound: model 25% busy; all 2 cores decode already"
+
+
+def test_timeline_counts_where_time_was_spent():
+    """Against sums over fine steps, with bins that have grown twice and threads side by side."""
+    timeline, random = Timeline(), np.random.default_rng(0)
+    stretches = [(0.0, 0.5), *((begin, begin + random.uniform(0, 3)) for begin in random.uniform(0, 40, 50))]
+    for begin, end in stretches:
+        timeline.add("decode", 100 + begin, 100 + end)
+    assert timeline.seconds == pytest.approx(max(end for _, end in stretches))
+    assert timeline.busy["decode"].sum() == pytest.approx(sum(end - begin for begin, end in stretches))
+    shares = timeline.shares({"decode": 8})["decode"]
+    for number in (0, 7, len(shares) // 2):
+        low, high = number * timeline.width, (number + 1) * timeline.width
+        spent = sum(max(min(end, high) - max(begin, low), 0) for begin, end in stretches)
+        assert shares[number] == pytest.approx(spent / timeline.width / 8)
+
+
+def test_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitfast.engine.load.load", lambda *_, **__: SlowEngine())
+    command = ["embed", make_photos(tmp_path / "photos"), "-m", "m", "-o", tmp_path / "out", "--batch-size", 4]
+    command += ["--profile", tmp_path / "p.html"]
+    assert CliRunner().invoke(app, [str(part) for part in command]).exit_code == 1
+    page = (tmp_path / "p.html").read_text()
+    assert "10 images" in page and "model-bound" in page
+    busy = {
+        stage: int(share) for stage, share in re.findall(r">(\w+)</text><text[^>]*>\d+ threads?, (\d+)% busy", page)
+    }
+    assert set(busy) == {"read", "decode", "resize", "model", "write"}
+    assert max(busy, key=busy.get) == "model" and busy["model"] > 50
+    assert page.count("<polygon") == 5 and not re.search(r"https?://|src=", page)

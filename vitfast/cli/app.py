@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from vitfast.cli.options import (
     DecodeMemory,
     Device,
     DtypeOption,
+    Fps,
     ImageColumn,
     Json,
     MaxPixels,
@@ -119,13 +121,17 @@ def embed(
     decode_memory: DecodeMemory = None,
     columns: Columns = None,
     image_column: ImageColumn = None,
+    fps: Fps = 1.0,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a page that shows how busy each stage was over time.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Embed images into a folder of Parquet files.
 
-    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet
-    file or a URL. One row per image: path, embedding, status and more. The same command again goes on where it stopped;
-    bad images are noted in the status column and tried again.
+    SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet or
+    Arrow file, a video or a URL. One row per image: path, embedding, status and more. The same command again goes on
+    where it stopped; bad images are noted in the status column and tried again.
     """
     with command(context, as_json) as answer:
         from vitfast.pipeline.embed import embed_images
@@ -133,15 +139,16 @@ def embed(
         from vitfast.pipeline.parts import OWN_COLUMNS
         from vitfast.pipeline.sources import find_sources
         from vitfast.pipeline.stages import Stages
+        from vitfast.pipeline.timeline import Timeline
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
         carried = columns.split(",") if columns else []
         if own := set(carried) & set(OWN_COLUMNS):
             raise ValueError(f"--columns: {', '.join(sorted(own))} is a column of the folder itself")
-        images = find_sources(sources, columns=carried, image_column=image_column)
+        images = find_sources(sources, columns=carried, image_column=image_column, fps=fps)
         listing = images.listing
-        summary, stages, stopped = Summary(), Stages(), None
+        summary, stages, stopped = Summary(), Stages(timeline=None if profile is None else Timeline()), None
         folder = EmbeddingFolder(out, model, overwrite=overwrite)
         with folder if folder.path.exists() else contextlib.nullcontext():  # made when there is something to write
             todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
@@ -162,6 +169,10 @@ def embed(
                     write_parquet(results, folder, engine, on_result=on_result, summary=summary, stages=stages)
                 except KeyboardInterrupt as error:
                     stopped = error
+        if stages.timeline is not None and profile is not None:
+            threads = dict.fromkeys(("read", "decode", "resize"), stages.workers)
+            remark = f"{summary.done} images, {summary.images_per_second:.1f} img/s; {stages.advice()}"
+            Path(profile).write_text(stages.timeline.page(threads, remark), encoding="utf-8")
         summary.skipped, summary.changed = folder.skipped, folder.changed
         summary.failed |= {path: f"cannot be read: {reason}" for path, reason in listing.unreadable.items()}
         answer.code = exit_code(stopped) if stopped else 1 if summary.failed else 0
@@ -219,6 +230,7 @@ def classify(
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
     image_column: ImageColumn = None,
+    fps: Fps = 1.0,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image."""
@@ -227,7 +239,7 @@ def classify(
         from vitfast.pipeline.embed import classify_images
         from vitfast.pipeline.sources import find_sources
 
-        images = find_sources(sources, image_column=image_column)
+        images = find_sources(sources, image_column=image_column, fps=fps)
         listing = images.listing
         engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
         options = decode_options(max_pixels, decode_memory)

@@ -58,7 +58,9 @@ class BackendName(str, Enum):
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SRC", help="Image files, folders, quoted glob patterns; archives, lists, tables; URLs."),
+    typer.Argument(
+        metavar="SRC", help="Image files, folders, quoted glob patterns; archives, lists, tables, videos; URLs."
+    ),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, model directory or weight file.")]
 WeightsKey = Annotated[
@@ -118,6 +120,7 @@ ImageColumn = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Column of tables that has the images. [default: one with a usual name]"),
 ]
+Fps = Annotated[float, typer.Option("--fps", help="Of videos, frames a second.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

@@ -1,8 +1,10 @@
-"""`vitfast similar` and `vitfast duplicates`: search in what `vitfast embed` has written."""
+"""`vitfast similar`, `duplicates` and `map`: search in what `vitfast embed` has written."""
 
 from __future__ import annotations
 
 import os
+from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode="markdown")
 
 Folder = Annotated[str, typer.Argument(metavar="INDEX", help="Folder that `vitfast embed` has written.")]
+Html = typer.Option("--html", metavar="FILE", help="Write a page with the pictures, too.")
+
+
+class IndexKind(str, Enum):
+    """What --index takes."""
+
+    exact = "exact"
+    hnsw = "hnsw"
+
+
+class MapMethod(str, Enum):
+    """What --method takes."""
+
+    pca = "pca"
+    umap = "umap"
 
 
 @app.command(epilog="Example: `vitfast similar photos/cat.jpg embeddings/ --topk 5`")
@@ -27,6 +44,11 @@ def similar(
     index: Folder,
     text: Annotated[bool, typer.Option("--text", help="QUERY is a sentence: for models like CLIP and SigLIP.")] = False,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Images to find.")] = 10,
+    kind: Annotated[
+        IndexKind,
+        typer.Option("--index", help="hnsw: a graph that is kept in INDEX, made when it is first asked for (usearch)."),
+    ] = IndexKind.exact,
+    page: Annotated[str | None, Html] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="What embeds QUERY. [default: the model noted in INDEX]")
     ] = None,
@@ -36,30 +58,45 @@ def similar(
     arch: Arch = None,
     as_json: Json = False,
 ) -> None:
-    """Find the images most similar to one, or to a sentence. The search is exact; similarity is the cosine, -1 to 1.
+    """Find the images most similar to one, or to a sentence; similarity is the cosine, -1 to 1.
 
     An image that is in INDEX needs no model, and is not found itself. Any other is embedded as those in INDEX were;
-    another model, dtype or version is refused.
+    another model, dtype or version is refused. The search is exact, but with --index hnsw, whose recall is printed.
     """
     with command(context, as_json) as answer:
         from vitfast.images.files import path_text
         from vitfast.pipeline.search import Index
 
         searched = Index(index)
+        searcher: Any = searched
+        answer.json = {"index": path_text(index), "model": searched.model, "images": len(searched)}
+        remark = f"{topk} most similar of {len(searched)} images"
+        if kind is IndexKind.hnsw:
+            from vitfast.pipeline.hnsw import NEIGHBOURS, Graph
+
+            searcher = graph = Graph.of(searched)
+            answer.json |= {"recall": round(graph.recall, 4), "expansion": graph.expansion, "built": graph.built}
+            remark += f" by HNSW: recall@{NEIGHBOURS} {graph.recall:.3f} against exact search"
         key = query if text else path_text(os.path.abspath(query))
-        vector = None if text else searched.vector_of(key)
+        vector = None if text else searcher.vector_of(key)
         if vector is None:
             options = {"allow_pickle": allow_pickle, "weights_key": weights_key, "arch": arch, "device": device}
             vector = _embedded(searched, query, text, model, options)
-        matches = searched.search(vector, topk, without=None if text else key)
-        answer.json = {
+        matches = searcher.search(vector, topk, without=None if text else key)
+        answer.json |= {
             "query": key,
-            "index": path_text(index),
-            "model": searched.model,
-            "images": len(searched),
             "matches": [{"path": match.path, "similarity": round(match.similarity, 6)} for match in matches],
         }
         answer.text = [f"{match.similarity:7.4f}  {escaped(match.path)}" for match in matches]
+        if kind is IndexKind.hnsw:
+            answer.remarks = [remark]
+        if page is not None:
+            from vitfast.pipeline.by_key import thumbnails
+            from vitfast.pipeline.pages import contact_sheet
+
+            pictures = thumbnails([match.path for match in matches] + ([] if text else [key]), exif_orientation=True)
+            Path(page).write_text(contact_sheet(key, remark, matches, pictures), encoding="utf-8")
+            answer.json["html"] = path_text(page)
 
 
 def _embedded(index: Index, query: str, text: bool, model: str | None, options: dict[str, Any]) -> np.ndarray:
@@ -105,3 +142,25 @@ def duplicates(
             lines.append(escaped(first.path))
             lines += [f"  {match.similarity:.4f}  {escaped(match.path)}" for match in others]
         answer.text = [*lines, f"{len(groups)} groups of images alike among {len(searched)}"]
+
+
+@app.command("map", epilog="Example: `vitfast map embeddings/ --html map.html --color label`")
+def map_(
+    context: typer.Context,
+    index: Folder,
+    page: Annotated[str, typer.Option("--html", metavar="FILE", help="The page to write.")],
+    method: Annotated[MapMethod, typer.Option(help="umap needs the package umap-learn.")] = MapMethod.pca,
+    color: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of INDEX to colour points by.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="Images on the page, chosen at random if there are more.")] = 5000,
+    pictures: Annotated[int, typer.Option(min=0, help="Of these so many with a picture.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Write a page with a map of all images: what is alike lies close together."""
+    with command(context, as_json) as answer:
+        from vitfast.images.files import path_text
+        from vitfast.pipeline import mapping
+
+        made = mapping.make(index, method.value, color=color, most=most, pictures=pictures)
+        Path(page).write_text(made.page, encoding="utf-8")
+        answer.json = {"index": path_text(index), "html": path_text(page), "method": method.value, **made.counts}
+        answer.text = [f"{made.remark} -> {escaped(path_text(page))}"]

@@ -77,6 +77,7 @@ class Decoder:
     memory: Memory
     exif_orientation: bool
     max_pixels: int | None
+    stages: Stages = field(default_factory=Stages)
 
     def __call__(self, item: Item) -> Decoded:
         """The image, or the reason why there is none, whatever goes wrong: a bad file stops nothing."""
@@ -94,12 +95,16 @@ class Decoder:
     def _read(self, item: Item, result: Result) -> np.ndarray:
         with item.open() as file:
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns if isinstance(item.path, Path) else item.mtime_ns
-            result.stamp = Stamp(file.seek(0, os.SEEK_END), mtime_ns, sha256(file))
+            with self.stages.at_work("read"):
+                result.stamp = Stamp(file.seek(0, os.SEEK_END), mtime_ns, sha256(file))
             with ImageFile(file, item.path, self.exif_orientation, self.max_pixels) as image:
                 sizes = ((image.height, image.width), (image.width, image.height))  # turned upright or not
                 resizing = max(memory(self.preprocess, *size) for size in sizes)
                 with self.memory.reserve(image.bytes + resizing):
-                    pixels = resize_and_crop(image.decode(), self.preprocess)
+                    with self.stages.at_work("decode"):
+                        picture = image.decode()
+                    with self.stages.at_work("resize"):
+                        pixels = resize_and_crop(picture, self.preprocess)
                 result.note = image.note
                 return pixels
 
@@ -141,8 +146,8 @@ def embed_images(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if engine.preprocess is None:
         raise ValueError("the checkpoint does not say how its images are preprocessed, so files cannot be embedded")
-    decoder = Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels)
     stages = Stages() if stages is None else stages
+    decoder = Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels, stages)
     stages.workers = workers
     return _pipeline(engine, decoder, paths, batch_size, stages)
 
@@ -164,7 +169,10 @@ def _pipeline(
             if images := _images(batch):
                 started = time.perf_counter()
                 yield images
-                seconds = time.perf_counter() - started  # on a GPU only that of handing it over
+                now = time.perf_counter()
+                seconds = now - started  # on a GPU only that of handing it over
+                if stages.timeline is not None:
+                    stages.timeline.add("model", started, now)
                 size = max(1, min(batch_size, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
 
     wait = True

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 
 from vitfast.images.decode import sha256
 from vitfast.images.files import InputError, path_text
+from vitfast.pipeline import manifest
 from vitfast.pipeline.embed import OK, Result
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.lock import FolderLock
@@ -48,7 +49,7 @@ PART_ROWS, PART_SECONDS = 4096, 5.0
 batches under way (see `vitfast.pipeline.embed.BATCH_SECONDS`)."""
 
 _MODEL, _IDENTITY = b"vitfast.model", b"vitfast.identity"
-_PARTS, _UNFINISHED = "part-*.parquet", (".part-*.tmp", ".probe-*")
+_PARTS, _UNFINISHED = "part-*.parquet", (".part-*.tmp", ".probe-*", f".{manifest.NAME}-*.tmp")
 
 
 class OutputError(RuntimeError):
@@ -268,6 +269,21 @@ class EmbeddingFolder:
         for number, (path, result) in enumerate(zip(table["path"].to_pylist(), results, strict=True)):
             self._rows[path] = _Row(result.status == OK, part, number, None, None)
 
+    def note(self, identity: Identity) -> None:
+        """Write the manifest (see `vitfast.pipeline.manifest`), where there is anything to note.
+
+        Raises:
+            OutputError: if that cannot be done; the parts are as they were.
+        """
+        parts = parts_of(self.path)
+        if not parts:
+            return
+        try:
+            manifest.write(self.path, parts, self.model, identity)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(f"output folder {path_text(self.path)!r} cannot be written: {reason}") from error
+
     def _drop(self, paths: pa.ChunkedArray, part: Path) -> None:
         """Take the rows of these paths out of all parts but `part`."""
         rows = (self._rows.get(path) for path in paths.to_pylist())
@@ -373,8 +389,10 @@ def write_parquet(
         finally:
             try:
                 flush()
+                folder.note(identity)
             except KeyboardInterrupt:  # it came in the last moment
                 flush()
+                folder.note(identity)
                 raise
             summary.seconds = time.perf_counter() - started
             summary.images_per_second = (summary.done + len(summary.failed)) / max(summary.seconds, 1e-9)
@@ -393,15 +411,21 @@ def _differs(item: Item, row: _Row, digest: bytes | None) -> bool:
         return False
 
 
-def read_embeddings(folder: str | Path) -> pa.Table:
-    """All rows of an embedding folder, as columns (see this module).
+def parts_of(folder: str | Path) -> list[Path]:
+    """The parts of an embedding folder, in the order of their rows."""
+    return sorted(Path(folder).glob(_PARTS))
+
+
+def read_embeddings(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of an embedding folder, as columns (see this module), or some columns of them.
 
     Raises:
         InputError: if it holds no parts, a part that cannot be read, two rows of one path, or rows of two identities.
     """
-    parts = sorted(Path(folder).glob(_PARTS))
+    parts = parts_of(folder)
+    wanted = None if columns is None else [*columns]
     try:
-        tables = [pq.read_table(part) for part in parts]
+        tables = [pq.read_table(part, columns=wanted, memory_map=True) for part in parts]
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path_text(folder)!r} is not a readable embedding folder: {error}") from error
     if not tables:
@@ -409,7 +433,8 @@ def read_embeddings(folder: str | Path) -> pa.Table:
     if len({(table.schema.metadata or {}).get(_IDENTITY) for table in tables}) > 1:
         raise InputError(f"{path_text(folder)!r} mixes embeddings of different models or settings")
     table = pa.concat_tables(tables, promote_options="default")  # parts may differ in what sources carried along
-    if doubled := len(table) - len(pc.unique(table["path"])):
+    doubled = len(table) - len(pc.unique(table["path"])) if "path" in table.column_names else 0
+    if doubled:
         raise InputError(
             f"{path_text(folder)!r} has more than one row for {doubled} paths; the next run that writes it repairs that"
         )

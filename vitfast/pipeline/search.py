@@ -10,6 +10,8 @@ the size of all similarities is kept. Similarity is the cosine.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import pyarrow.compute as pc
 from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.embed import OK
 from vitfast.pipeline.identity import Identity
-from vitfast.pipeline.parquet import identity_of, read_embeddings
+from vitfast.pipeline.parquet import identity_of, parts_of, read_embeddings
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -39,45 +41,71 @@ class Match:
 
 
 class Index:
-    """The embeddings of a folder, in memory at unit length, 4 bytes a number.
+    """The embeddings of a folder, read when they are first needed and kept at unit length, 4 bytes a number.
 
     Args:
         folder: as `vitfast embed` writes it. Rows without an embedding are left out.
 
     Attributes:
         model: hub id or path of the model, as noted in the folder. identity: what its embeddings were made with, or
-            None for a folder of 0.1.0. paths: keys of the rows, in order. vectors: float32 [N, E], of unit length.
+            None for a folder of 0.1.0. paths: keys of the rows, in order. stamp: a hash of which parts there are.
 
     Raises:
         InputError: if the folder cannot be read (see `read_embeddings`), or has no row with an embedding.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        table = read_embeddings(folder)
         self.folder = Path(folder)
+        self.stamp = _stamp(self.folder)
+        table = read_embeddings(folder, ["path", "status"])
         self.model, self.identity = identity_of(table.schema)
-        table = table.select(["path", "status", "embedding"]).filter(pc.equal(table["status"], OK))
+        table = table.filter(pc.equal(table["status"], OK))
         if not len(table):
             raise InputError(f"{path_text(folder)!r} holds no image with an embedding")
         self.paths: list[str] = table["path"].to_pylist()
-        self._rows = {path: row for row, path in enumerate(self.paths)}
-        width = table["embedding"].type.list_size
-        self.vectors = np.empty((len(table), width), np.float32)
+
+    @functools.cached_property
+    def vectors(self) -> np.ndarray:
+        """float32 [N, E], of unit length."""
+        table = read_embeddings(self.folder, ["status", "embedding"])
+        vectors = np.empty((len(self), table["embedding"].type.list_size), np.float32)
+        if pc.sum(pc.equal(table["status"], OK)).as_py() != len(self) or _stamp(self.folder) != self.stamp:
+            raise InputError(f"{path_text(self.folder)!r} has changed since it was opened: another run writes it")
         done = 0
         for chunk in table["embedding"].chunks:
-            values = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-            self.vectors[done : done + len(values)] = values
+            values = chunk.flatten().to_numpy(zero_copy_only=False)  # of the rows that have any
+            values = values.reshape(-1, vectors.shape[1])
+            vectors[done : done + len(values)] = values
             done += len(values)
-        for block in _blocks(self.vectors):
+        for block in _blocks(vectors):
             block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-30)
+        return vectors
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate(self.paths)}
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def row_of(self, path: str | Path) -> int | None:
+        """The row of an image that is in the folder, else None."""
+        return self._rows.get(path_text(path))
+
     def vector_of(self, path: str | Path) -> np.ndarray | None:
         """The vector [E] of an image that is in the folder, else None."""
-        row = self._rows.get(path_text(path))
+        row = self.row_of(path)
         return None if row is None else self.vectors[row]
+
+    def checked(self, query: np.ndarray, topk: int, width: int) -> np.ndarray:
+        """The query at unit length.
+
+        Raises:
+            ValueError: as `search`.
+        """
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        return _unit(query, width)
 
     def search(self, query: np.ndarray, topk: int = 10, *, without: str | None = None) -> list[Match]:
         """The images most similar to a query, best first; of equals the one that was written first.
@@ -90,20 +118,14 @@ class Index:
         Raises:
             ValueError: if topk is below 1, or the query is of another width, zero or not finite.
         """
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
-        query = _unit(query, self.vectors.shape[1])
-        left_out = self._rows.get(without, -1) if without is not None else -1
-        rows, values = np.empty(0, np.int64), np.empty(0, np.float32)
+        query = self.checked(query, topk, self.vectors.shape[1])
+        similarity = np.empty(len(self), np.float32)
         for start, block in zip(range(0, len(self), BLOCK_ROWS), _blocks(self.vectors), strict=True):
-            similarity = block @ query
-            if start <= left_out < start + len(block):
-                similarity[left_out - start] = -np.inf
-            rows = np.concatenate([rows, np.arange(start, start + len(block))])
-            values = np.concatenate([values, similarity])
-            best = _largest(values, topk)
-            rows, values = rows[best], values[best]
-        return [Match(self.paths[r], float(v)) for r, v in zip(rows, values, strict=True) if np.isfinite(v)]
+            np.matmul(block, query, out=similarity[start : start + len(block)])
+        left_out = self.row_of(without) if without is not None else None
+        if left_out is not None:
+            similarity[left_out] = -np.inf
+        return [Match(self.paths[r], float(similarity[r])) for r in _largest(similarity, topk) if r != left_out]
 
     def duplicates(self, above: float) -> list[list[Match]]:
         """Groups of images that are alike: each is joined to another of its group by a similarity of `above` or more.
@@ -143,6 +165,23 @@ class Index:
             raise InputError(
                 f"{path_text(self.folder)!r} holds embeddings of {self.model!r} with {'; '.join(differences)}"
             )
+
+
+def _stamp(folder: Path) -> str:
+    """A hash that is another one once a part of the folder is."""
+    parts = sorted((part.name, stat.st_size, stat.st_mtime_ns) for part in parts_of(folder) for stat in [part.stat()])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def exact_rows(vectors: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the `count` largest products of unit vectors [N, E] with each query [Q, E], largest first: [Q, count]."""
+    rows, values = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+    for start, block in zip(range(0, len(vectors), BLOCK_ROWS), _blocks(vectors), strict=True):
+        here = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
+        rows, values = np.concatenate([rows, here], 1), np.concatenate([values, queries @ block.T], 1)
+        best = np.argpartition(-values, min(count, values.shape[1]) - 1, axis=1)[:, :count]
+        rows, values = np.take_along_axis(rows, best, 1), np.take_along_axis(values, best, 1)
+    return np.take_along_axis(rows, np.argsort(-values, axis=1, kind="stable"), 1)
 
 
 def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:

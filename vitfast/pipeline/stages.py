@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vitfast.pipeline.timeline import Timeline
+
 
 @dataclass
 class Stages:
@@ -15,13 +17,14 @@ class Stages:
 
     Attributes:
         decode: waiting for pictures, none of them being ready. write: writing rows. total: all, the model's included.
-        workers: decoding threads.
+        workers: decoding threads. timeline: how busy each stage was over time, where that was asked for.
     """
 
     decode: float = 0.0
     write: float = 0.0
     total: float = 0.0
     workers: int = 0
+    timeline: Timeline | None = None
     _started: float | None = field(default=None, repr=False)
 
     @contextlib.contextmanager
@@ -35,6 +38,12 @@ class Stages:
             now = time.perf_counter()
             setattr(self, stage, getattr(self, stage) + now - started)
             self.total = now - self._started
+            if stage == "write" and self.timeline is not None:
+                self.timeline.add(stage, started, now)
+
+    def at_work(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        """Note a block in the timeline, if there is one, as time that a thread works on a stage."""
+        return contextlib.nullcontext() if self.timeline is None else self.timeline.spent(stage)
 
     @property
     def model(self) -> float:

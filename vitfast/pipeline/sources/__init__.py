@@ -21,9 +21,14 @@ from vitfast.images.files import ImageListing, InputError, find_images, path_tex
 from vitfast.pipeline.sources.archives import TAR, ZIP, Opener, is_archive, tar_items, zip_items
 from vitfast.pipeline.sources.item import Item, file_item
 from vitfast.pipeline.sources.remote import expand, is_url, open_url, url_item
-from vitfast.pipeline.sources.tables import PARQUET, is_table, list_items, parquet_items
+from vitfast.pipeline.sources.tables import ARROW, PARQUET, arrow_items, is_table, list_items, parquet_items
+from vitfast.pipeline.sources.video import VIDEO, is_video, video_items
 
-__all__ = ["Item", "Sources", "find_sources"]
+__all__ = ["Item", "Sources", "container_items", "find_sources", "is_container"]
+
+
+EVERY_FRAME = 1e6
+"""More frames a second than any video has."""
 
 
 class Sources:
@@ -62,19 +67,23 @@ class Sources:
 
 
 def find_sources(
-    sources: Sequence[str | Path], *, columns: Sequence[str] = (), image_column: str | None = None
+    sources: Sequence[str | Path], *, columns: Sequence[str] = (), image_column: str | None = None, fps: float = 1.0
 ) -> Sources:
     """The images that sources name.
 
     Args:
         sources: what `vitfast.images.files.find_images` takes; .tar (also compressed), .zip; .txt or .lst with a path
-            or URL a line, .csv, .tsv; .parquet; or URLs of any of these, of folders, or with a pattern.
+            or URL a line, .csv, .tsv; .parquet; .arrow; videos; or URLs of any of these, of folders, or with a pattern.
         columns: what to carry along: columns of tables, fields of a WebDataset sample's .json.
         image_column: which column of tables has the images; by default the first with a usual name.
+        fps: of videos, frames a second.
 
     Raises:
+        ValueError: if fps is not positive.
         InputError: if a source does not exist or holds no images.
     """
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}")
     left_out, containers = dict[str, str](), dict[str, Callable[[], Iterator[Item]]]()
     files: list[str | Path] = []
     for source in (os.fspath(source) for source in sources):
@@ -87,15 +96,29 @@ def find_sources(
         else:
             names = [source]
         for name in names:
-            if not (is_archive(name) or is_table(name) or is_url(name)) or os.path.isdir(name):
+            if not (is_container(name) or is_url(name)) or os.path.isdir(name):
                 files.append(name)
             elif not is_url(name) and not os.path.isfile(name):
                 raise InputError(f"no such file: {path_text(name)!r}")
             else:
-                containers[name] = _reader(name, columns, image_column, left_out)
+                containers[name] = _reader(name, columns, image_column, left_out, fps)
     listing = find_images(files) if files else ImageListing()
     left_out |= listing.left_out
     return Sources(ImageListing(listing.images, left_out, listing.unreadable), containers)
+
+
+def is_container(name: str) -> bool:
+    """Whether a name's ending says archive, table or video."""
+    return is_archive(name) or is_table(name) or is_video(name)
+
+
+def container_items(name: str) -> Iterator[Item]:
+    """The images of an archive or table, or all frames of a video, in order.
+
+    Raises:
+        Exception: what its format raises where it is damaged.
+    """
+    return _reader(name, (), None, {}, EVERY_FRAME)()
 
 
 def _open(name: str) -> BinaryIO:
@@ -103,7 +126,7 @@ def _open(name: str) -> BinaryIO:
 
 
 def _reader(
-    name: str, columns: Sequence[str], image_column: str | None, left_out: dict[str, str]
+    name: str, columns: Sequence[str], image_column: str | None, left_out: dict[str, str], fps: float
 ) -> Callable[[], Iterator[Item]]:
     opener: Opener = functools.partial(open_url, name) if is_url(name) else functools.partial(_open, name)
     ending = name.lower().partition("?")[0]
@@ -113,6 +136,10 @@ def _reader(
         return functools.partial(zip_items, name, opener, columns, left_out)
     if ending.endswith(PARQUET):
         return functools.partial(parquet_items, name, opener, columns, image_column)
+    if ending.endswith(ARROW):
+        return functools.partial(arrow_items, name, opener, columns, image_column)
+    if ending.endswith(VIDEO):
+        return functools.partial(video_items, name, opener, columns, fps)
     if is_table(ending):
         return functools.partial(list_items, name, opener, columns, image_column)
     return lambda: iter([url_item(name)])

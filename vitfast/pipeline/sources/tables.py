@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from vitfast.pipeline.sources.remote import is_url, url_item
 LISTS = (".txt", ".lst")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet",)
+ARROW = (".arrow", ".feather")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image", "url")
 """Names of columns that are taken for images and for where images are, the first that there is."""
@@ -26,8 +27,8 @@ ROWS_AT_ONCE = 64
 
 
 def is_table(name: str) -> bool:
-    """Whether a name's ending says list, CSV or Parquet."""
-    return os.fspath(name).lower().endswith((*LISTS, *SEPARATED, *PARQUET))
+    """Whether a name's ending says list, CSV, Parquet or Arrow."""
+    return os.fspath(name).lower().endswith((*LISTS, *SEPARATED, *PARQUET, *ARROW))
 
 
 def list_items(name: str, opener: Opener, columns: Sequence[str], image_column: str | None) -> Iterator[Item]:
@@ -95,18 +96,43 @@ def parquet_items(name: str, opener: Opener, columns: Sequence[str], image_colum
     """
     with opener() as file:
         table = pq.ParquetFile(file)
-        schema = table.schema_arrow
-        fit = [c for c in schema.names if _holds_bytes(schema.field(c).type)]
-        known = [*(c for c in IMAGE_COLUMNS if c in fit), *fit] or PATH_COLUMNS
-        column = _column(name, schema.names, known, image_column, columns)
-        base, number = os.path.dirname(os.path.abspath(name)), 0
-        if is_url(name):
-            base = name.rpartition("/")[0]
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys((column, *columns)))):
-            for row in batch.to_pylist():
-                carried = {c: row[c] for c in columns}
-                yield _cell(row[column], inside(name, str(number)), base, carried)
-                number += 1
+        column = _image_column(name, table.schema_arrow, image_column, columns)
+        batches = table.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys((column, *columns))))
+        yield from _rows(name, batches, column, columns)
+
+
+def arrow_items(name: str, opener: Opener, columns: Sequence[str], image_column: str | None) -> Iterator[Item]:
+    """The images of an Arrow file or stream, as `parquet_items` has them: what Hugging Face's datasets keep on a disk.
+
+    Raises:
+        InputError: as there.
+        pyarrow.ArrowException, OSError: if the file is damaged, after the images before.
+    """
+    with opener() as file:
+        magic = file.read(6)
+        file.seek(0)
+        if magic == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            batches = reader = pa.ipc.open_stream(file)
+        column = _image_column(name, reader.schema, image_column, columns)
+        some = (batch.slice(start, ROWS_AT_ONCE) for batch in batches for start in range(0, len(batch), ROWS_AT_ONCE))
+        yield from _rows(name, some, column, columns)
+
+
+def _image_column(name: str, schema: pa.Schema, asked: str | None, carried: Sequence[str]) -> str:
+    fit = [c for c in schema.names if _holds_bytes(schema.field(c).type)]
+    known = [*(c for c in IMAGE_COLUMNS if c in fit), *fit] or PATH_COLUMNS
+    return _column(name, schema.names, known, asked, carried)
+
+
+def _rows(name: str, batches: Iterable[pa.RecordBatch], column: str, columns: Sequence[str]) -> Iterator[Item]:
+    base, number = name.rpartition("/")[0] if is_url(name) else os.path.dirname(os.path.abspath(name)), 0
+    for batch in batches:
+        for row in batch.select(list(dict.fromkeys((column, *columns)))).to_pylist():
+            yield _cell(row[column], inside(name, str(number)), base, {c: row[c] for c in columns})
+            number += 1
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
