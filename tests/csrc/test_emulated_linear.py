@@ -266,8 +266,8 @@ FAULTS = {
         "step + 1 < p.steps; ++step) {",
         "",
     ),
-    "sums of the last tile kept": (BODY, "i > 0 || !first", "true", ""),
-    "sums begun anew at every step": (BODY, "i > 0 || !first", "i > 0", ""),
+    "sums of the last tile kept": (BODY, "i > 0 || !first", "first || !first", ""),
+    "sums begun anew at every step": (BODY, "i > 0 || !first", "i > 0 && (first || !first)", ""),
     "rounds of the ring miscounted": (
         "device/hopper.cuh",
         "parity ^= stage == 0",

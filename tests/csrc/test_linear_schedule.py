@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from helpers.scripts import compiling
 
-from vitfast.diagnostics import chips, code_times, native_code, schedule
+from vitfast.diagnostics import chips, code_times, native_code, predict, sass, schedule
 from vitfast.diagnostics.schedule import Schedule, tensor_busy
+from vitfast.models.config import NAMED
 
 PRODUCTS = {"qkv of B": 768, "fc2 of B": 3072, "qkv of L": 1024, "fc2 of L": 4096}
 EPILOGUE = 17 * 128
@@ -70,6 +71,51 @@ def test_microseconds_by_hand():
     found = native_code.microseconds(row, dims, chip, memory_us=10.0)
     assert found == pytest.approx(clocks / (2000 * code_times.SUSTAINED_CLOCK) + chips.LAUNCH_US)
     assert native_code.microseconds(row, dims, chip, memory_us=500.0) == 500 + chips.LAUNCH_US
+
+
+LISTING = """
+        /*0000*/ S2R R0, SR_TID.X ;
+.L_tile:
+        /*0010*/ IADD3 R1, R1, 0x1, RZ ;
+        /*0020*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0030*/ FADD R2, R2, R3 ;
+.L_step:
+        /*0040*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0050*/ @P0 BRA `(.L_step) ;
+        /*0060*/ FMUL R24, R24, R2 ;
+        /*0070*/ @P1 BRA `(.L_tile) ;
+        /*0080*/ EXIT ;
+"""
+
+
+def test_what_is_exposed_by_hand():
+    """Neither what runs once, nor what is done under the first step's products, nor the loop."""
+    exposed = native_code._exposed(sass.parse(LISTING))
+    assert [i.name for i in exposed] == ["IADD3", "FMUL", "BRA"]
+
+
+def test_a_forward_by_hand():
+    """Products that fill the chip take this kernel's time, by their epilogue; others what they had."""
+    rows = [
+        {"config": f"x_{name}", "epilogue_clocks": clocks, "epilogue_shared_clocks": 0}
+        for name, clocks in (("norm", 500), ("norm_gelu", 2000), ("residual_stats", 1500))
+    ]
+    prediction = predict.predict(NAMED["vit_base_patch16_224"], batch=256, chip="h100")
+    native_code.add_native(prediction, rows)
+    launches = {row["site"]: row for row in prediction["launches"]}
+    for site, row in zip(("qkv", "fc1", "fc2"), rows, strict=True):
+        launch = launches[site]
+        us = native_code.microseconds(row, launch["dims"], prediction["chip"], launch["memory_us"])
+        assert launch["native_us"] == us, site
+    assert "native_us" not in launches["head"] and "native_us" not in launches["attention"]
+    total = sum(row["count"] * row.get("native_us", row["time_us"]) for row in prediction["launches"])
+    assert prediction["by_native"]["images_per_s"] == pytest.approx(256 / total * 1e6)
+
+
+def test_without_nvcc(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="nvcc, which is not on the PATH"):
+        native_code.inspect_linear()
 
 
 @pytest.mark.full
