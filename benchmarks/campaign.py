@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -41,9 +42,9 @@ MOST_RESTARTS = 8
 """After so many culprits a step gives up."""
 PARALLEL = 8
 """Processes at a time where they need not have the GPU to themselves."""
-TESTS = ("-m", "pytest", "-m", "device", "-n", "8", "--timeout", "60", "--timeout-method", "thread",
-         "--continue-on-collection-errors", "-p", "helpers.report")  # fmt: skip
-"""A test that hangs, or kills the GPU's context, ends its worker, and xdist begins another."""
+TESTS = ("-m", "pytest", "-m", "device", "--continue-on-collection-errors", "-p", "helpers.report")
+WITH_PLUGINS = {"xdist": ("-n", "8"), "pytest_timeout": ("--timeout", "60", "--timeout-method", "thread")}
+"""A test that hangs, or kills the GPU's context, ends its worker, and xdist begins another; where these plugins are."""
 
 
 @dataclass(frozen=True)
@@ -350,14 +351,17 @@ class Campaign:
 
     def _tests(self, step: Step, entry: dict[str, Any], end: float) -> None:
         report = self._folder / "tests.json"
-        arguments = [*self._python, *TESTS, "--report", str(report), *_device_tests()]
+        report.unlink(missing_ok=True)
+        plugins = [word for name, words in WITH_PLUGINS.items() if importlib.util.find_spec(name) for word in words]
+        arguments = [*self._python, *TESTS, *plugins, "--report", str(report), *_device_tests()]
         self._write_log(f"\n$ {' '.join(arguments)}\n")
         paths = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
         own = {**self._environment, "PYTHONPATH": os.pathsep.join(paths)}  # -p comes before pytest's own pythonpath
         done = child.run(arguments, self._log, end - time.monotonic(), environment=own)
         if report.is_file():
             entry["answer"] = json.loads(report.read_text())
-        entry |= {"state": "done" if done.code in (0, 1) else "cut" if done.why else "failed", "exit_code": done.code}
+        ran = done.code in (0, 1) and report.is_file()  # without pytest the code is 1, too
+        entry |= {"state": "done" if ran else "cut" if done.why else "failed", "exit_code": done.code}
 
     def _keep(self) -> None:
         """Write the campaign's file and page, and take what the steps left elsewhere."""

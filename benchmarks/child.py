@@ -63,7 +63,7 @@ def run(
     start = time.monotonic()
     with subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
     ) as process:  # fmt: skip
         try:
             while True:
@@ -80,12 +80,31 @@ def run(
                     _end(process)
                     on_tick()
                     return End(None, "hung" if hung else "time", during, spent)
-        finally:  # also of what it left behind, such as workers of tests that hold the GPU
+        except BaseException:
             _end(process)
+            raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End a process and all that it started: workers of tests hold the GPU, too.
+
+    They stay in the group of this process: whoever ends that from outside ends them all.
+    """
+    if process.poll() is None:
+        for pid in reversed(_family(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone meanwhile
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found

@@ -15,11 +15,8 @@ from vitfast.benchmarks import kernels, sweep
 from vitfast.benchmarks.cases import Case, Dims
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.providers import BACKEND_NAMES, BASELINE, PROVIDERS, Absent, Provider, providers_of
-from vitfast.benchmarks.watch import Watch
+from vitfast.benchmarks.watch import LAUNCH_LIMIT_S, LIMIT_S, Watch
 from vitfast.engine.dtypes import QUANTIZED
-
-LIMIT_S = 20.0
-"""How long one launch may take, its compiling included."""
 
 _HEADS: Dims = {"batch": 2, "tokens": 197, "heads": 2, "head_dim": 64}
 _ROWS: Dims = {"M": 131, "K": 192, "N": 256}
@@ -95,7 +92,8 @@ def smoke(
         if (case.name, provider.name) in finished:
             continue
         row: dict[str, Any] = {"case": case.name, "op": case.op, "provider": provider.name, "correct": False}
-        watch.begin(case.name, provider.name, "being launched", LIMIT_S)
+        # Without a comparison it is compiled for the first time, several kernels at once.
+        watch.begin(case.name, provider.name, "being launched", LAUNCH_LIMIT_S if compare else LIMIT_S)
         start = time.perf_counter()
         try:
             with torch.no_grad(), kernels.quiet():

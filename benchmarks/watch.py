@@ -16,8 +16,9 @@ from typing import Any
 CONTEXT_LOST = 86
 """Exit code of a process that wrote its rows and ended because the GPU's context is dead."""
 
-LIMIT_S, SLOW_LIMIT_S = 40.0, 240.0
-"""How long one contestant may prepare or run before it counts as hung; the second where it compiles a whole model."""
+LAUNCH_LIMIT_S, LIMIT_S, SLOW_LIMIT_S = 20.0, 40.0, 240.0
+"""How long it may take before it counts as hung: one launch at a small shape, its compiling included; one contestant
+that prepares or runs; one that compiles a whole model."""
 
 _WIDTH = 1024
 """Bytes of the file: every note has as many, so that one write replaces all of the one before."""

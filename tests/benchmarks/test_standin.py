@@ -163,7 +163,7 @@ def test_the_whole_command_from_a_bare_checkout(tmp_path):
     """`make gpu` without .git, with a kernel that kills the context: all steps, six files, exit code 1."""
     checkout = rehearsal.bare_checkout(tmp_path / "vitfast")
     assert not (checkout / ".git").exists()
-    settings = {"faults": {"_quantize_kernel": "dies"}}
+    settings = {"faults": {"_quantize_kernel": "dies"}, "limit_s": 600.0}
     process = rehearsal.make_gpu(checkout, tmp_path / "out", "90m", standin=settings, cache=tmp_path / "cache")
     said = process.communicate()[0].decode()
     content = json.loads((tmp_path / "out" / "campaign.json").read_text())

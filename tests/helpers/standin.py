@@ -356,7 +356,7 @@ def start(*, faults=(), refused=(), log=None, shared=SHARED_MEMORY, limit_s=None
     from vitfast.benchmarks import watch
     from vitfast.models.checkpoints import source
 
-    watch.LIMIT_S = limit_s or watch.LIMIT_S
+    watch.LIMIT_S, watch.LAUNCH_LIMIT_S = limit_s or watch.LIMIT_S, limit_s or watch.LAUNCH_LIMIT_S
     source._unreadable = lambda tensor: ""  # which are otherwise plain tensors, for good reasons
     _register_guard()
     for name, value in _cuda(driver).items():
