@@ -48,7 +48,7 @@ class Case:
     height: int
     width: int
     images: int
-    model: dict[str, int]
+    model: dict[str, Any]
 
 
 NO_MODEL = {"patch_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 1}
