@@ -15,12 +15,12 @@ from helpers.engines import SMALL, engine
 from helpers.serving import running
 
 from vitfast import testing
-from vitfast.benchmarks import load, page, result_file, serve
+from vitfast.benchmarks import load, page, result_file, serve, servers
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.serving.limits import Limits
 
-PICTURES = serve.pictures(8, 40, 60)
-SERVED = {"name": "vitfast", "model": "small", "api": serve.APIS["vitfast"]}
+PICTURES = servers.pictures(8, 40, 60)
+SERVED = {"name": "vitfast", "model": "small", "api": servers.APIS["vitfast"]}
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,18 @@ def small():
 def test_run(small, tmp_path):
     file = result_file.Results("serve", CpuDevice(), {}, tmp_path / "out.json")
     with running({"small": small}, Limits(max_queue_wait=0.05), max_batch=4) as (url, _):
-        servers = [serve.Served(url=url, pid=os.getpid(), **SERVED)]
-        servers.append(serve.Served("openai", url, "small", serve.APIS["openai"]))
+        made = [servers.Served(url=url, pid=os.getpid(), **SERVED)]
+        made.append(servers.Served("openai", url, "small", servers.APIS["openai"]))
         serve.run(
-            servers, small, PICTURES, batch=4, connections=20, seconds=0.2, rounds=2, steps=(0.3, 0.6), overload=8,
+            made, small, PICTURES, batch=4, connections=20, seconds=0.2, rounds=2, steps=(0.3, 0.6), overload=8,
             overload_seconds=0.5, max_queue_wait=0.05, on_rows=file.add,
         )  # fmt: skip
     rows = result_file.read(file.path)["rows"]
     cases = [row["case"].split(" at ")[0].split("at ")[0] for row in rows]
     assert cases == [*["idle", "saturated"] * 2, *[""] * 4, *["flooded"] * 2]
     for row in rows:
+        if not row["sent"]:  # a machine so slow that at its rate none was due in this time
+            continue
         assert row["correct"], row
         assert row["answered"] + row["refused"] == row["sent"]
         assert row["median_ms"] <= row["p99_ms"]
@@ -66,7 +68,7 @@ def test_wrong_answers_are_found(small):
     wrong = Engine(vitfast.Checkpoint(config, other, small.preprocess), device=testing.device())
     with running({"small": wrong}) as (url, _):
         (idle, saturated) = serve.run(
-            [serve.Served(url=url, **SERVED)], small, PICTURES, batch=4, seconds=0.1, rounds=1
+            [servers.Served(url=url, **SERVED)], small, PICTURES, batch=4, seconds=0.1, rounds=1
         )
     for row in (idle, saturated):
         assert not row["correct"]
@@ -79,7 +81,7 @@ def test_pictures_that_cannot_be_told_apart(small):
 
 
 def test_an_answer_that_is_none():
-    api = serve.APIS["openai"]
+    api = servers.APIS["openai"]
     want = torch.ones(1, 2)
     answers = (b"{}", b"nothing", b'{"data": [{"embedding": [1, 1, 1]}]}', b'{"data": [{"embedding": [1, 1.0001]}]}')
     samples = [load.Sample(0, 1.0, 1.0, 200, answer) for answer in answers]
@@ -89,8 +91,8 @@ def test_an_answer_that_is_none():
 def test_a_peer_may_scale_to_length_1():
     sample = load.Sample(0, 1.0, 1.0, 200, json.dumps({"data": [{"embedding": [0.6, 0.8]}]}).encode())
     want = torch.tensor([[3.0, 4.0]])
-    assert serve.judge(serve.APIS["infinity"], [sample], want) == (0, "")
-    assert serve.judge(serve.APIS["openai"], [sample], want)[0] == 1
+    assert serve.judge(servers.APIS["infinity"], [sample], want) == (0, "")
+    assert serve.judge(servers.APIS["openai"], [sample], want)[0] == 1
 
 
 @pytest.mark.parametrize(("api", "answer"), [
@@ -98,7 +100,7 @@ def test_a_peer_may_scale_to_length_1():
     ("litserve", {"embedding": [1.0, 2.0]}),
 ])  # fmt: skip
 def test_peers_are_asked_in_their_own_way(api, answer):
-    made = serve.APIS[api]
+    made = servers.APIS[api]
     assert json.loads(made.request(b"x", "m"))
     assert made.embedding(json.dumps(answer).encode()).tolist() == [1, 2]
 

@@ -20,7 +20,7 @@ from helpers.photos import FakeEngine
 from helpers.scripts import ROOT
 from helpers.serving import HeldEngine, client, embedding, files, png, running
 
-from vitfast.benchmarks import serve
+from vitfast.benchmarks import servers
 from vitfast.benchmarks.load import Target, open_loop
 from vitfast.serving.limits import Limits
 
@@ -95,7 +95,7 @@ async def watch(lags: list[float]) -> None:
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.full)])
 def test_four_times_as_much_as_there_can_be_answers_to(seconds):
     """200 connections: no wrong answer, nothing lost, the excess refused, and what is accepted waits within bounds."""
-    engine, api = HeldEngine(classes=0), serve.APIS["vitfast"]
+    engine, api = HeldEngine(classes=0), servers.APIS["vitfast"]
     with running({"fake": engine}, Limits(max_queue_wait=1.0), max_batch=4) as (url, service):
         engine.seconds = 0.2  # 20 images a second
         for size in (1, 2, 4):

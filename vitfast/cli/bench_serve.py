@@ -48,6 +48,7 @@ def serve(
 
     with command(context, False) as answer:
         from vitfast.benchmarks import serve as module
+        from vitfast.benchmarks import servers
         from vitfast.benchmarks.result_file import Results
         from vitfast.engine.load import load
 
@@ -62,15 +63,15 @@ def serve(
         file = Results("serve", measured, method, json_file)
         with tempfile.TemporaryDirectory() as folder:
             known = Path(model).exists() or "/" in model
-            source = model if known else module.random_model(model, Path(folder))
+            source = model if known else servers.random_model(model, Path(folder))
             engine = load(source, device=str(measured.torch_device), dtype=name)
             options = ["--device", str(measured.torch_device), "--dtype", name]
             options += ["--max-queue-wait", max_queue_wait, "--max-batch", str(max_batch)]
             shown = Path(model).name if known else model
-            with module.started(shown, source, options) as ours:
-                servers = [ours, *(module.Served(api, url, shown, module.APIS[api]) for api, url in peers.items())]
+            with servers.started(shown, source, options) as ours:
+                measuring = [ours, *(servers.Served(api, url, shown, servers.APIS[api]) for api, url in peers.items())]
                 module.run(
-                    servers, engine, module.pictures(), batch=max_batch, connections=connections, rounds=rounds,
+                    measuring, engine, servers.pictures(), batch=max_batch, connections=connections, rounds=rounds,
                     seconds=lasting, overload=overload, overload_seconds=flood,
                     max_queue_wait=duration(max_queue_wait), on_rows=file.add,
                 )  # fmt: skip
@@ -81,7 +82,7 @@ def serve(
 
 
 def _peer(text: str) -> tuple[str, str]:
-    from vitfast.benchmarks.serve import APIS
+    from vitfast.benchmarks.servers import APIS
 
     api, equals, url = text.partition("=")
     if not equals or api not in APIS or not url.startswith("http://"):
