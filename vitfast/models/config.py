@@ -225,11 +225,19 @@ class ViTConfig:
             raise ValueError(
                 f"ViTConfig.relative_position knows a class token only, got {self.prefix_tokens} of prefix"
             )
-        if (self.window or self.relative_position == "decomposed") and (self.prefix_tokens or self.dynamic_size):
-            raise ValueError("ViTConfig: windows and decomposed relative position are of patches alone, at one size")
+        for name in ("window", "relative_position"):
+            asked = getattr(self, name)
+            if asked not in (0, "", "shared", "blocks") and (self.prefix_tokens or self.dynamic_size):
+                raise ValueError(
+                    f"ViTConfig.{name}={asked!r}: windows and decomposed relative position are of patches alone, "
+                    "at one size"
+                )
         if self.differential and (self.head_dim % 2 or self.qk_norm):
-            raise ValueError("ViTConfig.differential needs an even head_dim, and no qk_norm")
-        if self.attention_dim > 256:
+            raise ValueError(
+                f"ViTConfig.differential={self.differential} needs an even head_dim, and no qk_norm; "
+                f"got {self.head_dim} and {self.qk_norm!r}"
+            )
+        if self.relative_position == "decomposed" and self.attention_dim > 256:
             raise ValueError(f"ViTConfig: attention over {self.attention_dim} channels, at most 256 can be run")
         self.grid(self.image_size)
 
