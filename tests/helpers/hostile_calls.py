@@ -250,6 +250,7 @@ def linear(m: Maker) -> Case:
         packed = built(lambda: native.pack(plain))
         packed = m.hostile("packed", packed, 0.06)
     plain_x = m.tensor(*lead, k, dtype=dtype)
+    held_x = plain_x.clone() if plain_x.numel() <= LARGEST else plain_x  # the other one's storage may be resized
     x = m.hostile("x", plain_x)
     sometimes = lambda name, *shape: m.hostile(  # noqa: E731
         name, m.tensor(*shape, dtype=dtype) if m.chance(0.3) else None
@@ -258,8 +259,8 @@ def linear(m: Maker) -> Case:
     row_stats = weight_sum = None
     if m.chance(0.3):
         row_stats = m.tensor(min(math.prod(lead), HUGE[-1]), -(-k // reference.STATS_TILE), 2)
-        if max(plain_x.numel(), k) <= LARGEST:
-            row_stats = built(lambda: reference.row_stats(plain_x))
+        if max(held_x.numel(), k) <= LARGEST:
+            row_stats = built(lambda: reference.row_stats(held_x))
         row_stats = m.hostile("row_stats", row_stats)
         weight_sum = m.hostile("weight_sum", m.tensor(n))
     activation = m.random.choice((None, None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"))
