@@ -60,7 +60,7 @@ lint-mypy: $(READY)
 	$(BIN)/mypy
 
 lint-clang-format: $(READY)
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/emulation/*.* tests/emulation/ptx/*.*)
 
 docs: $(READY) ## build the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
