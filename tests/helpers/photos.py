@@ -30,7 +30,7 @@ class FakeEngine:
 
     @property
     def config(self):
-        return SimpleNamespace(projection_dim=4, width=99, num_classes=self.classes)
+        return SimpleNamespace(embedding_dim=4, width=99, num_classes=self.classes)
 
     def __call__(self, images, *, preprocessed):
         assert images.dtype == torch.uint8

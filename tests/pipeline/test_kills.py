@@ -15,9 +15,8 @@ from helpers.generated import BAD_EVERY, write_images
 from vitfast.pipeline.parquet import read_embeddings
 
 
-@pytest.mark.parametrize(
-    ("count", "kills"), [(150, 2), pytest.param(20_000, 20, marks=pytest.mark.full)], ids=["few", "many"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("count", "kills"), [(400, 3), (20_000, 20)], ids=["few", "many"])
 def test_a_run_that_is_killed_again_and_again(count, kills, tmp_path):
     bad = write_images(tmp_path / "photos", count)
     assert len(bad) == count // BAD_EVERY

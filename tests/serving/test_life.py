@@ -160,7 +160,7 @@ def ask(address):
 
 def test_a_worker_that_is_killed_is_replaced(supervisor):
     make, address = supervisor
-    made, pids = make({"m": ""}), []
+    made, pids, lost = make({"m": ""}), [], []
 
     def ready():
         return [worker.process.pid for worker in list(made._workers) if worker.ready]
@@ -173,7 +173,10 @@ def test_a_worker_that_is_killed_is_replaced(supervisor):
             os.kill(first, signal.SIGKILL)
             end = time.monotonic() + 120
             while time.monotonic() < end and (first in ready() or len(ready()) < 2):
-                pids.append(ask(address))  # the other goes on meanwhile
+                try:
+                    pids.append(ask(address))  # the other goes on meanwhile
+                except (ConnectionError, ValueError) as error:  # no answer: the one that was killed had taken it
+                    lost.append(error)
             pids.extend([first, second, *ready()])
         finally:
             made._signals.append(signal.SIGTERM)
@@ -183,6 +186,7 @@ def test_a_worker_that_is_killed_is_replaced(supervisor):
     made.run()
     thread.join()
     *asked, first, second, one, other = pids
+    assert len(lost) <= 1, lost
     assert second in asked
     assert second in (one, other)
     assert first not in (one, other)
