@@ -75,6 +75,7 @@ def test_a_launch_that_fails_is_a_row_and_the_others_arrive():
     assert len(found["specialisations"]["_layer_norm_kernel"]) == 2  # with a residual and without
 
 
+@pytest.mark.full
 def test_a_kernel_that_kills_the_context_is_named_and_every_other_row_arrives(campaign):
     """By real commands, with Triton's JIT: the first process dies of it, the second does all else."""
     steps, failed, unfinished = campaign(NORMS, faults={CULPRIT: "dies"})

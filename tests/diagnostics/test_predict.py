@@ -287,11 +287,15 @@ def test_measurements_of_a_quantised_forward():
     assert result["measured_images_per_s"] == 2.0
 
 
-def test_command_says_that_it_predicts_and_refuses_mixtures():
+@pytest.mark.full
+def test_command_says_that_it_predicts_and_how_well():
     said = " ".join(command("--model", "vit_tiny_patch16_224").stdout.split())
     assert "predicted, not measured" in said
     assert "error of the models, predicted over measured (by others, cuBLAS, M >= 8192; median, p10 to p90)" in said
     assert "errors" not in json.loads(command("--model", "vit_tiny_patch16_224", "--chip", "a100", "--json").stdout)
+
+
+def test_command_refuses_mixtures():
     mixed = command("--model", "vit_tiny_patch16_224", "--arch", "sm_90")
     assert mixed.returncode == 2
     assert "one or the other" in mixed.stderr
