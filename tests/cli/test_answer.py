@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.folder_runs import Runs
+from helpers.grids import thinned
 from helpers.photos import save
 from rich.table import Table
 
@@ -96,7 +97,7 @@ SHELL = [
 ]
 
 
-@pytest.mark.parametrize("line", SHELL)
+@pytest.mark.parametrize("line", thinned(SHELL))
 def test_help_and_errors_without_an_output(line, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = line.format(v=f"{sys.executable} -m vitfast")

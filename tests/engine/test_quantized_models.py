@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import weights
 from helpers.engines import FAMILIES, PREPROCESS, SMALL, engine
+from helpers.grids import thinned
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -172,7 +173,7 @@ def test_gpus_without_such_products_refuse(precision, capability):
     assert any("compute capability" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", thinned(PRECISIONS))
 def test_every_site_is_measured_on_arguments_of_its_own(precision):
     """What the planner would do on a GPU: check both backends at every quantised site, and time them."""
     quantized = PRECISIONS[precision]
