@@ -456,10 +456,9 @@ def resample(m: Maker) -> Case:
         if images.numel() > LARGEST:
             return None
         pixels, begin, factors = m.twin(images).long(), m.twin(first), m.twin(weights).long()
-        total = sum(
-            pixels.index_select(axis, begin + tap) * factors[:, tap].view(-1, *[1] * (3 - axis))
-            for tap in range(factors.shape[1])
-        )
+        total = torch.zeros(1, dtype=torch.int64).expand(*pixels.shape[:axis], len(begin), *pixels.shape[axis + 1 :])
+        for tap in range(factors.shape[1]):
+            total = total + pixels.index_select(axis, begin + tap) * factors[:, tap].view(-1, *[1] * (3 - axis))
         wrapped = (total + (1 << 21) + (1 << 31)) % (1 << 32) - (1 << 31)
         return (wrapped >> 22).clamp(0, 255).double()
 
