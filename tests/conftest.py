@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 import pytest
-from helpers import global_state
+from helpers import global_state, interpreter
 
 from vitfast import testing
 from vitfast.attention import sdpa
@@ -26,6 +26,7 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 if not torch.cuda.is_available() and not EXECUTE:
     testing.repair_interpreter()
+    interpreter.hasten()
 
 
 def pytest_runtest_logreport(report):
