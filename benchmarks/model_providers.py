@@ -23,6 +23,7 @@ from vitfast.benchmarks.providers import INTERPRETED, Absent
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
+from vitfast.integrations.accelerate import accelerate
 from vitfast.ops import registry
 
 Run = Callable[[Tensor], Tensor]
@@ -85,6 +86,11 @@ def eager(model: Any, images: Tensor) -> Run:
     return copy.deepcopy(model).to(images.device, images.dtype)
 
 
+def eager_accelerated(model: Any, images: Tensor) -> Run:
+    """timm's forward, its blocks run by `vitfast.accelerate`."""
+    return accelerate(eager(model, images), strict=True)
+
+
 def eager_graph(model: Any, images: Tensor) -> Run:
     """timm's forward captured as one CUDA graph: its kernels without Python between them."""
     if not images.is_cuda:
@@ -128,7 +134,7 @@ def torchao_fp8(model: Any, images: Tensor) -> Run:
     return torch.compile(module, mode="max-autotune")
 
 
-def transformers(model: Any, images: Tensor) -> Run:
+def transformers(model: Any, images: Tensor) -> _HasLogits:
     """transformers' ViTForImageClassification with the same weights and SDPA."""
     from safetensors.torch import save_file
     from transformers import ViTConfig, ViTForImageClassification
@@ -150,7 +156,25 @@ def transformers(model: Any, images: Tensor) -> Run:
         save_file(_transformers_names(weights), Path(folder) / "model.safetensors", metadata={"format": "pt"})
         theirs = ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
     theirs = theirs.eval().to(images.device, images.dtype)
-    return lambda x: theirs(x).logits
+    return _HasLogits(theirs)
+
+
+class _HasLogits(torch.nn.Module):
+    """A model of transformers as a function of images that gives logits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+def transformers_accelerated(model: Any, images: Tensor) -> Run:
+    """The same model of transformers, its blocks run by `vitfast.accelerate`."""
+    run = transformers(model, images)
+    accelerate(run.model, strict=True)
+    return run
 
 
 def _transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,10 +317,12 @@ PROVIDERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vitfast fp8": functools.partial(engine_in_8_bits, "fp8"),
     "vitfast int8": functools.partial(engine_in_8_bits, "int8"),
     "timm eager": eager,
+    "timm accelerated": eager_accelerated,
     "timm CUDA graph": eager_graph,
     "torch.compile": compiled,
     "torch.compile max-autotune": compiled_tuned,
     "transformers": transformers,
+    "transformers accelerated": transformers_accelerated,
     "torchao FP8": torchao_fp8,
     "TensorRT": tensorrt,
     "ONNX Runtime": onnxruntime,

@@ -15,6 +15,7 @@ from vitfast.benchmarks import compare, model, model_providers, page, report, re
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE
+from vitfast.integrations.accelerate import accelerated
 from vitfast.models import libraries
 
 
@@ -350,7 +351,12 @@ def test_transformers_provider_has_timms_weights(timm):
     theirs = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=7).eval()
     images = testing.make(2, 3, 32, 32).cpu()
     with torch.no_grad():
-        torch.testing.assert_close(model_providers.transformers(theirs, images)(images), theirs(images))
+        logits = theirs(images)
+        torch.testing.assert_close(model_providers.transformers(theirs, images)(images), logits)
+        for provider in (model_providers.eager_accelerated, model_providers.transformers_accelerated):
+            run = provider(theirs, images)
+            assert accelerated(run)
+            torch.testing.assert_close(run(images), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_flops_of_known_models_are_in_the_rows():
