@@ -64,6 +64,8 @@ class Connection:
     async def send(self, payload: int) -> tuple[int, bytes]:
         """Status and body of the answer to a payload; status 0 and the reason where there is none."""
         try:
+            if self._streams is not None and self._streams[0].at_eof():  # it was idle too long for the server
+                await self.close()
             if self._streams is None:
                 await self.open()
             assert self._streams is not None

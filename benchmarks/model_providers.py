@@ -81,7 +81,7 @@ def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     return _classifier(load(model, device=images.device, dtype=precision))
 
 
-def eager(model: Any, images: Tensor) -> Run:
+def eager(model: Any, images: Tensor) -> torch.nn.Module:
     """timm's own forward, in the images' dtype."""
     return copy.deepcopy(model).to(images.device, images.dtype)
 

@@ -198,7 +198,7 @@ FAULTS = {
     "position of the next patch": ("static_cast<int64_t>(patch) * p.width", "(patch + 1LL) * p.width", "out of bounds"),
 }  # fmt: skip
 # Each takes a compilation; the others are left to `make test-full`.
-FIRST = {"no barrier", "wrong permutation", "pixels of a row too many"}
+FIRST = {"no barrier"}
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
@@ -223,7 +223,8 @@ def test_seeded_faults_show(fault, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
-@pytest.mark.parametrize("archs", [("80",), pytest.param(("90", "100"), marks=pytest.mark.full)], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("archs", [("80",), ("90", "100")], ids=str)
 def test_registers_do_not_spill(archs, tmp_path):
     """ptxas' report: no spills, and two blocks on an SM."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.engines import SMALL, engine
 from helpers.forwards import check
+from helpers.grids import thinned
 
 from vitfast import testing
 from vitfast.diagnostics import launches
@@ -64,13 +65,13 @@ def test_triton(name, dtype):
     check(config_of(name), testing.make(2, 3, *config_of(name).image_size), dtype, "triton")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", thinned(ARCHITECTURES, 3))
 @pytest.mark.skipif(torch.device(testing.device()).type != "cpu", reason="the plan that a CPU chooses")
 def test_the_plan_that_is_chosen_on_a_cpu(name):
     check(config_of(name), testing.make(2, 3, *config_of(name).image_size), torch.float32, "auto")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", thinned(ARCHITECTURES))
 def test_launches_of_a_block_are_those_that_are_predicted(name):
     config, (_, block) = config_of(name), ARCHITECTURES[name]
     made, seen = engine(config, backend="triton", dtype="fp32"), []

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import io
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from starlette.testclient import TestClient
 from vitfast.images.preprocess import resize_and_crop
 from vitfast.serving.app import create_app
 from vitfast.serving.limits import Limits
-from vitfast.serving.server import make_server
+from vitfast.serving.server import listening, make_server
 from vitfast.serving.service import Service
 
 
@@ -122,8 +121,7 @@ def client(engines=None, limits: Limits | None = None, **options) -> Iterator[Te
 def running(engines, limits: Limits | None = None, **options) -> Iterator[tuple[str, Service]]:
     """A server on a port of its own in a thread; its address, and its service with its event loop as `loop`."""
     service = Service(engines, limits, **options)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with listening("127.0.0.1", 0) as listener:
         server = make_server(service, "127.0.0.1", 0)
         service.loop = None
 

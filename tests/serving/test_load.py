@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from helpers.serving import HeldEngine, client, embedding, files, png, running
 from vitfast.benchmarks import servers
 from vitfast.benchmarks.load import Target, open_loop
 from vitfast.serving.limits import Limits
+from vitfast.serving.server import listening
 
 PICTURES = [png(seed) for seed in range(16)]
 EXPECTED = [embedding(content) for content in PICTURES]
@@ -201,6 +203,52 @@ def test_slow_senders_are_cut(sent, answer):
             while part := opened.recv(1000):
                 received += part
         assert received[9:12] == answer
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_are_sent_at_once(host):
+    """No small packet waits for the one before it to be acknowledged, which takes a client 40 ms."""
+
+    async def accepted(listener: socket.socket) -> int:
+        option: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(reader, writer):
+            option.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+            writer.close()
+            return await option
+
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    with listening(host, 0) as listener:
+        assert asyncio.run(accepted(listener))
+
+
+def test_connections_are_kept_longer_than_a_header_may_take():
+    with running({"fake": FakeEngine()}, Limits(header_timeout=0.3, keep_alive=1.5)) as (url, _):
+        address = url.removeprefix("http://")
+
+        def closed(opened):
+            """Seconds until the server closes it."""
+            started = time.monotonic()
+            assert opened.sock.recv(1) == b""
+            return time.monotonic() - started
+
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=20)) as opened:
+            for _ in range(2):
+                opened.request("GET", "/health/live")
+                sock = opened.sock
+                assert opened.getresponse().read() and opened.sock is sock
+                time.sleep(0.6)
+            opened.sock.sendall(b"GET /hea")  # the clock of a header runs on a kept connection, too
+            assert closed(opened) < 1.2
+            opened.close()
+            opened.request("GET", "/health/live")
+            opened.getresponse().read()
+            assert 1 < closed(opened) < 10
 
 
 def test_a_body_that_drips_is_cut():

@@ -40,7 +40,10 @@ class Limits:
     body_timeout: float = 30.0
     """From a request's header to its last byte."""
     header_timeout: float = 10.0
-    """From a connection, or the end of a request on it, to the end of the next header."""
+    """From a connection, or the first byte of a later request on it, to the end of the header."""
+    keep_alive: float = 75.0
+    """How long a connection without a request is kept: longer than clients keep theirs (known ones 5 to 60 s), for who
+    sends a request just when the server closes does not know whether it was seen."""
     drain_timeout: float = 30.0
     """After SIGTERM, for the requests that are there."""
 
