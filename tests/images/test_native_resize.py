@@ -1,10 +1,14 @@
 """The C++ extension's resize: Pillow's pixels, bit for bit, at every SIMD level, and its refusals."""
 
 import importlib.util
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.global_state import threads
 from helpers.photos import noise
 from PIL import Image
 
@@ -109,6 +113,27 @@ def test_images_take_it(monkeypatch):
             assert len(calls) == 1
     resize_and_crop(noise(61, 83), Preprocess((32, 33), 40, "nearest"))
     assert len(calls) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+@pytest.mark.parametrize("size", [(900, 700), (224, 700)], ids=str)
+def test_decoding_threads_wake_no_others(size):
+    """torch would start a team of its own for each thread that decodes, beside the one that runs the model."""
+    plan = Preprocess(size=(224, 224), resize=(224, 224), center_crop=False)
+    images = [noise(*size), Image.fromarray(noise(*size))]
+    counts = []
+
+    def decode():
+        counts.append(len(os.listdir("/proc/self/task")))
+        for image in images:
+            resize_and_crop(image, plan)
+            counts.append(len(os.listdir("/proc/self/task")))
+
+    with threads(2):
+        thread = threading.Thread(target=decode)
+        thread.start()
+        thread.join()
+    assert len(counts) == 3 and len(set(counts)) == 1
 
 
 def test_what_would_take_too_much_memory_is_left_to_pillow():

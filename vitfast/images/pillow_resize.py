@@ -222,14 +222,19 @@ def resize_window(
         for begin in range(columns.begin, columns.end, step):
             strip = _Strip(image, rows.begin, rows.end, begin, min(begin + step, columns.end))
             strips.append(rows.resample(strip.pixels, 1))
-        result = columns.resample(torch.cat(strips, 2), 2)
+        result = columns.resample(_joined(strips, 2), 2)
     else:
         step = max(_STRIP_BYTES // (4 * (columns.end - columns.begin)), 1)
         for begin in range(rows.begin, rows.end, step):
             strip = _Strip(image, begin, min(begin + step, rows.end), columns.begin, columns.end)
             strips.append(columns.resample(strip.pixels, 2))
-        result = rows.resample(torch.cat(strips, 1), 1)
+        result = rows.resample(_joined(strips, 1), 1)
     return np.ascontiguousarray(result[0, ..., :3].numpy())
+
+
+def _joined(strips: list[Tensor], axis: int) -> Tensor:
+    """Strips side by side; not by torch, which would wake its threads for it while a model needs the cores."""
+    return strips[0] if len(strips) == 1 else torch.from_numpy(np.concatenate([s.numpy() for s in strips], axis))
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ class _Part:
     def resample(self, pixels: Tensor, axis: int) -> Tensor:
         """Resample an axis of uint8 [1, H, W, C] that begins at `begin`; 1 is H, 2 is W."""
         if self.first is None:
-            return pixels.clone()  # the strip's own memory is not for long
+            return torch.from_numpy(pixels.numpy().copy())  # the strip's own memory is not for long
         keep = 3 if axis == 2 else None  # a Pillow image has a fourth byte, which is no colour
         return torch.ops.vitfast_native.resample(pixels, self.first, self.weights, axis=axis, keep=keep)
 
