@@ -21,8 +21,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
 
 # Torch first, so that the C++ extension is built against it (hence --no-build-isolation, and the PATH: ninja).
-# torchvision and timm without their dependencies: torchvision's compiled part is made for one build of
-# torch and does not load beside a CPU-only one, and only its Python part is needed. So that they can be
+# torchvision, timm and open_clip without their dependencies: torchvision's compiled part is made for one build
+# of torch and does not load beside a CPU-only one, and only its Python part is needed. So that they can be
 # imported all the same, as README does, the environment gets a start-up file, which says how.
 STARTUP := torchvision_beside_cpu_torch
 $(READY): pyproject.toml setup.py constraints.txt tests/environment/$(STARTUP).py $(SOURCES)
@@ -30,7 +30,7 @@ $(READY): pyproject.toml setup.py constraints.txt tests/environment/$(STARTUP).p
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja setuptools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 	  -e '.[test,lint,demo,docs]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision timm open_clip_torch
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
 	  cp tests/environment/$(STARTUP).py "$$site" && echo "import $(STARTUP)" > "$$site/$(STARTUP).pth"
 	@$(BIN)/python -c "import importlib.util as u; print('C++ extension:', \
