@@ -97,7 +97,7 @@ SHELL = [
 ]
 
 
-@pytest.mark.parametrize("line", thinned(SHELL))
+@pytest.mark.parametrize("line", thinned(SHELL, 4))
 def test_help_and_errors_without_an_output(line, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = line.format(v=f"{sys.executable} -m vitfast")

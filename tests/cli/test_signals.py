@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.folder_runs import Runs
+from helpers.grids import thinned
 from helpers.photos import save
 
 from vitfast.cli.signals import Stopped, exit_code, stopping
@@ -58,7 +59,9 @@ def test_a_signal_in_the_last_moment_costs_nothing(operation, when, name, runs, 
     assert read_embeddings(out).num_rows == 20
 
 
-@pytest.mark.parametrize(("number", "when"), [*((n, "before") for n in range(5)), *((n, "after") for n in range(4))])
+@pytest.mark.parametrize(
+    ("number", "when"), thinned([*((n, "before") for n in range(5)), *((n, "after") for n in range(4))], unpack=True)
+)
 def test_a_signal_while_old_parts_are_taken_away(when, number, runs, photos, tmp_path):
     out = tmp_path / "out"
     assert runs.wait(embed(runs, photos, out, rows=8)) == 0
@@ -137,6 +140,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.full
 def test_the_third_signal_ends_at_once():
     code = (
         "import os, signal, time\nfrom vitfast.cli.signals import stopping\n"

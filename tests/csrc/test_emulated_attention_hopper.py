@@ -183,11 +183,9 @@ FAULTS = {
     "second part of the keys elsewhere": (BODY, "further(key, left * 128)", "further(key, right * 128)", ""),
 }  # fmt: skip
 
-# Each takes a compilation; the others are left to `make test-full`.
-FIRST = {"output before all are through"}
 
-
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_show(fault, tmp_path):
     file, old, new, trap = FAULTS[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

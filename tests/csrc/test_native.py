@@ -291,6 +291,7 @@ def test_toolkit_is_found_beside_an_nvcc_that_is_a_script(tmp_path, monkeypatch)
             os.environ.pop("CUDA_HOME", None)
 
 
+@pytest.mark.full
 def test_cuda_part_is_set_up_where_torch_has_cuda(tmp_path):
     home = toolkit(tmp_path)
     code = (

@@ -196,6 +196,7 @@ def seeded(tmp_path_factory):
     return json.loads(report.read_text()), logs, list(cache.glob("*/*.cubin"))
 
 
+@pytest.mark.full
 def test_a_good_kernel_passes(seeded):
     rows, logs, _ = seeded
     row = rows["good"]

@@ -110,7 +110,7 @@ def test_options(name, lengths, aligned):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(FP16, marks=pytest.mark.full), BF16], ids=str)
-@pytest.mark.parametrize(("name", "layout", "head_dim"), rotating(OPTIONS, LAYOUTS, HEAD_DIMS, step=2))
+@pytest.mark.parametrize(("name", "layout", "head_dim"), rotating(OPTIONS, LAYOUTS, HEAD_DIMS, step=3))
 def test_half_precision(name, layout, head_dim, dtype):
     check_options(*inputs(40, 70, dtype, head_dim, layout=layout), **options_of(name, 40, 70, True))
 

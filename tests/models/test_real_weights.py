@@ -155,6 +155,7 @@ def test_normalised_images_give_the_models_own_outputs(case, engine):
     check(output, case, every_token=strict(engine))
 
 
+@pytest.mark.full
 def test_plain_torch_gives_every_token_of_the_model(case):
     """Without packed weights the engine runs the ops that transformers runs, unstable tokens or not."""
     output = vitfast.load(case.path, device=testing.device(), dtype="fp32", backend="torch")(case.pixels)

@@ -74,6 +74,7 @@ assert len(trunk.blocks) == 2 and not trunk.refusal, trunk.refusal
     python(text.replace("pretrained=True", "pretrained=False, depth=2") + after)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.parametrize(
     "line", thinned(["import timm, torch, vitfast", "import torch, torchvision", "import torchvision, timm"], 3)
