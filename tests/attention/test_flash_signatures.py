@@ -94,6 +94,15 @@ def test_options(name, lengths, backend):
         check(flash_attn_func(q, k, v, **options, return_attn_probs=True), q, k, v, **options)
 
 
+@pytest.mark.parametrize("name", ["causal", "causal, scale 0", "causal, scale below 0"])
+@each_backend
+def test_causal_with_as_many_keys_as_queries(name, backend):
+    """Where a flag may stand for the mask."""
+    q, k, v = inputs(9, 9)
+    with attention_backend(backend):
+        check(flash_attn_func(q, k, v, **OPTIONS[name]), q, k, v, **OPTIONS[name])
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
     "lengths", [(20, 33), *(pytest.param(lengths, marks=pytest.mark.full) for lengths in ((33, 20), (33, 33)))], ids=str

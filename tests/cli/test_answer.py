@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def test_a_closed_pipe_is_not_an_error(runs, photos, tmp_path):
         stdout=str(tmp_path / "pipe"),
         pause=0.2,
     )
+    while not (tmp_path / "log.err").exists():  # which is opened after the pipe
+        time.sleep(0.01)
     os.close(reader)
     assert runs.wait(pid) == 1  # one picture is bad
     assert (tmp_path / "log.err").read_text() == ""

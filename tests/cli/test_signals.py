@@ -14,6 +14,7 @@ from helpers.grids import thinned
 from helpers.photos import save
 
 from vitfast.cli.signals import Stopped, exit_code, stopping
+from vitfast.pipeline.embed import BATCH_SECONDS
 from vitfast.pipeline.parquet import PART_SECONDS, read_embeddings
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -77,6 +78,7 @@ def test_a_kill_costs_what_came_since_the_last_part(runs, photos, tmp_path):
     assert code == -signal.SIGKILL
     assert 11 <= read_embeddings(out).num_rows <= 16
     assert PART_SECONDS <= 5
+    assert PART_SECONDS + BATCH_SECONDS <= 10  # what came since, and the batch under way
 
 
 def wait_for(condition):

@@ -120,6 +120,12 @@ REFUSED = {
     "why_no_integers: the sizes are too large: 4294967296 \\* 4294967296": lambda: native.why_no_integers(
         torch.zeros(4, 12), patch_size=(2**32, 2**32)
     ),
+    "pack_patch_embed: weight must be .* a multiple of the patch 0x4, got shape \\(4, 12\\)": lambda: (
+        native.pack_patch_embed(torch.zeros(4, 12), patch_size=(0, 4))
+    ),
+    "why_no_integers: weight must be .* a multiple of the patch 4x0, got shape \\(4, 12\\)": lambda: (
+        native.why_no_integers(torch.zeros(4, 12), patch_size=(4, 0))
+    ),
     "patch_embed: images .*\\(2, 0, 8, 8\\) have no channels": lambda: embed(
         torch.zeros(2, 0, 8, 8), torch.zeros(16, 0)
     ),

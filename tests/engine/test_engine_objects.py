@@ -67,6 +67,16 @@ def test_a_fingerprint_counts_every_weight(part):
     assert first == again != fingerprint(checkpoints.load(model))
 
 
+def test_a_fingerprint_counts_the_architecture_and_not_the_name():
+    checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL))
+
+    def with_config(**changes):
+        return fingerprint(dataclasses.replace(checkpoint, config=dataclasses.replace(SMALL, **changes)))
+
+    assert with_config(name="another") == fingerprint(checkpoint)
+    assert with_config(norm_eps=0.5) != fingerprint(checkpoint) != with_config(activation="silu")
+
+
 def test_a_pickle_of_a_model_that_was_changed_since(images):
     """The engine is a snapshot, and so is what becomes of it."""
     model = timm_model(**TIMM)
@@ -179,6 +189,19 @@ def test_timm_pads_where_it_is_told_to():
     peers.close(made(raw, preprocessed=True).logits.cpu(), made(normalised).logits.cpu())
 
 
+@pytest.mark.filterwarnings("ignore:.*preprocessing unknown")
+@pytest.mark.parametrize("pads", [False, True])
+def test_timms_towers_pad_where_they_are_told_to(pads):
+    model, pixels = timm_model("deepseek_vit_412m", **TIMM, dynamic_img_pad=pads), testing.make(2, 3, 35, 41)
+    made = Engine(checkpoints.load(model), device=testing.device(), dtype="fp32", backend="torch")
+    if not pads:
+        with pytest.raises(ValueError, match="35x41 is not a positive multiple of the patch size 8x8"):
+            made(pixels)
+        return
+    with torch.no_grad():
+        peers.close(made(pixels).logits.cpu(), model(pixels.cpu()))
+
+
 def test_others_refuse():
     plain = Engine(checkpoints.load(timm_model(**TIMM)), device=testing.device(), backend="torch")
     with pytest.raises(ValueError, match="35x41 is not a positive multiple of the patch size 8x8"):
@@ -211,6 +234,7 @@ def test_scores_are_those_of_transformers_pipeline():
         key = "value" if problem_type == "regression" else "probability"
         assert {row["label"]: row[key] for row in rows} == pytest.approx(want, rel=1e-5)
         assert [row[key] for row in rows] == sorted((row[key] for row in rows), reverse=True)
+    assert Engine(loaded, device=testing.device(), backend="torch").problem_type == "regression"
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 15])

@@ -1,6 +1,7 @@
 """Plans: what is chosen by which measurement, what is fused and folded."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers.grids import thinned
 
 import vitfast
 from vitfast import testing
-from vitfast.engine import cases, forms, plan_cache, planner
+from vitfast.engine import cases, clock, forms, plan_cache, planner
 from vitfast.engine.sites import HEAD_ROWS, plan_sites, site_case, site_spec
 from vitfast.models.plan import PRODUCTS, SITES, Plan
 from vitfast.ops import registry
@@ -365,6 +366,20 @@ def test_a_tie_keeps_the_first(monkeypatch):
     for ratio, winner in ((0.9, "torch"), (0.8, "native")):
         monkeypatch.setattr(planner, "time_calls", lambda calls, device, ratio=ratio: [1.0, ratio])
         assert planner.measure(norm_case(), [first, second], testing.device())[0].name == winner
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.001, 11), (0.5, 6), (5.0, 4)])
+def test_timing_is_short(seconds, calls, monkeypatch):
+    """Ten rounds, and no more than three once two seconds have gone; one call before them."""
+    now, made = [0.0], []
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call():
+        now[0] += seconds
+        made.append(now[0])
+
+    assert clock.time_calls([call], torch.device("cpu")) == [pytest.approx(1000 * seconds)]
+    assert len(made) == calls
 
 
 def test_a_head_that_is_not_there_is_not_measured(folder):

@@ -84,7 +84,8 @@ def _run(job):
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, path in ((0, os.devnull), (1, job.get("stdout", job["log"] + ".out")), (2, job["log"] + ".err")):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        # To write only: a pipe that its writer could read, too, would never be broken.
+        file = os.open(path, (os.O_WRONLY if descriptor else os.O_RDONLY) | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
         os.close(file)
     encoding = job.get("encoding", "utf-8")

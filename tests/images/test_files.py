@@ -2,11 +2,14 @@
 
 import os
 import re
+import sys
+import types
 
 import pytest
 from helpers.photos import save
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vitfast.images import formats
 from vitfast.images.files import InputError, collect, find_images, path_text
@@ -64,6 +67,15 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
     os.rename(folder / "IMG_1.HEIC", tmp_path / "y" / "IMG_1.HEIC")
     with pytest.raises(InputError, match=r"no images .*IMG_1\.HEIC.*install pillow-heif"):
         find_images([tmp_path / "y"])
+
+
+def test_a_plugin_that_is_installed_is_taken(monkeypatch):
+    """A stand-in for pillow_heif, which reads nothing before it is told to."""
+    plugin = types.ModuleType("pillow_heif")
+    plugin.register_heif_opener = lambda: monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    assert "HEIF" in formats.readable.__wrapped__()
 
 
 def test_a_folder_that_cannot_be_read_stops_nothing_below_a_source(tmp_path, monkeypatch):

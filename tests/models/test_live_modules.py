@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -334,9 +335,18 @@ def test_parts_that_have_no_say_may_be_anything():
         assert checkpoints.load(loaded).config.depth == 2
 
 
+def distributed(model):
+    """As DistributedDataParallel is made, but for the group of processes, which there is none of here."""
+    made = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(made)
+    made.module = model
+    return made
+
+
 WRAPPERS = {
     "DataParallel": nn.DataParallel,
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "DistributedDataParallel": lambda m: distributed(m),
     "torch.compile": torch.compile,
     "two of them": lambda m: nn.DataParallel(torch.compile(m)),
 }
@@ -360,6 +370,14 @@ def test_wrappers_with_hooks_and_other_wrappers_are_refused():
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(CheckpointError, match=r"torch\.jit.* pass the one it was made from"):
         checkpoints.load(scripted)
+    for module, advice in (
+        ("peft.peft_model", r"merge them and pass the model: model\.merge_and_unload\(\)"),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "gather a full state dict and load that"),
+        ("torch.fx.graph_module", "pass the one it was made from"),
+    ):
+        wrapper = type("Wrapper", (Mine,), {"__module__": module})
+        with pytest.raises(CheckpointError, match=rf"{re.escape(module)}\.Wrapper \(.*{advice}\) is not supported"):
+            checkpoints.load(wrapper(timm_model(**TIMM)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -59,6 +59,13 @@ def test_timms_choice_is_taken_and_said(trained, names):
         assert equal(named, content[name])
 
 
+def test_dinos_teacher_is_taken_and_said(trained):
+    model, save = trained
+    path = save({"student": scaled(model, 1), "teacher": scaled(model, 2), "epoch": 3})
+    with pytest.warns(UserWarning, match="weights taken are those under 'teacher', not 'student'"):
+        assert equal(checkpoints.load(path, allow_pickle=True), model.state_dict(), 2)
+
+
 def test_one_state_dict_needs_no_word(trained):
     model, save = trained
     with warnings.catch_warnings():

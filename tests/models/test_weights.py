@@ -101,21 +101,22 @@ def test_prefix_tokens_and_their_positions_are_added_unrounded(stored, covered):
 
 
 @HALVES
-@pytest.mark.parametrize("family", ["clip", "timm"])
+@pytest.mark.parametrize("family", ["clip", "siglip", "timm"])
 def test_a_half_checkpoint_in_fp32_is_as_near_as_its_library(stored, family):
     torch.manual_seed(0)
-    model = (
-        transformers_model("CLIPVisionModelWithProjection", VIT | {"projection_dim": 24})
-        if family == "clip"
-        else timm_model(**TIMM)
-    )
+    model = {
+        "clip": lambda: transformers_model("CLIPVisionModelWithProjection", VIT | {"projection_dim": 24}),
+        "siglip": lambda: transformers_model("SiglipVisionModel", VIT),  # whose query is a product of weights
+        "timm": lambda: timm_model(**TIMM),
+    }[family]()
     model.to(stored)
     images = testing.make(2, 3, *checkpoints.load(model).config.image_size).cpu()
     made = vitfast.load(model, device="cpu", dtype="fp32", backend="torch")(images)
     with torch.no_grad():
         exact = model.double()(images.double())
-    want = exact.image_embeds if family == "clip" else exact
-    got = made.embedding if family == "clip" else made.logits
+    want = {"clip": "image_embeds", "siglip": "pooler_output"}.get(family)
+    want = getattr(exact, want) if want else exact
+    got = made.logits if family == "timm" else made.embedding
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 

@@ -104,6 +104,28 @@ def test_decoding_stays_a_bounded_way_ahead(photos, monkeypatch):
     assert threading.active_count() < before
 
 
+def test_a_thread_that_hangs_does_not_outlast_an_interrupt(photos, monkeypatch):
+    """As one does in a file system that does not answer."""
+    hanging, answered, original = threading.Event(), threading.Event(), item.regular_file
+
+    def slow(path):
+        if path.name == "p3.png":
+            hanging.set()
+            answered.wait(3)
+        return original(path)
+
+    monkeypatch.setattr(item, "regular_file", slow)
+    results = embed_images(FakeEngine(), [photos / f"p{i}.png" for i in range(6)], batch_size=1, workers=2)
+    next(results)
+    assert hanging.wait(3)
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)
+    seconds = time.perf_counter() - started
+    answered.set()
+    assert seconds < 1
+
+
 class Unkind(Exception):
     def __str__(self):
         return "two\nlines"
@@ -253,6 +275,15 @@ def test_classify(photos):
         assert row.classes[0]["probability"] == pytest.approx(float(probabilities[best]), rel=1e-3)
         assert row.classes[0]["probability"] >= row.classes[1]["probability"]
         assert len(row.classes) == 2
+
+
+def test_classes_are_judged_one_by_one_where_the_model_says_so(photos):
+    engine = FakeEngine(problem_type="multi_label_classification")
+    row = next(classify_images(engine, [photos / "p0.png"], k=3))
+    logits = torch.from_numpy(expected(photos / "p0.png")[:3]).double()
+    probabilities = {c["index"]: c["probability"] for c in row.classes}
+    assert [probabilities[i] for i in range(3)] == pytest.approx(logits.sigmoid().tolist(), rel=1e-5)
+    assert sum(probabilities.values()) > 1.5
 
 
 def test_classify_without_labels_or_with_fewer_classes(photos):

@@ -135,7 +135,12 @@ def test_overwriting_takes_nothing_away_before_there_is_something_new(photos, tm
 
 def test_refresh_embeds_what_has_changed(photos, tmp_path):
     run(photos, tmp_path / "out")
+    p1 = (photos / "p1.png").stat()
     save(photos / "p1.png", 77)  # other content
+    with open(photos / "p1.png", "ab") as file:
+        file.write(bytes(1))
+    os.utime(photos / "p1.png", ns=(p1.st_mtime_ns, p1.st_mtime_ns))  # and size, at the same time
+    assert (photos / "p1.png").stat().st_size != p1.st_size
     os.utime(photos / "p2.png", ns=(1, 1))  # other time only
     (photos / "p3.png").unlink()
     bad = ["b00.jpg", "b99.jpg", "p45.jpg"]
@@ -236,6 +241,36 @@ def test_what_a_killed_run_left_is_taken_away(photos, tmp_path):
     (out / "notes.txt").write_text("the user's own")
     assert run(photos, out).done == 10
     assert sorted(path.name[:5] for path in out.iterdir()) == ["_mani", "notes", "part-"]
+
+
+class Killed(BaseException):
+    """Nothing is done after it."""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_between_two_files_doubles_no_row(when, number, photos, tmp_path, monkeypatch):
+    """A picture that failed is good now: its row moves from one part to another."""
+    out, original, calls = tmp_path / "out", os.replace, []
+    run(photos, out)
+    save(photos / "b00.jpg", 50)
+
+    def dying(*paths):
+        calls.append(paths)
+        if len(calls) <= number or (len(calls) == number + 1 and when == "after"):
+            original(*paths)
+        if len(calls) > number:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(Killed):
+        run(photos, out)
+    monkeypatch.undo()
+    rows = read_embeddings(out).to_pylist()  # which refuses doubled ones
+    assert sum(row["status"] == "ok" for row in rows) >= 10
+    run(photos, out)
+    assert len(read_embeddings(out)) == 13
+    assert len(EmbeddingFolder(out, "m").done) == 11
 
 
 def test_a_full_disk_is_said_and_loses_nothing(photos, tmp_path, monkeypatch):
