@@ -18,7 +18,7 @@ def compile_cases() -> list[CompileCase]:
             constexprs={},
             aligned=("out", "images", "first", "weights"),
             archs=ARCHS,
-            tile={},
+            tile={"M": config.blocks["BLOCK_ROWS"], "C": config.blocks["BLOCK_COLUMNS"]},
         )
         for config in CONFIGS.values()
     ]

@@ -134,38 +134,48 @@ def workers(name):
     return [pid for pid in found if is_ours(pid)]
 
 
-@pytest.mark.full
-def test_a_local_cluster(sources, model, tmp_path, monkeypatch):
-    """Two actors: the rows of one process; and with an actor killed in the middle, of many pictures."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it leaves a token in the home folder
-    pytest.importorskip("ray.data", reason="Ray Data is not installed: no cluster to test on")
-    import ray
+@pytest.fixture(scope="module")
+def cluster():
+    """Four CPUs on this machine, for two actors and what decodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # or it leaves a token in the home folder
+        pytest.importorskip("ray.data", reason="Ray Data is not installed: no cluster to test on")
+        import ray
 
-    options = {"actors": 2, "load": {"device": "cpu"}}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    try:
-        summary = ray_data.embed(sources, model, tmp_path / "out", **options)
-        assert (summary.done, len(summary.failed), summary.skipped) == (15, 3, 0)
-        check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
-        summary = ray_data.embed(sources, model, tmp_path / "out", actors=(1, 2), load={"device": "cpu"})
-        assert (summary.done, len(summary.failed), summary.skipped) == (0, 3, 15)  # the bad ones are tried again
-        check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
-
-        many = tmp_path / "many"
-        for number in range(3000):
-            save(many / f"{number:05d}.png", number)
-        seen, killed = list[Result](), list[int]()
-
-        def kill(result):
-            seen.append(result)
-            if len(seen) in (5, 900):
-                name = "MapWorker" if len(seen) == 5 else "MapBatches(_read)"
-                killed.extend(workers(name)[:1])
-                os.kill(killed[-1], signal.SIGKILL)
-
-        summary = ray_data.embed([many], model, tmp_path / "killed", batch_size=16, on_result=kill, **options)
-        assert len(set(killed)) == 2 and summary.done == 3000
-        assert len({result.path for result in seen}) == len(seen) == 3000
-        check_rows(tmp_path / "killed", [many], model, tmp_path / "whole of many")
-    finally:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+        yield
         ray.shutdown()
+
+
+ON_CPU = {"load": {"device": "cpu"}}
+
+
+@pytest.mark.full
+def test_rows_of_a_cluster_are_those_of_one_process(cluster, sources, model, tmp_path):
+    summary = ray_data.embed(sources, model, tmp_path / "out", actors=2, **ON_CPU)
+    assert (summary.done, len(summary.failed), summary.skipped) == (15, 3, 0)
+    check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
+    summary = ray_data.embed(sources, model, tmp_path / "out", actors=(1, 2), **ON_CPU)
+    assert (summary.done, len(summary.failed), summary.skipped) == (0, 3, 15)  # the bad ones are tried again
+    check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_workers_that_are_killed(cluster, model, tmp_path):
+    """An actor at the beginning of a run, one in its middle: nothing is lost or doubled."""
+    many, count = tmp_path / "many", 1500
+    for number in range(count):
+        save(many / f"{number:05d}.png", number)
+    seen, killed = list[Result](), list[int]()
+
+    def kill(result):
+        seen.append(result)
+        if len(seen) in (5, count // 2):
+            killed.append(workers("MapWorker")[0])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    summary = ray_data.embed([many], model, tmp_path / "killed", batch_size=16, on_result=kill, actors=2, **ON_CPU)
+    assert len(killed) == 2 and summary.done == count
+    assert len({result.path for result in seen}) == len(seen) == count
+    check_rows(tmp_path / "killed", [many], model, tmp_path / "whole of many")
