@@ -182,7 +182,8 @@ def main() -> None:
         print(json.dumps(rows[-1], indent=1), flush=True)
     if arguments.out is not None:
         name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        content = {"kind": "pipeline", **environment(open_device(torch.device(name))), "rows": rows}
+        entry = environment(open_device(torch.device(name)))
+        content = {"schema": result_file.SCHEMA, "kind": "pipeline", "environment": entry, "rows": rows}
         result_file.write(arguments.out, json.dumps(content, indent=1) + "\n")
 
 

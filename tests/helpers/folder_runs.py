@@ -142,7 +142,7 @@ def _prepare(job):
 
     for name in ("replace", "fsync", "unlink"):
         setattr(os, name, watched(name, getattr(os, name)))
-    original = parquet.write_parquet
+    original = parquet.write_rows
 
     def write(results, *arguments, on_result, **options):
         def noted(result):
@@ -154,7 +154,7 @@ def _prepare(job):
 
         return original(results, *arguments, on_result=noted, **options)
 
-    parquet.write_parquet = write
+    parquet.write_rows = write
 
 
 def model(weights, slow):

@@ -8,7 +8,7 @@ from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.parquet import EmbeddingFolder
 
 
-def folder_of(vectors, out, names=None, rows=7, columns=None):
+def folder_of(vectors, out, names=None, rows=7, columns=None, output_dtype="float32"):
     """An embedding folder that holds these vectors, in parts of a few rows; `columns`: name -> a value for each."""
     engine = FakeEngine()
     folder = EmbeddingFolder(out, "m")
@@ -19,5 +19,6 @@ def folder_of(vectors, out, names=None, rows=7, columns=None):
             result.columns = {**result.columns, name: value}
     with folder:
         for start in range(0, len(results), rows):
-            folder.write_part(folder.new_part(), results[start : start + rows], len(vectors[0]), Identity.of(engine))
+            part = results[start : start + rows]
+            folder.write_part(folder.new_part(), part, len(vectors[0]), Identity.of(engine, output_dtype=output_dtype))
     return out

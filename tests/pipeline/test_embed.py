@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers import engines
 from helpers.photos import FakeEngine, expected, make_photos, save
 from PIL import Image
 
@@ -46,6 +47,34 @@ def test_every_image_has_its_own_status_in_order(photos, batch_size, workers):
             assert result.embedding is None
     assert sum(engine.batches) == 10
     assert max(engine.batches) <= batch_size
+
+
+def test_batches_of_one_shape(photos):
+    """Bad pictures between them, a last batch that is not full: the model sees whole batches, nothing else changes."""
+    engine = FakeEngine()
+    results = list(embed_images(engine, collect([photos]), batch_size=4, batch_invariant=True))
+    assert set(engine.batches) == {4}
+    for result in results:
+        if result.status == "ok":
+            np.testing.assert_allclose(result.embedding, expected(result.path), rtol=1e-5)
+    assert sum(result.status == "ok" for result in results) == 10 and len(results) == 13
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_bits_do_not_depend_on_the_others(photos, backend):
+    """Alone, in another order and among fewer: a model's own bits, by PyTorch's ops and by what a plan takes."""
+    made = engines.engine(backend=backend)
+    paths = [path for path in collect([photos]) if path.suffix == ".png"]
+
+    def bits(some):
+        results = embed_images(made, some, batch_size=5, batch_invariant=True)
+        return {result.path: result.embedding.tobytes() for result in results}
+
+    whole = bits(paths)
+    assert bits(paths[::-1]) == whole
+    for count in (1, 3):
+        few = bits(paths[-count:])
+        assert few == {path: whole[path] for path in few}
 
 
 def test_only_bad_images_and_no_images(photos):

@@ -99,6 +99,20 @@ def make_arrow(photos, path):
     return [path]
 
 
+def make_saved(photos, path):
+    """A folder as `save_to_disk` of Hugging Face's datasets writes it, in two files."""
+    path.mkdir()
+    rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
+    files = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
+    for number, name in enumerate(files):
+        table = pa.table({"image": rows[7 * number : 7 * number + 7]})
+        with pa.ipc.new_stream(path / name, table.schema) as writer:
+            writer.write_table(table)
+    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in files]}))
+    (path / "dataset_info.json").write_text("{}")
+    return [path]
+
+
 KINDS = {
     "folder": ("", lambda photos, path: [photos]),
     "tar": ("all.tar", make_tar),
@@ -113,6 +127,7 @@ KINDS = {
     "parquet of structs": ("all.parquet", make_struct),
     "arrow stream": ("stream.arrow", make_arrow),
     "arrow file": ("file.arrow", make_arrow),
+    "saved dataset": ("saved", make_saved),
 }
 
 

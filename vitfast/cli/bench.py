@@ -304,6 +304,25 @@ def published(
         answer.text = module.render(answer.json)
 
 
+@app.command(epilog="Example: `vitfast bench cost result.json --price 2.50 --devices 8`")
+def cost(
+    context: typer.Context,
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Result files of models or pipelines.")],
+    price: Annotated[float, typer.Option(metavar="DOLLARS", help="Of one device, an hour.")],
+    devices: Annotated[int, typer.Option(min=1, help="Side by side; taken for so many times one.")] = 1,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Calculate images an hour and dollars a million from measured rates. Nothing is measured here."""
+    from vitfast.cli.answer import command
+
+    with command(context, json_out) as answer:
+        from vitfast.benchmarks import cost as module
+        from vitfast.benchmarks.result_file import read
+
+        answer.json = [row for path in results for row in module.costs(read(path), price, devices)]
+        answer.text = module.render(answer.json, price)
+
+
 def _named(providers: list[str] | None, peers: list[str] | None) -> list[str]:
     """The providers asked for, those by the option's old name among them."""
     if peers:

@@ -56,6 +56,13 @@ class BackendName(str, Enum):
     native = "native"
 
 
+class OutputDtypeName(str, Enum):
+    """What --output-dtype takes."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -87,6 +94,10 @@ Size = Annotated[
 Crop = Annotated[str | None, typer.Option(metavar="N|HxW", help="The centre that is then cut out.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
+Devices = Annotated[
+    str | None,
+    typer.Option(metavar="N,N", help="One process on each of these GPUs, e.g. 0,1,2,3; or cpu,cpu."),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -96,6 +107,7 @@ DtypeOption = Annotated[
         help="What to compute in; float32 and its like mean the same. [default: bf16 on a GPU, else fp32]",
     ),
 ]
+OutputDtype = Annotated[OutputDtypeName, typer.Option(help="Of the vectors as they are written.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin, .pth, .pt and .ckpt files, too: their tensors, no code.")
 ]

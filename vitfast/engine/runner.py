@@ -50,6 +50,7 @@ class Runner:
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
         self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
         self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
+        self._resizing = "triton" if backend == "triton" else "torch"  # no GPU has measured the kernel: it is asked for
         self.plan = planner.build(
             self.config,
             device=self.device,
@@ -104,7 +105,7 @@ class Runner:
         assert self.preprocess is not None
         if not images.shape[0]:
             return self._on_grid(images.new_empty(0, *self.preprocess.size, self.config.in_channels))
-        return self._on_grid(preprocess_batch(images, self.preprocess))
+        return self._on_grid(preprocess_batch(images, self.preprocess, backend=self._resizing))
 
     def _on_grid(self, images: Tensor) -> Tensor:
         """Images whose sides are whole patches: cropped or padded where the model's family does so."""

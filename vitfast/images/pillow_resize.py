@@ -1,5 +1,5 @@
-"""Pillow's image resampling in integer operations: the same pixels, bit for bit, in torch on any device (`resize`), and
-on a CPU by the C++ extension (`resize_window`), in a fraction of Pillow's time.
+"""Pillow's image resampling in integer operations: the same pixels, bit for bit, in torch on any device and by a Triton
+kernel (`resize`), and on a CPU by the C++ extension (`resize_window`), in a fraction of Pillow's time.
 
 One axis after the other, in the order Pillow takes (`vertical_first`). Output pixel i sees the input
 around c = (i + 1/2) s, where s = in / out; tap j has weight f((j + 1/2 - c) / max(s, 1)), normalised to
@@ -132,20 +132,23 @@ def resize_bytes(size: tuple[int, int], new: tuple[int, int], interpolation: str
     return sum(weights) + 4 * (between + new[0] * new[1])
 
 
-def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int], interpolation: str, *, backend: str = "torch") -> Tensor:
     """Resize to (height, width), giving the pixels of Pillow's `Image.resize`.
 
     Args:
         images: uint8 [..., H, W, C] with H and W at least 1.
         size: (height, width) of the result.
         interpolation: "nearest" or one of FILTERS.
+        backend: "torch", or "triton" for the kernel of `vitfast.kernels.resample`, which takes one launch an axis.
 
     Returns:
         uint8 [..., height, width, C] on the same device.
 
     Raises:
-        ValueError: for an interpolation that is not known.
+        ValueError: for an interpolation or a backend that is not known, or a device that Triton cannot run on.
     """
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     if interpolation != "nearest" and interpolation not in FILTERS:
         raise ValueError(f"interpolation must be 'nearest' or one of {', '.join(FILTERS)}, got {interpolation!r}")
     height, width = images.shape[-3:-1]
@@ -159,6 +162,9 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
         if interpolation == "nearest":
             images = images.index_select(axis, first)
             continue
+        if backend == "triton":
+            images = _by_kernel(images, first, weights, axis)
+            continue
         shape = (out,) + (1,) * (-axis - 1)
         half = 1 << (FRACTION_BITS - 1)  # rounds the shift below to nearest
         total = torch.full((1,), half, dtype=torch.int32, device=images.device)
@@ -166,6 +172,14 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
             total = total + images.index_select(axis, first + tap) * factor.view(shape)
         images = (total >> FRACTION_BITS).clamp_(0, 255).to(torch.uint8)
     return images
+
+
+def _by_kernel(images: Tensor, first: Tensor, weights: Tensor, axis: int) -> Tensor:
+    from vitfast.kernels.resample import resample
+
+    batch = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:]).contiguous()
+    out = resample(batch, first, weights, axis=axis + 4)
+    return out.view(*images.shape[:-3], *out.shape[1:])
 
 
 @cache

@@ -291,7 +291,7 @@ def resize_and_crop(image: np.ndarray | Image.Image, preprocess: Preprocess) -> 
     return canvas
 
 
-def preprocess_batch(images: Tensor, preprocess: Preprocess) -> Tensor:
+def preprocess_batch(images: Tensor, preprocess: Preprocess, *, backend: str = "torch") -> Tensor:
     """Images of one size, resized and cropped to the model's size.
 
     On the CPU each image goes through Pillow; elsewhere `vitfast.images.pillow_resize` computes the same pixels
@@ -300,6 +300,7 @@ def preprocess_batch(images: Tensor, preprocess: Preprocess) -> Tensor:
     Args:
         images: uint8 [B, H, W, 3].
         preprocess: sizes and filter; mean and std play no part here.
+        backend: what resizes on a device, as of `vitfast.images.pillow_resize.resize`.
 
     Returns:
         uint8 [B, h, w, 3] on the same device; `images` itself where nothing is to be done.
@@ -316,13 +317,13 @@ def preprocess_batch(images: Tensor, preprocess: Preprocess) -> Tensor:
         return images.new_empty(0, *preprocess.size, 3)
     if images.device.type == "cpu":
         return torch.stack([torch.from_numpy(resize_and_crop(i, preprocess)) for i in images.numpy()])
-    return _resize_and_crop_tensor(images, preprocess)
+    return _resize_and_crop_tensor(images, preprocess, backend)
 
 
-def _resize_and_crop_tensor(images: Tensor, preprocess: Preprocess) -> Tensor:
+def _resize_and_crop_tensor(images: Tensor, preprocess: Preprocess, backend: str = "torch") -> Tensor:
     """`resize_and_crop` in torch, for uint8 [B, H, W, 3] on any device."""
     height, width = _resized_size(preprocess, *images.shape[1:3])
-    images = resize(images, (height, width), preprocess.interpolation)
+    images = resize(images, (height, width), preprocess.interpolation, backend=backend)
     (pad_y, top), (pad_x, left) = _crop_window(preprocess, height, width)
     rows, columns = preprocess.size
     part = images[:, top : top + rows, left : left + columns]

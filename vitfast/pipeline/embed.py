@@ -118,6 +118,7 @@ def embed_images(
     exif_orientation: bool = True,
     max_pixels: int | None = None,
     decode_memory: int | None = None,
+    batch_invariant: bool = False,
     stages: Stages | None = None,
 ) -> Iterator[Result]:
     """Embed image files, in the order given, each with its own status: a bad one stops nothing.
@@ -133,6 +134,8 @@ def embed_images(
         exif_orientation, max_pixels: see `vitfast.images.decode.open_image`.
         decode_memory: bytes that decoding and resizing may take, all threads together; by default a quarter of the
             memory there is, 4 GiB at most. A picture that needs more is refused; others wait for each other.
+        batch_invariant: fill every batch up to `batch_size` with copies, so that all runs of the model have one shape
+            and an image's embedding does not depend on how many others there are; on a CPU, too.
         stages: filled in as the run goes: where its time goes.
 
     Raises:
@@ -149,15 +152,21 @@ def embed_images(
     stages = Stages() if stages is None else stages
     decoder = Decoder(engine.preprocess, Memory(decode_memory), exif_orientation, max_pixels, stages)
     stages.workers = workers
-    return _pipeline(engine, decoder, paths, batch_size, stages)
+    return _pipeline(engine, decoder, paths, batch_size, stages, fixed=batch_invariant)
 
 
 def _pipeline(
-    engine: Engine, decoder: Decoder, paths: Iterable[str | Path | Item], batch_size: int, stages: Stages
+    engine: Engine,
+    decoder: Decoder,
+    paths: Iterable[str | Path | Item],
+    batch_size: int,
+    stages: Stages,
+    *,
+    fixed: bool,
 ) -> Iterator[Result]:
     pool = ThreadPoolExecutor(stages.workers, thread_name_prefix="vitfast-decode")
     taken: deque[list[Decoded]] = deque()  # batches whose results are to be given
-    size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" else batch_size
+    size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" and not fixed else batch_size
 
     def limit() -> int:
         return size
@@ -166,23 +175,24 @@ def _pipeline(
         nonlocal size
         for batch in _batches(_decoded(pool, decoder, paths, batch_size + stages.workers, stages), limit):
             taken.append(batch)
-            if images := _images(batch):
+            if images := images_of(batch):
                 started = time.perf_counter()
-                yield images
+                yield images + images[:1] * (batch_size - len(images)) if fixed else images
                 now = time.perf_counter()
                 seconds = now - started  # on a GPU only that of handing it over
                 if stages.timeline is not None:
                     stages.timeline.add("model", started, now)
-                size = max(1, min(batch_size, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
+                if not fixed:
+                    size = max(1, min(batch_size, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
 
     wait = True
     try:
         for output in engine.stream(batches_of_images(), preprocessed=True):
-            while not _images(taken[0]):
-                yield from _results(taken.popleft(), None)
-            yield from _results(taken.popleft(), output)
+            while not images_of(taken[0]):
+                yield from results_of(taken.popleft(), None)
+            yield from results_of(taken.popleft(), output)
         while taken:
-            yield from _results(taken.popleft(), None)
+            yield from results_of(taken.popleft(), None)
     except KeyboardInterrupt:
         wait = False  # a thread may hang in a file system that does not answer; what is done is to be written now
         raise
@@ -229,11 +239,13 @@ def _batches(items: Iterable[Decoded], size: Callable[[], int]) -> Iterator[list
         yield batch
 
 
-def _images(batch: list[Decoded]) -> list[np.ndarray]:
+def images_of(batch: list[Decoded]) -> list[np.ndarray]:
+    """The images of a batch that could be decoded."""
     return [item.image for item in batch if item.image is not None]
 
 
-def _results(batch: list[Decoded], output: Any) -> Iterator[Result]:
+def results_of(batch: list[Decoded], output: Any) -> Iterator[Result]:
+    """What became of a batch, by the model's output for its images; None where there were none."""
     embeddings = logits = None
     if output is not None:
         embeddings = output.embedding.float().numpy()

@@ -11,6 +11,8 @@ from vitfast.version import __version__
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
 
+OUTPUT_DTYPES = ("float32", "float16")
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -21,39 +23,46 @@ class Identity:
         preprocess: the fields of `Preprocess`, and whether EXIF orientation is heeded.
         dtype: what the model computes in, and which products of an 8-bit model are left in bf16.
         version: of vitfast.
+        output_dtype: of the vectors in the folder, "float32" or "float16".
     """
 
     weights: str
     preprocess: dict[str, Any]
     dtype: str
     version: str = __version__
+    output_dtype: str = "float32"
 
     @classmethod
-    def of(cls, engine: Engine, exif_orientation: bool = True) -> Identity:
+    def of(cls, engine: Engine, exif_orientation: bool = True, output_dtype: str = "float32") -> Identity:
         """The identity of embeddings that this engine makes.
 
         Raises:
-            ValueError: if it knows no preprocessing.
+            ValueError: if it knows no preprocessing, or output_dtype is neither "float32" nor "float16".
         """
+        if output_dtype not in OUTPUT_DTYPES:
+            raise ValueError(f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {output_dtype!r}")
         if engine.preprocess is None:
             raise ValueError("the engine knows no preprocessing, which is part of what embeddings are")
         preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
         skipped = ", ".join(sorted(engine.plan.skip_quantize))
         dtype = f"{engine.precision} with {skipped} in bf16" if skipped else engine.precision
-        return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype)
+        return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype, output_dtype=output_dtype)
 
     @classmethod
     def from_json(cls, text: bytes | None) -> Identity | None:
         """What `to_json` wrote; None for anything else."""
         try:
-            content = json.loads(text or b"")
+            content = {"output_dtype": "float32", **json.loads(text or b"")}
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, TypeError, KeyError):
             return None
 
     def to_json(self) -> bytes:
-        """As it is noted in the metadata of a part."""
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        """As it is noted in the metadata of a part: float32 is not, so that parts of 0.1.0 have the same text."""
+        content = asdict(self)
+        if self.output_dtype == OUTPUT_DTYPES[0]:
+            del content["output_dtype"]
+        return json.dumps(content, sort_keys=True).encode()
 
     def differences(self, other: Identity) -> list[str]:
         """What of this is not as in `other`, each with both values."""

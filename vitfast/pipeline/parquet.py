@@ -6,9 +6,9 @@
         summary = write_parquet(embed_images(engine, paths), folder, engine)
 
 The folder is a Parquet data set: read it with `read_embeddings("embeddings")`, `pyarrow.parquet.read_table`, pandas,
-DuckDB or Ray Data. Columns: `path` (absolute), `embedding` (fixed-size list of float32, null for a bad image),
-`status` ("ok", or why not), `note` (what was done to an unusual picture), and of the file as it was read `file_size`,
-`file_mtime_ns` and `file_sha256`.
+DuckDB or Ray Data. Columns: `path` (absolute), `embedding` (fixed-size list of float32 or float16, null for a bad
+image), `status` ("ok", or why not), `note` (what was done to an unusual picture), and of the file as it was read
+`file_size`, `file_mtime_ns` and `file_sha256`.
 
 What holds at every moment, so that it holds after a kill, too: a part appears and changes as a whole; a path has at
 most one row, for its older row is taken out before the part with the newer one appears; all rows have one identity
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 PART_ROWS, PART_SECONDS = 4096, 5.0
 """A part grows up to this many rows, and is written anew when it is this old: what a killed run can lose, with the
 batches under way (see `vitfast.pipeline.embed.BATCH_SECONDS`)."""
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 _MODEL, _IDENTITY = b"vitfast.model", b"vitfast.identity"
 _PARTS, _UNFINISHED = "part-*.parquet", (".part-*.tmp", ".probe-*", f".{manifest.NAME}-*.tmp")
@@ -207,9 +209,14 @@ class EmbeddingFolder:
         return [Path(item.path) for item in self.todo(map(file_item, paths), refresh=refresh, content=content)]
 
     def todo(self, items: Iterable[Item], *, refresh: bool = False, content: bool = False) -> Iterator[Item]:
-        """As `remaining`, of the items of any source, one after another; `skipped` counts the others."""
-        hashes = self._hashes() if refresh and content else {}
+        """As `remaining`, of the items of any source, one after another; `skipped` counts the others.
+
+        The folder's files are read now, and not again as the items are taken.
+        """
         self.changed, self.skipped = [], 0
+        return self._todo(items, refresh, self._hashes() if refresh and content else {})
+
+    def _todo(self, items: Iterable[Item], refresh: bool, hashes: dict[str, bytes]) -> Iterator[Item]:
         for item in items:
             key = item.key
             row = self._rows.get(key)
@@ -255,7 +262,8 @@ class EmbeddingFolder:
         Raises:
             OutputError: if that cannot be done; what the folder held is still there.
         """
-        table = table_of(results, dimension, {_MODEL: self.model, _IDENTITY: identity.to_json()})
+        metadata: dict[bytes, bytes | str] = {_MODEL: self.model, _IDENTITY: identity.to_json()}
+        table = table_of(results, dimension, metadata, identity.output_dtype)
         try:
             with finished(table, part) as hidden:
                 for old in list(self.path.glob(_PARTS)) if self._overwrite else []:
@@ -324,6 +332,7 @@ def write_parquet(
     engine: Engine,
     *,
     exif_orientation: bool = True,
+    output_dtype: str = "float32",
     on_result: Callable[[Result], None] | None = None,
     summary: Summary | None = None,
     stages: Stages | None = None,
@@ -337,6 +346,7 @@ def write_parquet(
         folder: where to; locked meanwhile.
         engine: the model, for the width of the embedding and the identity noted in the parts.
         exif_orientation: as given to `embed_images`.
+        output_dtype: of the vectors as they are written, "float32" or "float16".
         on_result: called after each result, for a progress bar.
         summary: filled in as the run goes, so that it can be read after an interruption.
         stages: as given to `embed_images`; the time of writing is added to it.
@@ -345,12 +355,29 @@ def write_parquet(
         InputError: if another process writes the folder, or its rows were made with other weights, preprocessing,
             dtype or version.
         OutputError: if a part cannot be written, the disk being full for example; earlier rows are kept.
-        ValueError: if the engine knows no preprocessing.
+        ValueError: if the engine knows no preprocessing, or output_dtype is another.
+    """
+    identity = Identity.of(engine, exif_orientation, output_dtype)
+    return write_rows(
+        results, folder, engine.config.embedding_dim, identity, on_result=on_result, summary=summary, stages=stages
+    )
+
+
+def write_rows(
+    results: Iterable[Result],
+    folder: EmbeddingFolder,
+    dimension: int,
+    identity: Identity,
+    *,
+    on_result: Callable[[Result], None] | None = None,
+    summary: Summary | None = None,
+    stages: Stages | None = None,
+) -> Summary:
+    """As `write_parquet`, where the model is in another process: of it there are the width of its embeddings and its
+    identity.
     """
     summary = Summary() if summary is None else summary
     stages = Stages() if stages is None else stages
-    dimension = engine.config.embedding_dim
-    identity = Identity.of(engine, exif_orientation)
     rows: dict[str, Result] = {}
     part, unwritten = folder.new_part(), 0
     started = written = time.perf_counter()
@@ -374,6 +401,8 @@ def write_parquet(
         try:
             for result in results:
                 text = path_text(result.path)
+                if identity.output_dtype == "float16":
+                    _refuse_overflow(result)
                 rows[text] = replace(result, logits=None)
                 unwritten += 1
                 if result.status == OK:
@@ -397,6 +426,13 @@ def write_parquet(
             summary.seconds = time.perf_counter() - started
             summary.images_per_second = (summary.done + len(summary.failed)) / max(summary.seconds, 1e-9)
     return summary
+
+
+def _refuse_overflow(result: Result) -> None:
+    """A vector that float16 cannot hold is none."""
+    if result.embedding is not None and (largest := float(np.abs(result.embedding).max())) > FLOAT16_MAX:
+        result.status = f"the embedding does not fit float16: it has {largest:.4g}, allowed is {FLOAT16_MAX:.0f}"
+        result.embedding = None
 
 
 def _differs(item: Item, row: _Row, digest: bytes | None) -> bool:

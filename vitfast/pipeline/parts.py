@@ -18,14 +18,16 @@ from vitfast.images.files import path_text
 from vitfast.pipeline.embed import Result
 
 
-def table_of(results: Sequence[Result], dimension: int, metadata: dict[bytes, bytes | str]) -> pa.Table:
-    """Results as the columns of an embedding folder; those that sources carry along are text.
+def table_of(
+    results: Sequence[Result], dimension: int, metadata: dict[bytes, bytes | str], output_dtype: str = "float32"
+) -> pa.Table:
+    """Results as the columns of an embedding folder, vectors in `output_dtype`; what sources carry along is text.
 
     Raises:
         ValueError: if a source's column has the name of one of the folder's own.
     """
     good = np.array([r.embedding is not None for r in results])
-    values = np.zeros((len(results), dimension), np.float32)
+    values = np.zeros((len(results), dimension), output_dtype)
     for row, result in zip(values, results, strict=True):
         if result.embedding is not None:
             row[:] = result.embedding

@@ -161,7 +161,8 @@ class Index:
         """
         if self.identity is None:
             raise InputError(f"{path_text(self.folder)!r} does not say what its embeddings were made with")
-        if differences := self.identity.differences(Identity.of(engine, exif_orientation)):
+        theirs = Identity.of(engine, exif_orientation, self.identity.output_dtype)
+        if differences := self.identity.differences(theirs):
             raise InputError(
                 f"{path_text(self.folder)!r} holds embeddings of {self.model!r} with {'; '.join(differences)}"
             )

@@ -15,6 +15,7 @@ from helpers.ptx.device import Device, executing, known
 
 from vitfast import ops
 from vitfast.diagnostics import compiled
+from vitfast.images import pillow_resize
 from vitfast.kernels import (
     attention,
     attention_backward,
@@ -25,6 +26,7 @@ from vitfast.kernels import (
     patch_embed,
     quantize,
     quantized_linear,
+    resample,
 )
 from vitfast.kernels._compile.case import CompileCase
 from vitfast.ops import reference
@@ -35,7 +37,7 @@ BF16 = torch.bfloat16
 KINDS = {"fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8, "bf16": BF16, "fp32": torch.float32, "u8": torch.uint8}
 FILES = (
     "attention", "attention_backward", "attention_block", "attention_short", "layer_norm", "linear", "mlp",
-    "patch_embed", "quantize", "quantized_linear",
+    "patch_embed", "quantize", "quantized_linear", "resample",
 )  # fmt: skip
 
 
@@ -140,6 +142,17 @@ def _quantize(case):
     norm = (_tensor(width, seed=1), _tensor(width, seed=2)) if "weight" in case.signature else ()
     kind = KINDS[case.signature["values"][1:]]
     check_op(quantize.quantize, reference.quantize, _tensor(13, width), *norm, dtype=kind)
+
+
+def _resample(case):
+    """Bits, which no bound is for: against the sums of `pillow_resize.resize` in torch."""
+    axis = 1 if case.config == "across_rows" else 2
+    size = (70, 40) if axis == 1 else (21, 60)
+    images = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tables = [torch.from_numpy(table) for table in pillow_resize._taps(size[axis - 1], 23, "bicubic")]
+    result = resample.resample(*map(guarded, (images, *tables)), axis=axis)
+    out = (23, size[1]) if axis == 1 else (size[0], 23)
+    assert torch.equal(result, pillow_resize.resize(images, out, "bicubic"))
 
 
 def _patch_embed(case):
@@ -413,4 +426,5 @@ CHECKS = {
     "patch_embed": _patch_embed, "linear": _linear, "linear_sum": _linear, "mlp": _mlp,
     "attention_block": _attention_block, "quantized_linear": _quantized_linear, "attention": _attention,
     "attention_short": _attention_short, "attention_dq": _attention_backward, "attention_dkdv": _attention_backward,
+    "resample": _resample,
 }  # fmt: skip

@@ -19,9 +19,19 @@ from typing import BinaryIO
 
 from vitfast.images.files import ImageListing, InputError, find_images, path_text
 from vitfast.pipeline.sources.archives import TAR, ZIP, Opener, is_archive, tar_items, zip_items
+from vitfast.pipeline.sources.datasets import saved_files
 from vitfast.pipeline.sources.item import Item, file_item
 from vitfast.pipeline.sources.remote import expand, is_url, open_url, url_item
-from vitfast.pipeline.sources.tables import ARROW, PARQUET, arrow_items, is_table, list_items, parquet_items
+from vitfast.pipeline.sources.tables import (
+    ARROW,
+    LANCE,
+    PARQUET,
+    arrow_items,
+    is_table,
+    lance_items,
+    list_items,
+    parquet_items,
+)
 from vitfast.pipeline.sources.video import VIDEO, is_video, video_items
 
 __all__ = ["Item", "Sources", "container_items", "find_sources", "is_container"]
@@ -73,7 +83,8 @@ def find_sources(
 
     Args:
         sources: what `vitfast.images.files.find_images` takes; .tar (also compressed), .zip; .txt or .lst with a path
-            or URL a line, .csv, .tsv; .parquet; .arrow; videos; or URLs of any of these, of folders, or with a pattern.
+            or URL a line, .csv, .tsv; .parquet; .arrow; .lance; a folder that Hugging Face's `save_to_disk` wrote;
+            videos; or URLs of any of these, of folders, or with a pattern.
         columns: what to carry along: columns of tables, fields of a WebDataset sample's .json.
         image_column: which column of tables has the images; by default the first with a usual name.
         fps: of videos, frames a second.
@@ -96,9 +107,15 @@ def find_sources(
         else:
             names = [source]
         for name in names:
-            if not (is_container(name) or is_url(name)) or os.path.isdir(name):
+            if os.path.isdir(name) and not name.lower().rstrip("/").endswith(LANCE):
+                parts = saved_files(name)
+                if parts is None:
+                    files.append(name)
+                for part in parts or ():
+                    containers[part] = _reader(part, columns, image_column, left_out, fps)
+            elif not (is_container(name) or is_url(name)):
                 files.append(name)
-            elif not is_url(name) and not os.path.isfile(name):
+            elif not (is_url(name) or os.path.isfile(name) or os.path.isdir(name)):
                 raise InputError(f"no such file: {path_text(name)!r}")
             else:
                 containers[name] = _reader(name, columns, image_column, left_out, fps)
@@ -138,6 +155,8 @@ def _reader(
         return functools.partial(parquet_items, name, opener, columns, image_column)
     if ending.endswith(ARROW):
         return functools.partial(arrow_items, name, opener, columns, image_column)
+    if ending.rstrip("/").endswith(LANCE):
+        return functools.partial(lance_items, name, columns, image_column)
     if ending.endswith(VIDEO):
         return functools.partial(video_items, name, opener, columns, fps)
     if is_table(ending):

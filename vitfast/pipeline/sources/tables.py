@@ -20,6 +20,7 @@ LISTS = (".txt", ".lst")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet",)
 ARROW = (".arrow", ".feather")
+LANCE = (".lance",)
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image_bytes")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image", "url")
 """Names of columns that are taken for images and for where images are, the first that there is."""
@@ -27,8 +28,8 @@ ROWS_AT_ONCE = 64
 
 
 def is_table(name: str) -> bool:
-    """Whether a name's ending says list, CSV, Parquet or Arrow."""
-    return os.fspath(name).lower().endswith((*LISTS, *SEPARATED, *PARQUET, *ARROW))
+    """Whether a name's ending says list, CSV, Parquet, Arrow or Lance."""
+    return os.fspath(name).lower().endswith((*LISTS, *SEPARATED, *PARQUET, *ARROW, *LANCE))
 
 
 def list_items(name: str, opener: Opener, columns: Sequence[str], image_column: str | None) -> Iterator[Item]:
@@ -50,7 +51,7 @@ def list_items(name: str, opener: Opener, columns: Sequence[str], image_column: 
                 return
             reader = csv.DictReader(text, delimiter=SEPARATED[ending])
             header = list(reader.fieldnames or ())
-            column = _column(name, header, PATH_COLUMNS, image_column, columns)
+            column = choose_column(name, header, PATH_COLUMNS, image_column, columns)
             for row in reader:
                 if entry := (row[column] or "").strip():
                     yield _named(entry, base, {carried: row[carried] for carried in columns})
@@ -66,7 +67,9 @@ def _named(entry: str, base: str, columns: Mapping[str, Any]) -> Item:
     return file_item(os.path.normpath(os.path.join(base, entry)), columns)
 
 
-def _column(name: str, header: Sequence[str], known: Sequence[str], asked: str | None, carried: Sequence[str]) -> str:
+def choose_column(
+    name: str, header: Sequence[str], known: Sequence[str], asked: str | None, carried: Sequence[str]
+) -> str:
     """The column that has the images; the carried ones are looked for as well.
 
     Raises:
@@ -121,17 +124,34 @@ def arrow_items(name: str, opener: Opener, columns: Sequence[str], image_column:
         yield from _rows(name, some, column, columns)
 
 
+def lance_items(name: str, columns: Sequence[str], image_column: str | None) -> Iterator[Item]:
+    """The images of a Lance dataset, as `parquet_items` has them.
+
+    Raises:
+        InputError: as there, or if the package pylance is not installed.
+        Exception: what Lance raises of a dataset that is damaged or not there.
+    """
+    try:
+        import lance
+    except ImportError as error:
+        raise InputError("Lance datasets need pylance: pip install 'vitfast[lance]'") from error
+    dataset = lance.dataset(name)
+    column = _image_column(name, dataset.schema, image_column, columns)
+    wanted = list(dict.fromkeys((column, *columns)))
+    yield from _rows(name, dataset.to_batches(columns=wanted, batch_size=ROWS_AT_ONCE), column, columns)
+
+
 def _image_column(name: str, schema: pa.Schema, asked: str | None, carried: Sequence[str]) -> str:
     fit = [c for c in schema.names if _holds_bytes(schema.field(c).type)]
     known = [*(c for c in IMAGE_COLUMNS if c in fit), *fit] or PATH_COLUMNS
-    return _column(name, schema.names, known, asked, carried)
+    return choose_column(name, schema.names, known, asked, carried)
 
 
 def _rows(name: str, batches: Iterable[pa.RecordBatch], column: str, columns: Sequence[str]) -> Iterator[Item]:
     base, number = name.rpartition("/")[0] if is_url(name) else os.path.dirname(os.path.abspath(name)), 0
     for batch in batches:
         for row in batch.select(list(dict.fromkeys((column, *columns)))).to_pylist():
-            yield _cell(row[column], inside(name, str(number)), base, {c: row[c] for c in columns})
+            yield cell_item(row[column], inside(name, str(number)), base, {c: row[c] for c in columns})
             number += 1
 
 
@@ -141,7 +161,8 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _cell(value: Any, key: str, base: str, columns: Mapping[str, Any]) -> Item:
+def cell_item(value: Any, key: str, base: str, columns: Mapping[str, Any]) -> Item:
+    """The image in a cell: bytes, a struct of bytes and path, or text that says where it is, relative to `base`."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
