@@ -7,6 +7,7 @@ installed, unpacked, and `parameterized` is installed, they run, with the assert
 """
 
 import copy
+import importlib
 import os
 import sys
 import unittest
@@ -24,7 +25,7 @@ if not SOURCE:
 pytest.importorskip("parameterized", reason="transformers' tests need parameterized")
 transformers = peers.import_transformers()
 sys.path.insert(0, SOURCE)
-from tests.test_modeling_common import ModelTesterMixin, floats_tensor  # noqa: E402
+common = importlib.import_module("tests.test_modeling_common")  # theirs
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
@@ -72,7 +73,7 @@ class Asked:
         return copy.deepcopy(self.config)
 
     def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), {"pixel_values": floats_tensor([3, 3, 32, 32])}
+        return self.get_config(), {"pixel_values": common.floats_tensor([3, 3, 32, 32])}
 
     prepare_config_and_inputs = prepare_config_and_inputs_for_common
 
@@ -105,7 +106,7 @@ def _accelerated():
 def _case(name):
     classes, more = MODELS[name]
 
-    class Case(ModelTesterMixin, unittest.TestCase):
+    class Case(common.ModelTesterMixin, unittest.TestCase):
         all_model_classes = tuple(getattr(transformers, model) for model in classes)
         test_resize_embeddings = False
 
