@@ -121,13 +121,14 @@ class ImageFile:
             ImageError: if it is damaged, or its pixels are numbers without a known range.
         """
         with _reasons(self._path):
-            if self._image is None:
-                self._image = identify(self._file, os.fspath(self._path))
-            self._image.load()
-            turn = _TURNS.get(_orientation(self._image)) if self._exif_orientation else None
-            image, note = eight_bit(self._image, self._path)
+            image: Image.Image = self._image or identify(self._file, os.fspath(self._path))
+            self._image = None  # it is the caller's, and what is converted or turned is not held here besides
+            image.load()
+            turn = _TURNS.get(_orientation(image)) if self._exif_orientation else None
+            image, note = eight_bit(image, self._path)
             self.note = note or self.note
-            image = image.convert("RGB")
+            if image.mode != "RGB":  # Pillow would copy it
+                image = image.convert("RGB")
             return image if turn is None else image.transpose(turn)
 
 
