@@ -289,6 +289,14 @@ def test_resample_is_pillow(size, out, interpolation, seed):
     assert np.array_equal(ours.cpu().numpy(), np.array(expected))
 
 
+@pytest.mark.parametrize(("length", "out"), [(450, 383), (519, 395), (694, 464), (542, 304), (580, 445)])
+def test_hamming_has_pillows_constants(length, out):
+    """Sizes at which a weight with 0.54 and 0.46 in double precision rounds to another integer."""
+    image = noise(24, length, length)
+    expected = Image.fromarray(image).resize((out, 24), Image.Resampling.HAMMING)
+    assert np.array_equal(pillow_resize.resize(torch.from_numpy(image), (24, out), "hamming"), np.array(expected))
+
+
 def test_resample_refuses_an_unknown_filter():
     with pytest.raises(ValueError, match="'cubic'"):
         pillow_resize.resize(torch.zeros(4, 4, 3, dtype=torch.uint8), (2, 2), "cubic")

@@ -51,9 +51,14 @@ def _sinc(x: np.ndarray) -> np.ndarray:
     return _sin(x) / x
 
 
+_HAMMING = float(np.float32(0.54)), float(np.float32(0.46))
+"""Pillow's window has its two constants in single precision, and is 1 at 0 all the same."""
+
+
 def _hamming(x: np.ndarray) -> np.ndarray:
     x = np.abs(x)
-    return np.where(x < 1, _sinc(x) * (0.54 + 0.46 * _cos(x * math.pi)), 0.0)
+    window = _HAMMING[0] + _HAMMING[1] * _cos(x * math.pi)
+    return np.where(x == 0, 1.0, np.where(x < 1, _sinc(x) * window, 0.0))
 
 
 FILTERS: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
