@@ -331,6 +331,12 @@ FAULTS = {
     ),
 }
 
+
+def test_faults_are_changes_of_what_is_there():
+    for name, (file, old, *_) in FAULTS.items():
+        assert old in (ROOT / "csrc" / file).read_text(), name
+
+
 # Each takes a compilation; the others are left to `make test-full`.
 FIRST = {"not all know that y has left"}
 
