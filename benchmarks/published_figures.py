@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 
 from vitfast.diagnostics.chips import CHIPS
 from vitfast.diagnostics.launches import launches_of
+from vitfast.diagnostics.native_code import add_native
 from vitfast.diagnostics.predict import add_machine_code
 
 if TYPE_CHECKING:
@@ -45,13 +47,21 @@ def tables(chip: str) -> dict[str, Any]:
     return content
 
 
-def compare(chip: str = "h100") -> dict[str, Any]:
-    """The tables with predictions beside them, and the model's error.
+MODELS = ("flat", "code", "native")
+"""Predictions: by a flat share of the peak, by the machine code of our Triton kernel, by that of our CUDA kernel."""
+
+
+def compare(chip: str = "h100", native: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The tables with predictions beside them, and the models' error.
+
+    Args:
+        native: what `native_code.inspect_linear` gives, for predictions with that kernel too.
 
     Returns:
-        What `tables` has; rows also flat_us, the prediction by a flat share of the peak, and code_us, that by the
-        machine code of our tile's kernel (None where there is none, or Triton does not compile here). `errors`: for
-        bf16 products, by model and band of M: count, median, p10 and p90 of predicted over measured.
+        What `tables` has; rows also flat_us, code_us and native_us, the predictions of MODELS: the second is None where
+        there is no such kernel, or Triton does not compile here, the third in 8 bits and where tiles do not fill the
+        chip. `errors`, for bf16 products, by model and band of M: count, median, p10 and p90 of predicted over
+        measured.
 
     Raises:
         ValueError: as `tables`.
@@ -65,6 +75,8 @@ def compare(chip: str = "h100") -> dict[str, Any]:
         "launches": [{**asdict(part), "time_us": part.time_us} for launches in parts for part in launches],
     }
     add_machine_code(prediction)
+    if native:
+        add_native(prediction, native)
     predicted = iter(prediction["launches"])
     for row, launches in zip(rows, parts, strict=True):
         found = [next(predicted) for _ in launches]
@@ -72,6 +84,7 @@ def compare(chip: str = "h100") -> dict[str, Any]:
         row["code_us"] = (
             sum(launch["code_us"] or launch["time_us"] for launch in found) if found[0]["code_us"] else None
         )
+        row["native_us"] = found[0].get("native_us")
     result["errors"] = errors(result["gemm"])
     return result
 
@@ -79,26 +92,33 @@ def compare(chip: str = "h100") -> dict[str, Any]:
 def add_errors(prediction: dict[str, Any]) -> None:
     """Add to a prediction in bf16, as `errors`, how far the models were off where others have measured such products.
 
-    For the band of its launches' largest M: band; flat and code, each with count, median, p10 and p90 of predicted
-    over measured. Nothing is added for a chip without tables.
+    For the band of its launches' largest M: band; and for each of MODELS that predicted it: count, median, p10 and p90
+    of predicted over measured, and images_per_s, the same three of a forward that is off by as much as a whole.
+    Nothing is added for a chip without tables.
     """
     chip = next(name for name, card in CHIPS.items() if card.name == prediction["chip"]["name"])
     rows = [row["dims"]["M"] for row in prediction["launches"] if row["op"] == "linear"]
     if prediction["dtype"] != "bf16" or not rows or not (FOLDER / f"{chip}.json").is_file():
         return
     band = next(name for name, least in SIZES.items() if max(rows) >= least)
-    prediction["errors"] = {"band": band} | {model: found[band] for model, found in tables(chip)["errors"].items()}
+    wholes = {"flat": prediction, "code": prediction.get("by_code"), "native": prediction.get("by_native")}
+    prediction["errors"] = {"band": band}
+    for model, bands in tables(chip)["errors"].items():
+        if (whole := wholes[model]) and band in bands:
+            ratios = {name: bands[band][name] for name in ("median", "p10", "p90")}
+            corrected = {name: whole["images_per_s"] * ratio for name, ratio in ratios.items()}
+            prediction["errors"][model] = {**bands[band], "images_per_s": corrected}
 
 
 def errors(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Of bf16 products: predicted over measured, by model ("flat", "code") and band of M."""
+    """Of bf16 products: predicted over measured, by model and band of M."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     products = [row for row in rows if row["dtype"] == "bfloat16"]
-    for model in ("flat", "code"):
+    for model in MODELS:
         upper = float("inf")
         for band, least in SIZES.items():
             ratios = sorted(
-                row[f"{model}_us"] / row["us"] for row in products if least <= row["M"] < upper and row[f"{model}_us"]
+                us / row["us"] for row in products if least <= row["M"] < upper and (us := row.get(f"{model}_us"))
             )
             upper = least
             if len(ratios) > 1:
@@ -127,10 +147,10 @@ def render(result: dict[str, Any], least_rows: int = 8192) -> list[RenderableTyp
     for model, bands in result["errors"].items():
         for band, e in bands.items():
             summary.add_row(model, band, str(e["count"]), *(f"{e[name]:.2f}" for name in ("median", "p10", "p90")))
-    products = table("products, µs", "dtype", "M", "K", "N", "measured", "flat", "by code")
+    products = table("products, µs", "dtype", "M", "K", "N", "measured", "flat", "by code", "CUDA")
     for row in result["gemm"]:
         if row["M"] >= least_rows:
-            values = (us(row[name]) for name in ("us", "flat_us", "code_us"))
+            values = (us(row.get(name)) for name in ("us", "flat_us", "code_us", "native_us"))
             products.add_row(row["dtype"], *(str(row[name]) for name in "MKN"), *values)
     columns = ("batch", "N", "H", "D", "measured", "flat", "by code")
     attention = table("attention, µs: FlashAttention measured, ours predicted", *columns)

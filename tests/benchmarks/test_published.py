@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from helpers.scripts import compiling
 from rich.console import Console
 
 from vitfast.benchmarks import published_figures as published
+from vitfast.diagnostics.predict import predict
+from vitfast.models.config import NAMED
 
 
 def test_tables_say_where_they_are_from():
@@ -49,6 +52,26 @@ def test_errors_by_hand():
     assert "1024 <= M < 8192" not in found["flat"]
 
 
+def test_a_forward_as_far_off_as_products_are_by_hand():
+    """Of each model that predicted it: its images a second times predicted over measured."""
+    prediction = predict(NAMED["vit_base_patch16_224"], batch=256, chip="h100")
+    prediction["by_code"] = {"images_per_s": 10_000.0}
+    published.add_errors(prediction)
+    kept, found = published.tables("h100")["errors"], prediction["errors"]
+    assert set(found) == {"band", "flat", "code"} and found["band"] == "M >= 8192"  # nobody asked for the CUDA linear
+    assert found["code"]["images_per_s"]["p10"] == pytest.approx(10_000 * kept["code"]["M >= 8192"]["p10"])
+    median = prediction["images_per_s"] * kept["flat"]["M >= 8192"]["median"]
+    assert found["flat"]["images_per_s"]["median"] == pytest.approx(median)
+    prediction["by_native"] = {"images_per_s": 20_000.0}
+    published.add_errors(prediction)
+    assert prediction["errors"]["native"]["images_per_s"]["p90"] == pytest.approx(
+        20_000 * kept["native"]["M >= 8192"]["p90"]
+    )
+    small = predict(NAMED["vit_base_patch16_224"], batch=1, chip="h100") | {"by_native": {"images_per_s": 1.0}}
+    published.add_errors(small)
+    assert set(small["errors"]) == {"band", "flat"}  # no tile of its kernel fills the chip, no error is known
+
+
 def test_rendering():
     result = {**published.tables("h100"), "errors": published.errors(rows([0.8, 1.0, 1.2], 8192))}
     for row in [*result["gemm"], *result["attention"]]:
@@ -63,11 +86,15 @@ def test_rendering():
 
 @pytest.mark.full
 def test_command_prints_predictions_beside_the_tables():
-    found = json.loads(compiling("-m", "vitfast", "bench", "published", "--json"))
+    nvcc = shutil.which("nvcc") is not None
+    found = json.loads(compiling("-m", "vitfast", "bench", "published", "--json", *["--native"] * nvcc))
+    assert set(found["errors"]) == {"flat", "code"} | ({"native"} if nvcc else set())
     flat, code = (found["errors"][model]["M >= 8192"] for model in ("flat", "code"))
     assert flat["count"] == code["count"] == 21
     assert 0.85 < flat["median"] < 1.05 and flat["median"] < code["median"] < 1.3  # ours have epilogues, no multicast
     assert all(row["flat_us"] > 0 for row in [*found["gemm"], *found["attention"]])
-    for model, bands in published.tables("h100")["errors"].items():  # what `vitfast inspect --model` prints
-        for band, kept in bands.items():
-            assert kept == pytest.approx(found["errors"][model][band], abs=0.03), (model, band)
+    kept = published.tables("h100")["errors"]  # what `vitfast inspect --model` prints
+    for model, bands in found["errors"].items():
+        assert kept[model].keys() == bands.keys()
+        for band, found_error in bands.items():
+            assert kept[model][band] == pytest.approx(found_error, abs=0.03), (model, band)

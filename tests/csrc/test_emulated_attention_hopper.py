@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers.emulated import ROOT, attention_call, library, needs_compiler
+from helpers.emulated import ROOT, attention_call, library, needs_compiler, needs_nvcc
 
 from vitfast import testing
 from vitfast.diagnostics.compiled import run_tool
@@ -208,9 +208,6 @@ def test_seeded_faults_show(fault, tmp_path):
 
     with pytest.raises(RuntimeError if trap else (AssertionError, RuntimeError), match=trap or None):
         several()
-
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
 
 
 @pytest.mark.full

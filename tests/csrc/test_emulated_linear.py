@@ -1,12 +1,11 @@
 """The linear kernel for sm_90a without a GPU: its body under emulation, and nvcc's report of its registers."""
 
 import re
-import shutil
 import subprocess
 
 import pytest
 import torch
-from helpers.emulated import ROOT, needs_compiler
+from helpers.emulated import ROOT, needs_compiler, needs_nvcc
 from helpers.emulated_linear import BF16, FP16, compiled, compiled_with_fault, launch
 
 from vitfast import testing
@@ -332,6 +331,12 @@ FAULTS = {
     ),
 }
 
+
+def test_faults_are_changes_of_what_is_there():
+    for name, (file, old, *_) in FAULTS.items():
+        assert old in (ROOT / "csrc" / file).read_text(), name
+
+
 # Each takes a compilation; the others are left to `make test-full`.
 FIRST = {"not all know that y has left"}
 
@@ -352,9 +357,6 @@ def test_seeded_faults_show(fault, tmp_path):
 
     with pytest.raises(RuntimeError if trap else (AssertionError, RuntimeError), match=trap or None):
         both()
-
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
 
 
 @pytest.mark.full

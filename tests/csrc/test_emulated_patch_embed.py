@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers.emulated import ROOT, library, needs_compiler
+from helpers.emulated import ROOT, library, needs_compiler, needs_nvcc
 
 from vitfast import testing
 from vitfast.ops import pack_patch_embed, reference
@@ -222,7 +222,7 @@ def test_seeded_faults_show(fault, tmp_path):
             run(kernels, *args, **kwargs)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
+@needs_nvcc
 @pytest.mark.full
 @pytest.mark.parametrize("archs", [("80",), ("90", "100")], ids=str)
 def test_registers_do_not_spill(archs, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.emulated import needs_compiler
+from helpers.emulated import ROOT, needs_compiler
 from helpers.emulated_linear import BF16, E4M3, FP16, compiled, compiled_with_fault, launch
 from helpers.quantized import in_groups, make, whole_numbers
 
@@ -155,7 +155,7 @@ FAULTS = {
     "the next group's scale": (BODY, "x_scale + static", "x_scale + (c.x_groups > 1) + static", "out of bounds"),
     "the scale of the row above": (BODY, "scales_of(row + 8)", "scales_of(row + 7)", ""),
     "rows beyond x have scales": (BODY, "row < c.m ? row : c.m - 1", "row", "out of bounds"),
-    "one channel's scale for eight": (EPILOGUE, "scales + within(column + 8 * j, n)", "scales + within(column, n)", ""),
+    "one channel's scale for eight": (EPILOGUE, "scales + where", "scales + where - 8 * j", ""),
     "no wait between a step's sums and the next's": (BODY, WAIT, WAIT[len("product_wait<0>();") :], ""),
     "operands advanced by half a product": (BODY, X, X.replace("32", "16"), ""),
     "operands advanced by two products": (BODY, X, X.replace("32", "64"), ""),
@@ -176,6 +176,11 @@ FAULTS = {
     "y over a residual that others still read": (BODY, BARRIER, "", "race"),
     "y's boxes where 16-bit ones would be": (BODY, "first_column / share", "first_column", ""),
 }  # fmt: skip
+
+
+def test_faults_are_changes_of_what_is_there():
+    for name, (file, old, *_) in FAULTS.items():
+        assert old in (ROOT / "csrc" / file).read_text(), name
 
 
 @pytest.mark.full

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from vitfast.benchmarks import predicted, shapes
-from vitfast.diagnostics import chips, launches, predict
+from vitfast.cli.app import app
+from vitfast.diagnostics import chips, code_times, launches, predict
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.models.config import NAMED
 
@@ -178,6 +180,37 @@ def test_exponentials_of_vit_base_by_hand():
     assert bound["bound"] == "exp" and bound["time_us"] == bound["exp_us"] + chips.LAUNCH_US
 
 
+def test_gradients_of_attention_by_hand():
+    """dq has three products and dkdv four; tiles of 64 tokens walk over 197 of the others as over 208."""
+    result, m, c = prediction(backward=True), 256 * 197, 768
+    dq, dkdv = result["launches"]
+    assert [(row["site"], row["op"], row["count"]) for row in (dq, dkdv)] == [
+        (name, name, 12) for name in ("attention_dq", "attention_dkdv")
+    ]
+    product = 2 * 256 * 12 * 197 * 197 * 64
+    assert (dq["flops"], dkdv["flops"]) == (3 * product, 4 * product)
+    for row in (dq, dkdv):  # six tensors like q, and three fp32 a row of each head
+        assert row["bytes"] == 2 * 6 * m * c + 3 * 4 * m * 12
+        assert row["tile_efficiency"] == pytest.approx(197 * 197 / (256 * 208))
+        assert row["exp_us"] == pytest.approx(256 * 12 * 256 * 208 / (132 * 16 * 1.83e3))
+    assert result["time_us"] == pytest.approx(12 * (dq["time_us"] + dkdv["time_us"]))
+
+
+def test_clocks_of_a_backward_tile_become_microseconds():
+    """4 tiles of each head, of queries or of keys, shared by 132 multiprocessors; then memory binds."""
+    result = prediction(backward=True)
+    tile = {"bound": "issue", "clocks": 10_000, "tensor_clocks": 2_500}
+    for row, blocks in zip(result["launches"], ({"BLOCK_M": 64, "BLOCK_N": 32}, {"BLOCK_M": 32, "BLOCK_N": 64}),
+                           strict=True):  # fmt: skip
+        clock = 1.83e3 * code_times.SUSTAINED_CLOCK
+        us = 4 * 256 * 12 * 10_000 / (132 * row["wave_efficiency"]) / clock
+        found = code_times.time_by_code(row, blocks, tile, result["chip"])
+        assert (found["code_bound"], found["tensor_busy"]) == ("issue", 0.25)
+        assert found["code_us"] == pytest.approx(us + chips.LAUNCH_US)
+        bound = code_times.time_by_code(row, blocks, {**tile, "clocks": 1}, result["chip"])
+        assert (bound["code_us"], bound["code_bound"]) == (row["memory_us"] + chips.LAUNCH_US, "memory")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -185,6 +218,7 @@ def test_exponentials_of_vit_base_by_hand():
         ({"dtype": "fp4"}, "'fp4'"),
         ({"batch": 0}, "got 0"),
         ({"chip": "a100", "dtype": "fp8"}, "A100 SXM 80 GB has no"),
+        ({"backward": True, "dtype": "int8"}, "gradients are in bf16, fp16, fp32, got dtype 'int8'"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):
@@ -288,17 +322,39 @@ def test_measurements_of_a_quantised_forward():
 
 
 @pytest.mark.full
+def test_command_predicts_the_gradients_of_attention():
+    """By the machine code of both kernels, and with what binds them; nothing stands beside it that is of a forward."""
+    done = command("--model", "vit_base_patch16_224", "--backward", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["backward"] and found["occupancy_note"] == "" and "errors" not in found
+    for launch in found["launches"]:
+        assert max(launch["memory_us"], launch["exp_us"]) < launch["code_us"] < 5 * launch["time_us"]
+        assert 0 < launch["tensor_busy"] < 1
+    assert [row["code_bound"] for row in found["launches"]] == ["memory", "issue"]  # as docs/speed-log.md has it
+    said = " ".join(command("--model", "vit_base_patch16_224", "--backward").stdout.split())
+    assert "gradients of attention in vit_base_patch16_224 batch 256 bf16" in said and "img/s" not in said
+
+
+@pytest.mark.full
 def test_command_says_that_it_predicts_and_how_well():
     said = " ".join(command("--model", "vit_tiny_patch16_224").stdout.split())
     assert "predicted, not measured" in said
     assert "error of the models, predicted over measured (by others, cuBLAS, M >= 8192; median, p10 to p90)" in said
+    assert "img/s if a forward is off as those products are: flat" in said
     assert "errors" not in json.loads(command("--model", "vit_tiny_patch16_224", "--chip", "a100", "--json").stdout)
 
 
-def test_command_refuses_mixtures():
-    mixed = command("--model", "vit_tiny_patch16_224", "--arch", "sm_90")
-    assert mixed.returncode == 2
-    assert "one or the other" in mixed.stderr
-    unknown = command("--model", "resnet50")
-    assert unknown.returncode == 2
-    assert "resnet50" in unknown.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "vit_tiny_patch16_224", "--arch", "sm_90"), "one or the other"),
+        (("--backward",), "--backward goes with --model"),
+        (("--native", "--backward"), "it goes without --arch, --kernel and --backward"),
+        (("--model", "resnet50"), "resnet50"),
+    ],
+)
+def test_command_refuses_mixtures(arguments, message):
+    result = CliRunner().invoke(app, ["inspect", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -146,6 +146,22 @@ def test_operands_in_registers_are_not_read_again():
     assert clocks == [32 * (64 + 128) / 128, 32 * 128 / 128]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "elements"),
+    [
+        ("attention", {"BLOCK_M": 64, "BLOCK_N": 32}, 64 * 80),
+        ("attention_dq", {"BLOCK_M": 64, "BLOCK_N": 32}, 64 * 80),
+        ("attention_dkdv", {"BLOCK_M": 32, "BLOCK_N": 64}, 2 * 64 * 80),  # dk and dv
+    ],
+)
+def test_steps_of_attention(kernel, blocks, elements):
+    """197 tokens are six tiles of 32 and one of 16, whichever axis is walked."""
+    blocks = {**blocks, "BLOCK_TAIL": 16}
+    assert throughput.steps_of(kernel, blocks, tokens=197) == [6, 1]
+    assert throughput.steps_of(kernel, blocks, tokens=192) == [6, 0]
+    assert throughput.output_elements(kernel, blocks, 80, 197) == elements
+
+
 def test_what_cannot_be_said_is_none(listing):
     options = {"warps": 8, "blocks": 1, "elements": 1}
     assert throughput.tile_clocks(listing, [10], arch="sm_100", **options) is None

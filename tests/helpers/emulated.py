@@ -19,6 +19,8 @@ needs_compiler = pytest.mark.skipif(
     reason=f"there is no C++ compiler {COMPILER[0]!r} on Linux to compile the emulated kernels with",
 )
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA kernels with")
+
 
 def library(source, folder, macros=(), include=ROOT / "csrc"):
     """tests/emulation/<source>.cpp as a ctypes library; kernels come from `include`."""

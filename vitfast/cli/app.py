@@ -111,8 +111,12 @@ def inspect(
     native: Annotated[
         bool,
         typer.Option(
-            help="The CUDA linear for Hopper, compiled by nvcc (from a checkout); with --model: predict with it."
+            help="The CUDA linear and attention for Hopper, compiled by nvcc (from a checkout); with --model: "
+            "predict with that linear."
         ),
+    ] = False,
+    backward: Annotated[
+        bool, typer.Option(help="With --model: predict the gradients of its attention instead of its forward.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -122,14 +126,18 @@ def inspect(
     """
     with command(context, as_json) as answer:
         if native:
-            from vitfast.diagnostics import native_code
+            from vitfast.diagnostics import native_attention, native_code
 
-            if arch or kernel:
-                raise ValueError("--native is one kernel, for sm_90: it goes without --arch and --kernel")
+            if arch or kernel or backward:
+                raise ValueError("--native has kernels for sm_90: it goes without --arch, --kernel and --backward")
             rows = native_code.inspect_linear()
             if model is None:
-                answer.json, answer.text = rows, native_code.render(rows)
+                scores = native_attention.inspect_attention()
+                answer.json = [*rows, *scores]
+                answer.text = [native_code.render(rows), "", native_attention.render(scores)]
                 return
+        if backward and model is None:
+            raise ValueError("--backward goes with --model")
         if model is None:
             from vitfast.diagnostics import compiled as compiled
 
@@ -148,12 +156,13 @@ def inspect(
             raise ValueError(f"--model must be one of {', '.join(NAMED)}, got {model!r}{near}")
         from vitfast.benchmarks import predicted, published_figures
 
-        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype)
+        answer.json = predict.predict(NAMED[model], batch=batch, chip=chip, dtype=dtype, backward=backward)
         predict.add_machine_code(answer.json)
         if native:
             native_code.add_native(answer.json, rows)
-        published_figures.add_errors(answer.json)
-        predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
+        if not backward:
+            published_figures.add_errors(answer.json)
+            predicted.add_measured(answer.json, NAMED[model], predicted.results_of(chip))
         answer.text = predict.render(answer.json)
 
 

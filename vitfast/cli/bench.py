@@ -289,6 +289,7 @@ def report(
 def published(
     context: typer.Context,
     chip: Annotated[str, typer.Option(help="GPU whose published figures to show.")] = "h100",
+    native: Annotated[bool, typer.Option(help="Also predict with the CUDA linear; needs nvcc and a checkout.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """What others measured on a GPU, with its source, beside our predictions; and the error of the model that predicts.
@@ -299,8 +300,9 @@ def published(
 
     with command(context, json_out) as answer:
         from vitfast.benchmarks import published_figures as module
+        from vitfast.diagnostics import native_code
 
-        answer.json = module.compare(chip)
+        answer.json = module.compare(chip, native_code.inspect_linear() if native else ())
         answer.text = module.render(answer.json)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitfast.diagnostics.chips import LAUNCH_US
+from vitfast.diagnostics.throughput import WALKED
 
 SUSTAINED_CLOCK = 0.85
 """Share of the boost clock that an H100 keeps under dense products. An assumption: of the 989 TFLOP/s at its boost
@@ -36,7 +37,7 @@ def problem_of(row: Mapping[str, Any]) -> dict[str, int]:
     dims = row["dims"]
     if row["op"] in ("linear", "quantized_linear"):
         return {"k": dims["K"]}
-    if row["op"] == "attention":
+    if row["op"] in WALKED:
         return {"tokens": dims["tokens"]}
     return {}
 
@@ -55,8 +56,9 @@ def time_by_code(
         that time, the start left out, in which tensor cores multiply.
     """
     dims = row["dims"]
-    if row["op"] == "attention":
-        tiles = _covering(dims["tokens"], blocks["BLOCK_M"]) * dims["batch"] * dims["heads"]
+    if row["op"] in WALKED:
+        own = blocks["BLOCK_N" if row["op"] == "attention_dkdv" else "BLOCK_M"]
+        tiles = _covering(dims["tokens"], own) * dims["batch"] * dims["heads"]
         copied = 0  # keys and values of a head are read by few tiles: memory's time covers it
     else:
         rows, columns = _covering(dims["M"], blocks["BLOCK_M"]), _covering(dims["N"], blocks["BLOCK_N"])

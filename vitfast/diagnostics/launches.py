@@ -135,6 +135,13 @@ def launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype, prec
     return [launch for row in rows for launch in _with_sum(row, card, dtype)]
 
 
+def backward_launches(config: ViTConfig, batch: int, card: Chip, dtype: torch.dtype) -> list[Launch]:
+    """Those of the gradients of the forward's attention. FLOPs are what the kernels multiply: both make the scores."""
+    (attention,) = (step for step in _steps(config, batch, "") if step.op == "attention")
+    steps = (replace(attention, name=op, op=op) for op in ("attention_dq", "attention_dkdv"))
+    return [_attention_backward(step, card, dtype) for step in steps]
+
+
 def launches_of(op: str, dims: Dims, card: Chip, dtype: torch.dtype) -> list[Launch]:
     """The launches of one case of an op, as `vitfast.engine.cases` describes it: one, or two where K is in parts."""
     return _with_sum(_PREDICTED[op](_Step(op, 1, op, dims), card, dtype), card, dtype)
@@ -248,24 +255,45 @@ def _patch_embed(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
 
 def _attention(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     """In 8 bits with a scale for each head of a row, where the next product reads that."""
-    from vitfast.kernels._parts.attention_arguments import Problem, head_chunks
+    from vitfast.kernels._parts.attention_arguments import Problem
     from vitfast.kernels.attention import pick_config
 
     batch, tokens, heads, head_dim = (step.dims[name] for name in ("batch", "tokens", "heads", "head_dim"))
     kind = "fp32" if dtype == torch.float32 else "half"
     tile = pick_config(Problem(head_dim, tokens, tokens, dtype, card.capability, kind))
-    block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
-    whole, left = divmod(tokens, block_n)
-    keys = whole * block_n + (max(16, 1 << (left - 1).bit_length()) if left else 0)
-    programs = _covering(tokens, block_m) * batch * heads
-    queries = _covering(tokens, block_m) * block_m
-    tile_efficiency = tokens * tokens * head_dim / (queries * keys * sum(head_chunks(head_dim)))
-    wave_efficiency = _wave_efficiency(programs, card.multiprocessors * (8 // tile.num_warps))
     rows, width = batch * tokens, heads * head_dim
     in_8_bits = "to" in step.dims.get("variant", "").split()
     moved = rows * (dtype.itemsize * 3 * width + (width + 4 * heads if in_8_bits else dtype.itemsize * width))
-    work = OPS["attention"].flops(step.dims)
-    exponentials = batch * heads * queries * keys
+    return _over_tokens(step, OPS["attention"].flops(step.dims), moved, tile, "MN", card, dtype)
+
+
+def _attention_backward(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
+    """`attention_dq` multiplies three times, and moves q, k, v, out, dout and dq; `attention_dkdv` four times.
+
+    That one moves q, k, v, dout, dk and dv. Both move three numbers a row in fp32: its maximum, its sum and delta.
+    """
+    from vitfast.kernels.attention_backward import pick_config
+
+    kernel = step.op.removeprefix("attention_")
+    batch, tokens, heads, head_dim = (step.dims[name] for name in ("batch", "tokens", "heads", "head_dim"))
+    tile = pick_config(kernel, head_dim, dtype, False, card.capability)
+    products, axes = {"dq": (3, "MN"), "dkdv": (4, "NM")}[kernel]
+    moved = batch * tokens * heads * (6 * dtype.itemsize * head_dim + 3 * 4)
+    return _over_tokens(step, OPS["attention"].flops(step.dims) // 2 * products, moved, tile, axes, card, dtype)
+
+
+def _over_tokens(step: _Step, work: int, moved: int, tile: Config, axes: str, card: Chip, dtype: torch.dtype) -> Launch:
+    """Of programs with a tile of tokens each, of axis axes[0], that walk over all tokens in tiles of axes[1]."""
+    from vitfast.kernels._parts.attention_arguments import head_chunks
+
+    batch, tokens, heads, head_dim = (step.dims[name] for name in ("batch", "tokens", "heads", "head_dim"))
+    own, walked = (tile.blocks[f"BLOCK_{axis}"] for axis in axes)
+    whole, left = divmod(tokens, walked)
+    seen = whole * walked + (max(16, 1 << (left - 1).bit_length()) if left else 0)
+    tiles = _covering(tokens, own)
+    tile_efficiency = tokens * tokens * head_dim / (tiles * own * seen * sum(head_chunks(head_dim)))
+    wave_efficiency = _wave_efficiency(tiles * batch * heads, card.multiprocessors * (8 // tile.num_warps))
+    exponentials = batch * heads * tiles * own * seen
     return Launch(
         site=step.name,
         count=step.count,

@@ -72,7 +72,8 @@ def inspect_linear() -> list[dict[str, Any]]:
     Raises:
         RuntimeError: without nvcc, or csrc/ (a checkout has it), or if it does not compile.
     """
-    report, code = _compile()
+    instances = "".join(f"INSTANCE(linear_{name}, {known})\n" for name, known in EPILOGUES.items())
+    report, code = compile_kernels(_SOURCE.format(columns=COLUMNS) + instances)
     rows = []
     for name in EPILOGUES:
         listing, notes = sass.parse(code[f"linear_{name}"]), report[f"linear_{name}"]
@@ -87,9 +88,7 @@ def inspect_linear() -> list[dict[str, Any]]:
                 "kernel": "linear, native",
                 "config": f"{CLUSTER}x{ROWS}x{COLUMNS}x{DEPTH}_{name}",
                 "arch": ARCH,
-                "registers": int(_found(r"Used (\d+) registers", notes)),
-                "spill_bytes": int(_found(r"(\d+) bytes stack frame", notes)),
-                "ptxas_warnings": sorted(set(re.findall(r"\(?(C\d{4})\)?", notes))),
+                **notes_of(notes),
                 "product_loops": [machine_code.describe_part(listing.of(loop)) for loop in listing.product_loops],
                 "rest": machine_code.describe_part(exposed),
                 "epilogue_instructions_per_element": round(len(exposed) * 8 * throughput.WARP / (ROWS * COLUMNS), 2),
@@ -140,8 +139,8 @@ def add_native(prediction: dict[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     for row in prediction["launches"]:
         dims = row["dims"]
         if row["op"] == "linear" and _tiles(dims) * CLUSTER >= prediction["chip"]["multiprocessors"]:
-            name = {"norm gelu": "norm_gelu", "residual stats": "residual_stats"}.get(dims["epilogue"], "norm")
-            row["native_us"] = microseconds(made[name], dims, prediction["chip"], row["memory_us"])
+            name = dims["epilogue"].replace(" ", "_")
+            row["native_us"] = microseconds(made.get(name, made["norm"]), dims, prediction["chip"], row["memory_us"])
         total += row["count"] * (row.get("native_us") or row.get("code_us") or row["time_us"])
     prediction["by_native"] = {"time_us": total, "images_per_s": prediction["batch"] / total * 1e6}
 
@@ -172,17 +171,20 @@ def _exposed(listing: sass.Listing) -> tuple[sass.Instruction, ...]:
     return tuple(i for i in of_tile if not first <= i.address <= last)
 
 
-def _compile() -> tuple[dict[str, str], dict[str, str]]:
-    """By entry: ptxas' report, and the disassembly."""
+def compile_kernels(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Compile CUDA source that includes files of csrc/ for sm_90a; by entry: ptxas' report, and the disassembly.
+
+    Raises:
+        RuntimeError: without nvcc, or csrc/, or if it does not compile.
+    """
     sources = Path(__file__).resolve().parents[2] / "csrc"
-    if not (sources / "cuda" / "linear.cuh").is_file():
-        raise RuntimeError(f"the CUDA linear is compiled from a checkout: there is no {sources / 'cuda'}")
+    if not (sources / "cuda").is_dir():
+        raise RuntimeError(f"CUDA kernels are compiled from a checkout: there is no {sources / 'cuda'}")
     if shutil.which("nvcc") is None:
-        raise RuntimeError("the CUDA linear is compiled by nvcc, which is not on the PATH")
-    instances = "".join(f"INSTANCE(linear_{name}, {known})\n" for name, known in EPILOGUES.items())
+        raise RuntimeError("CUDA kernels are compiled by nvcc, which is not on the PATH")
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "linear.cu"), Path(folder, "linear.cubin")
-        source.write_text(_SOURCE.format(columns=COLUMNS) + instances)
+        source, cubin = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
+        source.write_text(text)
         command = ["nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{sources}", "-Xptxas", "-v"]
         command += ["-cubin", "-o", str(cubin), str(source)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,6 +194,15 @@ def _compile() -> tuple[dict[str, str], dict[str, str]]:
     report = re.split(r"Compiling entry function '(\w+)'", result.stderr)
     parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", listed, flags=re.MULTILINE)
     return dict(zip(report[1::2], report[2::2], strict=True)), dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def notes_of(report: str) -> dict[str, Any]:
+    """What ptxas reports of a kernel, by the names that rows have: registers, spill_bytes and ptxas_warnings."""
+    return {
+        "registers": int(_found(r"Used (\d+) registers", report)),
+        "spill_bytes": int(_found(r"(\d+) bytes stack frame", report)),
+        "ptxas_warnings": sorted(set(re.findall(r"\(?(C\d{4})\)?", report))),
+    }
 
 
 def _found(pattern: str, text: str) -> str:

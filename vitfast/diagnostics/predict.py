@@ -30,7 +30,7 @@ from vitfast.diagnostics.chips import (
     SUSTAINED_MEMORY,
     peak_tflops,
 )
-from vitfast.diagnostics.launches import launches
+from vitfast.diagnostics.launches import backward_launches, launches
 from vitfast.engine.dtypes import QUANTIZED, dtype_name
 from vitfast.models.config import ViTConfig
 
@@ -38,19 +38,21 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") -> dict[str, Any]:
+def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16", backward: bool = False) -> dict[str, Any]:
     """Predict every launch of the forward from uint8 pixels, and the sum; norms are folded where nothing is quantised.
 
     Args:
         batch: images. chip: a key of CHIPS. dtype: "bf16", "fp16", "fp32", "fp8" or "int8", or as torch names them.
+        backward: instead, the launches of our kernels that its gradients need: those of attention.
 
     Returns:
-        What json.dumps accepts: model, batch, chip, dtype, `predicted` (always True), `assumptions`,
+        What json.dumps accepts: model, batch, chip, dtype, backward, `predicted` (always True), `assumptions`,
         `launches` (rows as Launch, with bound, time_us and share of the whole), gflop_per_image,
         time_us, images_per_s, and `math_share`: useful FLOP/s over the data sheet's peak in `dtype`.
 
     Raises:
-        ValueError: for an unknown chip or dtype, or a batch below 1; the message lists what is allowed.
+        ValueError: for an unknown chip or dtype, a batch below 1, or gradients in 8 bits; the message lists what is
+            allowed.
     """
     if chip not in CHIPS:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}")
@@ -61,7 +63,12 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
     peak = peak_tflops(card, quantized or DTYPES[dtype])
     if peak is None:
         raise ValueError(f"dtype {dtype!r}: {card.name} has no such products")
-    rows = launches(config, batch, card, DTYPES.get(dtype, torch.bfloat16), dtype if quantized else "")
+    if backward and quantized:
+        raise ValueError(f"gradients are in {', '.join(DTYPES)}, got dtype {dtype!r}")
+    if backward:
+        rows = backward_launches(config, batch, card, DTYPES[dtype])
+    else:
+        rows = launches(config, batch, card, DTYPES.get(dtype, torch.bfloat16), dtype if quantized else "")
     total = sum(launch.count * launch.time_us for launch in rows)
     flops = sum(launch.count * launch.flops for launch in rows)
     return {
@@ -69,6 +76,7 @@ def predict(config: ViTConfig, *, batch: int, chip: str, dtype: str = "bf16") ->
         "batch": batch,
         "chip": asdict(card),
         "dtype": dtype,
+        "backward": backward,
         "predicted": True,
         "assumptions": {
             "sustained_math": SUSTAINED_MATH,
@@ -136,6 +144,10 @@ def _compile_case(row: dict[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
         return "layer_norm", op, name, {}
     if op == "patch_embed":
         return op, op, f"{name}_uint8_nhwc_{dims['patch']}", {}
+    if op in ("attention_dq", "attention_dkdv"):
+        plain = dict.fromkeys(("bias", "mask", "slopes", "softcap", "left", "right", "cu_keys"))
+        plain |= {"HEAD_DIM": dims["head_dim"], "GROUP": 1}
+        return "attention_backward", op, name, plain | ({"dbias": None} if op == "attention_dq" else {})
     if op == "attention":
         plain = {"HEAD_DIM": dims["head_dim"], "bias": None, "mask": None, "max_out": None}
         in_8_bits = bool(dims.get("variant"))
@@ -198,35 +210,42 @@ def render(prediction: dict[str, Any]) -> list[RenderableType]:
         "memory µs": lambda row: f"{row['memory_us']:.1f}",
         "exp µs": lambda row: f"{row['exp_us']:.1f}",
     }
+
+    backward = prediction["backward"]
+
+    def rate(part: dict[str, Any]) -> str:
+        return f"{part['time_us'] / 1e3:.2f} ms" + ("" if backward else f", {part['images_per_s']:,.0f} img/s")
+
     whole = f"{prediction['model']} batch {prediction['batch']} {prediction['dtype']} on {chip['name']}"
+    if backward:
+        whole = f"gradients of attention in {whole}"
     lines: list[Any] = [
         table(f"predicted, not measured: {whole}", launched, ("launch", "bound")),
         "",
         table("what each launch takes at least", why, ("launch", "config")),
         "",
-        f"predicted: {prediction['time_us'] / 1e3:.2f} ms, {prediction['images_per_s']:,.0f} img/s; "
-        f"{prediction['gflop_per_image']:.1f} GFLOP an image; {prediction['math_share']:.0%} of the data sheet's peak "
-        f"({chip['source']})",
+        f"predicted: {rate(prediction)}; {prediction['gflop_per_image']:.1f} GFLOP an image; "
+        f"{prediction['math_share']:.0%} of the data sheet's peak ({chip['source']})",
     ]
     if any(row.get("code_us") for row in rows):
         lines.append(
             f"predicted by the machine code of {prediction['by_code']['launches_by_code']} of {len(rows)} launches: "
-            f"{prediction['by_code']['time_us'] / 1e3:.2f} ms, {prediction['by_code']['images_per_s']:,.0f} img/s"
+            f"{rate(prediction['by_code'])}"
         )
     if native := prediction.get("by_native"):
-        lines.append(
-            f"predicted with the CUDA linear for its products: {native['time_us'] / 1e3:.2f} ms, "
-            f"{native['images_per_s']:,.0f} img/s"
-        )
+        lines.append(f"predicted with the CUDA linear for its products: {rate(native)}")
     if errors := prediction.get("errors"):
-        spread = {
-            name: f"{e['median']:.2f} ({e['p10']:.2f} to {e['p90']:.2f})"
-            for name in ("flat", "code")
-            if (e := errors[name])
-        }
+        names = {"flat": "flat", "code": "by code", "native": "with the CUDA linear"}
+        known = {title: errors[name] for name, title in names.items() if name in errors}
+        off = (f"{title} {e['median']:.2f} ({e['p10']:.2f} to {e['p90']:.2f})" for title, e in known.items())
+        bars = ((title, e["images_per_s"]) for title, e in known.items())
         lines.append(
             f"error of the models, predicted over measured (by others, cuBLAS, {errors['band']}; median, p10 to p90): "
-            f"flat {spread['flat']}, by code {spread['code']}"
+            f"{', '.join(off)}"
+        )
+        lines.append(
+            "img/s if a forward is off as those products are: "
+            + ", ".join(f"{title} {r['median']:,.0f} ({r['p10']:,.0f} to {r['p90']:,.0f})" for title, r in bars)
         )
     if "measured_images_per_s" in prediction:
         lines.append(

@@ -193,6 +193,10 @@ TYPICAL = {"K": 768, "N": 197}
 """What a row of `vitfast inspect` is said for: ViT-B's width, and the tokens of a /16 at 224 pixels."""
 
 
+WALKED = {"attention": "BLOCK_N", "attention_dq": "BLOCK_N", "attention_dkdv": "BLOCK_M"}
+"""Kernels whose tiles walk over all tokens: in tiles of this block, and then a narrower one."""
+
+
 def steps_of(kernel: str, blocks: Mapping[str, int], *, k: int | None = None, tokens: int | None = None) -> list[int]:
     """How often each product loop of a kernel runs for a tile.
 
@@ -205,8 +209,8 @@ def steps_of(kernel: str, blocks: Mapping[str, int], *, k: int | None = None, to
     """
     if kernel in ("linear", "quantized_linear", "patch_embed") and k is not None:
         return [_covering(_covering(k, blocks["BLOCK_K"]), blocks.get("SPLIT_K", 1))]
-    if kernel == "attention" and tokens is not None:
-        whole, left = divmod(tokens, blocks["BLOCK_N"])
+    if kernel in WALKED and tokens is not None:
+        whole, left = divmod(tokens, blocks[WALKED[kernel]])
         return [whole, _covering(left, blocks["BLOCK_TAIL"])]
     if kernel == "attention_short" and tokens is not None:
         return [_covering(tokens, blocks["BLOCK_M"])]
@@ -223,8 +227,10 @@ def copied_bytes(kernel: str, blocks: Mapping[str, Any], size: int) -> int:
 
 def output_elements(kernel: str, blocks: Mapping[str, int], head_dim: int, tokens: int) -> int:
     """Of a tile: what `epilogue_instructions_per_element` is counted for."""
-    if kernel == "attention":
+    if kernel in ("attention", "attention_dq"):
         return blocks["BLOCK_M"] * head_dim
+    if kernel == "attention_dkdv":
+        return 2 * blocks["BLOCK_N"] * head_dim
     if kernel == "attention_short":
         return tokens * head_dim
     return blocks["BLOCK_M"] * blocks["BLOCK_N"]

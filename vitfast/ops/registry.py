@@ -36,10 +36,10 @@ _QUANTIZED = ("float8_e4m3fn", "int8")
 _DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
-KERNELS_BY_CODE = {("linear", (9, 0)): ("native", "triton")}
+KERNELS_BY_CODE = {(op, (9, 0)): ("native", "triton") for op in ("linear", "attention")}
 """(op, compute capability) -> our kernels where their machine code says that another than Triton's is faster: the CUDA
-linear with its clusters on Hopper (`vitfast inspect --native`; docs/speed-log.md). A prediction, so that it decides
-between ours, and nothing about the plain op before them."""
+linear with its clusters and the CUDA attention on Hopper (`vitfast inspect --native`; docs/speed-log.md). A prediction,
+so that it decides between ours, and nothing about the plain op before them."""
 
 withheld: dict[tuple[str, str], str] = {}
 """(op, backend) -> why this process must not run it, whatever it can; what is put here counts as a reason of its own.
