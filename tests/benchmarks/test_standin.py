@@ -10,9 +10,10 @@ import torch
 from helpers import rehearsal
 
 from vitfast.benchmarks import cases
-from vitfast.benchmarks.campaign import Campaign, Step
+from vitfast.benchmarks.campaign import Campaign
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
+from vitfast.benchmarks.steps import Step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 

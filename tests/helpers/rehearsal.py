@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vitfast.benchmarks import campaign, campaign_file
+from vitfast.benchmarks import campaign, campaign_file, steps
 from vitfast.benchmarks.environment import ROOT
 
 BUILT = shutil.ignore_patterns(
@@ -70,7 +70,7 @@ def timeline(content, log, cores):
     for entry in log:
         by_step[entry["step"]].append(entry)
     rows = []
-    for step in campaign.STEPS:
+    for step in steps.STEPS:
         if step.name not in content["steps"]:
             continue
         entry, found = content["steps"][step.name], by_step[step.name]

@@ -99,7 +99,7 @@ def everything(
     from vitfast.cli.answer import command
 
     with command(context, False) as answer:
-        from vitfast.benchmarks import campaign, carried
+        from vitfast.benchmarks import campaign, carried, steps
         from vitfast.benchmarks.device import open_device
         from vitfast.benchmarks.environment import ROOT
         from vitfast.benchmarks.result_file import results_folder
@@ -113,7 +113,7 @@ def everything(
         if said:
             typer.echo(said, err=True)
         failed, unfinished = campaign.Campaign(
-            open_device(where), folder, limit, steps=campaign.SANITIZING if sanitize else campaign.STEPS,
+            open_device(where), folder, limit, steps=steps.SANITIZING if sanitize else steps.STEPS,
             say=lambda text: typer.echo(text, err=True), extension=said,
         ).run()  # fmt: skip
         answer.code = int(bool(failed))
