@@ -68,6 +68,12 @@ def test_steps_fit_nine_minutes_in_their_order():
     assert not any("max-autotune" in word for step in STEPS for arguments in step.arguments for word in arguments)
 
 
+def test_all_takes_steps_that_there_are():
+    done = bench("all", "--step", "tests", "--step", "kernel-base")
+    assert done.exit_code == 2 and "--step must be one of doctor, warm-up" in done.output, done.output
+    assert "'kernel-base'" in done.output
+
+
 def test_all_wants_a_gpu():
     if not torch.cuda.is_available():
         done = bench("all", "--budget", "1m")

@@ -45,18 +45,19 @@ def bare_checkout(folder):
     return folder
 
 
-def make_gpu(checkout, out, budget, *, standin, cache, target="gpu", **changes):
+def make_gpu(checkout, out, budget, *, standin, cache, arguments=""):
     """`make gpu` in a checkout, the stand-in in every Python; its process, ended or not.
 
     Args:
-        standin: settings of `standin.start`. cache: Triton's. changes: of the environment.
+        standin: settings of `standin.start`. cache: Triton's. arguments: GPU_ARGS.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(checkout / "tests" / "standin"), "VITFAST_STANDIN": json.dumps(standin),
-        "TRITON_CACHE_DIR": str(cache), "VITFAST_CACHE": str(cache / "vitfast"), **changes,
+        "TRITON_CACHE_DIR": str(cache), "VITFAST_CACHE": str(cache / "vitfast"),
     }  # fmt: skip
-    command = ["make", "-s", target, f"PYTHON={sys.executable}", f"BUDGET={budget}", f"OUT={out}"]
+    settings = {"PYTHON": sys.executable, "BUDGET": budget, "OUT": out, "GPU_ARGS": arguments}
+    command = ["make", "-s", "gpu", *(f"{name}={value}" for name, value in settings.items())]
     return subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
