@@ -203,38 +203,46 @@ def test_another_gpu_or_other_sources_do_not_go_on(started, tmp_path):
 
 
 CUT = """
-import sys
+import functools, sys
+from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from vitfast.benchmarks import campaign
 from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.steps import Step
+from vitfast.cli.signals import stopping
 campaign.LEAST_S, campaign.STOPPING_S = 0.5, 0.1
-steps = [Step(f"s{{i}}", "bench", (("kernels", "two/vitfast native=dies"),), 60.0) for i in range(6)]
-campaign.Campaign(CpuDevice(), {out!r}, 60, steps=steps, say=print, command=(sys.executable, {script!r})).run()
+steps = [Step(f"s{{i}}", "bench", (("kernels", "two/vitfast native=dies"),), 60.0) for i in range(200)]
+say = functools.partial(print, flush=True)
+with stopping():
+    campaign.Campaign(CpuDevice(), Path({out!r}), 900, steps=steps, say=say, command=(sys.executable, {script!r})).run()
 """
 
 
 @pytest.mark.full
 def test_files_are_valid_whenever_it_is_cut(started, tmp_path):
+    """At 20 random moments of the first seconds in which steps run: there are more of these than all calls finish."""
     started()  # writes the stand-in
     out, seeds = tmp_path / "out", random.Random(3)
     program = CUT.format(
         root=str(campaign.ROOT), tests=str(campaign.ROOT / "tests"), out=str(out), script=str(tmp_path / "vitfast.py")
-    ).replace("'" + str(out) + "'", f"__import__('pathlib').Path({str(out)!r})")
-    seen, cut = 0, 0
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
-        time.sleep(2.0 + 6 * seeds.random())
+    )
+    seen = 0
+    for call in range(1, 21):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout.readline().startswith("s"), "a step has begun"
+        time.sleep(4 * seeds.random())
         process.send_signal(seeds.choice([signal.SIGKILL, signal.SIGTERM]))
-        cut += process.wait() < 0
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        assert names <= {"campaign.json", "campaign.log", "page.html"}, names
-        if (out / "campaign.json").is_file():
-            steps = campaign_file.read(out / "campaign.json")["steps"]
-            done = sum(len(step.get("result", {}).get("rows", ())) for step in steps.values())
-            assert done >= seen or all(step["state"] == "done" for step in steps.values())
-            seen = done
-    assert seen and cut  # each call went on with what the one before had kept
+        process.communicate()
+        assert process.returncode, "it was cut before its end"
+        assert {path.name for path in out.iterdir()} <= {"campaign.json", "campaign.log", "page.html"}
+        content = campaign_file.read(out / "campaign.json")
+        assert len(content["calls"]) == 1 + call  # `started` began one
+        done = sum(len(step.get("result", {}).get("rows", ())) for step in content["steps"].values())
+        assert done >= seen, "each call goes on with what the one before had kept"
+        seen = done
+    assert seen
 
 
 def test_a_cut_in_mid_write_leaves_whole_files_only(started, tmp_path, monkeypatch):
