@@ -8,6 +8,7 @@ WORKERS ?= 2
 # How long `make gpu` takes, and the folder that it fills.
 BUDGET ?= 9m
 OUT ?= gpu-results
+GPU_ARGS ?=
 GPU_TEST_ARGS ?= -n 8
 PYTEST_ARGS ?=
 PYTEST = $(if $(WORKERS),OMP_NUM_THREADS=1 )$(BIN)/pytest$(if $(WORKERS), -n $(WORKERS))
@@ -88,7 +89,7 @@ demo: $(READY) ## embed sample photos and find the ones alike
 ON_GPU = PYTHONPATH="$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
 gpu: ## measure and test a GPU for BUDGET, with $(PYTHON) as it is; results in OUT
-	$(ON_GPU) -m vitfast bench all --budget $(BUDGET) --out $(OUT) --extension $(PACKAGE)
+	$(ON_GPU) -m vitfast bench all --budget $(BUDGET) --out $(OUT) --extension $(PACKAGE) $(GPU_ARGS)
 
 gpu-sanitize: ## launch every kernel once under compute-sanitizer's memcheck and racecheck
 	$(ON_GPU) -m vitfast bench all --sanitize --budget $(BUDGET) --out $(OUT)-sanitize

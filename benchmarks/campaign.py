@@ -13,27 +13,25 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitfast.benchmarks import child, smoke
+from vitfast.benchmarks import child
 from vitfast.benchmarks.campaign_file import CampaignFile
 from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.environment import ROOT, environment
 from vitfast.benchmarks.result_file import write
+from vitfast.benchmarks.steps import BUDGET_S, SMOKE, STEPS, Step
 from vitfast.benchmarks.watch import CONTEXT_LOST
+from vitfast.engine.plan_cache import digest
 from vitfast.ops import registry
 
-BUDGET_S = 9 * 60.0
-"""The budget that the steps' limits are for."""
 STOPPING_S = 5.0
 """Kept for a step to finish its case and measure the roofs again after its own budget."""
 LEAST_S = 15.0
@@ -45,79 +43,6 @@ PARALLEL = 8
 TESTS = ("-m", "pytest", "-m", "device", "--continue-on-collection-errors", "-p", "helpers.report")
 WITH_PLUGINS = {"xdist": ("-n", "8"), "pytest_timeout": ("--timeout", "60", "--timeout-method", "thread")}
 """A test that hangs, or kills the GPU's context, ends its worker, and xdist begins another; where these plugins are."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A part of the campaign.
-
-    Attributes:
-        kind: "bench": a command of `vitfast bench`, by itself on the GPU; "jobs": several, PARALLEL of them at a time;
-            "doctor"; "tests".
-        arguments: of the command, or of each.
-        limit_s: the most it may take of BUDGET_S; of a larger budget, as much more.
-        each_machine: done again by a later call on another machine.
-    """
-
-    name: str
-    kind: str
-    arguments: tuple[tuple[str, ...], ...] = ()
-    limit_s: float = 60.0
-    each_machine: bool = False
-
-
-def _model(batches: Sequence[int], models: Sequence[str], providers: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    options = [("-m", models), ("--batch", map(str, batches)), ("--provider", providers)]
-    return (("model", *(part for option, values in options for value in values for part in (option, value))),)
-
-
-BASE, LARGE = "vit_base_patch16_224", "vit_large_patch16_224"
-OTHERS = ("vit_tiny_patch16_224", "vit_huge_patch14_224")
-OURS = ("vitfast", "vitfast triton", "vitfast native", "vitfast fp8")
-GRAPH = "timm CUDA graph"
-
-PARTS = {"linear": 3, "quantized_linear": 4, "attention": 2}
-"""Processes among which an op's cases are dealt out to be compiled; one is enough for the others."""
-WARM_UP = tuple(
-    ("smoke", "--op", op, "--backend", "triton", "-m", BASE, "--batch", "256", "--part", f"{part}/{parts}")
-    for op in smoke.SMALL
-    for parts in (PARTS.get(op, 1),)
-    for part in range(1, parts + 1)
-)
-CONFIGS = tuple(
-    ("smoke", "--op", op, "--backend", "triton", "--configs", "-m", BASE, "--batch", "256", "--part", f"{part}/4")
-    for op in ("linear", "attention")
-    for part in range(1, 5)
-)
-"""What the sweep launches, compiled beforehand by as many processes as there may be."""
-SMOKE = tuple(("smoke", "--op", op, "--backend", backend) for op, backend in smoke.pairs())
-SWEEP = ("sweep", "-m", BASE, "--op", "linear", "--op", "attention", "--batch", "256")
-
-STEPS = (
-    Step("doctor", "doctor", limit_s=30, each_machine=True),
-    Step("warm-up", "jobs", WARM_UP, limit_s=60, each_machine=True),
-    Step("smoke", "jobs", SMOKE, limit_s=60),
-    Step("kernels-base", "bench", (("kernels", "-m", BASE, "--batch", "256"),), limit_s=120),
-    Step("model-base", "bench", _model((256, 1), (BASE,), (*OURS, GRAPH)), limit_s=100),
-    Step("configs", "jobs", CONFIGS, limit_s=40, each_machine=True),
-    Step("sweep", "bench", (SWEEP,), limit_s=60),
-    Step("model-tuned", "bench", _model((256, 1), (BASE,), (*OURS, GRAPH)), limit_s=60),
-    Step("tests", "tests", limit_s=180),
-    Step("model-large", "bench", _model((128,), (LARGE,), (*OURS, GRAPH)), limit_s=60),
-    Step("model-compiled", "bench", _model((256,), (BASE,), ("vitfast", "transformers", "torch.compile", "TensorRT")),
-         limit_s=120),
-    Step("kernels-compiled", "bench", (("kernels", "-m", BASE, "--batch", "256", "--slow"),), limit_s=180),
-    Step("kernels-large", "bench", (("kernels", "-m", "vit_large_patch14_518", "--batch", "64"),), limit_s=180),
-    Step("model-others", "bench", _model((1, 8, 64, 512), OTHERS, (*OURS, GRAPH)), limit_s=180),
-)  # fmt: skip
-
-SANITIZING = tuple(
-    Step(
-        f"smoke-{tool}", "jobs", tuple((f"compute-sanitizer --tool {tool} --error-exitcode 9", *j) for j in SMOKE), 600
-    )
-    for tool in ("memcheck", "racecheck")
-)
-"""The smoke set under compute-sanitizer, instead of all else: every launch takes many times as long."""
 
 
 class Campaign:
@@ -165,6 +90,7 @@ class Campaign:
         with tempfile.TemporaryDirectory(prefix="vitfast-bench-") as work, log_file as log:
             self._work, self._log = Path(work), log
             self._environment = {"VITFAST_CACHE": os.environ.get("VITFAST_CACHE", str(self._work / "cache"))}
+            self._restore_plans()
             for step in self._steps:
                 if not self._due(step):
                     continue
@@ -179,6 +105,14 @@ class Campaign:
             self._keep()
         return self._failures(), unfinished
 
+    def _restore_plans(self) -> None:
+        """Give the steps the plans of an earlier call, which are then not measured again."""
+        path = self._folder / "plan.json"
+        for plan in json.loads(path.read_text()) if path.is_file() else ():
+            kept = Path(self._environment["VITFAST_CACHE"]) / "plans" / f"{digest(plan['key'])}.json"
+            if not kept.is_file():
+                write(kept, json.dumps(plan))
+
     def _due(self, step: Step) -> bool:
         entry = self.file.step(step.name)
         again = step.each_machine and entry.get("boot") != self._boot
@@ -186,6 +120,8 @@ class Campaign:
 
     def _step(self, step: Step, limit_s: float) -> None:
         entry, start, before = self.file.step(step.name), time.monotonic(), self.file.step(step.name)["seconds"]
+        if step.each_machine and entry.get("boot") != self._boot:
+            entry.pop("answer", None)
         entry |= {"state": "running", "boot": self._boot}
         entry.pop("why", None)
         self.file.write()
@@ -282,7 +218,7 @@ class Campaign:
     # --- many small commands side by side ---
 
     def _jobs(self, step: Step, entry: dict[str, Any], end: float) -> None:
-        done: dict[str, Any] = {} if step.each_machine else dict(entry.get("answer", {}).get("jobs", {}))
+        done: dict[str, Any] = dict(entry.get("answer", {}).get("jobs", {}))
         entry["answer"] = {"jobs": done}
         todo = [job for job in step.arguments if " ".join(job) not in done]
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -350,31 +286,35 @@ class Campaign:
         entry |= {"state": "cut" if done.why else "done" if done.code == 0 else "failed", "exit_code": done.code}
 
     def _tests(self, step: Step, entry: dict[str, Any], end: float) -> None:
-        report = self._folder / "tests.json"
-        report.unlink(missing_ok=True)
+        report = self._work / "tests.json"
         plugins = [word for name, words in WITH_PLUGINS.items() if importlib.util.find_spec(name) for word in words]
         arguments = [*self._python, *TESTS, *plugins, "--report", str(report), *_device_tests()]
         self._write_log(f"\n$ {' '.join(arguments)}\n")
         paths = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
         own = {**self._environment, "PYTHONPATH": os.pathsep.join(paths)}  # -p comes before pytest's own pythonpath
-        done = child.run(arguments, self._log, end - time.monotonic(), environment=own)
-        if report.is_file():
-            entry["answer"] = json.loads(report.read_text())
+        taken = functools.partial(self._take_report, report, entry)
+        done = child.run(arguments, self._log, end - time.monotonic(), environment=own, on_tick=taken)
         ran = done.code in (0, 1) and report.is_file()  # without pytest the code is 1, too
         entry |= {"state": "done" if ran else "cut" if done.why else "failed", "exit_code": done.code}
+
+    def _take_report(self, report: Path, entry: dict[str, Any]) -> None:
+        """Keep the report of the tests so far, if it changed."""
+        if report.is_file() and (content := json.loads(report.read_text())) != entry.get("answer"):
+            entry["answer"] = content
+            self.file.keep("tests.json", json.dumps(content, indent=1) + "\n")
 
     def _keep(self) -> None:
         """Write the campaign's file and page, and take what the steps left elsewhere."""
         plans = sorted(Path(self._environment["VITFAST_CACHE"]).glob("plans/*.json"))
         found = [json.loads(path.read_text()) for path in plans]
-        if found:
-            write(self._folder / "plan.json", json.dumps(found, indent=1) + "\n")
         table = ROOT / "kernels" / "configs" / f"{self._device.slug}.json"
-        if table.is_file():
-            shutil.copyfile(table, self._folder / table.name)
         with self._lock:
+            if found:
+                self.file.keep("plan.json", json.dumps(found, indent=1) + "\n")
+            if table.is_file():
+                self.file.keep(table.name, table.read_text())
             self.file.write()
-            self.file.write_page(self._folder / "page.html")
+            self.file.write_page()
 
     def _failures(self) -> list[str]:
         failed = []

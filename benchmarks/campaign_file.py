@@ -13,6 +13,7 @@ steps that measure nothing have `answer` instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,10 @@ SCHEMA = 1
 
 
 class CampaignFile:
-    """The file in the making. What is there already is gone on with.
+    """The file in the making, and the others of its folder. What is there already is gone on with.
+
+    Whatever ends the process, the folder has whole files only: what is not whole yet stands beside the folder, under a
+    hidden name. Where nothing can be moved from there (the folder is a disk of its own), it stands inside.
 
     Raises:
         ValueError: if the file is of something else, or of another GPU or other sources.
@@ -46,19 +50,31 @@ class CampaignFile:
                         f"{path} was begun with {name} {was!r}, here it is {here!r}: choose another folder"
                     )
         self.content["calls"].append(dict(call))
-        self.write()
+        folder = path.parent.resolve()
+        self._part = folder.with_name(f".{folder.name}.part")
+        try:
+            self.write()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._part.unlink(missing_ok=True)
+            self._part = folder / ".part"
+            self.write()
 
     def step(self, name: str) -> dict[str, Any]:
         """What is known of a step."""
         return self.content["steps"].setdefault(name, {"state": "", "seconds": 0.0, "culprits": []})
 
-    def write(self) -> None:
-        """Write the file in one step."""
-        write(self.path, json.dumps(self.content, indent=1) + "\n")
+    def keep(self, name: str, text: str) -> None:
+        """Write a file of the folder in one step."""
+        write(self.path.with_name(name), text, part=self._part)
 
-    def write_page(self, path: Path) -> None:
+    def write(self) -> None:
+        """Write the file itself."""
+        self.keep(self.path.name, json.dumps(self.content, indent=1) + "\n")
+
+    def write_page(self) -> None:
         """Write the page that shows everything so far."""
-        write(path, campaign_page(self.content))
+        self.keep("page.html", campaign_page(self.content))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitfast.benchmarks import timing
 from vitfast.benchmarks.device import Device, Program
 from vitfast.benchmarks.kernels import REFERENCE, add_ratios, check, quiet, reason
-from vitfast.benchmarks.model_providers import BASELINE, EIGHT_BIT, PROVIDERS
+from vitfast.benchmarks.model_providers import BASELINE, EIGHT_BIT, PROVIDERS, Classifier
 from vitfast.benchmarks.watch import SLOW_LIMIT_S, ContextLost, Watch
 from vitfast.diagnostics.predict import predict
 from vitfast.models import libraries
@@ -61,7 +61,7 @@ def compare(
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
         logit), cosine (of an image's logits to those, the mean), build_s (making the provider), first_call_ms
         (compiling on demand included) and peak_memory_bytes (what it added: weights, activations, graph pools; on a
-        CPU the process's resident memory).
+        CPU the process's resident memory); of our engines plan and plan_s (see `model_providers.Classifier`).
 
     Raises:
         ContextLost: if the device cannot go on; its `row` names what that is due to.
@@ -177,8 +177,8 @@ def _prepare(
     device.synchronize()
     built = time.perf_counter()
     peak = device.peak_memory(functools.partial(run, given))
-    first_ms = (time.perf_counter() - built) * 1e3
-    made = {"build_s": built - start, "first_call_ms": first_ms}
+    made: dict[str, Any] = {"build_s": built - start, "first_call_ms": (time.perf_counter() - built) * 1e3}
+    made |= run.facts() if isinstance(run, Classifier) else {}
     return run, made | ({} if peak is None or before is None else {"peak_memory_bytes": peak - before})
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vitfast.benchmarks.providers import INTERPRETED, Absent
+from vitfast.engine import planner
 from vitfast.engine.dtypes import QUANTIZED
 from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
@@ -30,28 +32,35 @@ Run = Callable[[Tensor], Tensor]
 BASELINE = "timm eager"
 
 
-def _classifier(built: Engine) -> Run:
+@dataclass(frozen=True)
+class Classifier:
     """An engine as a function of images that gives logits."""
 
-    def run(images: Tensor) -> Tensor:
-        logits = built(images).logits
+    engine: Engine
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images."""
+        logits = self.engine(images).logits
         if logits is None:
             raise Absent("the model has no classifier")
         return logits
 
-    return run
+    def facts(self) -> dict[str, Any]:
+        """For the row: plan, the backend of each site; plan_s, how long its measurements took when they were made."""
+        plan = self.engine.plan
+        return {"plan": dict(plan.backends)} | ({"plan_s": planner.seconds(plan)} if plan.measured else {})
 
 
 def engine(model: Any, images: Tensor) -> Run:
     """vitfast's engine as it is planned, on the images' device and dtype."""
-    return _classifier(load(model, device=images.device, dtype=images.dtype))
+    return Classifier(load(model, device=images.device, dtype=images.dtype))
 
 
 def engine_triton(model: Any, images: Tensor) -> Run:
     """vitfast's engine on Triton kernels alone."""
     if not images.is_cuda:
         raise Absent(INTERPRETED)
-    return _classifier(load(model, device=images.device, dtype=images.dtype, backend="triton"))
+    return Classifier(load(model, device=images.device, dtype=images.dtype, backend="triton"))
 
 
 NATIVE_OPS = ("patch_embed", "linear", "attention")
@@ -68,7 +77,7 @@ def engine_native(model: Any, images: Tensor) -> Run:
         others += [("layer_norm", "torch"), ("row_stats", "torch")]
     with registry.without(others, "not a part of vitfast native"):
         # Deterministic, for a plan that is measured would be kept, and taken for that of the whole engine.
-        return _classifier(load(model, device=images.device, dtype=images.dtype, deterministic=True))
+        return Classifier(load(model, device=images.device, dtype=images.dtype, deterministic=True))
 
 
 def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
@@ -78,7 +87,7 @@ def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     )
     if not images.is_cuda and reasons:
         raise Absent(f"on this CPU it is an emulation, there to see what it costs in accuracy: {'; '.join(reasons)}")
-    return _classifier(load(model, device=images.device, dtype=precision))
+    return Classifier(load(model, device=images.device, dtype=precision))
 
 
 def eager(model: Any, images: Tensor) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 from vitfast.benchmarks import svg
 from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells, commit, machine
 from vitfast.benchmarks.roofs import drift
+from vitfast.engine.planner import GPU_SECONDS
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --paper: #fff; --wrong: #b3261e; }
@@ -63,10 +64,25 @@ def campaign_page(content: Mapping[str, Any]) -> str:
         if failed := (step.get("answer") or {}).get("failed"):
             named = [(test["name"], test["message"]) for test in failed]
             parts += ["<h2>Tests that failed</h2>", _table(("name", "value"), named)]
+    plans = [(name, *_plan(row)) for name, step in steps.items() for row in _rows(step) if "plan_s" in row]
+    if plans:
+        said = f"What measuring cost when it was done; at most {GPU_SECONDS:.0f} s, and the measurement it is in then."
+        columns = ("name", "case", "provider", "seconds", "value")
+        parts += ["<h2>Plans</h2>", f'<p class="soft">{said}</p>', _table(columns, plans)]
     return _document(parts + [_section(step["result"]) for step in steps.values() if step.get("result")])
 
 
 TEXT_OF_CULPRIT = ("case", "provider", "error")
+
+
+def _rows(step: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (step.get("result") or {}).get("rows", ())
+
+
+def _plan(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row says about the plan of its engine."""
+    choices = ", ".join(f"{site}: {backend}" for site, backend in row["plan"].items())
+    return row["case"], row["provider"], f"{row['plan_s']:.1f} s", choices
 
 
 def _section(result: Mapping[str, Any]) -> str:

@@ -107,10 +107,14 @@ def _default_path(kind: str, device: Device, entry: dict[str, Any]) -> Path:
     return folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file in one step, so that nobody ever sees half of it."""
+def write(path: Path, text: str, *, part: Path | None = None) -> None:
+    """Write a file in one step, so that nobody ever sees half of it.
+
+    Args:
+        part: where it stands until it is whole, on the same disk; by default beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = part or path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 

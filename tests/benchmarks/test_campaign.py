@@ -1,25 +1,23 @@
 """The campaign: steps in processes of their own, culprits by name, files that are whole whenever it is cut."""
 
+import errno
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.benching import bench
 
-from vitfast.benchmarks import campaign, campaign_file, carried, child, watch
-from vitfast.benchmarks.campaign import STEPS, Campaign, Step
+from vitfast.benchmarks import campaign, campaign_file, child
+from vitfast.benchmarks.campaign import Campaign
 from vitfast.benchmarks.device import CpuDevice
-from vitfast.ops import registry
+from vitfast.benchmarks.steps import Step
+from vitfast.engine import plan_cache
 
 # A stand-in for `python -m vitfast`: three providers of a few cases, of which some do as the arguments say.
 VITFAST = """
@@ -31,6 +29,8 @@ if arguments[0] == "doctor":
     sys.exit(0)
 option = lambda name: arguments[arguments.index(name) + 1]
 faults = dict(f.split("=") for f in arguments if "=" in f)  # "case/provider=what it does"
+if "slow" in arguments and "SLOW" in os.environ:
+    faults["two/torch eager"] = "waits"
 from vitfast.benchmarks.watch import CONTEXT_LOST, Watch  # without torch, which takes seconds to import
 from pathlib import Path
 def write(path, text):
@@ -144,17 +144,49 @@ def test_a_step_that_cannot_begin_says_so(started, tmp_path):
     assert failed == ["kernels: the process ended with exit code 7"]
 
 
-def test_a_second_call_goes_on_where_the_first_stopped(started):
-    first = started(measuring("one-step"), measuring("slow", "two/torch eager=waits", limit_s=4.0))
-    _, unfinished = first.run()
-    assert unfinished == ["slow: its time was up; what it has is kept"]
-    assert first.file.content["steps"]["slow"]["result"]["finished"] == ["one"]
-    second = started(measuring("one-step"), measuring("slow"), measuring("last"))
+def test_a_second_call_goes_on_where_the_budget_of_the_first_ended(started, monkeypatch):
+    """In the middle of a step, and of jobs side by side; nothing that is finished is done twice."""
+    jobs = Step("jobs", "jobs", (("smoke", "quick"), ("smoke", "slow")), each_machine=True)
+    steps = [measuring("quick"), jobs, measuring("slow", "slow"), measuring("last")]
+    monkeypatch.setenv("SLOW", "1")
+    first = started(*steps)
+    run = child.run
+
+    def cut(command, *args, watch, on_tick, stop, **options):
+        """What is slow is over once all else is done, whatever that takes here; and with its last step the budget."""
+        over = threading.Event()
+
+        def tick():
+            on_tick()
+            path, others = watch.with_suffix(".json"), first.file.step("jobs").get("answer", {}).get("jobs", {})
+            finished = json.loads(path.read_text())["finished"] if path.is_file() else []
+            if "slow" in command and "smoke quick" in others and finished == ["one"]:
+                over.set()
+                first._end = time.monotonic() if "kernels" in command else first._end
+
+        return run(command, *args, watch=watch, on_tick=tick, stop=over, **options)
+
+    monkeypatch.setattr(child, "run", cut)
+    assert first.run() == (
+        [],
+        [
+            "jobs: no time for 1 of 2; what it has is kept", "slow: its time was up; what it has is kept",
+            "last: no time",
+        ],
+    )  # fmt: skip
+    monkeypatch.setattr(child, "run", run)
+    was = first.file.content["steps"]
+    assert was["slow"]["result"]["finished"] == ["one"]
+    monkeypatch.delenv("SLOW")
+    second = started(*steps)
     assert second.run() == ([], [])
     rows = rows_of(second, "slow")
     assert len(rows) == 9 and len({row["pid"] for row in rows.values()}) == 2  # the first case is the first call's
-    assert rows_of(second, "one-step") == rows_of(first, "one-step")
-    assert len(second.file.content["calls"]) == 2
+    assert rows_of(second, "quick") == rows_of(first, "quick")
+    now = second.file.content["steps"]
+    assert now["jobs"]["answer"]["jobs"]["smoke quick"] == was["jobs"]["answer"]["jobs"]["smoke quick"]
+    assert len(now["jobs"]["answer"]["jobs"]["smoke slow"]["rows"]) == 9
+    assert len(second.file.content["calls"]) == 2 and now["last"]["state"] == "done"
 
 
 def test_no_time_is_no_failure(started):
@@ -188,103 +220,103 @@ def test_another_gpu_or_other_sources_do_not_go_on(started, tmp_path):
 
 
 CUT = """
-import sys
+import functools, sys
+from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from vitfast.benchmarks import campaign
 from vitfast.benchmarks.device import CpuDevice
+from vitfast.benchmarks.steps import Step
+from vitfast.cli.signals import stopping
 campaign.LEAST_S, campaign.STOPPING_S = 0.5, 0.1
-steps = [campaign.Step(f"s{{i}}", "bench", (("kernels", "two/vitfast native=dies"),), 60.0) for i in range(6)]
-campaign.Campaign(CpuDevice(), {out!r}, 60, steps=steps, say=print, command=(sys.executable, {script!r})).run()
+steps = [Step(f"s{{i}}", "bench", (("kernels", "two/vitfast native=dies"),), 60.0) for i in range(200)]
+say = functools.partial(print, flush=True)
+with stopping():
+    campaign.Campaign(CpuDevice(), Path({out!r}), 900, steps=steps, say=say, command=(sys.executable, {script!r})).run()
 """
 
 
 @pytest.mark.full
 def test_files_are_valid_whenever_it_is_cut(started, tmp_path):
+    """At 20 random moments of the first seconds in which steps run: there are more of these than all calls finish."""
     started()  # writes the stand-in
     out, seeds = tmp_path / "out", random.Random(3)
     program = CUT.format(
         root=str(campaign.ROOT), tests=str(campaign.ROOT / "tests"), out=str(out), script=str(tmp_path / "vitfast.py")
-    ).replace("'" + str(out) + "'", f"__import__('pathlib').Path({str(out)!r})")
+    )
     seen = 0
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
-        time.sleep(2.0 + 6 * seeds.random())
+    for call in range(1, 21):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout.readline().startswith("s"), "a step has begun"
+        time.sleep(4 * seeds.random())
         process.send_signal(seeds.choice([signal.SIGKILL, signal.SIGTERM]))
-        process.wait()
-        if (out / "campaign.json").is_file():
-            steps = campaign_file.read(out / "campaign.json")["steps"]
-            done = sum(len(step.get("result", {}).get("rows", ())) for step in steps.values())
-            assert done >= seen or all(step["state"] == "done" for step in steps.values())
-            seen = done
-    assert seen  # each call went on with what the one before had kept
+        process.communicate()
+        assert process.returncode, "it was cut before its end"
+        assert {path.name for path in out.iterdir()} <= {"campaign.json", "campaign.log", "page.html"}
+        content = campaign_file.read(out / "campaign.json")
+        assert len(content["calls"]) == 1 + call  # `started` began one
+        done = sum(len(step.get("result", {}).get("rows", ())) for step in content["steps"].values())
+        assert done >= seen, "each call goes on with what the one before had kept"
+        seen = done
+    assert seen
 
 
-# --- the pieces ---
+def test_a_cut_in_mid_write_leaves_whole_files_only(started, tmp_path, monkeypatch):
+    """What is not whole yet stands outside the folder, and is gone with the next call."""
+    started(measuring("kernels")).run()
+    out, replace = tmp_path / "out", os.replace
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def cut(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        started(measuring("kernels"), measuring("after"))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (part,) = tmp_path.glob(".out*")
+    monkeypatch.setattr(os, "replace", replace)
+    assert started(measuring("kernels"), measuring("after")).run() == ([], [])
+    assert not part.exists() and {path.name for path in out.iterdir()} == before.keys()
 
 
-def test_a_watch_says_what_runs_and_from_when(tmp_path):
-    path = tmp_path / "r.now"
-    assert watch.now(path) is None
-    kept = watch.Watch(path)
-    kept.begin("a case" * 50, "a provider", "being timed", 3.0)
-    kept.begin("case", "provider", "preparing", 3.0)
-    during = watch.now(path)
-    assert (during.case, during.provider, during.doing, during.limit_s) == ("case", "provider", "preparing", 3.0)
-    assert 0 <= time.monotonic() - during.since < 60
-    kept.end()
-    assert watch.now(path) is None
-    watch.Watch().begin("case", "provider", "preparing")  # without a file it keeps nothing
+def test_a_folder_that_is_a_disk_of_its_own_is_written_from_within(started, tmp_path, monkeypatch):
+    """As a mounted one is, beside which nothing can be moved into it."""
+    replace = os.replace
+
+    def elsewhere(source, target):
+        if Path(source).parent == tmp_path and Path(target).parent == tmp_path / "out":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", elsewhere)
+    assert started(measuring("kernels")).run() == ([], [])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["campaign.json", "campaign.log", "page.html"] and not list(tmp_path.glob(".out*"))
 
 
-def test_a_process_is_ended_with_what_watches_over_it(tmp_path):
-    stop = threading.Event()
-    program = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
-    path = tmp_path / "log"
+def test_plans_of_one_call_are_those_of_the_next(started, tmp_path, monkeypatch):
+    """They come home beside the rest, and are not measured again, wherever the cache is."""
+    monkeypatch.delenv("VITFAST_CACHE")
+    key, other = {"device": "a GPU", "batch": 64}, {"device": "a GPU", "batch": 1}
+    plan = {"key": key, "choices": {"qkv": "torch"}, "measured": {}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text(json.dumps([plan]))
+    made = started(measuring("kernels"))
+    seen = []
 
-    def look():
-        if path.read_text().endswith("\n"):
-            stop.set()
+    def step(*args):
+        folder = Path(made._environment["VITFAST_CACHE"]) / "plans"
+        seen.extend(json.loads(path.read_text()) for path in folder.iterdir())
+        (folder / f"{plan_cache.digest(other)}.json").write_text(json.dumps(plan | {"key": other}))
+        made.file.step("kernels")["state"] = "done"
 
-    with path.open("wb") as log:
-        done = child.run([sys.executable, "-c", program], log, 30.0, stop=stop, on_tick=look)
-    assert (done.code, done.why) == (None, "time") and done.seconds < 20
-    started = Path(f"/proc/{path.read_text().strip()}/stat")  # ends with it
-    assert not started.is_file() or started.read_text().split()[2] == "Z"
-
-
-def test_steps_are_commands():
-    """Every one parses: its device is refused by the command itself, not by the parser."""
-    commands = [arguments for step in STEPS for arguments in step.arguments]
-    assert len(commands) > 30
-    for arguments in commands:
-        done = bench(*arguments, "--device", "cuda:99", "--resume", "--json", "unwritten.json")
-        assert done.exit_code == 2 and "cuda:99" in done.output and "Usage" not in done.output, done.output
-
-
-def test_steps_fit_nine_minutes_in_their_order():
-    names = [step.name for step in STEPS]
-    assert names[:9] == [
-        "doctor", "warm-up", "smoke", "kernels-base", "model-base", "configs", "sweep", "model-tuned", "tests",
-    ]  # fmt: skip
-    assert sum(step.limit_s for step in STEPS[:8]) <= campaign.BUDGET_S
-    assert not any("max-autotune" in word for step in STEPS for arguments in step.arguments for word in arguments)
-
-
-def test_all_wants_a_gpu():
-    if not torch.cuda.is_available():
-        done = bench("all", "--budget", "1m")
-        assert done.exit_code == 2 and "no CUDA device" in done.output
-
-
-def test_a_withheld_backend_runs_nowhere(monkeypatch):
-    monkeypatch.setitem(registry.withheld, ("linear", "torch"), "it does harm")
-    spec = registry.Spec("linear", "cpu", torch.float32)
-    assert registry.backend("linear", "torch").why_not(spec) == ["it does harm"]
-    assert "torch" not in [entry.name for entry in registry.candidates(spec)[0]]
-    with pytest.raises(registry.BackendError, match="it does harm"):
-        registry.choose(spec, "torch")
-    done = bench("kernels", "--without", "linear/cuda", "--device", "cpu")
-    assert done.exit_code == 2 and re.search("--without takes an op and a backend", done.output)
+    monkeypatch.setattr(made, "_bench", step)
+    made.run()
+    assert seen == [plan]
+    kept = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert sorted(one["key"]["batch"] for one in kept) == [1, 64]
 
 
 def test_results_are_unpacked_with_the_commit_of_the_same_sources(started, tmp_path, monkeypatch):
@@ -304,62 +336,3 @@ def test_results_are_unpacked_with_the_commit_of_the_same_sources(started, tmp_p
     with pytest.raises(ValueError, match="check out the commit"):
         list(campaign_file.unpack(path))
     assert os.environ.get("VITFAST_CACHE")  # of the tests, not of the campaign
-
-
-REPORTED = """
-import os, time
-import pytest
-
-def test_passes():
-    pass
-
-def test_fails():
-    assert 1 == 2
-
-@pytest.mark.skip(reason="no reason")
-def test_is_skipped():
-    pass
-
-def test_waits():
-    time.sleep(60)
-"""
-
-
-def test_a_report_of_tests_is_there_though_they_are_cut(tmp_path):
-    (tmp_path / "test_reported.py").write_text(REPORTED)
-    report = tmp_path / "tests.json"
-    paths = os.pathsep.join(map(str, (campaign.ROOT, campaign.ROOT / "tests")))
-    command = [sys.executable, "-m", "pytest", "-p", "helpers.report", "--report", str(report), "-c", os.devnull]
-    process = subprocess.Popen(
-        [*command, "-p", "no:cacheprovider", str(tmp_path)], env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (report.is_file() and len(json.loads(report.read_text())["skipped"]) == 1):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    content = json.loads(report.read_text())
-    assert (content["passed"], content["done"]) == (1, False)
-    assert content["failed"][0]["name"].endswith("test_fails") and "1 == 2" in content["failed"][0]["message"]
-
-
-def test_a_carried_extension_is_used_only_where_it_fits(tmp_path):
-    folder, package = tmp_path / "carried", tmp_path / "vitfast"
-    (folder / "vitfast").mkdir(parents=True)
-    package.mkdir()
-    assert "there is none to use" in carried.use(folder, package)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (folder / "vitfast" / f"_C{suffix}").write_bytes(b"machine code")
-    fits = {"torch": torch.__version__, "suffix": suffix, "cuda": "90a", "cuda_ops": ["linear"]}
-    for name, other in (("torch", "2.11.0+cu999"), ("suffix", ".cpython-399.so")):
-        (folder / "package.json").write_text(json.dumps(fits | {name: other}))
-        said = carried.use(folder, package)
-        assert said.startswith("no C++ extension") and other in said and not list(package.iterdir())
-    (folder / "package.json").write_text(json.dumps(fits))
-    assert "with CUDA kernels for 90a: linear" in carried.use(folder, package)
-    assert (package / f"_C{suffix}").read_bytes() == b"machine code"
-    (folder / "vitfast" / f"_C{suffix}").write_bytes(b"other code")
-    assert "is there already" in carried.use(folder, package)
-    assert (package / f"_C{suffix}").read_bytes() == b"machine code"

@@ -283,6 +283,7 @@ def test_model_comparison_gives_complete_rows(timm):
         assert one["images_per_s"] > 0 and one["build_s"] >= 0 and one["first_call_ms"] > 0
         assert one["cosine"] == pytest.approx(1, abs=1e-6) and one["max_error"] < 1e-4
     assert rows[1]["ratio"] == 1
+    assert {"qkv", "attention"} <= rows[0]["plan"].keys() and rows[0]["plan_s"] > 0 and "plan" not in rows[1]
     assert [r.get("error") for r in rows[2:]] == ["runs on a GPU only", "CUDA graphs need a GPU"]
 
 

@@ -231,6 +231,9 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     assert "why not the others" in text
     assert found["memory"]["weights"] > 4 * (64 * 3 * 64 + 2 * 64 * 96)
     assert f"{found['memory']['weights'] / 2**20:.1f} MiB of weights" in text
+    # Sites that were dropped cost, too.
+    assert found["seconds"] >= sum(entry["seconds"] for entry in found["sites"]) > 0
+    assert f"measured once in {found['seconds']:.1f} s" in text and found["most_seconds"] is None
     quantized = {entry["site"]: entry for entry in doctor.plan(tmp_path / "model", device="cpu", dtype="fp8")["sites"]}
     assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
     assert "it has no scale groups" in quantized["fc2_group_scales"]["refused"]["torch._scaled_mm"]

@@ -152,6 +152,24 @@ def test_a_home_that_cannot_be_written(tmp_path, measurements, monkeypatch):
         planner.build(**ASKED)
 
 
+def test_a_gpus_table_and_the_extension_make_another_key(tmp_path, monkeypatch):
+    """Once a table gives our kernels other configs, what was measured with the old ones says nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(registry, "tuning_table", lambda gpu: tmp_path / f"{gpu}.json")
+
+    def key():
+        return plan_cache.plan_key(SMALL, torch.device("cuda"), torch.bfloat16, 64)
+
+    keys = [key()]
+    for text in ("{}", '{"configs": {}}'):
+        (tmp_path / "NVIDIA H100 80GB HBM3.json").write_text(text)
+        keys.append(key())
+    entry = registry.Backend("native", "linear", None, devices=("cuda",))
+    monkeypatch.setattr(registry, "backend", lambda op, name: entry)
+    keys.append(key())
+    assert key() == keys[-1] and len({json.dumps(one) for one in keys}) == 4
+
+
 def test_a_user_without_a_home(monkeypatch, measurements):
     monkeypatch.delenv("VITFAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -140,17 +140,17 @@ def test_every_site_is_tried_on_arguments_of_its_real_shapes_and_scale(config, s
 # --- what is measured ---
 
 
-def planned(monkeypatch, cost, config=SMALL, **options):
+def planned(monkeypatch, cost, config=SMALL, measure=None, **options):
     """The plan on a GPU that is not here, where Triton's calls take so many milliseconds by op."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(planner, "candidates", lambda spec: ([registry.backend(spec.op, "triton")] * 2, {}))
     monkeypatch.setattr(cases, "device_capability", lambda device: (9, 0))
     monkeypatch.setattr(plan_cache, "plan_key", lambda *args: {"costs": dict(cost)})
 
-    def measure(case, able, device, timed):
+    def at_cost(case, able, device, timed):
         return able[0], {"ms": {"triton": cost.get(case.op, 0.1)}, "refused": {}}
 
-    monkeypatch.setattr(planner, "measure", measure)
+    monkeypatch.setattr(planner, "measure", measure or at_cost)
     return planner.build(config, device=cuda, dtype=torch.bfloat16, batch=1, **options)
 
 
@@ -192,6 +192,27 @@ def test_no_memory_for_the_forms_is_not_kept(monkeypatch, folder):
     with pytest.warns(UserWarning, match=r"memory was too short to measure forms \(unfused, folded"):
         found = planned(monkeypatch, {"linear": 0.6})
     assert not found.fold_norm and not folder.exists()
+
+
+@pytest.mark.parametrize(("measured", "late"), [(3, "qkv, .*, head"), (11, "forms")])
+def test_a_plan_on_a_gpu_takes_no_longer_than_it_may(measured, late, monkeypatch, folder):
+    """What there is no time for runs on the first able backend; the plan says so, and is not kept."""
+    now = [0.0]
+    monkeypatch.setattr(planner.time, "perf_counter", lambda: now[0])
+
+    def measure(*args, **options):
+        now[0] += planner.GPU_SECONDS / (measured - 0.5)  # the last one begins in time
+        return registry.backend("layer_norm", "triton"), {"ms": {"triton": 1.0}, "refused": {}}
+
+    with pytest.warns(UserWarning, match=rf"the 30 s that a plan may take were over before {late}: .* is not kept"):
+        found = planned(monkeypatch, {"case": "late"}, measure=measure)
+    left = {site for site, record in found.measured.items() if "late" in record}
+    assert len(found.measured) - len(left) == measured and not found.fold_norm
+    assert planner.seconds(found) == pytest.approx(planner.GPU_SECONDS * measured / (measured - 0.5))
+    reasons = {why for site in left for why in found.measured[site]["refused"].values()}
+    assert reasons == {"not measured: the 30 s of a plan were over"}
+    assert not folder.exists()
+    planned(monkeypatch, {"case": "late"}, deterministic=True, measure=measure)  # asks no clock
 
 
 def test_native_products_fold_too(monkeypatch):

@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vitfast.benchmarks import campaign, campaign_file
+from vitfast.benchmarks import campaign, campaign_file, steps
 from vitfast.benchmarks.environment import ROOT
 
 BUILT = shutil.ignore_patterns(
@@ -45,18 +45,19 @@ def bare_checkout(folder):
     return folder
 
 
-def make_gpu(checkout, out, budget, *, standin, cache, target="gpu", **changes):
+def make_gpu(checkout, out, budget, *, standin, cache, arguments=""):
     """`make gpu` in a checkout, the stand-in in every Python; its process, ended or not.
 
     Args:
-        standin: settings of `standin.start`. cache: Triton's. changes: of the environment.
+        standin: settings of `standin.start`. cache: Triton's. arguments: GPU_ARGS.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(checkout / "tests" / "standin"), "VITFAST_STANDIN": json.dumps(standin),
-        "TRITON_CACHE_DIR": str(cache), "VITFAST_CACHE": str(cache / "vitfast"), **changes,
+        "TRITON_CACHE_DIR": str(cache), "VITFAST_CACHE": str(cache / "vitfast"),
     }  # fmt: skip
-    command = ["make", "-s", target, f"PYTHON={sys.executable}", f"BUDGET={budget}", f"OUT={out}"]
+    settings = {"PYTHON": sys.executable, "BUDGET": budget, "OUT": out, "GPU_ARGS": arguments}
+    command = ["make", "-s", "gpu", *(f"{name}={value}" for name, value in settings.items())]
     return subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -70,7 +71,7 @@ def timeline(content, log, cores):
     for entry in log:
         by_step[entry["step"]].append(entry)
     rows = []
-    for step in campaign.STEPS:
+    for step in steps.STEPS:
         if step.name not in content["steps"]:
             continue
         entry, found = content["steps"][step.name], by_step[step.name]

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import safetensors.torch
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -330,6 +331,11 @@ def _implementation(func):
     return getattr(library, f"_{name}", None) or getattr(library, name)._init_fn
 
 
+def _save_file(*args, **kwargs):
+    """safetensors.torch.save_file, which would read memory that is not there."""
+    raise RuntimeError("tensors on the stand-in have no values that could be written to a file")
+
+
 def start(*, faults=(), refused=(), log=None, shared=SHARED_MEMORY, limit_s=None, only=""):
     """Make this process believe in one H100, for good; gives its `Driver`.
 
@@ -363,6 +369,7 @@ def start(*, faults=(), refused=(), log=None, shared=SHARED_MEMORY, limit_s=None
         setattr(torch.cuda, name, value)
     sys.modules["pynvml"] = _nvml(refused if planted else ())
     FakeTensor.data_ptr = _address
+    safetensors.torch.save_file = _save_file
     torch.autograd.grad, torch.Generator, torch.nn.Module._apply = _gradients, _Generator, _apply
     triton.compiler.compile = timed  # where the JIT looks it up
     triton.knobs.compilation.listener = listen

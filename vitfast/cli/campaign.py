@@ -87,6 +87,7 @@ def everything(
     sanitize: Annotated[
         bool, typer.Option("--sanitize", help="Only the smoke set, under compute-sanitizer's memcheck and racecheck.")
     ] = False,
+    step: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated. [default: all]")] = None,
     extension: Annotated[
         Path | None, typer.Option(help="Folder of `make gpu-package`: its C++ extension is used where it fits.")
     ] = None,
@@ -99,12 +100,14 @@ def everything(
     from vitfast.cli.answer import command
 
     with command(context, False) as answer:
-        from vitfast.benchmarks import campaign, carried
+        from vitfast.benchmarks import campaign, carried, steps
         from vitfast.benchmarks.device import open_device
         from vitfast.benchmarks.environment import ROOT
         from vitfast.benchmarks.result_file import results_folder
         from vitfast.engine.dtypes import resolve_device
 
+        wanted = steps.SANITIZING if sanitize else steps.STEPS
+        check("--step", step or (), [one.name for one in wanted])
         limit, where = seconds(budget), resolve_device(device)
         if where.type != "cuda":
             raise ValueError("no CUDA device is seen here; on a CPU use `vitfast bench kernels` and `bench model`")
@@ -113,7 +116,7 @@ def everything(
         if said:
             typer.echo(said, err=True)
         failed, unfinished = campaign.Campaign(
-            open_device(where), folder, limit, steps=campaign.SANITIZING if sanitize else campaign.STEPS,
+            open_device(where), folder, limit, steps=[one for one in wanted if not step or one.name in step],
             say=lambda text: typer.echo(text, err=True), extension=said,
         ).run()  # fmt: skip
         answer.code = int(bool(failed))

@@ -143,12 +143,14 @@ def plan(
 
     Returns:
         model, device, dtype; memory: as `Engine.memory`; sites: one entry per part of the forward: site, op, dims,
-        uses, ms (median milliseconds of each backend that was timed), refused (backend -> reasons).
+        uses, ms (median milliseconds of each backend that was timed), refused (backend -> reasons), seconds (what that
+        measurement took); forms: the same of the forms of a block, where they were measured; seconds: of all
+        measurements, when they were made; most_seconds: of which a plan may take so many here, None for any number.
 
     Raises:
         As `vitfast.load`.
     """
-    from vitfast.engine import load
+    from vitfast.engine import load, planner
 
     made = load.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle, weights_key=weights_key)
     sites = []
@@ -167,6 +169,7 @@ def plan(
                 "uses": uses,
                 "ms": measured["ms"],
                 "refused": refused,
+                "seconds": measured.get("seconds", 0.0),
             }
         )
     return {
@@ -175,6 +178,9 @@ def plan(
         "dtype": made.precision,
         "memory": made.memory(),
         "sites": sites,
+        "forms": made.plan.measured.get("forms"),
+        "seconds": planner.seconds(made.plan),
+        "most_seconds": planner.GPU_SECONDS if made.device.type == "cuda" else None,
     }
 
 
@@ -362,7 +368,10 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
 
     title = f"plan of {plan['model'] or 'the model'} on {plan['device']} in {plan['dtype']}"
     table = Table("part", "op", "uses", "ms, as measured", "why not the others", title=title, title_justify="left")
-    table.caption = f"{plan['memory']['weights'] / 2**20:.1f} MiB of weights"
+    most = f", of {plan['most_seconds']:.0f} s at most" if plan["most_seconds"] else ""
+    table.caption = (
+        f"{plan['memory']['weights'] / 2**20:.1f} MiB of weights; measured once in {plan['seconds']:.1f} s{most}"
+    )
     table.caption_justify = "left"
     for entry in plan["sites"]:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(entry["ms"].items(), key=lambda item: item[1]))

@@ -33,13 +33,28 @@ def plan_key(config: ViTConfig, device: torch.device, dtype: torch.dtype, batch:
     if device.type == "cuda":
         import triton
 
+        gpu = torch.cuda.get_device_name(device)
         return key | {
-            "device": torch.cuda.get_device_name(device),
+            "device": gpu,
+            "extension": _native_ops("cuda"),
+            "table": _table(gpu),
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
         }
-    extension = [op for op in registry.OPS if not registry.backend(op, "native").missing]
-    return key | {"device": _cpu_name(), "threads": torch.get_num_threads(), "extension": extension, "simd": _simd()}
+    threads, extension = torch.get_num_threads(), _native_ops("cpu")
+    return key | {"device": _cpu_name(), "threads": threads, "extension": extension, "simd": _simd()}
+
+
+def _native_ops(device: str) -> list[str]:
+    """The ops that the C++ extension has for a kind of device."""
+    entries = (registry.backend(op, "native") for op in registry.OPS)
+    return [entry.op for entry in entries if not entry.missing and device in entry.devices]
+
+
+def _table(gpu: str) -> str:
+    """A digest of the tuning table of a GPU, from which our kernels take their configs; "" where there is none."""
+    path = registry.tuning_table(gpu)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def _simd() -> str:

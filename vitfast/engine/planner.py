@@ -10,6 +10,7 @@ stored as JSON under the user cache directory, keyed by everything that could ch
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ FUSED_MAX_WIDTH = 384
 """Widest model for which half a block in one launch is a candidate; wider, mlp would be two `linear` anyway."""
 GPU_BATCH = 64
 """Images whose shapes are measured on a GPU; on a CPU as many as have CPU_ROWS tokens."""
+GPU_SECONDS = 30.0
+"""A measured plan may take so long on a GPU, where minutes may be all there is, and the measurement that it is in then:
+what is left runs on the first able backend, and the next load measures again, with what is compiled by then."""
 CPU_ROWS = 1600
 NARROW = 16
 """Columns below which torch's product on a CPU runs as the plain op, which is always right by the rule."""
@@ -177,6 +181,8 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
     chosen: dict[str, Backend] = {}
     record: dict[str, Any] = {}
     config, device, sites = asked.config, asked.device, asked.sites()
+    limited = device.type == "cuda" and not asked.deterministic
+    end = time.perf_counter() + (GPU_SECONDS if limited else math.inf)
     what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
     for site in progress.said(sites, len(sites), what):
         if site.fused and config.width > FUSED_MAX_WIDTH:
@@ -189,6 +195,9 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
         chosen[site.name] = able[0]
         if len(able) == 1 or (site.name == "head" and not config.num_classes and not config.projection_dim):
             continue
+        if time.perf_counter() > end:
+            record[site.name] = _no_time([entry.name for entry in able[1:]])
+            continue
 
         def tried(batch: int, site: Site = site, able: Sequence[Backend] = able) -> dict[str, Any]:
             case = replace(asked, batch=batch).case(site)
@@ -198,7 +207,7 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
         names = [entry.name for entry in able]
         record[site.name] = _where_memory_allows(tried, asked.batch, names)
     if device.type == "cuda" and not asked.deterministic and not asked.quantized:
-        return _with_fastest_form(asked, chosen, record), record
+        return _with_fastest_form(asked, chosen, record, end), record
     for site in SITES.values():
         together = (site, *([SITES[site.passes_to]] if site.passes_to else []))
         if not site.parts or site.name not in chosen or not any(member.name in record for member in together):
@@ -237,8 +246,20 @@ def _where_memory_allows(run: Callable[[int], dict[str, Any]], batch: int, names
     return found | ({"out_of_memory": starved, "batch": batch} if starved else {})
 
 
-def _with_fastest_form(asked: _Request, chosen: dict[str, Backend], record: dict[str, Any]) -> dict[str, Backend]:
-    """The choices of the form of a block that is fastest as a whole; `record` gets its measurement, as "forms"."""
+def _no_time(names: list[str]) -> dict[str, Any]:
+    """The record of what was not measured because GPU_SECONDS were over."""
+    why = f"not measured: the {GPU_SECONDS:.0f} s of a plan were over"
+    return {"ms": {}, "refused": dict.fromkeys(names, why), "late": names, "seconds": 0.0}
+
+
+def _with_fastest_form(
+    asked: _Request, chosen: dict[str, Backend], record: dict[str, Any], end: float
+) -> dict[str, Backend]:
+    """The choices of the form of a block that is fastest as a whole; `record` gets its measurement, as "forms".
+
+    Args:
+        end: by time.perf_counter(), when it is too late to measure.
+    """
     config, device, dtype = asked.config, asked.device, asked.dtype
     entries: dict[str, dict[str, Backend]] = {}
     for site in asked.sites():
@@ -249,6 +270,9 @@ def _with_fastest_form(asked: _Request, chosen: dict[str, Backend], record: dict
     times = {site: measured["ms"] for site, measured in record.items()}
     possible = forms.candidates(chosen, entries, times)
     if len(possible) == 1:
+        return possible[forms.PLAIN]
+    if time.perf_counter() > end:
+        record["forms"] = _no_time([name for name in possible if name != forms.PLAIN])
         return possible[forms.PLAIN]
     common: dict[str, Any] = {"device": device, "dtype": dtype}
     plans = {name: assemble(config, choices, packed=True, **common) for name, choices in possible.items()}
@@ -347,6 +371,11 @@ def record(
     return {"key": _key(asked), "choices": dict(plan.backends), "measured": dict(plan.measured)}
 
 
+def seconds(plan: Plan) -> float:
+    """How long the measurements of a plan took, when they were made."""
+    return sum(record.get("seconds", 0.0) for record in plan.measured.values())
+
+
 def default_batch(config: ViTConfig, device: torch.device) -> int:
     """The batch size whose shapes are measured."""
     return GPU_BATCH if device.type == "cuda" else max(1, CPU_ROWS // config.tokens())
@@ -375,7 +404,7 @@ def _remembered(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]] | 
 
 
 def _remember(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
-    """Measure, and keep the choices, unless memory was too short to measure them all."""
+    """Measure, and keep the choices, unless memory or time was too short to measure them all."""
     chosen, measured = _measured(asked)
     starved = [f"{site} ({', '.join(r['out_of_memory'])})" for site, r in measured.items() if "out_of_memory" in r]
     if starved:
@@ -384,7 +413,14 @@ def _remember(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
             "able backend is taken, and this plan is not kept",
             stacklevel=2,
         )
-    else:
+    late = [site for site, found in measured.items() if "late" in found]
+    if late:
+        warnings.warn(
+            f"the {GPU_SECONDS:.0f} s that a plan may take were over before {', '.join(late)}: there the first able "
+            "backend is taken, and this plan is not kept: the next load measures again, with what is compiled by now",
+            stacklevel=2,
+        )
+    if not starved and not late:
         plan_cache.save_plan(_key(asked), {site: entry.name for site, entry in chosen.items()}, measured)
     return chosen, measured
 

@@ -217,11 +217,16 @@ def _native(op: str) -> Backend:
     return Backend("native", op, call, **extension.ops()[op])
 
 
+def tuning_table(gpu: str) -> Path:
+    """Where the table of a GPU is, if there is one: what `vitfast bench sweep` found of our kernels."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return Path(__file__).parents[1] / "kernels" / "configs" / f"{slug}.json"
+
+
 @functools.cache
 def proven(op: str, dtype: torch.dtype, gpu: str) -> bool:
     """Whether a shipped table for this GPU says that our kernel of `op` was right and faster there in this dtype."""
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    table = Path(__file__).parents[1] / "kernels" / "configs" / f"{slug}.json"
+    table = tuning_table(gpu)
     dtypes = json.loads(table.read_text()).get("proven", {}).get(op, []) if table.is_file() else []
     return str(dtype).removeprefix("torch.") in dtypes
 
