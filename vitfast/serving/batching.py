@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 log = logging.getLogger("vitfast.serving")
+T = TypeVar("T")
 
 _NEW = 0.2
 """The weight of a new measurement in what a batch is expected to take."""
@@ -193,3 +195,38 @@ class Batcher:
         self._observe(len(batch), [started - entry.arrived for entry in batch], seconds)
         for entry, result in zip(batch, made, strict=True):
             entry.future.set_result(result)
+
+
+class Alone:
+    """A thread that does what others give it, one after another; it does not keep the process from ending.
+
+    OpenMP keeps a team of threads for each thread that computes. With more of them than cores they sleep between any
+    two ops, to be woken for the next: so one thread does all that a model does, and loading is done by one that ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def do(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """What the function gives, or raises."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                future.set_result(function(*args, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._jobs.put(job)
+        return future.result()
+
+    def close(self) -> None:
+        """Let the thread end after what it has been given."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # its inputs would live on until the next one comes

@@ -21,7 +21,7 @@ from vitfast.pipeline.embed import OK, Decoder
 from vitfast.pipeline.memory import Memory
 from vitfast.pipeline.sources.item import Item
 from vitfast.pipeline.stages import usable_cores
-from vitfast.serving.batching import Batcher, Entry
+from vitfast.serving.batching import Alone, Batcher, Entry
 from vitfast.serving.limits import Limits
 from vitfast.serving.metrics import Metrics
 
@@ -95,7 +95,7 @@ class ServedModel:
 
     Args:
         name: what clients call it.
-        engine: from `vitfast.load`. It is run by one thread at a time from here on.
+        engine: from `vitfast.load`. It is run by one thread alone from here on (see `Alone`).
         limits, decoding, metrics: of the server.
         max_batch: inputs of a batch at most.
 
@@ -124,7 +124,7 @@ class ServedModel:
         self._limits, self._decoding, self._metrics = limits, decoding, metrics
         self._decoder = Decoder(engine.preprocess, decoding.memory, True, limits.max_pixels)
         self._shape = (*engine.preprocess.size, 3)
-        self._at_work = threading.Lock()
+        self._thread = Alone("vitfast-model")
         self._texts: OrderedDict[str, Row] = OrderedDict()
         self._texts_lock = threading.Lock()
         self.embedding_size = 0
@@ -138,8 +138,7 @@ class ServedModel:
 
     def _batcher(self, run: Callable[[list[Any]], Sequence[Any]], kind: str) -> Batcher:
         def alone(given: list[Any]) -> Sequence[Any]:
-            with self._at_work:
-                return run(given)
+            return self._thread.do(run, given)
 
         return Batcher(
             alone,
@@ -177,6 +176,9 @@ class ServedModel:
 
     def warm_up(self) -> None:
         """Run a batch of every size there may be, twice: kernels are built, and how long each takes is known."""
+        self._thread.do(self._warm_up)
+
+    def _warm_up(self) -> None:
         row = self._warm(self.batcher, self._run, np.zeros(self._shape, np.uint8))
         self.embedding_size = len(row.embedding)
         try:
@@ -278,6 +280,7 @@ class ServedModel:
         """Finish what has been submitted, and end the threads."""
         for batcher in self._batchers:
             batcher.close()
+        self._thread.close()
 
 
 def _done(row: Row) -> Future[Row]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vitfast.engine.load import load
+from vitfast.serving.batching import Alone
 from vitfast.serving.limits import Limits
 from vitfast.serving.service import Service
 
@@ -33,8 +34,12 @@ class Settings:
     decode_memory: int | None = None
 
     def engine(self, name: str) -> Engine:
-        """Load a model. Errors: as `vitfast.load`."""
-        return load(self.models[name], **self.options)
+        """Load a model, in a thread that ends, and with it OpenMP's team. Errors: as `vitfast.load`."""
+        alone = Alone("vitfast-load")
+        try:
+            return alone.do(load, self.models[name], **self.options)
+        finally:
+            alone.close()
 
     def service(self) -> Service:
         """Load all models. Errors: as `vitfast.load` and `Service`."""
