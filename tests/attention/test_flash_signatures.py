@@ -114,7 +114,7 @@ def test_kernels(name, lengths):
         check(flash_attn_func(q, k, v, **options), q, k, v, **options)
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", thinned([FP16, BF16]), ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 @each_backend
 def test_half_precision(name, dtype, backend):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.grids import thinned
 from torch import Tensor
 
 import vitfast
@@ -257,7 +258,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", thinned([FP32, BF16]), ids=str)
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_of_the_kernels(case, dtype):
     args, kwargs = GRADIENTS[case](*qkv(dtype=dtype, head_dim=24))

@@ -38,6 +38,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 @pytest.mark.parametrize("command", ["embed", "classify"])
 def test_names_are_printed_whatever_the_terminal_knows(command, encoding, runs, photos, tmp_path):

@@ -410,7 +410,7 @@ def test_a_near_miss_is_named():
     assert result.exit_code == 2
     assert "did you mean" in " ".join(result.stderr.split())
     result = run("inspect", "--native", "--arch", "sm_90")
-    assert result.exit_code == 2 and "without --arch and --kernel" in result.stderr
+    assert result.exit_code == 2 and "without --arch, --kernel" in result.stderr
     result = run("inspect", "-m", "vit_base_patch16_244")
     assert "did you mean 'vit_base_patch16_224'" in result.stderr
 

@@ -124,11 +124,8 @@ FAULTS = {
 }
 
 
-# Each takes a compilation; the others are left to `make test-full`.
-FIRST = {"no barrier after the keys"}
-
-
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
+@pytest.mark.full  # each takes a compilation
+@pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_show(fault, tmp_path):
     old, new, trap = FAULTS[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -171,6 +171,7 @@ def test_strides(kernels):
     check(kernels, x, weight, residual=residual, columns=128)
 
 
+@pytest.mark.full
 def test_any_order_of_threads_gives_the_same_bits(kernels):
     x, weight = operands(140, 136, 200)
     epilogue = epilogue_of(("norm", "bias", "gelu", "residual", "stats"), x, weight)
@@ -337,11 +338,8 @@ def test_faults_are_changes_of_what_is_there():
         assert old in (ROOT / "csrc" / file).read_text(), name
 
 
-# Each takes a compilation; the others are left to `make test-full`.
-FIRST = {"not all know that y has left"}
-
-
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
+@pytest.mark.full  # each takes a compilation
+@pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_show(fault, tmp_path):
     *change, trap = FAULTS[fault]
     kernels = compiled_with_fault(tmp_path, [("bf16", "bf16", 128)], change)

@@ -197,11 +197,10 @@ FAULTS = {
     "halves of a word exchanged": ("high ? word >> 16 : word", "high ? word : word >> 16", ""),
     "position of the next patch": ("static_cast<int64_t>(patch) * p.width", "(patch + 1LL) * p.width", "out of bounds"),
 }  # fmt: skip
-# Each takes a compilation; the others are left to `make test-full`.
-FIRST = {"no barrier"}
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in FIRST else pytest.mark.full) for f in FAULTS])
+@pytest.mark.full  # each takes a compilation
+@pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_show(fault, tmp_path):
     old, new, trap = FAULTS[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -10,7 +10,7 @@ from vitfast.ops import accuracy, reference
 from vitfast.ops.accuracy import assert_close
 from vitfast.testing import guarded, strided
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.full]
 
 CASES = [("e4m3", "bf16", 128), ("e4m3", "fp16", 256)]
 
@@ -101,7 +101,6 @@ def test_14_bits_of_random_sums(kernels):
         assert_close(got, *answers)
 
 
-@pytest.mark.full
 def test_mlp_of_vit_small(kernels):
     """An image through fc1, which requantises, and fc2, on as many blocks as take several tiles each."""
     fc1 = epilogue_of(("bias", "gelu", "requantize"), 197, 1536, 256)
@@ -183,7 +182,6 @@ def test_faults_are_changes_of_what_is_there():
         assert old in (ROOT / "csrc" / file).read_text(), name
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
 def test_seeded_faults_show(kernels, fault, tmp_path):
     *change, trap = FAULTS[fault]

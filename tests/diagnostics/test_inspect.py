@@ -58,6 +58,7 @@ def test_kernels_compile_well(arch, kernel):
         assert any(has_half_operands(row) for row in rows)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90"])
 def test_slow_kernels_compile_well(arch):
     """One case of each kernel, at head dim 64, before the full suite comes to all of them."""

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import peers
+from helpers.grids import thinned
 from helpers.peers import close
 from torch import nn
 
@@ -114,7 +115,7 @@ def output(layer, arguments):
     return out[0] if isinstance(out, tuple) else out  # mvitv2 gives the size as well
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES))
 def test_layers(name, calls):
     """Outputs and gradients in training, the output on the kernels in eval mode, and everything put back."""
     layer, variants = build(name)

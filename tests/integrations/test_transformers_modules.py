@@ -155,6 +155,7 @@ def test_weights_for_those_who_want_them(name):
         close(actual[key], expected[key])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "extra", thinned([{}, UPCAST, {"scale_attn_weights": False}], 3), ids=["plain", "upcast", "unscaled"]
 )
@@ -309,6 +310,7 @@ def test_dropout_in_training_is_transformers(name, calls):
     assert not calls
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["Swinv2Model", "BlipVisionModel", "SamVisionModel"])
 def test_compiles_whole(name, calls):
     """Without transformers' hooks, with them, and redirected."""

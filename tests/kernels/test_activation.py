@@ -95,6 +95,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.full
 def test_sixteen_bits_have_the_instruction_and_fp32_has_not():
     found = json.loads(compiling_code(PTX))
     assert found["64x64x64_gelu"] == {"tanh": 64 * 64 // 128, "ex2": 0}  # one an element of a thread

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import peers
+from helpers.grids import thinned
 
 import vitfast
 from vitfast import testing
@@ -22,7 +23,7 @@ def torchvision_model():
 MODELS = {name: (lambda name=name: timm_model(name)) for name in TIMM} | {"torchvision vit_b_16": torchvision_model}
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", thinned(["auto", "torch"]))
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.full if "vit_b" in name else ()) for name in MODELS]
 )
