@@ -1,5 +1,6 @@
 """vitfast.pipeline.hnsw: neighbours by a graph, how many of the true ones, and when the graph is made anew."""
 
+import itertools
 import json
 
 import numpy as np
@@ -43,8 +44,11 @@ def test_neighbours_are_found(tmp_path):
     assert recall_of(graph, range(0, 2000, 40)) >= 0.95
     query = index.vectors[7]
     exact, ours = index.search(query, 5), graph.search(query, 5)
-    assert [m.path for m in ours] == [m.path for m in exact]
-    np.testing.assert_allclose([m.similarity for m in ours], [m.similarity for m in exact], atol=2e-3)
+    assert ours[0].path == exact[0].path
+    # Which neighbours it misses depends on the threads that built it; those that it has are as near as it says.
+    similarity = dict(zip(index.paths, (index.vectors @ query).tolist(), strict=True))
+    assert [m.similarity for m in ours] == pytest.approx([similarity[m.path] for m in ours], abs=2e-3)
+    assert all(a.similarity >= b.similarity for a, b in itertools.pairwise(ours))
     np.testing.assert_allclose(graph.vector_of(index.paths[7]), query, atol=1e-3)
     assert graph.vector_of("/other.png") is None
     with pytest.raises(ValueError, match=r"shape \[5\], the folder's vectors have \[24\]"):
