@@ -1,8 +1,8 @@
 """Whole models: the engine against other people's, in one interleaved run.
 
 Weights are random (speed does not depend on them), images are random normal numbers of the model's size, already
-on the device. Every provider's logits are compared with timm's fp32 forward first; one that is wrong gets no time.
-Those that multiply in 8 bits are judged by the cosine alone, and marked.
+on the device. Every provider's output is compared with that of timm's fp32 forward first; one that is wrong gets no
+time. Those that multiply in 8 bits are judged by the cosine alone, and marked.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def compare(
 
     Returns:
         Rows with what every result row has, and images_per_s, max_error (against timm in fp32, by the largest
-        logit), cosine (of an image's logits to those, the mean), build_s (making the provider), first_call_ms
-        (compiling on demand included) and peak_memory_bytes (what it added: weights, activations, graph pools; on a
-        CPU the process's resident memory); of our engines plan and plan_s (see `model_providers.Classifier`).
+        logit; of a model without a classifier its embedding), cosine (of an image's logits to those, the mean),
+        build_s (making the provider), first_call_ms (compiling on demand included) and peak_memory_bytes (what it
+        added: weights, activations, graph pools; on a CPU the process's resident memory); of our engines plan and
+        plan_s (see `model_providers.Classifier`).
 
     Raises:
         ContextLost: if the device cannot go on; its `row` names what that is due to.

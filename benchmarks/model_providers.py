@@ -34,16 +34,14 @@ BASELINE = "timm eager"
 
 @dataclass(frozen=True)
 class Classifier:
-    """An engine as a function of images that gives logits."""
+    """An engine as a function of images that gives what timm's forward does."""
 
     engine: Engine
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images."""
-        logits = self.engine(images).logits
-        if logits is None:
-            raise Absent("the model has no classifier")
-        return logits
+        """Logits [B, num_classes] of images; of a model without a classifier the embedding [B, width]."""
+        output = self.engine(images)
+        return output.embedding if output.logits is None else output.logits
 
     def facts(self) -> dict[str, Any]:
         """For the row: plan, the backend of each site; plan_s, how long its measurements took when they were made."""

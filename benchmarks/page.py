@@ -86,6 +86,8 @@ def _plan(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _section(result: Mapping[str, Any]) -> str:
+    if result["kind"] not in COLUMNS:
+        raise ValueError(f"there is no page for results of kind {result['kind']!r}, only for {', '.join(COLUMNS)}")
     rows = result["rows"]
     timed = list(dict.fromkeys(row["provider"] for row in rows if row["correct"]))
     styles = svg.style_of(timed)

@@ -18,7 +18,13 @@ RATES = {"model": ("images_per_s", "img/s", "timm"), "kernels": ("tflops", "TFLO
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of a result's rows, and a line on where they come from. Providers that did not run are left out."""
+    """A table of a result's rows, and a line on where they come from. Providers that did not run are left out.
+
+    Raises:
+        ValueError: for results of a kind that has no such table.
+    """
+    if result["kind"] not in RATES:
+        raise ValueError(f"results of kind {result['kind']!r} are no table in Markdown, only {', '.join(RATES)}")
     field, unit, baseline = RATES[result["kind"]]
     lines = [
         f"| case | provider | median ms | p20–p80 | {unit} | times as fast as {baseline} |",

@@ -3,7 +3,7 @@
 Schema 3, one JSON object:
 
     schema       3; older ones are read: 2 called a row's provider its peer, 1 had only name, environment and rows
-    kind         "kernels", "model" or "serve"
+    kind         "kernels", "model", "serve", or "pipeline", whose rows are those of `vitfast.benchmarks.pipeline`
     environment  commit, date, hardware, driver, versions, settings (`vitfast.benchmarks.environment`)
     method       how it was measured: rounds, baseline, the command's arguments
     roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)

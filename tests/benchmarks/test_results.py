@@ -59,7 +59,7 @@ def test_every_older_schema_is_read():
     for path, content in written.items():
         rows = result_file.read(path)["rows"]
         for before, after in zip(content["rows"], rows, strict=True):
-            assert after["provider"] == before.get("provider", before.get("peer")), path
+            assert after.get("provider") == before.get("provider", before.get("peer")), path
             assert "peer" not in after
             same = before.keys() - {"peer", "dims"}
             assert {name: after[name] for name in same} == {name: before[name] for name in same}, path
@@ -248,6 +248,14 @@ def test_report_command(tmp_path):
     assert "not installed" not in shown.stdout
 
 
+@pytest.mark.parametrize("to_page", [False, True])
+def test_what_cannot_be_shown_says_so(to_page, tmp_path):
+    content = full_result() | {"kind": "pipeline", "rows": [{"case": "thumbnails", "workers": 2}]}
+    path = saved(tmp_path / "r.json", content)
+    done = bench("report", path, *(("-o", tmp_path / "page.html") if to_page else ()))
+    assert done.exit_code == 2 and "'pipeline'" in done.stderr and not (tmp_path / "page.html").exists()
+
+
 def test_results_of_no_commit_and_of_a_changed_one_are_shown_as_such():
     unknown, changed = result([row(tflops=1.0)], commit=None), result([row(tflops=1.0)], dirty=True)
     assert "commit unknown" in report.markdown(unknown) and "commit unknown" in page.page([unknown])
@@ -285,6 +293,14 @@ def test_model_comparison_gives_complete_rows(timm):
     assert rows[1]["ratio"] == 1
     assert {"qkv", "attention"} <= rows[0]["plan"].keys() and rows[0]["plan_s"] > 0 and "plan" not in rows[1]
     assert [r.get("error") for r in rows[2:]] == ["runs on a GPU only", "CUDA graphs need a GPU"]
+
+
+def test_a_model_without_a_classifier_gives_its_embedding(timm, monkeypatch):
+    """As timm's vit_huge_patch14_224 is."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, num_classes=0, **options))
+    rows = model.compare("test_vit", 1, CpuDevice(), torch.float32, providers=("vitfast",), rounds=2)
+    assert all(one["correct"] for one in rows), rows
 
 
 def test_wrong_model_gets_no_time(timm, monkeypatch):

@@ -126,8 +126,8 @@ def test_whatever_one_kernel_does_every_other_row_arrives(does, campaign, tmp_pa
 @pytest.mark.full
 def test_a_budget_that_ends_in_mid_step_leaves_what_was_done(campaign):
     """And a second call does the rest."""
-    step = Step("all", "bench", (KERNELS,), 40.0)
-    steps, failed, unfinished = campaign(step)
+    step = Step("all", "bench", (KERNELS,), 60.0)
+    steps, failed, unfinished = campaign(step, faults={"_attention_dkdv_kernel": "hangs"})  # however fast the rest is
     assert steps["all"]["state"] == "cut" and len(unfinished) == 1 and failed == []
     first = {key: row for key, row in rows_of(steps["all"]).items() if row["correct"]}
     finished = steps["all"]["result"]["finished"]

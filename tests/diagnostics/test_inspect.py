@@ -15,12 +15,12 @@ from vitfast.kernels._compile.case import SHARED_MEMORY_LIMIT
 KERNEL_FILES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem[0] != "_")
 
 
-# Up to a minute each with a cold cache: in the full suite. By default there is one case of each of these kernels, and
-# every case of the others.
+# Up to a minute each with a cold cache: in the full suite. By default there is every case of the others.
 SLOW = {("sm_100", file) for file in KERNEL_FILES}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention", "quantized_linear", "quantize", "mlp")}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("linear", "attention_short", "patch_embed")}
+SLOW |= {("sm_80", file) for file in ("layer_norm", "resample")}
 
 
 OLDEST = os.environ.get("VITFAST_OLDEST_TRITON", "")

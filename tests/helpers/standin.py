@@ -5,7 +5,7 @@ calls it where tests/standin is on the path. Tensors on it are fake (torch's Fak
 addresses without memory. Launchers, the choice of configs, specialisation, tensor descriptors and the compiler run as
 they would, and so do planner, engine, graphs and streams; a compiled kernel is launched into nothing, and noted. What
 a kernel gives cannot be looked at: every comparison finds it equal. The clock is made up: so much for every op, launch
-and event.
+and event. One thread sees it: torch's fake tensors take no more.
 
 A fault can be planted at each kernel, by its name: see FAULTS.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -218,7 +219,8 @@ def _cuda(driver):
         "default_stream": lambda device=None: stream, "stream": lambda stream: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: driver.capturing, "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0, "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None, "memory_snapshot": lambda pool=None: [],
+        "empty_cache": lambda: None, "memory_snapshot": lambda pool=None: [], "set_sync_debug_mode": lambda mode: None,
+        "memory_stats": lambda device=None: defaultdict(int),
     }  # fmt: skip
 
 
@@ -275,7 +277,7 @@ def _register_guard():
     ctypes.CDLL(str(library))
 
 
-def _gradients(outputs, inputs, grad_outputs):
+def _gradients(outputs, inputs, grad_outputs=None):
     """torch.autograd.grad, whose engine wants a device: of our own ops what they launch, of others the shapes alone."""
     if "vitfast" in outputs.grad_fn.name():
         outputs.grad_fn.apply(grad_outputs, None)
@@ -314,6 +316,10 @@ class _Tensors(FakeTensorMode):
         if func is aten.equal.default:
             self._driver.wait()
             return True
+        if func is aten._pin_memory.default:
+            return args[0]
+        if func is aten.is_pinned.default:
+            return False
         if func.namespace == "vitfast":
             with self:
                 return _implementation(func)(*args, **(kwargs or {}))

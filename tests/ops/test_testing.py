@@ -340,3 +340,20 @@ def test_rounding_in_the_interpreter_needs_the_repair(tmp_path):
     assert bf16 > 0, f"Triton {triton.__version__} rounds to bf16 rightly: cast_impl's repair can go"
     assert fp8 > 0, f"Triton {triton.__version__} rounds to fp8 rightly: create_fp_to_fp's repair can go"
     assert after == [0, 0]
+
+
+@triton.jit
+def _sum_of_offsets(y, step, N: tl.constexpr):
+    rows = tl.arange(0, N)[:, None]
+    tl.store(y + rows + tl.arange(0, N)[None, :] * N, rows * step + tl.arange(0, N)[None, :])
+
+
+@pytest.mark.skipif(testing.device().type != "cpu", reason="a GPU wraps around without a word")
+def test_the_interpreter_refuses_an_integer_that_overflows():
+    """An index computed in 32 bits is a wrong one on tensors that no test has the memory for."""
+    y = torch.full((64,), -1)
+    _sum_of_offsets[(1,)](y, 10, N=8)
+    rows = torch.arange(8)
+    assert torch.equal(y.view(8, 8), (rows * 10 + rows[:, None]))
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="int32 overflows in mul: 0 to 7000000000"):
+        _sum_of_offsets[(1,)](y, 10**9, N=8)
