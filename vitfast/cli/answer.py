@@ -65,9 +65,9 @@ def write(stream: TextIO | None, text: str) -> OSError | None:
 def silence(stream: TextIO) -> None:
     """Send what a stream still holds nowhere, so that the interpreter does not try again when it ends."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor holds nothing back
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        descriptor = stream.fileno()
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), descriptor)
 
 
 class Unfailing(io.TextIOBase):

@@ -91,7 +91,7 @@ inline uint32_t as_bits(float x) {
   return bits;
 }
 inline float flushed(float x) { return as_bits(x) & 0x7f800000 ? x : as_float(as_bits(x) & 0x80000000); }
-inline float from_bf16(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+using emulation::from_bf16;
 inline uint32_t pair(uint16_t high, uint16_t low) { return static_cast<uint32_t>(high) << 16 | low; }
 
 // What the hardware's approximations promise and no more: the last bits of an exact result are cut.
