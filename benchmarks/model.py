@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.benchmarks import timing
+from vitfast.benchmarks import site_times, timing
 from vitfast.benchmarks.device import Device, Program
 from vitfast.benchmarks.kernels import REFERENCE, add_ratios, check, quiet, reason
 from vitfast.benchmarks.model_providers import BASELINE, EIGHT_BIT, PROVIDERS, Classifier
@@ -45,6 +45,7 @@ def compare(
     providers: Sequence[str],
     rounds: int = 15,
     seconds: float = math.inf,
+    sites: bool = False,
     died: Mapping[tuple[str, str], dict[str, Any]] | None = None,
     watch: Watch | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
@@ -54,6 +55,7 @@ def compare(
     Args:
         name: of a timm model. providers: names in PROVIDERS; timm eager runs in any case.
         seconds: for everything. Providers that are not ready when most of it is spent are left out and say so.
+        sites: also where the time of our engines' forwards goes, measured after the rounds, in as many (CPU only).
         died: (case, provider) -> the row of one that is not to run again. watch: told what is about to run.
         on_rows: gets the row of every provider as soon as it is ready, with times of its own and `provisional`.
 
@@ -62,7 +64,7 @@ def compare(
         logit; of a model without a classifier its embedding), cosine (of an image's logits to those, the mean),
         build_s (making the provider), first_call_ms (compiling on demand included) and peak_memory_bytes (what it
         added: weights, activations, graph pools; on a CPU the process's resident memory); of our engines plan and
-        plan_s (see `model_providers.Classifier`).
+        plan_s (see `model_providers.Classifier`), and with `sites` the rows of `site_times.measure`.
 
     Raises:
         ContextLost: if the device cannot go on; its `row` names what that is due to.
@@ -79,6 +81,7 @@ def compare(
     short = str(dtype).removeprefix("torch.")
     rows: dict[str, dict[str, Any]] = {provider: {} for provider in (*providers, BASELINE)}
     programs: dict[str, Program] = {}
+    engines: dict[str, Classifier] = {}
     bound = PEER_TOLERANCE
     # The baseline first: it says how far apart right answers in this dtype may be.
     for provider in dict.fromkeys((BASELINE, *providers)):
@@ -106,6 +109,8 @@ def compare(
                     program = device.prepare([call or functools.partial(run, given)], capture=False)
                     times, telemetry = timing.time_interleaved({provider: program}, device, timing.FEWEST_ROUNDS)
                     programs[provider] = program
+                    if isinstance(run, Classifier):
+                        engines[provider] = run
                     row |= _timed(row, times[provider], telemetry, program) | {"provisional": True}
         except Exception as error:  # whatever a library raises is the reason in its cell
             row |= {"correct": False, "error": reason(error)}
@@ -133,9 +138,12 @@ def compare(
             row |= {"correct": False, "error": f"incorrect: {why}"}
         else:
             row |= _timed(row, times[provider], telemetry, program)
+            if sites and provider in engines:
+                watch.begin(case, provider, "being timed by site")
+                row["sites"] = site_times.measure(engines[provider].engine, given, rounds)
     made_rows = list(rows.values())
     add_ratios(made_rows, BASELINE)
-    del programs, oracle
+    del programs, engines, oracle
     device.release()
     watch.end()
     return made_rows

@@ -26,7 +26,7 @@ from vitfast.engine.dtypes import QUANTIZED
 from vitfast.engine.engine import Engine
 from vitfast.engine.load import load
 from vitfast.integrations.accelerate import accelerate
-from vitfast.ops import registry
+from vitfast.ops import mkldnn, registry
 
 Run = Callable[[Tensor], Tensor]
 BASELINE = "timm eager"
@@ -80,11 +80,11 @@ def engine_native(model: Any, images: Tensor) -> Run:
 
 def engine_in_8_bits(precision: str, model: Any, images: Tensor) -> Run:
     """vitfast's engine with the products of the blocks in 8 bits."""
-    reasons = registry.backend("quantized_linear", "native").why_not(
-        registry.Spec("quantized_linear", "cpu", QUANTIZED[precision])
-    )
-    if not images.is_cuda and reasons:
-        raise Absent(f"on this CPU it is an emulation, there to see what it costs in accuracy: {'; '.join(reasons)}")
+    spec = registry.Spec("quantized_linear", "cpu", QUANTIZED[precision])
+    reasons, onednn = registry.backend(spec.op, "native").why_not(spec), mkldnn.why_not(spec)
+    if not images.is_cuda and reasons and onednn:
+        why = "; ".join([*reasons, *onednn])
+        raise Absent(f"on this CPU it is an emulation, there to see what it costs in accuracy: {why}")
     return Classifier(load(model, device=images.device, dtype=precision))
 
 

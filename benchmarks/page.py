@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from vitfast.benchmarks import svg
-from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, cells, commit, machine
+from vitfast.benchmarks.result_file import COLUMNS, HEADINGS, SITE_COLUMNS, cells, commit, machine, site_cells
 from vitfast.benchmarks.roofs import drift
 from vitfast.engine.planner import GPU_SECONDS
 
@@ -35,7 +35,7 @@ td.text, th.text { text-align: left; }
 summary { cursor: pointer; margin-top: 1rem; }
 """
 
-TEXT = ("case", "provider", "notes", "name", "value", "state", "why", "error")
+TEXT = ("case", "provider", "notes", "name", "value", "state", "why", "error", "site")
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
@@ -113,6 +113,9 @@ def _section(result: Mapping[str, Any]) -> str:
         parts += [f"<h3>{escape(case)}</h3>", svg.bars(mine, styles)]
     columns = tuple(dict.fromkeys(("case", *COLUMNS[result["kind"]])))
     parts.append(_details("All rows", _table(columns, [cells(row, columns) for row in rows])))
+    for row in (row for row in rows if "sites" in row):
+        title = f"Where the time of a forward goes: {row['case']}, {row['provider']}"
+        parts.append(_details(title, _table(SITE_COLUMNS, site_cells(row["sites"]))))
     if result["not_run"]:
         parts.append(f"<p>No time for: {escape('; '.join(result['not_run']))}</p>")
     facts = {**_flat(entry), **_flat(result["method"], "method "), **_flat(result["roofs"], "roof ")}

@@ -9,7 +9,8 @@ Schema 3, one JSON object:
     roofs        what this very device reached on a large product and a large copy (`vitfast.benchmarks.roofs`)
     rows         one per case and provider: case, provider, correct, and either error or
                  median_ms, p20_ms, p80_ms, spread, noisy, rounds, ratio, timed_by, clocks, ...;
-                 configs: those of the Triton kernels of ours that one call launches, in order
+                 configs: those of the Triton kernels of ours that one call launches, in order;
+                 sites: where the time of a forward goes, if that was asked for (`vitfast.benchmarks.site_times`)
     not_run      cases that there was no time for
     finished     cases whose rows are all there; a run that goes on leaves them alone
 
@@ -42,8 +43,15 @@ COLUMNS = {
 
 HEADINGS = {
     "median_ms": "ms", "p99_ms": "p99", "range": "p20–p80", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
-    "roof_share": "of roof", "images_per_s": "img/s", "mean_batch": "batch",
+    "roof_share": "of roof", "images_per_s": "img/s", "mean_batch": "batch", "gflop_per_s": "GFLOP/s",
+    "page_faults": "faults", "of_forward": "share", "gflop": "GFLOP",
 }  # fmt: skip
+
+SITE_COLUMNS = ("site", "calls", "median_ms", "of_forward", "gflop", "gflop_per_s", "roof_share", "page_faults")
+"""What is shown of a site's row (see `vitfast.benchmarks.site_times`)."""
+
+FORWARD = "forward"
+"""What stands in place of a site for all of them together."""
 
 
 class Results:
@@ -90,6 +98,8 @@ class Results:
                 self.rows.append(row)
         self.content |= content
         _add_roof_share(self.rows, self.content["roofs"])
+        for sites in (row["sites"] for row in self.rows if "sites" in row):
+            _add_site_shares(sites, self.content["roofs"].get("instruction_tflops", {}))
         write(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
@@ -199,6 +209,24 @@ def _add_roof_share(rows: Sequence[dict[str, Any]], roofs: dict[str, Any]) -> No
         row["roof_share"] = floors[row["roof_bound"]] / row["median_ms"]
 
 
+def _add_site_shares(sites: Sequence[dict[str, Any]], roofs: Mapping[str, float]) -> None:
+    """`roof_share`: the time that the machine's own instructions allow for a site's FLOPs, by the time taken; of the
+    forward that of all its sites. Left out where a dtype has no such roof.
+
+    Args:
+        sites: rows of `vitfast.benchmarks.site_times`. roofs: TFLOP/s by dtype.
+    """
+    floors: list[float] = []
+    products = [site for site in sites if "dtype" in site]
+    for site in products:
+        if roof := roofs.get(site["dtype"]):
+            floors.append(site["flops"] / roof / 1e9)
+            site["roof_share"] = floors[-1] / site["median_ms"]
+    if floors and len(floors) == len(products):
+        forward = next(site for site in sites if site["site"] == FORWARD)
+        forward["roof_share"] = sum(floors) / forward["median_ms"]
+
+
 def notes(row: dict[str, Any]) -> str:
     """What a reader must know about a row, in a few words."""
     if not row["correct"]:
@@ -241,10 +269,38 @@ def table(result: dict[str, Any]) -> list[Any]:
             style = "red" if not row["correct"] else "yellow" if row.get("noisy") else None
             part.add_row(*map(Text, cells(row, COLUMNS[result["kind"]])), style=style)
         shown.append(part)
+        shown += [_site_table(row) for row in result["rows"] if row[by] == title and "sites" in row]
     if baseline := result["method"].get("baseline"):
         shown.append(f"ratio: times as fast as {baseline}")
     shown += [f"did not run: {', '.join(providers)}: {why}" for why, providers in absent.items()]
     return shown + [f"no time for: {name}" for name in result["not_run"]]
+
+
+def _site_table(row: dict[str, Any]) -> Any:
+    """Where the time of a forward goes."""
+    from rich import box
+    from rich.table import Table
+
+    part = Table(title=f"{row['provider']}, by site", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in SITE_COLUMNS:
+        part.add_column(
+            HEADINGS.get(name, name.replace("_", " ")), justify="left" if name == "site" else "right",
+            overflow="fold", min_width=14 if name == "site" else None,
+        )  # fmt: skip
+    for line in site_cells(row["sites"]):
+        part.add_row(*line)
+    return part
+
+
+def site_cells(sites: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Text of SITE_COLUMNS, a line for each row of `vitfast.benchmarks.site_times`."""
+    forward = next(site["median_ms"] for site in sites if site["site"] == FORWARD)
+    lines = []
+    for site in sites:
+        made = {**site, "of_forward": f"{site['median_ms'] / forward:.1%}"}
+        made["gflop"] = site["flops"] / 1e9 if "flops" in site else None
+        lines.append([_text(name, made.get(name)) for name in SITE_COLUMNS])
+    return lines
 
 
 def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:

@@ -93,6 +93,9 @@ def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     for name, value in second["tflops"].items():
         best["tflops"][name] = max(value, best["tflops"].get(name, 0.0))
     best["copy_gb_per_s"] = max(first["copy_gb_per_s"], second["copy_gb_per_s"])
+    if "instruction_tflops" in first:
+        pairs = first["instruction_tflops"], second["instruction_tflops"]
+        best["instruction_tflops"] = {name: max(one[name] for one in pairs) for name in pairs[0]}
     return best | {"before": first, "after": second}
 
 

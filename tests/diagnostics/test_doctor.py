@@ -238,6 +238,8 @@ def test_plan_of_a_model(tmp_path, monkeypatch):
     assert quantized["quantized_fc1"]["refused"]["torch._scaled_mm"] == "device cpu is not among cuda"
     assert "it has no scale groups" in quantized["fc2_group_scales"]["refused"]["torch._scaled_mm"]
     assert "torch._scaled_mm" not in quantized["quantize"]["refused"]
+    assert "it has no scale groups" in quantized["fc2_group_scales"]["refused"]["oneDNN"]
+    assert "oneDNN" not in quantized["quantize"]["refused"]
     assert (quantized["attention_quantize"]["op"], quantized["proj_head_scales"]["op"]) == (
         "attention",
         "quantized_linear",

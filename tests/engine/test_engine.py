@@ -16,6 +16,7 @@ from vitfast.images.preprocess import preprocess_batch
 from vitfast.models import positions
 from vitfast.models.plan import SITES
 from vitfast.models.weights import prepare_weights
+from vitfast.ops import accuracy, mkldnn, registry
 
 TINY = vitfast.ViTConfig((224, 224), (16, 16), width=192, depth=12, heads=3, mlp_dim=768, num_classes=1000)
 
@@ -106,13 +107,35 @@ def test_packed_cpu_forward_of_every_family(family, backend, tmp_path, monkeypat
     small = Engine(checkpoint, device="cpu", dtype="fp32")
     linear = [name for name, site in SITES.items() if site.op == "linear" and name != "head"]
     assert {getattr(small.plan, site) for site in linear} == {packed[1]}
-    narrow = backend == "torch" and max(config.num_classes, config.projection_dim, 1) < planner.NARROW
+    narrow = backend == "torch" and max(config.num_classes, config.projection_dim, 1) < mkldnn.NARROW
     assert small.plan.head is (entry.call if narrow else packed[1])
     assert ("patch_embed" in small.plan.packs) == (backend == "native")
     got = small(testing.make(2, 3, 32, 48).cpu())
     want = oracle(config, testing.make(2, 3, 32, 48))
     torch.testing.assert_close(got.embedding.double(), want.embedding.cpu(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.tokens.double(), want.tokens.cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_bf16_forward_of_every_family_on_torch(family, tmp_path, monkeypatch):
+    """Products packed by oneDNN, quick_gelu as it is: a factor would round the weights once more."""
+    if reasons := mkldnn.why_not(vitfast.ops.Spec("linear", "cpu", torch.bfloat16)):
+        pytest.skip("; ".join(reasons))
+    config = dataclasses.replace(SMALL, **{"num_classes": 16, **FAMILIES[family]})
+    checkpoint = vitfast.Checkpoint(config, testing.random_weights(config), PREPROCESS)
+    plain = Engine(checkpoint, device="cpu", dtype="bf16", backend="torch")
+    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path / "plans")
+    with registry.without([(op, "native") for op in registry.OPS], "torch alone"):
+        packed = Engine(checkpoint, device="cpu", dtype="bf16")
+    assert {getattr(packed.plan, site) for site in ("qkv", "proj", "fc1", "fc2", "head")} == {mkldnn.linear}
+    assert not packed.plan.quick_gelu_as_silu and plain.plan.qkv is not mkldnn.linear
+    images = testing.make(2, 3, 32, 48)
+    got, base, want = packed(images.cpu()), plain(images.cpu()), oracle(config, images)
+    for field in ("tokens", "embedding", "logits"):
+        values = [getattr(output, field) for output in (got, want, base)]
+        if values[1] is not None:
+            accuracy.assert_close(values[0], values[1].cpu(), values[2], what=field)
+    assert packed(images[:0].cpu()).tokens.shape == (0, config.tokens(), config.width)
 
 
 def test_uint8_equals_normalised_float():

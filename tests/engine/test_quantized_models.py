@@ -117,6 +117,26 @@ def test_sites_that_pass_8_bits_on_are_left_out_where_a_plan_measures_them_slowe
         assert together & set(chosen) == together - (set(pair) if slow else set())
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_int8_on_a_cpu_without_the_extension_leaves_a_pair_of_emulations_out(slow, monkeypatch, tmp_path):
+    """torch alone is measured, too: oneDNN has the products that do without a pair, not those with scales of groups."""
+
+    def measure(case, entries, device, timed):
+        assert [entry.name for entry in entries] == ["torch"] or case.spec.op in ("patch_embed", "attention")
+        return entries[0], {
+            "ms": {"torch": 9.0 if slow and "scale groups" in case.spec.features else 1.0},
+            "refused": {},
+        }
+
+    monkeypatch.setattr(planner, "measure", measure)
+    monkeypatch.setattr(plan_cache, "plans_dir", lambda: tmp_path)
+    with ops.registry.without([(op, "native") for op in ops.registry.OPS], "no extension"):
+        options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "quantized": torch.int8}
+        chosen = planner.build(WIDE, batch=1, **options).backends
+    assert ({"fc1_requantize", "fc2_group_scales"} <= chosen.keys()) == (not slow)
+    assert chosen["quantized_fc2"] == chosen["quantized_qkv"] == "torch"
+
+
 def test_fp8_weights_are_widened_once_on_the_cpu():
     """A planned model keeps them in fp32, which gives the same bits; forced, PyTorch widens them at every call."""
     checkpoint = vitfast.Checkpoint(SMALL, testing.random_weights(SMALL), PREPROCESS)

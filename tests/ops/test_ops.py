@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitfast import ops, testing
-from vitfast.ops import accuracy, mkldnn, reference, registry
+from vitfast.ops import reference, registry
 from vitfast.testing import make
 
 # slopes, softcap, left, right, offset, scale; no packed sequences
@@ -281,22 +281,6 @@ def test_folded_norm_equals_norm_then_linear():
     got = ops.linear(x, weight, bias, row_stats=ops.row_stats(x), weight_sum=total, backend="torch")
     want = F.linear(F.layer_norm(x, (200,), *norm, 1e-6), w, b)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.skipif(not mkldnn.available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "swiglu"])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("added", [False, True])
-def test_packed_linear_equals_reference(activation, scaled, added):
-    x, w, b = make(2, 7, 48).cpu(), make(64, 48).cpu(), make(64).cpu()
-    out = 32 if activation == "swiglu" else 64
-    kwargs = {
-        "activation": activation,
-        "layer_scale": make(out).cpu() if scaled else None,
-        "residual": make(2, 7, out).cpu() if added else None,
-    }
-    oracle, baseline = reference.linear(x, w, b, **kwargs, upcast=True), reference.linear(x, w, b, **kwargs)
-    accuracy.assert_close(mkldnn.linear(x, mkldnn.pack(w), b, **kwargs), oracle, baseline)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,9 @@ def model(
     threads: Threads = None,
     rounds: Rounds = 15,
     budget: Budget = None,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Also where the time of our engine's forward goes, on a CPU.")
+    ] = False,
     roofs: Roofs = True,
     without: Without = None,
     resume: Resume = False,
@@ -144,6 +147,10 @@ def model(
         named = _named(provider, peer)
         check("--provider", named, model_providers.PROVIDERS)
         measured, what = open_here(device, dtype, threads)
+        if sites and measured.torch_device.type != "cpu":
+            raise ValueError(
+                "--sites times ops by the CPU's clock; on a GPU they have not ended when their call returns"
+            )
         providers = named or model_providers.DEFAULTS[measured.torch_device.type]
         method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
         withhold(without)
@@ -158,8 +165,8 @@ def model(
                     file.add(not_run=[f"{name} batch {size}" for name, size in todo[index:]])
                     break
                 rows = module.compare(
-                    name, size, measured, what, providers=providers, rounds=rounds, seconds=left, died=file.died,
-                    watch=watch, on_rows=file.add,
+                    name, size, measured, what, providers=providers, rounds=rounds, seconds=left, sites=sites,
+                    died=file.died, watch=watch, on_rows=file.add,
                 )  # fmt: skip
                 _add_case(file, rows)
         finish(answer, file, csv_file, html_file)

@@ -24,7 +24,7 @@ import torch
 from vitfast.engine.sites import site_spec
 from vitfast.models.config import NAMED
 from vitfast.models.plan import SITES
-from vitfast.ops import registry, scaled_mm
+from vitfast.ops import mkldnn, registry, scaled_mm
 from vitfast.version import __version__
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def plan(
         refused = {name: "; ".join(reasons) for name, reasons in unable.items()} | measured["refused"]
         if spec.op == "quantized_linear" and (reasons := scaled_mm.why_not(spec)):
             refused["torch._scaled_mm"] = "; ".join(reasons)
+        if spec.device == "cpu" and spec.op in ("linear", "quantized_linear") and (reasons := mkldnn.why_not(spec)):
+            refused["oneDNN"] = "; ".join(reasons)
         sites.append(
             {
                 "site": site,

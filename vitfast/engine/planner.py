@@ -36,8 +36,6 @@ GPU_SECONDS = 30.0
 """A measured plan may take so long on a GPU, where minutes may be all there is, and the measurement that it is in then:
 what is left runs on the first able backend, and the next load measures again, with what is compiled by then."""
 CPU_ROWS = 1600
-NARROW = 16
-"""Columns below which torch's product on a CPU runs as the plain op, which is always right by the rule."""
 TIES = {"cpu": 0.15, "cuda": 0.03}
 """A backend takes the place of one before it only if it is faster by this share; less is within the noise, on a CPU
 that of a busy machine. There native comes first: its sums err less than torch's (docs/numerics.md)."""
@@ -54,17 +52,17 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
     if spec.op == "quantized_linear" and entry.name == "torch":
         if not scaled_mm.why_not(spec):
             return scaled_mm.pack, scaled_mm.linear
+        if not mkldnn.why_not(spec):
+            return mkldnn.pack_quantized, mkldnn.quantized_linear
         if spec.device == "cpu" and spec.dtype == torch.float8_e4m3fn:
             return torch.Tensor.float, reference.quantized_linear
     if spec.op == "linear" and entry.name == "native" and spec.device == "cpu":
         return native.pack, native.linear_packed
-    if spec.op not in ("linear", "patch_embed") or spec.device != "cpu" or spec.dtype != torch.float32:
-        return None
-    if spec.op == "patch_embed":
-        return (native.pack_patch_embed, native.patch_embed_packed) if entry.name == "native" else None
-    # Of a few columns nothing is gained, and oneDNN's sums err more than those of the plain op.
-    narrow = spec.dims.get("N", NARROW) < NARROW
-    return (mkldnn.pack, mkldnn.linear) if entry.name == "torch" and mkldnn.available() and not narrow else None
+    if spec.op == "linear" and entry.name == "torch" and not mkldnn.why_not(spec):
+        return mkldnn.pack, mkldnn.linear
+    if spec.op == "patch_embed" and entry.name == "native" and spec.device == "cpu" and spec.dtype == torch.float32:
+        return native.pack_patch_embed, native.patch_embed_packed
+    return None
 
 
 def planned_call(entry: Backend, spec: Spec, call: Call) -> Callable[[], Any]:
@@ -182,6 +180,8 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
     record: dict[str, Any] = {}
     config, device, sites = asked.config, asked.device, asked.sites()
     limited = device.type == "cuda" and not asked.deterministic
+    # There torch's part of a pair may be an emulation, and what does without the pair a product of oneDNN.
+    in_int8 = device.type == "cpu" and asked.quantized == torch.int8
     end = time.perf_counter() + (GPU_SECONDS if limited else math.inf)
     what = f"measuring which backend is fastest for {config.name or 'this model'} on {device}, once"
     for site in progress.said(sites, len(sites), what):
@@ -193,7 +193,8 @@ def _measured(asked: _Request) -> tuple[dict[str, Backend], dict[str, Any]]:
         if device.type == "cpu":  # where Triton would be its interpreter, for tests
             able = sorted((e for e in able if e.name != "triton"), key=lambda e: e.name != "native")
         chosen[site.name] = able[0]
-        if len(able) == 1 or (site.name == "head" and not config.num_classes and not config.projection_dim):
+        no_head = site.name == "head" and not config.num_classes and not config.projection_dim
+        if no_head or (len(able) == 1 and not in_int8):
             continue
         if time.perf_counter() > end:
             record[site.name] = _no_time([entry.name for entry in able[1:]])
@@ -459,7 +460,7 @@ def assemble(
         **calls,
         backends=names,
         fold_norm=able >= folding and folds_norms(config),
-        quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear,
+        quick_gelu_as_silu=calls.get("fc1") is mkldnn.linear and dtype == torch.float32,
         packs=packs,
         quantized=quantized,
         skip_quantize=skip_quantize,
