@@ -19,6 +19,7 @@ from helpers import global_state, interpreter
 from vitfast import testing
 from vitfast.attention import sdpa
 from vitfast.engine import plan_cache
+from vitfast.ops import registry
 
 EXECUTE = int(os.environ.get("VITFAST_EXECUTE", 0))
 """The chip whose compiled kernels are executed, 0 for none."""
@@ -102,6 +103,8 @@ SIMD_LEVELS = ("default", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")
 def level(request):
     """The C++ extension's CPU ops at each SIMD level that this machine has; the integers' own where a test names it."""
     _C = pytest.importorskip("vitfast._C", reason="vitfast._C is not built (a C++ compiler builds it on install)")
+    for op in registry.OPS:  # what this machine lacks is looked up once: not while it is limited
+        registry.backend(op, "native")
     _C.limit_simd(request.param)
     try:
         if _C.build_info()["simd"] != request.param:

@@ -10,7 +10,7 @@
 
 namespace vitfast {
 
-enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu };
+enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kSwiglu };
 
 inline Activation activation_named(const char* op, const std::optional<std::string>& name) {
   if (!name) return Activation::kNone;
@@ -18,7 +18,7 @@ inline Activation activation_named(const char* op, const std::optional<std::stri
   if (*name == "gelu_tanh") return Activation::kGeluTanh;
   if (*name == "quick_gelu") return Activation::kQuickGelu;
   if (*name == "silu") return Activation::kSilu;
-  // swiglu is made of two calls, in vitfast/ops/native.py.
+  if (*name == "swiglu") return Activation::kSwiglu;
   TORCH_CHECK_VALUE(false, op, ": activation must be one of gelu, gelu_tanh, quick_gelu, silu, swiglu or None, got '",
                     *name, "'");
 }
@@ -89,10 +89,27 @@ VITFAST_INLINE Vector<lanes> activate(Activation activation, const Vector<lanes>
       return x * sigmoid<lanes>(1.702f * x);
     case Activation::kSilu:
       return x * sigmoid<lanes>(x);
+    case Activation::kSwiglu:  // of two columns of the product: see gated
     case Activation::kNone:
       break;
   }
   return x;
+}
+
+// swiglu: silu of the gate, times what it lets through.
+template <int lanes>
+VITFAST_INLINE Vector<lanes> gated(const Vector<lanes>& gate, const Vector<lanes>& up) {
+  return gate * sigmoid<lanes>(gate) * up;
+}
+
+constexpr int64_t kGatedRows = 64;  // a weight for swiglu has a multiple of them: gate and up in whole panels each
+
+// Columns of y for a weight of n rows.
+inline int64_t out_columns(const char* op, Activation activation, int64_t n) {
+  if (activation != Activation::kSwiglu) return n;
+  TORCH_CHECK_VALUE(n % kGatedRows == 0, op, ": swiglu reads a packed weight whose rows are a multiple of ", kGatedRows,
+                    ", got ", n);
+  return n / 2;
 }
 
 }  // namespace vitfast

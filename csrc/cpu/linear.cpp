@@ -54,6 +54,7 @@ struct Epilogue {
   Activation activation = Activation::kNone;
   const float* layer_scale = nullptr;  // [N]
   const float* residual = nullptr;     // [M, N]
+  int64_t up = 0;                      // swiglu: column of the product where the up projection begins, N; else 0
   float* stats = nullptr;              // [M, tiles, 2]
 };
 
@@ -113,15 +114,28 @@ VITFAST_INLINE Vector<lanes> load_some(const float* from, int64_t i, int64_t n, 
   return load<lanes>(some);
 }
 
+// A vector of row m of the product, its column n the first: sums -> what is activated.
+template <int lanes>
+VITFAST_INLINE Vector<lanes> finish_product(const Call& c, int64_t m, int64_t n, const float* sums) {
+  const Epilogue& e = c.epilogue;
+  Vector<lanes> value = load<lanes>(sums);
+  if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_some<lanes>(e.weight_sum, n, c.n + e.up));
+  if (e.bias) value += load_some<lanes>(e.bias, n, c.n + e.up);
+  return value;
+}
+
 // One row of a block on its way to y: columns [columns.begin, columns.end) of row m.
 template <int lanes>
 VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const float* sums) {
   const Epilogue& e = c.epilogue;
   for (int64_t n = columns.begin; n < columns.end; n += lanes) {
-    Vector<lanes> value = load<lanes>(sums + (n - columns.begin));
-    if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_some<lanes>(e.weight_sum, n, c.n));
-    if (e.bias) value += load_some<lanes>(e.bias, n, c.n);
-    value = activate<lanes>(e.activation, value);
+    const float* mine = sums + (n - columns.begin);
+    Vector<lanes> value = finish_product<lanes>(c, m, n, mine);
+    if (e.up) {
+      value = gated<lanes>(value, finish_product<lanes>(c, m, n + e.up, mine + kColumns / 2));
+    } else {
+      value = activate<lanes>(e.activation, value);
+    }
     if (e.layer_scale) value *= load_some<lanes>(e.layer_scale, n, c.n);
     if (e.residual) value += load_some<lanes>(e.residual + m * c.n, n, c.n);
     float* to = c.y + m * c.n + n;
@@ -161,25 +175,28 @@ VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& me
   // As many rows in each block, rather than a few in the last, for which the weight would be read again.
   const int64_t count = rows.end - rows.begin, blocks = std::max<int64_t>(1, (count + kRows - 1) / kRows);
   const int64_t height = round_up((count + blocks - 1) / blocks, rows_);
+  const int64_t parts = c.epilogue.up ? 2 : 1;  // gate and up projection have half of a block's sums each
   for (int64_t m = rows.begin; m < rows.end; m += height) {
     const int64_t m_end = std::min(m + height, rows.end);
-    for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
-      const Range block{n, std::min(n + kColumns, columns.end)};
+    for (int64_t n = columns.begin; n < columns.end; n += kColumns / parts) {
+      const Range block{n, std::min(n + kColumns / parts, columns.end)};
       for (int64_t k = 0; k < c.k; k += kDepth) {
         const int64_t depth = std::min(kDepth, c.k - k);
         for (int64_t i = m; i < m_end; ++i) std::copy_n(c.x + i * c.k + k, depth, memory.x + (i - m) * kDepth);
-        for (int64_t first = block.begin; first < block.end; first += kPanel) {
-          const int64_t width = std::min(kPanel, c.n - first);
-          const float* panel = c.packed + first * c.k + k * width;
+        for (int64_t i = 0; i < parts * (block.end - block.begin); i += kPanel) {
+          const int64_t part = i >= block.end - block.begin, column = i - part * (block.end - block.begin);
+          const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
+          const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + k * width;
+          float* sums = memory.sums + part * (kColumns / 2) + column;
           if (width < kPanel) {
             std::fill(memory.panel, memory.panel + kDepth * kPanel, 0.0f);
-            for (int64_t i = 0; i < depth; ++i) std::copy_n(panel + i * width, width, memory.panel + i * kPanel);
+            for (int64_t j = 0; j < depth; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
             panel = memory.panel;
           }
-          for (int64_t i = m; i < m_end; i += rows_) {
+          for (int64_t row = 0; row < m_end - m; row += rows_) {
             for (int64_t j = 0; j < width; j += vectors * lanes) {
-              multiply_rows<lanes, rows_, vectors>(m_end - i, memory.x + (i - m) * kDepth, panel + j, depth, k == 0,
-                                                   memory.sums + (i - m) * kColumns + (first - n) + j);
+              multiply_rows<lanes, rows_, vectors>(m_end - m - row, memory.x + row * kDepth, panel + j, depth, k == 0,
+                                                   sums + row * kColumns + j);
             }
           }
         }
@@ -279,7 +296,7 @@ at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps)
 }
 
 void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, const Optional& layer_scale,
-           const Optional& residual, const Optional& row_stats, const Optional& weight_sum) {
+           const Optional& residual, const Optional& row_stats, const Optional& weight_sum, Activation activation) {
   check_dtype(kOp, "x", x, {at::kFloat, at::kBFloat16});
   check_dtype(kOp, "weight", packed, {x.scalar_type()});
   const bool in_bf16 = x.scalar_type() == at::kBFloat16;
@@ -295,9 +312,9 @@ void check(const at::Tensor& x, const at::Tensor& packed, const Optional& bias, 
   TORCH_CHECK_VALUE(packed.is_contiguous(), kOp, ": weight is not as pack_linear returned it: strides ",
                     shape_text(packed.strides()));
   check_shape(kOp, "bias", bias, {n});
-  check_shape(kOp, "layer_scale", layer_scale, {n});
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = n;
+  shape.back() = out_columns(kOp, activation, n);
+  check_shape(kOp, "layer_scale", layer_scale, {shape.back()});
   check_shape(kOp, "residual", residual, shape);
   TORCH_CHECK_VALUE(row_stats.has_value() == weight_sum.has_value(), kOp,
                     ": row_stats and weight_sum go together (see fold_norm); only one was given");
@@ -357,14 +374,14 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
                                           const std::optional<std::string>& activation, const Optional& layer_scale,
                                           const Optional& residual, const Optional& row_stats,
                                           const Optional& weight_sum, double eps, bool stats) {
-  check(x, packed, bias, layer_scale, residual, row_stats, weight_sum);
+  const Activation chosen = activation_named(kOp, activation);
+  check(x, packed, bias, layer_scale, residual, row_stats, weight_sum, chosen);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = packed.size(0), k = x.size(-1), m = rows_of(kOp, x);
+  const int64_t n = out_columns(kOp, chosen, packed.size(0)), k = x.size(-1), m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options())};
   if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options().dtype(at::kFloat)));
-  const Activation chosen = activation_named(kOp, activation);
   if (m == 0 || n == 0) return result;
 
   // Copied if need be; the name is what an error calls them.
@@ -384,6 +401,7 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
     }
     epilogue.bias = read<float>(kOp, "bias", b);
     epilogue.activation = chosen;
+    epilogue.up = packed.size(0) - n;
     epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
     epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
   };

@@ -41,7 +41,7 @@ void pack_linear_bf16(const at::Tensor& weight, const at::Tensor& packed) {
 void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const TileEpilogue& epilogue) {
 #ifdef VITFAST_SIMD_LEVELS
   const int64_t row_bytes = 2 * x.size(-1);
-  run_narrow({kOp, m, packed.size(0), row_bytes, static_cast<const char*>(read(kOp, "x", x)),
+  run_narrow({kOp, m, epilogue.n, row_bytes, static_cast<const char*>(read(kOp, "x", x)),
               static_cast<const char*>(read(kOp, "weight", packed)), (row_bytes + 3) / 4, nullptr, epilogue},
              {nullptr, &multiply, &finish});
 #endif

@@ -117,9 +117,10 @@ struct Layout {
 void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
              int32_t* memory) {
   const int64_t words = c.words(), groups = c.groups(), tiles = (rows.size() + kTileRows - 1) / kTileRows;
+  const int64_t up = c.epilogue.up;
   int32_t* wide = memory + l.panel;
   if (columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
-  alignas(64) float sums[kTileRows * kNarrowChunk];
+  alignas(64) float sums[2 * kUpSums];
   for (int64_t block = 0; block < tiles; block += l.tiles) {
     const int64_t block_end = std::min(block + l.tiles, tiles);
     for (int64_t t = block; t < block_end; ++t) {
@@ -134,14 +135,17 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
         const Share tile = tile_of(rows, t, tiles);
         const int32_t* x = memory + (t - block) * l.tile;
         const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
-        for (int64_t p = n; p < n_end; p += kNarrowPanel) {
-          const int32_t* panel = panel_at(c.packed, p, c.n, words, wide);
+        const auto multiply = [&](const int32_t* panel, float* to_sums) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t from = g * c.group, to = std::min(from + c.group, words);
             const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
             steps.multiply(tile.size(), x + from * kTileStride, panel + from * kNarrowPanel, to - from,
-                           start + g * kTileStride, {sums + (p - n), scale, groups, g == 0});
+                           start + g * kTileStride, {to_sums, scale, groups, g == 0});
           }
+        };
+        for (int64_t p = n; p < n_end; p += kNarrowPanel) {
+          multiply(panel_at(c.packed, p, c.n, words, wide), sums + (p - n));
+          if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), sums + kUpSums + (p - n));
         }
         steps.finish(c.epilogue, tile.begin, tile.size(), n, sums);
       }

@@ -13,8 +13,8 @@ namespace vitfast {
 
 struct NarrowCall {
   const char* op;
-  int64_t m, n, row_bytes;  // rows of x, of the weight; bytes of each
-  const char *x, *packed;   // x [M, row_bytes], and what pack_narrow made of the weight [N, row_bytes]
+  int64_t m, n, row_bytes;  // rows of x; columns of y; bytes of a row of x and of the weight
+  const char *x, *packed;   // x [M, row_bytes], and what pack_narrow made of the weight [N, or 2 N, row_bytes]
   int64_t group;            // words of x that share a scale: all of a row, but where there is one for each group
   const float* x_scale;     // [M, groups], or null
   TileEpilogue epilogue;

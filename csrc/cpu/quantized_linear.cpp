@@ -79,7 +79,8 @@ int64_t group_of(const at::Tensor& x, const at::Tensor& x_scale) {
 }
 
 void check(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& packed, const at::Tensor& weight_scale,
-           const Optional& bias, const Optional& layer_scale, const Optional& residual, at::ScalarType dtype) {
+           const Optional& bias, const Optional& layer_scale, const Optional& residual, at::ScalarType dtype,
+           int64_t columns) {
   const std::string reason = why_no_quantized_linear_cpu();
   TORCH_CHECK_VALUE(reason.empty(), kOp, ": ", reason);
   check_dtype(kOp, "x", x, {at::kChar});
@@ -102,9 +103,9 @@ void check(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& pac
   check_shape(kOp, "x_scale", x_scale, shape);
   check_shape(kOp, "weight_scale", weight_scale, {n});
   check_shape(kOp, "bias", bias, {n});
-  check_shape(kOp, "layer_scale", layer_scale, {n});
+  check_shape(kOp, "layer_scale", layer_scale, {columns});
   shape = x.sizes().vec();
-  shape.back() = n;
+  shape.back() = columns;
   check_shape(kOp, "residual", residual, shape);
   const std::pair<const char*, const Optional&> in_dtype[] = {
       {"bias", bias}, {"layer_scale", layer_scale}, {"residual", residual}};
@@ -139,9 +140,10 @@ std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const a
                                                     const Optional& layer_scale, const Optional& residual,
                                                     at::ScalarType dtype, bool requantize) {
   const Activation chosen = activation_named(kOp, activation);
-  check(x, x_scale, packed, weight_scale, bias, layer_scale, residual, dtype);
+  const int64_t n = packed.dim() == 2 ? out_columns(kOp, chosen, packed.size(0)) : 0;
+  check(x, x_scale, packed, weight_scale, bias, layer_scale, residual, dtype, n);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t n = packed.size(0), m = rows_of(kOp, x);
+  const int64_t m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
   std::vector<at::Tensor> result{at::empty(shape, x.options().dtype(requantize ? at::kChar : dtype))};
@@ -168,7 +170,7 @@ std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const a
   } else {
     epilogue.y = result[0].mutable_data_ptr();
   }
-  epilogue.dtype = dtype, epilogue.n = n;
+  epilogue.dtype = dtype, epilogue.n = n, epilogue.up = packed.size(0) - n;
   run({kOp, m, n, x.size(-1), static_cast<const char*>(read(kOp, "x", rows)),
        static_cast<const char*>(read(kOp, "weight", packed)), (group_of(x, x_scale) + 3) / 4,
        read<float>(kOp, "x_scale", scales), epilogue});

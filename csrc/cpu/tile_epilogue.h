@@ -17,7 +17,7 @@ namespace vitfast {
 
 // A null pointer leaves its part out. What there is a number of for each column is fp32, and padded to whole panels.
 struct TileEpilogue {
-  const float* weight_scale = nullptr;                                  // [N]
+  const float* weight_scale = nullptr;                                  // [N], of the weight, as bias and weight_sum
   const float *mean = nullptr, *rstd = nullptr, *weight_sum = nullptr;  // [M], [M], [N]: LayerNorm of x, folded
   const float* bias = nullptr;                                          // [N]
   Activation activation = Activation::kNone;
@@ -28,7 +28,8 @@ struct TileEpilogue {
   int8_t* values = nullptr;                      // [M, N], instead of y, with
   float* scales = nullptr;                       // [M, chunks]
   at::ScalarType dtype = at::ScalarType::Float;  // of y and residual
-  int64_t n = 0;
+  int64_t n = 0;                                 // columns of y
+  int64_t up = 0;  // swiglu: column of the product where the up projection begins, n; else 0
 
   int64_t chunks() const { return (n + kNarrowChunk - 1) / kNarrowChunk; }
 };
@@ -98,17 +99,20 @@ VITFAST_INLINE void activate_each(Activation activation, bool rough, Floats (&x)
           x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kQuickGelu, v); });
     case Activation::kSilu:
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kSilu, v); });
+    case Activation::kSwiglu:
     case Activation::kNone:
       return;
   }
 }
 
-// Some vectors of a row of a chunk, from its column i on: sums -> what goes to y, or to be quantised, not yet rounded.
-template <typename scalar_t, int vectors>
-VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t first, int64_t i, const float* sums,
+constexpr int64_t kUpSums =
+    kTileRows * kNarrowChunk;  // where the sums of the up projection are, after those of the gate
+
+// Some vectors of a row of the product, from its column n on: sums -> what is activated.
+template <int vectors>
+VITFAST_INLINE void finish_product(const TileEpilogue& e, int64_t m, int64_t n, const float* sums,
                                    Floats (&value)[vectors]) {
-  const int64_t n = first + i, width = std::min(kNarrowChunk, e.n - first) - i;
-  each(value, [&](const Floats&, int j) VITFAST_INLINE_LAMBDA { return load_floats(sums + i + j); });
+  each(value, [&](const Floats&, int j) VITFAST_INLINE_LAMBDA { return load_floats(sums + j); });
   if (e.weight_scale)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.weight_scale + n + j); });
   if (e.rstd) {
@@ -118,8 +122,22 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
   }
   if (e.bias)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v + load_floats(e.bias + n + j); });
-  const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
-  activate_each(e.activation, rough, value);
+}
+
+// Some vectors of a row of a chunk, from its column i on: sums -> what goes to y, or to be quantised, not yet rounded.
+template <typename scalar_t, int vectors>
+VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t first, int64_t i, const float* sums,
+                                   Floats (&value)[vectors]) {
+  const int64_t n = first + i, width = std::min(kNarrowChunk, e.n - first) - i;
+  finish_product(e, m, n, sums + i, value);
+  if (e.up) {
+    Floats up[vectors];
+    finish_product(e, m, n + e.up, sums + kUpSums + i, up);
+    each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return gated<kWide>(v, up[j / kWide]); });
+  } else {
+    const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
+    activate_each(e.activation, rough, value);
+  }
   if (e.layer_scale)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.layer_scale + n + j); });
   if (e.residual) {

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from vitfast.ops import reference
 
+GATED_ROWS = 64
+"""On the CPU SwiGLU is part of the epilogue of a weight with a multiple of so many rows, as kGatedRows of
+csrc/cpu/activation.h has it: gate and up projection are whole panels then. Of others it is a pass of its own."""
+
 
 def attention(
     q: Tensor,
@@ -112,7 +116,7 @@ def quantized_linear_packed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.quantized_linear` in int8 on a `pack_quantized` weight."""
     run = torch.ops.vitfast_native.quantized_linear_packed
-    if activation != "swiglu":
+    if activation != "swiglu" or packed.shape[0] % GATED_ROWS == 0:
         kwargs: Any = {"layer_scale": layer_scale, "residual": residual, "dtype": dtype, "requantize": requantize}
         return _quantized(run, x, x_scale, packed, weight_scale, bias, activation=activation, **kwargs)
     if packed.shape[0] % 2:
@@ -139,7 +143,7 @@ def linear_packed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear` on a `pack`ed weight, or a plain one on CUDA."""
     run = torch.ops.vitfast_native.linear_packed
-    if activation != "swiglu":
+    if activation != "swiglu" or (packed.shape[0] % GATED_ROWS == 0 and not packed.is_cuda):
         outputs = run(x, packed, bias, activation, layer_scale, residual, row_stats, weight_sum, eps, stats)
         return tuple(outputs) if stats else outputs[0]
     if packed.shape[0] % 2:
