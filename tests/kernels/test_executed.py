@@ -57,6 +57,27 @@ def test_a_fault_is_found(fault, core):
     assert re.search(FAULTS[fault].says, core[fault]["wrong"]), core[fault]["wrong"] or "nothing was found"
 
 
+BEFORE_THE_PROJECTION = "    tl.debug_barrier()\n\n    # The projection.\n"
+"""The barrier of attention_block between attention's output and its readers.
+
+With one head nothing else stands there. With several, the compiler's barriers within the next head's loop do, as
+they do after every wait for copies: between q, k, v and attention, and between the reads of q and the output. At a
+head dim of 32 each lane reads what it wrote itself.
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [(80, "width192_sm80 D=64"), pytest.param(90, "width192 D=64", marks=pytest.mark.full)],
+    ids=("sm_80", "sm_90"),
+)
+def test_a_race_planted_in_a_kernel_is_found(arch, case):
+    job = {"arch": arch, "file": "attention_block", "case": case, "problem": {"heads": 1}}
+    right, race = executed([job, job | {"old": BEFORE_THE_PROJECTION, "new": ""}])
+    assert not right["wrong"]
+    assert re.search("race: warp .* reads global memory that warp .* wrote with no barrier between", race["wrong"])
+
+
 def test_what_is_executed_is_counted(core):
     """The bytes that TMA brings are those of all boxes: 2 x 2 tiles, 9 steps along K, 64 x 64 of both operands."""
     counts = core[CORE[0]]["counts"]

@@ -47,11 +47,11 @@ def cases_of(file: str, arch: int) -> list[CompileCase]:
     return [case for case in module.compile_cases() if arch in case.archs]
 
 
-def run(case: CompileCase, arch: int, seed: int = 0, change=None) -> Device:
+def run(case: CompileCase, arch: int, seed: int = 0, change=None, **problem) -> Device:
     """Launch the case and compare what it gives with the oracle, under the bounds of a GPU.
 
     Args:
-        change: see `Device`.
+        change: see `Device`. problem: sizes other than the kernel's usual ones, for those whose check takes them.
 
     Raises:
         AssertionError: if it is wrong, traps, or is not what the launcher launches.
@@ -59,7 +59,7 @@ def run(case: CompileCase, arch: int, seed: int = 0, change=None) -> Device:
     with executing(arch, seed) as device, _in_place(case, arch, device):
         if change:
             device.change = change
-        CHECKS[case.kernel](case)
+        CHECKS[case.kernel](case, **problem)
     launches = [launch for launch in device.launches if launch.kernel == case.fn.__name__]
     assert launches, "the case was not launched"
     # Triton's promotion of e4m3 sums reads them before any wait, and leaves that to the assembler.
@@ -244,8 +244,8 @@ def _mlp(case):
     _check_with_stats(case, mlp.mlp, reference.mlp, x, fc1, bias, *rest, config=config, **options)
 
 
-def _attention_block(case):
-    width, head_dim, heads = 192 if case.config.startswith("width192") else 384, case.constexprs["HEAD_DIM"], 2
+def _attention_block(case, heads=2):
+    width, head_dim = 192 if case.config.startswith("width192") else 384, case.constexprs["HEAD_DIM"]
     inner, tokens = heads * head_dim, 69
     x = _tensor(2, tokens, width)
     qkv, bias, weight_sum = _folded(
