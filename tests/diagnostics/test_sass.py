@@ -64,6 +64,14 @@ def test_the_rest_is_that_of_the_tile(listing):
     assert sass.load_widths(rest) == {"LDG": {16: 1}, "STS": {8: 1}}
 
 
+def test_what_never_runs_takes_an_issue_slot_alone(listing):
+    code = sass.parse(LISTING.replace("     STS.64 [R1], R136", "@!PT LDS RZ, [RZ]")).outside()
+    assert len(code) == len(listing.outside())
+    counts = sass.count_pipes(code)
+    assert (counts["shared"], counts["control"]) == (1, 2)
+    assert sass.load_widths(code) == {"LDG": {16: 1}}
+
+
 def test_without_a_loop_over_tiles_all_code_is_the_tiles():
     code = LISTING.replace("@P1 BRA `(.L_x_2)", "    NOP")
     assert [i.base for i in sass.parse(code).outside()][:3] == ["LDC", "MOV", "IADD3"]

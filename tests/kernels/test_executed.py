@@ -86,6 +86,44 @@ def test_what_is_executed_is_counted(core):
     assert counts["wgmma.mma_async.sync.aligned.k16.f32.bf16.bf16"] == 4 * 9 * 4 * 4  # tiles, steps, in a step, warps
 
 
+def beside(arch, file, case):
+    """What `python -m helpers.ptx.beside` prints of a case: the numbers of a line by what it is named."""
+    text = compiling("-W", "ignore", "-m", "helpers.ptx.beside", str(arch), file, case, PYTHONPATH=PATH)
+    found = (re.match(r"(\D+?) +(\d.*)$", line) for line in text.splitlines()[1:])
+    return {match[1]: [float(x) for x in match[2].split() if x != "-"] for match in found if match}
+
+
+@pytest.mark.parametrize(
+    ("arch", "file", "case"),
+    [
+        (90, "linear", "tma_64x64x64_gelu"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                (90, "attention_short", "short-walk D=64 N=197"),
+                (80, "linear", "64x64x64_gelu"),
+                (80, "attention_short", "short-walk D=64 N=197"),
+            )
+        ),
+    ],
+)
+def test_what_is_executed_is_what_the_machine_code_was_read_to_do(arch, file, case):
+    """Products, and loads and stores of shared memory, of a tile; the latter without a bank conflict."""
+    counts = beside(arch, file, case)
+    for pipe in ("tensor", "shared"):
+        executed, read = counts[pipe]
+        assert executed == read > 0, pipe
+    assert counts["shared turns"] == counts["shared accesses"]
+
+
+def test_counts_of_a_tile():
+    """64 x 64, 9 steps of 64 along K, 4 warps: a hyperbolic tangent for each of a thread's 32 elements, and no more."""
+    counts = beside(90, "linear", "tma_64x64x64_gelu")
+    assert counts["mufu"][0] == 32
+    assert counts["operand bytes"] == [9 * 4 * (64 + 64) * 16 * 2]  # steps, products in each, rows of both, K, bytes
+    assert counts["shared written bytes"] == [64 * 64 * 2]  # y, on its way to TMA
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")))
 @pytest.mark.parametrize("arch", [90, 80])

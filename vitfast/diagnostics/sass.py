@@ -49,12 +49,16 @@ _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it stands, its name with modifiers, its operands, and the label it may jump to."""
+    """One instruction: where it stands, its name with modifiers, its operands, and the label it may jump to.
+
+    `never`: its guard is never true. ptxas puts such loads before copies on sm_80; they take an issue slot alone.
+    """
 
     address: int
     name: str
     operands: str
     target: str | None = None
+    never: bool = False
 
     @property
     def base(self) -> str:
@@ -68,6 +72,8 @@ class Instruction:
         Raises:
             ValueError: for a name that PIPES does not have.
         """
+        if self.never:
+            return "control"
         base = self.base
         if base in _PIPE:
             return _PIPE[base]
@@ -137,7 +143,13 @@ def parse(disassembly: str) -> Listing:
     matches = list(_LINE.finditer(disassembly))
     targets = (_TARGET.search(m["rest"]) for m in matches)
     instructions = [
-        Instruction(int(m["at"], 16), m["name"], m["rest"].strip(), target["label"] if target else None)
+        Instruction(
+            int(m["at"], 16),
+            m["name"],
+            m["rest"].strip(),
+            target["label"] if target else None,
+            never=(m["guard"] or "").strip() == "@!PT",
+        )
         for m, target in zip(matches, targets, strict=True)
     ]
     if not instructions:
@@ -169,7 +181,7 @@ def load_widths(instructions: Iterable[Instruction]) -> dict[str, dict[int, int]
     """Loads and stores by kind ("LDG", "STS", ...) and bytes a thread."""
     widths: dict[str, Counter[int]] = {}
     for i in instructions:
-        if i.base in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
+        if i.base in ("LDG", "STG", "LDS", "STS", "LDL", "STL") and not i.never:
             widths.setdefault(i.base, Counter())[i.width] += 1
     return {kind: dict(sorted(counts.items())) for kind, counts in sorted(widths.items())}
 

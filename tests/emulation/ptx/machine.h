@@ -108,6 +108,7 @@ struct Memory {
 struct Counts {
   std::vector<int64_t> executed;  // by op: instructions of a warp
   int64_t global_read = 0, global_written = 0, copied_in = 0, copied_out = 0, async_copied = 0;  // bytes
+  int64_t shared_read = 0, shared_written = 0, operands_read = 0;  // bytes; operands: of wgmma, by a warpgroup
   int64_t shared_accesses = 0, shared_turns = 0;  // of whole warps; turns - accesses are bank conflicts
   int64_t implied_waits = 0;                      // sums used before their wait, which the assembler then puts in
 };

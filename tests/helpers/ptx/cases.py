@@ -41,6 +41,10 @@ FILES = (
 )  # fmt: skip
 
 
+INNER, TOKENS = 528, 133
+"""Of a product, and of attention, where the case does not say otherwise."""
+
+
 def cases_of(file: str, arch: int) -> list[CompileCase]:
     """The cases of a file of kernels/ for a chip."""
     module = importlib.import_module(f"vitfast.kernels._compile.{file}")
@@ -183,7 +187,7 @@ def _folded(x, weight, bias):
 
 def _linear(case):
     element = torch.float32 if case.config.startswith("float32") else BF16
-    m, n, inner = case.constexprs.get("BLOCK_M", 64) + 9, case.constexprs.get("BLOCK_N", 64) + 16, 528
+    m, n, inner = case.constexprs.get("BLOCK_M", 64) + 9, case.constexprs.get("BLOCK_N", 64) + 16, INNER
     gated = case.constexprs["ACTIVATION"] == "swiglu"
     x = _tensor(m, inner, dtype=element)
     weight = _tensor(2 * n if gated else n, inner, dtype=element, seed=1, scale=inner**-0.5)
@@ -262,7 +266,7 @@ def _attention_block(case, heads=2):
 
 def _quantized_linear(case):
     kind = KINDS[re.search(r"(fp8e4nv|i8)", str(case.signature["x"]))[0]]
-    m, n, inner = case.constexprs["BLOCK_M"] + 9, case.constexprs["BLOCK_N"] + 16, 528
+    m, n, inner = case.constexprs["BLOCK_M"] + 9, case.constexprs["BLOCK_N"] + 16, INNER
     gated, activation = case.constexprs["ACTIVATION"] == "swiglu", case.constexprs["ACTIVATION"] or None
     group = case.constexprs["BLOCK_K"] if case.constexprs["GROUPED"] else 0
     if group:
@@ -334,7 +338,7 @@ def _by_sequence(function, *tensors, upcast=False, **options):
 def _attention(case):
     head_dim, group = case.constexprs["HEAD_DIM"], case.constexprs["GROUP"]
     packed, heads = "cu_keys" in case.signature, 4 if group > 1 else 2
-    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, 133)
+    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, TOKENS)
     q, k, v = _packed_qkv(batch, tokens, heads, head_dim, group)
     options = _attention_options(case, batch, tokens, heads)
     lengths, oracle = {}, reference.attention
@@ -366,7 +370,7 @@ def _attention_short(case):
 def _attention_backward(case):
     head_dim, group = case.constexprs["HEAD_DIM"], case.constexprs["GROUP"]
     packed, heads = "cu_keys" in case.signature, 4 if group > 1 else 2
-    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, 133)
+    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, TOKENS)
     q, k, v = _packed_qkv(batch, tokens, heads, head_dim, group)
     options = _attention_options(case, batch, tokens, heads)
     dout = _tensor(batch, tokens, heads, head_dim, seed=12)

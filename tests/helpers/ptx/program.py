@@ -12,7 +12,7 @@ SPECIAL = ("%tid.x", "%laneid", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
 WIDTHS = {16: 1, 32: 2, 64: 3}  # bits -> log2 of the bytes, which the low bits of an offset hold
 TOTALS = (
     "global_read_bytes", "global_written_bytes", "tma_read_bytes", "tma_written_bytes", "cp_async_bytes",
-    "shared_accesses", "shared_turns", "implied_waits",
+    "shared_read_bytes", "shared_written_bytes", "operand_bytes", "shared_accesses", "shared_turns", "implied_waits",
 )  # fmt: skip
 
 
