@@ -24,13 +24,15 @@ const char* op_name(int op) { return ptx::ops()[op].name; }
 
 // code: of each instruction op, guard, first operand, negated. sizes: instructions, operands, constants, bytes of
 // registers, warps, bytes of a unit of shared memory, bytes of shared memory, bytes of a unit of global memory.
-ptx::Program* program_new(const int32_t* code, const int32_t* operands, const uint64_t* constants,
-                          const int32_t* special, const int32_t* sizes) {
+// is_register: of each operand.
+ptx::Program* program_new(const int32_t* code, const int32_t* operands, const uint8_t* is_register,
+                          const uint64_t* constants, const int32_t* special, const int32_t* sizes) {
   auto* program = new ptx::Program;
   for (int i = 0; i < sizes[0]; ++i) {
     program->code.push_back({code[4 * i], code[4 * i + 1], code[4 * i + 2], i, code[4 * i + 3] != 0});
   }
   program->operands.assign(operands, operands + sizes[1]);
+  program->is_register.assign(is_register, is_register + sizes[1]);
   program->constants.resize(ptx::kConstantBytes * sizes[2]);
   for (int c = 0; c < sizes[2]; ++c) {
     uint8_t* to = &program->constants[ptx::kConstantBytes * c];
