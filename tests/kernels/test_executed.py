@@ -6,6 +6,7 @@ bounds. Mistakes put into their PTX are found.
 
 import functools
 import json
+import os
 import re
 
 import pytest
@@ -29,11 +30,13 @@ CORE = [
 ]
 """TMA, mbarriers and wgmma; reductions; 8-bit output; products out of registers; int8; cp.async and mma.sync."""
 PATH = f"{ROOT}:{ROOT / 'tests'}"
+OLDEST = os.environ.get("VITFAST_OLDEST_TRITON", "")
+"""A folder with the oldest Triton that vitfast takes (`make test-oldest-triton`)."""
 
 
-def executed(jobs):
+def executed(jobs, path=PATH):
     """What `python -m helpers.ptx` says of each job."""
-    lines = compiling("-W", "ignore", "-m", "helpers.ptx", json.dumps(jobs), PYTHONPATH=PATH).splitlines()
+    lines = compiling("-W", "ignore", "-m", "helpers.ptx", json.dumps(jobs), PYTHONPATH=path).splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -130,6 +133,17 @@ def test_counts_of_a_tile():
 def test_every_compile_case_is_right(arch, file):
     results = executed([{"arch": arch, "file": file, "case": "", "all": True}])
     assert results
+    assert not [(result["name"], result["wrong"]) for result in results if result["wrong"]]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not OLDEST, reason="VITFAST_OLDEST_TRITON names no folder with an older Triton")
+def test_the_core_is_right_with_the_oldest_triton():
+    """And a whole forward, whose launches that Triton's JIT specialises."""
+    jobs = [{"arch": arch, "file": file, "case": case} for arch, file, case in CORE]
+    jobs += [{"forward": ("attention_block", "mlp"), "fold_norm": True, "arch": arch} for arch in (90, 80)]
+    results = executed(jobs, f"{OLDEST}:{PATH}")
+    assert len(results) == len(jobs)
     assert not [(result["name"], result["wrong"]) for result in results if result["wrong"]]
 
 
