@@ -18,7 +18,9 @@ _TARGET = re.compile(r"`\((?P<label>\.L\w+)\)")
 
 PIPES: dict[str, tuple[str, ...]] = {
     "tensor": ("HGMMA", "QGMMA", "IGMMA", "BGMMA", "HMMA", "QMMA", "IMMA", "BMMA", "DMMA"),
-    "fma": ("FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HADD2", "HMUL2"),
+    "fma": (
+        "FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FMUL2", "FADD2",
+    ),
     "imad": ("IMAD", "IDP", "IDP4A"),
     "alu": (
         "IADD3", "LOP3", "ISETP", "SEL", "FSEL", "FMNMX", "FSETP", "PRMT", "SHF", "LEA", "MOV", "PLOP3", "VIADD",
@@ -29,6 +31,7 @@ PIPES: dict[str, tuple[str, ...]] = {
     "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL"),
     "global": ("LDG", "STG", "LD", "ST", "RED", "ATOMG", "ATOM", "LDGSTS"),
     "local": ("LDL", "STL"),
+    "tensor_memory": ("LDT", "LDTM", "STT", "STTM"),
     "copy": ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UTMAPF", "UTMACMDFLUSH", "UTMACCTL"),
     "barrier": ("BAR", "SYNCS", "MEMBAR", "WARPSYNC", "ERRBAR", "FENCE", "CCTL", "DEPBAR", "LDGDEPBAR", "WARPGROUP",
                 "ELECT"),
