@@ -77,6 +77,15 @@ def test_without_a_loop_over_tiles_all_code_is_the_tiles():
     assert [i.base for i in sass.parse(code).outside()][:3] == ["LDC", "MOV", "IADD3"]
 
 
+def test_instructions_of_sm_100_have_a_pipe():
+    """Packed fp32, tensor memory, and products whose operands it holds."""
+    names = {"FADD2": "fma", "FFMA2": "fma", "LDTM.16dp32bit_t0_t15.x32": "tensor_memory", "STTM.x4": "tensor_memory"}
+    names |= {"UTCHMMA": "tensor", "UTCBAR": "copy", "UIADD3": "uniform"}
+    for name, pipe in names.items():
+        (instruction,) = sass.parse(f"        /*0000*/                   {name} R1, R2 ;\n").instructions
+        assert instruction.pipe == pipe, name
+
+
 def test_an_unknown_instruction_is_named():
     with pytest.raises(ValueError, match=r"FANCY\.F32"):
         sass.count_pipes(sass.parse("        /*0000*/                   FANCY.F32 R1, R2 ;\n").instructions)

@@ -136,6 +136,36 @@ def test_every_compile_case_is_right(arch, file):
     assert not [(result["name"], result["wrong"]) for result in results if result["wrong"]]
 
 
+def proved(folder, arch, file, case, change=lambda ptx: ptx):
+    """What SentryWard says of a block of a case: a second opinion, by proof instead of execution."""
+    sentryward = pytest.importorskip("sentryward", reason="SentryWard, a static verifier of PTX, is not installed")
+    arguments = (str(arch), file, case, folder)
+    compiling("-W", "ignore", "-m", "helpers.ptx.sentryward", *arguments, PYTHONPATH=PATH)
+    (folder / "kernel.ptx").write_text(change((folder / "kernel.ptx").read_text()))
+    return sentryward.verify(folder / "kernel.ptx", input=folder / "input.json", timeout_seconds=300)
+
+
+@pytest.mark.full
+def test_a_proof_finds_no_race_in_attention_short(tmp_path):
+    case = (80, "attention_short", "short D=32")
+    assert proved(tmp_path, *case)["result"] == "race_free"
+    found = proved(tmp_path, *case, lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx))
+    assert found["result"] == "potential_race" and found["races"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("file", "case"), [("layer_norm", "1024"), ("quantize", "1024_fp8e4nv_norm")])
+def test_a_proof_finds_but_stores_of_one_sum(tmp_path, file, case):
+    """Lanes of a warp that hold the same sum store it to one word: the executor lets them, a proof knows no values."""
+    found = proved(tmp_path, 90, file, case)
+    assert found["result"] == "potential_race" and found["checks"]["synchronization"] == "passed"
+    for race in found["races"]:
+        assert race["region"]["address_space"] == "shared"
+        assert race["first"]["mode"] == race["second"]["mode"] == "write"
+        assert race["first"]["location"] == race["second"]["location"]
+        assert race["first"]["actor"] // 32 == race["second"]["actor"] // 32
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not OLDEST, reason="VITFAST_OLDEST_TRITON names no folder with an older Triton")
 def test_the_core_is_right_with_the_oldest_triton():

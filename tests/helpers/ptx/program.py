@@ -62,7 +62,7 @@ class Program:
     """
 
     def __init__(self, library: Library, ptx: str, shared_bytes: int) -> None:
-        self.library, self.kernel = library, parse(ptx)
+        self.library, self.kernel, self.shared_bytes = library, parse(ptx), shared_bytes
         decoder = _Decoder(library, self.kernel)
         code = np.array(decoder.code, np.int32)
         operands = np.array(decoder.operands, np.int32)
