@@ -47,9 +47,10 @@ test-full: $(READY) ## run all tests
 # One target for each hook of .pre-commit-config.yaml.
 # The oldest Triton of pyproject.toml in a folder of its own, which stands before the environment's on the path.
 OLDEST_TRITON := 3.6.0
-test-oldest-triton: $(READY) ## compile the kernels for Hopper with the oldest Triton that vitfast takes
+test-oldest-triton: $(READY) ## compile and execute the kernels for Hopper with the oldest Triton that vitfast takes
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton triton==$(OLDEST_TRITON)
-	VITFAST_OLDEST_TRITON="$(CURDIR)/build/triton" $(PYTEST) -m full -k oldest_triton tests/diagnostics $(PYTEST_ARGS)
+	VITFAST_OLDEST_TRITON="$(CURDIR)/build/triton" $(PYTEST) -m full -k oldest_triton tests/diagnostics \
+	  tests/kernels/test_executed.py $(PYTEST_ARGS)
 
 lint: lint-ruff lint-mypy lint-clang-format ## check style and types
 

@@ -64,9 +64,26 @@ def test_the_rest_is_that_of_the_tile(listing):
     assert sass.load_widths(rest) == {"LDG": {16: 1}, "STS": {8: 1}}
 
 
+def test_what_never_runs_takes_an_issue_slot_alone(listing):
+    code = sass.parse(LISTING.replace("     STS.64 [R1], R136", "@!PT LDS RZ, [RZ]")).outside()
+    assert len(code) == len(listing.outside())
+    counts = sass.count_pipes(code)
+    assert (counts["shared"], counts["control"]) == (1, 2)
+    assert sass.load_widths(code) == {"LDG": {16: 1}}
+
+
 def test_without_a_loop_over_tiles_all_code_is_the_tiles():
     code = LISTING.replace("@P1 BRA `(.L_x_2)", "    NOP")
     assert [i.base for i in sass.parse(code).outside()][:3] == ["LDC", "MOV", "IADD3"]
+
+
+def test_instructions_of_sm_100_have_a_pipe():
+    """Packed fp32, tensor memory, and products whose operands it holds."""
+    names = {"FADD2": "fma", "FFMA2": "fma", "LDTM.16dp32bit_t0_t15.x32": "tensor_memory", "STTM.x4": "tensor_memory"}
+    names |= {"UTCHMMA": "tensor", "UTCBAR": "copy", "UIADD3": "uniform"}
+    for name, pipe in names.items():
+        (instruction,) = sass.parse(f"        /*0000*/                   {name} R1, R2 ;\n").instructions
+        assert instruction.pipe == pipe, name
 
 
 def test_an_unknown_instruction_is_named():

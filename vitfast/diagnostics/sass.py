@@ -18,7 +18,9 @@ _TARGET = re.compile(r"`\((?P<label>\.L\w+)\)")
 
 PIPES: dict[str, tuple[str, ...]] = {
     "tensor": ("HGMMA", "QGMMA", "IGMMA", "BGMMA", "HMMA", "QMMA", "IMMA", "BMMA", "DMMA"),
-    "fma": ("FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HADD2", "HMUL2"),
+    "fma": (
+        "FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FMUL2", "FADD2",
+    ),
     "imad": ("IMAD", "IDP", "IDP4A"),
     "alu": (
         "IADD3", "LOP3", "ISETP", "SEL", "FSEL", "FMNMX", "FSETP", "PRMT", "SHF", "LEA", "MOV", "PLOP3", "VIADD",
@@ -29,6 +31,7 @@ PIPES: dict[str, tuple[str, ...]] = {
     "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL"),
     "global": ("LDG", "STG", "LD", "ST", "RED", "ATOMG", "ATOM", "LDGSTS"),
     "local": ("LDL", "STL"),
+    "tensor_memory": ("LDT", "LDTM", "STT", "STTM"),
     "copy": ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UTMAPF", "UTMACMDFLUSH", "UTMACCTL"),
     "barrier": ("BAR", "SYNCS", "MEMBAR", "WARPSYNC", "ERRBAR", "FENCE", "CCTL", "DEPBAR", "LDGDEPBAR", "WARPGROUP",
                 "ELECT"),
@@ -49,12 +52,16 @@ _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it stands, its name with modifiers, its operands, and the label it may jump to."""
+    """One instruction: where it stands, its name with modifiers, its operands, and the label it may jump to.
+
+    `never`: its guard is never true. ptxas puts such loads before copies on sm_80; they take an issue slot alone.
+    """
 
     address: int
     name: str
     operands: str
     target: str | None = None
+    never: bool = False
 
     @property
     def base(self) -> str:
@@ -68,6 +75,8 @@ class Instruction:
         Raises:
             ValueError: for a name that PIPES does not have.
         """
+        if self.never:
+            return "control"
         base = self.base
         if base in _PIPE:
             return _PIPE[base]
@@ -137,7 +146,13 @@ def parse(disassembly: str) -> Listing:
     matches = list(_LINE.finditer(disassembly))
     targets = (_TARGET.search(m["rest"]) for m in matches)
     instructions = [
-        Instruction(int(m["at"], 16), m["name"], m["rest"].strip(), target["label"] if target else None)
+        Instruction(
+            int(m["at"], 16),
+            m["name"],
+            m["rest"].strip(),
+            target["label"] if target else None,
+            never=(m["guard"] or "").strip() == "@!PT",
+        )
         for m, target in zip(matches, targets, strict=True)
     ]
     if not instructions:
@@ -169,7 +184,7 @@ def load_widths(instructions: Iterable[Instruction]) -> dict[str, dict[int, int]
     """Loads and stores by kind ("LDG", "STS", ...) and bytes a thread."""
     widths: dict[str, Counter[int]] = {}
     for i in instructions:
-        if i.base in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
+        if i.base in ("LDG", "STG", "LDS", "STS", "LDL", "STL") and not i.never:
             widths.setdefault(i.base, Counter())[i.width] += 1
     return {kind: dict(sorted(counts.items())) for kind, counts in sorted(widths.items())}
 

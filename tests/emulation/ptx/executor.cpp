@@ -24,13 +24,15 @@ const char* op_name(int op) { return ptx::ops()[op].name; }
 
 // code: of each instruction op, guard, first operand, negated. sizes: instructions, operands, constants, bytes of
 // registers, warps, bytes of a unit of shared memory, bytes of shared memory, bytes of a unit of global memory.
-ptx::Program* program_new(const int32_t* code, const int32_t* operands, const uint64_t* constants,
-                          const int32_t* special, const int32_t* sizes) {
+// is_register: of each operand.
+ptx::Program* program_new(const int32_t* code, const int32_t* operands, const uint8_t* is_register,
+                          const uint64_t* constants, const int32_t* special, const int32_t* sizes) {
   auto* program = new ptx::Program;
   for (int i = 0; i < sizes[0]; ++i) {
     program->code.push_back({code[4 * i], code[4 * i + 1], code[4 * i + 2], i, code[4 * i + 3] != 0});
   }
   program->operands.assign(operands, operands + sizes[1]);
+  program->is_register.assign(is_register, is_register + sizes[1]);
   program->constants.resize(ptx::kConstantBytes * sizes[2]);
   for (int c = 0; c < sizes[2]; ++c) {
     uint8_t* to = &program->constants[ptx::kConstantBytes * c];
@@ -51,9 +53,9 @@ ptx::Program* program_new(const int32_t* code, const int32_t* operands, const ui
 void program_delete(ptx::Program* program) { delete program; }
 
 // Every block of a grid, one after the other, in an order of the seed's. ranges: begins and ends of the memory that may
-// be touched. executed: by op. totals: bytes read and written in global memory, copied by TMA in and out, by cp.async;
-// accesses of shared memory and the turns they took; waits for products that were not there. Returns the instruction at
-// which it was trapped, or -1.
+// be touched. executed: by op. totals: bytes read and written in global memory, copied by TMA in and out, by cp.async,
+// read and written in shared memory, read there by wgmma; accesses of shared memory and the turns they took; waits for
+// products that were not there. Returns the instruction at which it was trapped, or -1.
 int program_run(const ptx::Program* program, const uint32_t* grid, const uint8_t* parameters, uint64_t parameter_bytes,
                 const uint64_t* ranges, int range_count, uint64_t seed, int64_t* executed, int64_t* totals, char* error,
                 int error_bytes) {
@@ -87,8 +89,9 @@ int program_run(const ptx::Program* program, const uint32_t* grid, const uint8_t
     }
   }
   std::copy(counts.executed.begin(), counts.executed.end(), executed);
-  const int64_t all[] = {counts.global_read,  counts.global_written,  counts.copied_in,    counts.copied_out,
-                         counts.async_copied, counts.shared_accesses, counts.shared_turns, counts.implied_waits};
+  const int64_t all[] = {counts.global_read,     counts.global_written, counts.copied_in,      counts.copied_out,
+                         counts.async_copied,    counts.shared_read,    counts.shared_written, counts.operands_read,
+                         counts.shared_accesses, counts.shared_turns,   counts.implied_waits};
   std::copy(std::begin(all), std::end(all), totals);
   return -1;
 }

@@ -37,7 +37,8 @@ struct Instruction {
 struct Program {
   std::vector<Instruction> code;
   std::vector<int32_t> operands;
-  std::vector<uint8_t> constants;  // of each, 32 times: 64 bits, 32, 16
+  std::vector<uint8_t> is_register;  // of each operand: an offset or a label could look like one
+  std::vector<uint8_t> constants;    // of each, 32 times: 64 bits, 32, 16
   int32_t register_bytes = 0, warps = 0, unit = 4, global_unit = 4;
   uint32_t shared_bytes = 0;
   std::vector<int32_t> special;  // registers of tid.x, laneid, ctaid.x y z, nctaid.x y z, ntid.x; -1 where unused
@@ -108,6 +109,7 @@ struct Memory {
 struct Counts {
   std::vector<int64_t> executed;  // by op: instructions of a warp
   int64_t global_read = 0, global_written = 0, copied_in = 0, copied_out = 0, async_copied = 0;  // bytes
+  int64_t shared_read = 0, shared_written = 0, operands_read = 0;  // bytes; operands: of wgmma, by a warpgroup
   int64_t shared_accesses = 0, shared_turns = 0;  // of whole warps; turns - accesses are bank conflicts
   int64_t implied_waits = 0;                      // sums used before their wait, which the assembler then puts in
 };
@@ -344,10 +346,7 @@ inline void Block::imply_wait(Warp& warp, int32_t at) {
                           : static_cast<int32_t>(program.operands.size());
   for (int32_t i = program.code[at].first; i < end; ++i) {
     const int32_t operand = program.operands[i];
-    // An offset of an address may look like a register: a wait too many, which the count shows.
-    if (operand < 0 || operand >> 6 >= static_cast<int32_t>(warp.under_way.size()) || !warp.under_way[operand >> 6]) {
-      continue;
-    }
+    if (!program.is_register[i] || !warp.under_way[operand >> 6]) continue;
     ++counts.implied_waits;
     return finish_products(warp);
   }

@@ -61,6 +61,7 @@ Then load_shared(Warp& w, const int32_t* o, Lanes lanes) {
     }
   });
   w.block.count_turns(w, from, lanes, sizeof(T) * N);
+  w.block.counts.shared_read += __builtin_popcount(lanes) * sizeof(T) * N;
   return Then::next;
 }
 template <typename T, int N>
@@ -82,6 +83,7 @@ Then store_shared(Warp& w, const int32_t* o, Lanes lanes) {
     std::memcpy(w.block.at(to[i]), what, sizeof(what));
   });
   w.block.count_turns(w, to, lanes, sizeof(T) * N);
+  w.block.counts.shared_written += __builtin_popcount(lanes) * sizeof(T) * N;
   return Then::next;
 }
 template <typename T>
@@ -126,6 +128,7 @@ Then matrices(Warp& w, const int32_t* o, Lanes) {
       }
     }
     w.block.count_turns(w, rows, 0xffu << 8 * m, 16);
+    (store ? w.block.counts.shared_written : w.block.counts.shared_read) += sizeof(matrix);
     if (!store) {
       for (int i = 0; i < kLanes; ++i) lane[i] = pair(element(i, 1), element(i, 0));
     }

@@ -258,6 +258,7 @@ Then multiply_async(Warp& w, const int32_t* o, Lanes) {
     }
   }
   for_operands(p, depth, [&](uint32_t at, int, int, int, int) { block.note_async_read(w, kAllOf, at, 16); });
+  if (w.number % 4 == 0) block.counts.operands_read += 32 * (columns + (in_registers ? 0 : 64));
   bool first = true;
   for (const auto& group : queue.groups) first &= group.empty() || group.back().computed;
   for (const Product& before : queue.open) first &= before.computed;

@@ -1,9 +1,9 @@
 """Executes kernels in a process in which Triton is its compiler: `python -m helpers.ptx JOBS`.
 
 JOBS is JSON, a list of objects. Of a compile case: "arch", "file" and "case", the start of its config's name; with
-"all": true, all that start so; with "seed", other schedules; with "old" and "new", words of the kernel's source that
-are replaced first. Of a mistake in the PTX: "fault", a name of `faults.FAULTS`. Of a whole forward: "forward", the
-halves that are fused, "fold_norm" and "arch".
+"all": true, all that start so; with "seed", other schedules; with "problem", other sizes, for kernels whose check takes
+them; with "old" and "new", words of the kernel's source that are replaced first. Of a mistake in the PTX: "fault", a
+name of `faults.FAULTS`. Of a whole forward: "forward", the halves that are fused, "fold_norm" and "arch".
 
 For each kernel, or forward, a line of JSON: its name; what was found wrong, "" for nothing; seconds; counts.
 """
@@ -61,7 +61,7 @@ def compiled_case(job: dict, case, change) -> dict[str, int]:
             changed = mutant(module, job["old"], job["new"], Path(folder))
             stack.enter_context(mock.patch.object(cases, job["file"], changed))
             case = dataclasses.replace(case, fn=getattr(changed, case.fn.__name__))
-        device = cases.run(case, job["arch"], job.get("seed", 0), change)
+        device = cases.run(case, job["arch"], job.get("seed", 0), change, **job.get("problem", {}))
     return next(launch.counts for launch in device.launches if launch.kernel == case.fn.__name__)
 
 

@@ -41,17 +41,21 @@ FILES = (
 )  # fmt: skip
 
 
+INNER, TOKENS = 528, 133
+"""Of a product, and of attention, where the case does not say otherwise."""
+
+
 def cases_of(file: str, arch: int) -> list[CompileCase]:
     """The cases of a file of kernels/ for a chip."""
     module = importlib.import_module(f"vitfast.kernels._compile.{file}")
     return [case for case in module.compile_cases() if arch in case.archs]
 
 
-def run(case: CompileCase, arch: int, seed: int = 0, change=None) -> Device:
+def run(case: CompileCase, arch: int, seed: int = 0, change=None, **problem) -> Device:
     """Launch the case and compare what it gives with the oracle, under the bounds of a GPU.
 
     Args:
-        change: see `Device`.
+        change: see `Device`. problem: sizes other than the kernel's usual ones, for those whose check takes them.
 
     Raises:
         AssertionError: if it is wrong, traps, or is not what the launcher launches.
@@ -59,7 +63,7 @@ def run(case: CompileCase, arch: int, seed: int = 0, change=None) -> Device:
     with executing(arch, seed) as device, _in_place(case, arch, device):
         if change:
             device.change = change
-        CHECKS[case.kernel](case)
+        CHECKS[case.kernel](case, **problem)
     launches = [launch for launch in device.launches if launch.kernel == case.fn.__name__]
     assert launches, "the case was not launched"
     # Triton's promotion of e4m3 sums reads them before any wait, and leaves that to the assembler.
@@ -183,7 +187,7 @@ def _folded(x, weight, bias):
 
 def _linear(case):
     element = torch.float32 if case.config.startswith("float32") else BF16
-    m, n, inner = case.constexprs.get("BLOCK_M", 64) + 9, case.constexprs.get("BLOCK_N", 64) + 16, 528
+    m, n, inner = case.constexprs.get("BLOCK_M", 64) + 9, case.constexprs.get("BLOCK_N", 64) + 16, INNER
     gated = case.constexprs["ACTIVATION"] == "swiglu"
     x = _tensor(m, inner, dtype=element)
     weight = _tensor(2 * n if gated else n, inner, dtype=element, seed=1, scale=inner**-0.5)
@@ -244,8 +248,8 @@ def _mlp(case):
     _check_with_stats(case, mlp.mlp, reference.mlp, x, fc1, bias, *rest, config=config, **options)
 
 
-def _attention_block(case):
-    width, head_dim, heads = 192 if case.config.startswith("width192") else 384, case.constexprs["HEAD_DIM"], 2
+def _attention_block(case, heads=2):
+    width, head_dim = 192 if case.config.startswith("width192") else 384, case.constexprs["HEAD_DIM"]
     inner, tokens = heads * head_dim, 69
     x = _tensor(2, tokens, width)
     qkv, bias, weight_sum = _folded(
@@ -262,7 +266,7 @@ def _attention_block(case):
 
 def _quantized_linear(case):
     kind = KINDS[re.search(r"(fp8e4nv|i8)", str(case.signature["x"]))[0]]
-    m, n, inner = case.constexprs["BLOCK_M"] + 9, case.constexprs["BLOCK_N"] + 16, 528
+    m, n, inner = case.constexprs["BLOCK_M"] + 9, case.constexprs["BLOCK_N"] + 16, INNER
     gated, activation = case.constexprs["ACTIVATION"] == "swiglu", case.constexprs["ACTIVATION"] or None
     group = case.constexprs["BLOCK_K"] if case.constexprs["GROUPED"] else 0
     if group:
@@ -334,7 +338,7 @@ def _by_sequence(function, *tensors, upcast=False, **options):
 def _attention(case):
     head_dim, group = case.constexprs["HEAD_DIM"], case.constexprs["GROUP"]
     packed, heads = "cu_keys" in case.signature, 4 if group > 1 else 2
-    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, 133)
+    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, TOKENS)
     q, k, v = _packed_qkv(batch, tokens, heads, head_dim, group)
     options = _attention_options(case, batch, tokens, heads)
     lengths, oracle = {}, reference.attention
@@ -366,7 +370,7 @@ def _attention_short(case):
 def _attention_backward(case):
     head_dim, group = case.constexprs["HEAD_DIM"], case.constexprs["GROUP"]
     packed, heads = "cu_keys" in case.signature, 4 if group > 1 else 2
-    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, 133)
+    batch, tokens = (1, SEQUENCES[-1]) if packed else (2, TOKENS)
     q, k, v = _packed_qkv(batch, tokens, heads, head_dim, group)
     options = _attention_options(case, batch, tokens, heads)
     dout = _tensor(batch, tokens, heads, head_dim, seed=12)

@@ -69,6 +69,7 @@ class Launch:
     kernel: str
     hash: str
     grid: tuple[int, ...]
+    parameters: bytes
     counts: dict[str, int]
 
 
@@ -99,7 +100,7 @@ class Device:
         program = self.program(key)
         parameters, ranges = _arguments(program.kernel, signature, metadata, args)
         counts = program.run(grid, parameters, ranges, self.seed + len(self.launches))
-        self.launches.append(Launch(metadata.name, key, tuple(grid), counts))
+        self.launches.append(Launch(metadata.name, key, tuple(grid), parameters.tobytes(), counts))
 
 
 def _arguments(kernel, signature, metadata, args):

@@ -12,7 +12,7 @@ SPECIAL = ("%tid.x", "%laneid", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
 WIDTHS = {16: 1, 32: 2, 64: 3}  # bits -> log2 of the bytes, which the low bits of an offset hold
 TOTALS = (
     "global_read_bytes", "global_written_bytes", "tma_read_bytes", "tma_written_bytes", "cp_async_bytes",
-    "shared_accesses", "shared_turns", "implied_waits",
+    "shared_read_bytes", "shared_written_bytes", "operand_bytes", "shared_accesses", "shared_turns", "implied_waits",
 )  # fmt: skip
 
 
@@ -62,10 +62,11 @@ class Program:
     """
 
     def __init__(self, library: Library, ptx: str, shared_bytes: int) -> None:
-        self.library, self.kernel = library, parse(ptx)
+        self.library, self.kernel, self.shared_bytes = library, parse(ptx), shared_bytes
         decoder = _Decoder(library, self.kernel)
         code = np.array(decoder.code, np.int32)
         operands = np.array(decoder.operands, np.int32)
+        registers = np.array(decoder.is_register, np.uint8)
         constants = np.array(decoder.constants, np.uint64)
         special = np.array(
             [decoder.offsets.get(name, -64) & ~63 if name in decoder.offsets else -1 for name in SPECIAL], np.int32
@@ -75,7 +76,7 @@ class Program:
             len(code), len(operands), len(constants), decoder.register_bytes, self.kernel.threads // 32, decoder.unit,
             shared, decoder.global_unit,
         )  # fmt: skip
-        arrays = (code, operands, constants, special, np.array(sizes, np.int32))
+        arrays = (code, operands, registers, constants, special, np.array(sizes, np.int32))
         self._handle = library.handle.program_new(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
 
     def __del__(self) -> None:
@@ -131,6 +132,7 @@ class _Decoder:
         self.register_bytes = 64  # the first is where "_" goes
         self.code: list[tuple[int, int, int, int]] = []
         self.operands: list[int] = []
+        self.is_register: list[bool] = []  # of each: an offset of an address, or a label, could look like one
         self.constants: list[int] = []
         self._constant: dict[int, int] = {}
         self.unit = self.global_unit = 4  # the smallest access, in bytes
@@ -152,25 +154,33 @@ class _Decoder:
             guard, negated = self._register(instruction.guard[0]) & ~63, instruction.guard[1]
         self.code.append((self.library.ops[name], guard, len(self.operands), negated))
         if name == "bra":
-            self.operands.append(self.kernel.labels[instruction.operands[0]])
+            self._put(self.kernel.labels[instruction.operands[0]])
             return
         if name.startswith("wgmma.mma_async"):
-            self.operands.append(int(re.search(r"m64n(\d+)", instruction.opcode)[1]))
+            self._put(int(re.search(r"m64n(\d+)", instruction.opcode)[1]))
         if name.startswith("mbarrier.arrive"):  # the state, which nobody takes
             instruction = Instruction(name, instruction.operands[1:], None, instruction.line)
         for operand in instruction.operands:
             self._flatten(operand)
         if name.startswith(("cp.async.ca", "cp.async.cg")) and len(instruction.operands) == 3:  # no size: all of it
-            self.operands.append(self._value(instruction.operands[2]))
+            self._flatten(instruction.operands[2])
+
+    def _put(self, number: int, is_register: bool = False) -> None:
+        self.operands.append(number)
+        self.is_register.append(is_register)
 
     def _flatten(self, operand) -> None:
         if isinstance(operand, str):
-            self.operands.append(self._value(operand))
+            value = self._value(operand)
+            self._put(value, value >= 0)
         elif operand[0] == "vector":
             for each in operand[1:]:
                 self._flatten(each)
         else:
-            self.operands += [self._value(operand[1]), operand[2], *map(self._value, operand[3:])]
+            self._flatten(operand[1])
+            self._put(operand[2])
+            for each in operand[3:]:
+                self._flatten(each)
 
     def _value(self, token: str) -> int:
         """A register's offset, or below zero a constant."""
