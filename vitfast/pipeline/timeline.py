@@ -90,11 +90,13 @@ class Timeline:
         for tick in range(6):
             x = left + width * tick / 5
             rows.append(f'<text x="{x}" y="{bottom}" text-anchor="middle" opacity=".7">{total * tick / 5:.4g} s</text>')
-        picture = f'<svg viewBox="0 0 {left + width + 40} {bottom + 16}" role=img>{"".join(rows)}</svg>'
+        picture = f'<div><svg viewBox="0 0 {left + width + 40} {bottom + 16}" role=img>{"".join(rows)}</svg></div>'
         return (
-            '<!doctype html><html lang=en><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+            '<!doctype html><html lang=en><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
             "<title>Timeline of a run</title><style>:root{color-scheme:light dark}body{font:14px system-ui,sans-serif;"
-            "margin:16px}svg{max-width:1100px;width:100%;font:12px system-ui,sans-serif}svg text{fill:currentColor}"
+            "margin:16px}h1{font-size:20px}div{overflow-x:auto}svg{max-width:1100px;min-width:800px;width:100%;"
+            "font:12px system-ui,sans-serif}svg text{fill:currentColor}"
             f"</style></head><body><h1>How busy each stage was</h1><p>{html.escape(remark)}</p>{picture}"
             "</body></html>\n"
         )
