@@ -25,7 +25,7 @@ def _folders():
 def programs():
     """The folder of a server's programs that has pgvector beside it, or a skip."""
     for folder in _folders():
-        if not (folder / "initdb").is_file():
+        if not all((folder / name).is_file() for name in ("initdb", "pg_config", "pg_ctl", "postgres")):
             continue
         asked = [folder / "pg_config", "--sharedir"]
         shared = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()

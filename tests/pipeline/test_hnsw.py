@@ -66,9 +66,10 @@ def test_a_graph_that_finds_little_is_noticed(tmp_path, monkeypatch):
     assert abs(graph.recall - recall_of(graph, range(0, 2000, 20))) < 0.15
 
 
-def test_more_is_found_where_more_is_asked_for(tmp_path):
+def test_more_is_found_where_more_is_asked_for(tmp_path, monkeypatch):
     """Of vectors without any order, which are hard to find: what is printed grows with what is looked at."""
-    vectors = np.random.default_rng(0).standard_normal((4000, 48), np.float32)
+    monkeypatch.setattr(hnsw, "EXPANSIONS", (1, 512))
+    vectors = np.random.default_rng(0).standard_normal((4000, 64), np.float32)
     index = Index(folder_of(vectors, tmp_path / "out", rows=1000))
     some, most = Graph.of(index, 0.3), Graph.of(index, 0.995)
     assert some.built and not most.built

@@ -209,7 +209,7 @@ def test_what_cannot_be_written_or_read(photos, tmp_path, monkeypatch):
     run(photos, out)
     before = rows(out)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("No space left on device")
 
     save(photos / "q.png", 52)

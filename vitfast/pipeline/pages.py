@@ -107,6 +107,7 @@ def _colours(count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in hues]
 
 
+_GREY = "#888888"
 MOST_GROUPS = 20
 """Values of a column that have a colour of their own: the most frequent ones."""
 
@@ -130,7 +131,8 @@ def map_page(
     names, counts = np.unique(np.array(texts, object), return_counts=True)
     frequent = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_GROUPS]]
     number = {name: i for i, name in enumerate(frequent)}
-    colours = _colours(len(frequent))
+    hues = iter(_colours(len(frequent)))
+    colours = [_GREY if name == "none" else next(hues) for name in frequent]
     data = {
         "names": [name_of(key) for key in keys],
         "x": [round(float(x), 5) for x in scaled[:, 0]],
@@ -146,7 +148,7 @@ def map_page(
         if groups is not None
     )
     if len(names) > MOST_GROUPS:
-        legend += f'<span><i style="background:#888"></i>{len(names) - MOST_GROUPS} others</span>'
+        legend += f'<span><i style="background:{_GREY}"></i>{len(names) - MOST_GROUPS} others</span>'
     content = json.dumps(data).replace("<", "\\u003c")  # so that no name ends the script
     body = (
         f"<header><h1>{html.escape(title)}</h1><p>{html.escape(remark)}</p><div class=legend>{legend}</div></header>"
@@ -177,7 +179,7 @@ for (const [i, url] of Object.entries(data.pictures)) {
   images.set(Number(i), image);
 }
 let scale = 1, left = 0, top_ = 0, fitted = false;
-const colour = i => data.group[i] < 0 ? "#888" : data.colours[data.group[i]];
+const colour = i => data.group[i] < 0 ? "#888888" : data.colours[data.group[i]];
 const at = i => [left + data.x[i] * scale, top_ + data.y[i] * scale];
 function fit() {
   const box = canvas.getBoundingClientRect(), ratio = devicePixelRatio || 1;
@@ -195,7 +197,7 @@ function paint() {
   const ratio = devicePixelRatio || 1, width = canvas.width / ratio, height = canvas.height / ratio;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
-  const side = Math.min(96, Math.max(20, scale / 24)), taken = new Set();
+  const side = Math.min(96, Math.max(20, scale / 16)), taken = new Set();
   const pictures = [];
   for (let i = 0; i < data.x.length; i++) {
     const [x, y] = at(i);
