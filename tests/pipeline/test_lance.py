@@ -234,6 +234,43 @@ def test_what_cannot_be_written_or_read(photos, tmp_path, monkeypatch):
             use(out)
 
 
+@pytest.mark.parametrize("limit", [1500, 2500])
+def test_files_that_are_cut_short(limit, photos, tmp_path):
+    """As a full disk leaves them, with Lance none the wiser: the version before is what there is."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = ("embed", photos, "-m", "m", "-o", out, "--format", "lance", "--json")
+    with Runs() as runs:
+        assert runs.run(*command[:1], photos / "p0.png", *command[2:], log=log) == 0
+        before = rows(out)
+        assert runs.run(*command, log=log, limit=limit, stdout="/dev/null") == 1
+        assert "cannot be written" in (tmp_path / "log.err").read_text()
+        assert rows(out).slice(0, 1).equals(before) or rows(out).equals(before)
+        assert runs.run(*command, log=log) == 1  # three of the photographs are bad
+    assert len(read_embeddings(out)) == 13 and manifest.differences(out) == []
+
+
+def test_a_version_with_a_file_that_is_cut_short(photos, tmp_path):
+    """A run that was killed before it could see to it; and the only version there is."""
+    out = tmp_path / "out"
+    for damaged, left in (("q", 13), ("all", 0)):
+        run(photos, out)
+        before = set((out / "data").iterdir())
+        if damaged == "q":
+            save(photos / "q.png", 52)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("vitfast.pipeline.lance.LanceFolder._note", lambda *_: None)
+                run(photos, out)
+        for file in set((out / "data").iterdir()) - before or before:
+            file.write_bytes(file.read_bytes()[:-7])
+        if left:
+            assert len(read_embeddings(out)) == left
+        else:
+            with pytest.raises(InputError, match="none of its versions is whole"):
+                read_embeddings(out)
+        assert run(photos, out).done == {"q": 1, "all": 11}[damaged]
+        assert len(read_embeddings(out)) == 14
+
+
 def test_a_graph_of_neighbours(photos, tmp_path):
     pytest.importorskip("usearch", reason="usearch is not installed (the extra `search`)")
     run(photos, tmp_path / "out")

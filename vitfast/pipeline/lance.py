@@ -8,12 +8,17 @@
 Rows are added by commits, each of which appears as a whole. At a run's end small files are put together, and versions
 of the dataset before that are taken away, but for those that have a tag. Needs `pip install 'vitfast[lance]'`.
 
+Where a disk is full Lance (14.0 at least) commits files that are cut short, and says nothing: files are compared with
+what the dataset says of their size after each commit, and a version with one that is not as it says counts for nothing.
+
 Source: https://lance.org/format/
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,13 +39,43 @@ ERRORS = (OSError, ValueError, RuntimeError)
 """What Lance raises of a dataset that is damaged, or of a disk that is full."""
 
 
-def read(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a Lance dataset, or some columns of them, with the metadata of its schema.
+def latest(folder: str | Path) -> Any:
+    """The dataset in a folder at its last version whose files are whole; None if there is none.
 
     Raises:
         InputError: if pylance is not installed. OSError, ValueError, RuntimeError: what Lance raises.
     """
-    dataset = lance_library().dataset(os.fspath(folder))
+    if format_of(folder) != LanceFolder.format:
+        return None
+    where, lance = os.fspath(folder), lance_library()
+    dataset = lance.dataset(where)
+    if _whole(dataset, folder):
+        return dataset
+    older = sorted((version["version"] for version in dataset.versions()), reverse=True)
+    datasets = (lance.dataset(where, version=number) for number in older)
+    return next((dataset for dataset in datasets if _whole(dataset, folder)), None)
+
+
+def _whole(dataset: Any, folder: str | Path) -> bool:
+    """Whether the files of a dataset's version have the sizes that it says."""
+    files = (file for fragment in dataset.get_fragments() for file in fragment.data_files())
+    return all(_size(Path(folder, "data", file.path)) == file.file_size_bytes for file in files)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def read(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a Lance dataset, or some columns of them, with the metadata of its schema.
+
+    Raises:
+        InputError: if pylance is not installed, or no version of the dataset is whole.
+        OSError, ValueError, RuntimeError: what Lance raises.
+    """
+    dataset = latest(folder)
+    if dataset is None:
+        raise InputError("none of its versions is whole")
     columns = None if columns is None else [*columns]
     return dataset.to_table(columns=columns).replace_schema_metadata(dataset.schema.metadata)
 
@@ -64,7 +99,7 @@ class LanceFolder(Folder):
         if self._overwrite:
             return
         try:
-            dataset = self._dataset()
+            dataset = latest(self.path)
             if dataset is None or dataset.version == self._version:
                 return
             columns = ["path", "status", "file_size", "file_mtime_ns", "_rowid"]
@@ -86,11 +121,31 @@ class LanceFolder(Folder):
     def _clean(self) -> None:
         for path in self.path.glob(f".{manifest.NAME}-*.tmp"):
             path.unlink(missing_ok=True)
+        try:
+            self._go_back()
+        except ERRORS as error:
+            raise self._refusal(str(error)) from error
         self._read()
         if self._doubled:
             self._dataset().delete(f"_rowid IN ({', '.join(map(str, self._doubled))})")
             self.repaired += len(self._doubled)
             self._read()
+
+    def _go_back(self) -> bool:
+        """Make the last version that is whole the dataset's last one; whether another was."""
+        dataset, whole = self._dataset(), latest(self.path)
+        if dataset is None or (whole is not None and whole.version == dataset.version):
+            return False
+        if whole is not None:
+            whole.restore()
+        else:
+            for name in ("_versions", "data", "_deletions", "_transactions"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        return True
+
+    def _check_files(self) -> None:
+        if self._go_back():
+            raise OSError(errno.ENOSPC, "a file is shorter than it should be: the disk may be full")
 
     def _hashes(self) -> dict[str, bytes]:
         if not self._identities:
@@ -119,6 +174,7 @@ class LanceFolder(Folder):
                     merge.execute(table)
                 else:
                     self._lance.write_dataset(table, where, mode="append")
+            self._check_files()
         except ERRORS as error:
             raise self._failure(error) from error
         return path_text(self.path)
@@ -129,6 +185,7 @@ class LanceFolder(Folder):
             if dataset is None:
                 return
             dataset.optimize.compact_files(materialize_deletions_threshold=0.0)
+            self._check_files()
             dataset = self._dataset()
             # The lock is ours: what no version refers to is no other run's work.
             dataset.cleanup_old_versions(timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PARTS = "part-*.parquet"
-_LANCE = ("_versions/*", "data/*", "_deletions/*")
+_LANCE = ("_versions/*.manifest", "data/*", "_deletions/*")
 
 
 def format_of(folder: str | Path) -> str | None:
