@@ -15,7 +15,8 @@ from helpers.photos import save
 
 from vitfast.cli.signals import Stopped, exit_code, stopping
 from vitfast.pipeline.embed import BATCH_SECONDS
-from vitfast.pipeline.parquet import PART_SECONDS, read_embeddings
+from vitfast.pipeline.parquet import read_embeddings
+from vitfast.pipeline.writing import PART_SECONDS
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 

@@ -112,12 +112,12 @@ def _run(job):
 def _prepare(job):
     """Put the fake model, the sizes of parts and the fault in place."""
     from vitfast.engine import load
-    from vitfast.pipeline import parquet
+    from vitfast.pipeline import folder, writing
 
     load_module = sys.modules[load.__module__] if callable(load) else load
     if not job.get("real"):
         load_module.load = lambda *_, **__: model(job.get("weights", 0), job.get("slow", 0))
-    parquet.PART_ROWS, parquet.PART_SECONDS = job.get("rows", 4096), job.get("seconds", 5.0)
+    folder.PART_ROWS, writing.PART_SECONDS = job.get("rows", 4096), job.get("seconds", 5.0)
     if "limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
     what, which, when, do = job.get("fault") or ("", 0, "", "")
@@ -142,7 +142,7 @@ def _prepare(job):
 
     for name in ("replace", "fsync", "unlink"):
         setattr(os, name, watched(name, getattr(os, name)))
-    original = parquet.write_rows
+    original = writing.write_rows
 
     def write(results, *arguments, on_result, **options):
         def noted(result):
@@ -154,7 +154,7 @@ def _prepare(job):
 
         return original(results, *arguments, on_result=noted, **options)
 
-    parquet.write_rows = write
+    writing.write_rows = write
 
 
 def model(weights, slow):

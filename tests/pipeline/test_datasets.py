@@ -2,11 +2,15 @@
 
 import builtins
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import pyarrow as pa
 import pytest
 from helpers.photos import FakeEngine, make_photos
+from helpers.scripts import ROOT
 
 from vitfast.images.files import InputError, collect
 from vitfast.pipeline.embed import embed_images
@@ -96,6 +100,36 @@ def test_lance(photos, tmp_path):
         list(find_sources([source], columns=["caption"]).containers[str(source)]())
 
 
+STREAMED = """
+import os, signal, sys
+from datasets import load_from_disk
+from helpers.photos import FakeEngine
+import vitfast.pipeline.writing
+from vitfast.pipeline.embed import embed_images
+from vitfast.pipeline.parquet import EmbeddingFolder, write_parquet
+from vitfast.pipeline.sources.datasets import dataset_items
+
+vitfast.pipeline.writing.PART_SECONDS = 0.0
+saved, out, end = sys.argv[1], sys.argv[2], int(sys.argv[3])
+seen = []
+
+def kill(result):
+    if len(seen) == end:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(result)
+
+folder, engine = EmbeddingFolder(out, "m"), FakeEngine()
+items = dataset_items(load_from_disk(saved).to_iterable_dataset(), name="mine", columns=["label"])
+write_parquet(embed_images(engine, folder.todo(items), batch_size=2), folder, engine, on_result=kill)
+"""
+"""A run over a streamed dataset that kills itself."""
+
+
+def environment():
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def test_hugging_face_datasets(photos, tmp_path):
     """One in memory, the same saved and streamed, with images as the library writes them; and plain bytes."""
     datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
@@ -113,6 +147,13 @@ def test_hugging_face_datasets(photos, tmp_path):
     assert embedded(find_sources([tmp_path / "saved"], columns=["label"]), tmp_path / "out2") == want
     datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
     assert embedded(find_sources([tmp_path / "splits"], columns=["label"]), tmp_path / "out3") == want
+    for least in (4, 5):  # a streamed one, killed: three of the images are bad and tried again
+        script = [sys.executable, "-c", STREAMED, str(tmp_path / "saved"), str(tmp_path / "killed")]
+        assert subprocess.run([*script, "4"], env=environment()).returncode == -signal.SIGKILL
+        assert least <= len(read_embeddings(tmp_path / "killed")) < 13
+    assert subprocess.run([*script, "-1"], env=environment()).returncode == 0
+    got = embedded([], tmp_path / "killed")
+    assert got == want
     plain = datasets.Dataset.from_dict({"label": labels, "bytes": images})
     assert embedded(dataset_items(plain, name="mine", columns=["label"]), tmp_path / "out4") == want
     with pytest.raises(InputError, match="'mine' has the columns 'label', 'picture', not 'text'"):

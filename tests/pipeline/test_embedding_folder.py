@@ -21,7 +21,6 @@ from vitfast import testing
 from vitfast.images.files import InputError, collect, path_text
 from vitfast.images.preprocess import Preprocess
 from vitfast.ops import accuracy
-from vitfast.pipeline import parquet
 from vitfast.pipeline.embed import classify_images, embed_images
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.parquet import EmbeddingFolder, OutputError, Summary, read_embeddings, write_parquet
@@ -187,7 +186,7 @@ def test_model_path_is_made_absolute(tmp_path, monkeypatch):
 
 
 def test_parts_are_written_as_the_run_goes(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "PART_ROWS", 4)
+    monkeypatch.setattr("vitfast.pipeline.folder.PART_ROWS", 4)
     seen = []
     out = tmp_path / "out"
     summary = run(photos, out, on_result=lambda _: seen.append(len(list(out.glob("part-*.parquet")))))
@@ -200,7 +199,7 @@ def test_parts_are_written_as_the_run_goes(photos, tmp_path, monkeypatch):
 
 def test_a_part_grows_by_the_clock(photos, tmp_path, monkeypatch):
     """It is one file, written anew: a run that is killed loses seconds, and one of days leaves few files."""
-    monkeypatch.setattr(parquet, "PART_SECONDS", 0.0)
+    monkeypatch.setattr("vitfast.pipeline.writing.PART_SECONDS", 0.0)
     seen = []
     out = tmp_path / "out"
 
@@ -214,7 +213,7 @@ def test_a_part_grows_by_the_clock(photos, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_keeps_what_was_done(photos, tmp_path, error, monkeypatch):
-    monkeypatch.setattr(parquet, "PART_ROWS", 4)
+    monkeypatch.setattr("vitfast.pipeline.folder.PART_ROWS", 4)
     out, summary = tmp_path / "out", Summary()
 
     def interrupt(result):

@@ -19,7 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from PIL import Image
 
 from vitfast.images.preprocess import resize_and_crop
+from vitfast.pipeline import lance
 from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.layout import format_of
 
 NAMES = [f"{i}.png" for i in range(7)]
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
@@ -51,6 +53,7 @@ class FolderMachine(RuleBasedStateMachine):
     """The rows that there must be, beside those that there are."""
 
     runs: Runs
+    format = "parquet"
 
     def __init__(self):
         super().__init__()
@@ -80,6 +83,7 @@ class FolderMachine(RuleBasedStateMachine):
 
     def _start(self, *options, log="log", **job):
         arguments = ["embed", self.photos, "-m", "m", "-o", self.out, "-b", "2", "--json", *options]
+        arguments += ["--format", self.format]
         return self.runs.start(*arguments, log=self.root / log, weights=self.weights, **job)
 
     @rule(name=st.sampled_from(NAMES), bad=st.booleans())
@@ -145,13 +149,19 @@ class FolderMachine(RuleBasedStateMachine):
                     assert row["sha"] == now[path]
                 if row["sha"] == now[path]:
                     assert (row["status"] == "ok") == (self.embeddings[now[path]] is not None)
-            assert {path.name[:5] for path in self.out.iterdir()} == {"part-", "_mani"}
+            of_lance = {"_manifest.json", "_transactions", "_versions", "data"}
+            names = {path.name if self.format == "lance" else path.name[:5] for path in self.out.iterdir()}
+            assert names - {"_deletions"} == (of_lance if self.format == "lance" else {"part-", "_mani"})
+
+    def _tables(self):
+        if self.format == "lance":
+            return [lance.read(self.out)] if format_of(self.out) else []
+        return [pq.read_table(part) for part in sorted(self.out.glob("part-*.parquet"))]
 
     def _read(self):
         """The folder's rows as anybody reads them, each checked by itself."""
         rows = {}
-        for part in sorted(self.out.glob("part-*.parquet")):
-            table = pq.read_table(part)
+        for table in self._tables():
             identity = Identity.from_json(table.schema.metadata[b"vitfast.identity"])
             weights = int(identity.weights.removeprefix("weights "))
             for row in table.to_pylist():
@@ -169,14 +179,17 @@ class FolderMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_mixed(self):
         assert len({row["weights"] for row in self.rows.values()}) <= 1
-        if parts := list(self.out.glob("part-*.parquet")):
-            assert len(pa.concat_tables([pq.read_table(part) for part in parts])) == len(self.rows)
+        if tables := self._tables():
+            assert len(pa.concat_tables(tables)) == len(self.rows)
 
 
 @pytest.mark.parametrize("sequences", [10, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
-def test_one_row_an_image_whatever_happens(sequences):
+@pytest.mark.parametrize("stored_as", ["parquet", "lance"])
+def test_one_row_an_image_whatever_happens(stored_as, sequences):
+    if stored_as == "lance":
+        pytest.importorskip("lance", reason="pylance is not installed: no Lance dataset to write")
     with Runs() as runs:
-        machine = type("Machine", (FolderMachine,), {"runs": runs})
+        machine = type("Machine", (FolderMachine,), {"runs": runs, "format": stored_as})
         run_state_machine_as_test(
             machine,
             settings=settings(

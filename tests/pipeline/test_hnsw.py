@@ -66,6 +66,20 @@ def test_a_graph_that_finds_little_is_noticed(tmp_path, monkeypatch):
     assert abs(graph.recall - recall_of(graph, range(0, 2000, 20))) < 0.15
 
 
+def test_more_is_found_where_more_is_asked_for(tmp_path, monkeypatch):
+    """Of vectors without any order, which are hard to find: what is printed grows with what is looked at."""
+    monkeypatch.setattr(hnsw, "EXPANSIONS", (1, 512))
+    vectors = np.random.default_rng(0).standard_normal((4000, 64), np.float32)
+    index = Index(folder_of(vectors, tmp_path / "out", rows=1000))
+    some, most = Graph.of(index, 0.3), Graph.of(index, 0.995)
+    assert some.built and not most.built
+    assert some.expansion < most.expansion and some.recall < most.recall
+    assert most.recall >= 0.995 and recall_of(most, range(0, 4000, 80)) >= 0.99
+    for wrong in (0, 1.01):
+        with pytest.raises(ValueError, match=f"recall must be above 0, up to 1, got {wrong}"):
+            Graph.of(index, wrong)
+
+
 def test_a_graph_is_kept_until_the_folder_changes(tmp_path):
     out = folder_of(clustered(60, 8), tmp_path / "out")
     assert Graph.of(Index(out)).built
@@ -105,6 +119,9 @@ def test_command(tmp_path):
     assert answer["built"] and answer["recall"] >= 0.97
     result = CliRunner().invoke(app, command)
     assert "by HNSW: recall@10 1.000 against exact search" in result.stderr
+    result = CliRunner().invoke(app, [*command[:-2], "--recall", "0.9"])
+    assert result.exit_code == 2 and "--recall goes with --index hnsw" in result.stderr
+    assert CliRunner().invoke(app, [*command, "--recall", "0.9"]).exit_code == 0
 
 
 def test_without_usearch(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A folder of generated images through a small model, killed again and again: equal to a run that nothing stopped."""
 
+import contextlib
 import os
 import random
 import signal
@@ -12,7 +13,8 @@ from helpers.engines import engine
 from helpers.folder_runs import Runs
 from helpers.generated import BAD_EVERY, write_images
 
-from vitfast.pipeline.parquet import read_embeddings
+from vitfast.images.files import InputError
+from vitfast.pipeline.reading import read_embeddings
 
 
 @pytest.mark.full
@@ -21,7 +23,7 @@ def test_a_run_that_is_killed_again_and_again(count, kills, tmp_path):
     bad = write_images(tmp_path / "photos", count)
     assert len(bad) == count // BAD_EVERY
     engine().save(tmp_path / "model")
-    chance, survived = random.Random(count), 0
+    chance, survived, seen = random.Random(count), 0, [0]
     with Runs() as runs:
 
         def start(out):
@@ -32,13 +34,18 @@ def test_a_run_that_is_killed_again_and_again(count, kills, tmp_path):
         assert runs.wait(start("whole")) == 1  # some images failed
         seconds = time.perf_counter() - started
         for number in range(kills):
-            pid = start("killed")
-            time.sleep(chance.uniform(0.1, 1.6) * seconds / (kills + 1))
+            pid, started = start("killed"), time.perf_counter()
+            if number % 3:  # the others may come before anything is written
+                while rows_in(tmp_path / "killed") <= seen[-1] and time.perf_counter() - started < 2 * seconds:
+                    time.sleep(0.05)
+            time.sleep(chance.uniform(0, 1.2) * seconds / kills)
             os.kill(pid, signal.SIGKILL)
             code = runs.wait(pid)
             survived += code != -signal.SIGKILL
-            print(f"kill {number + 1}: exit code {code}, {rows_in(tmp_path / 'killed')} rows")
+            seen.append(rows_in(tmp_path / "killed"))
+            print(f"kill {number + 1}: exit code {code}, {seen[-1]} rows")
         assert survived < kills / 2  # else the kills came too late to show anything
+        assert len(set(seen)) > kills / 2
         assert runs.wait(start("killed")) == 1
         assert runs.wait(start("killed")) == 1  # once more: only the bad ones are tried
 
@@ -55,4 +62,8 @@ def test_a_run_that_is_killed_again_and_again(count, kills, tmp_path):
 
 
 def rows_in(folder):
-    return len(read_embeddings(folder)) if any(folder.glob("part-*.parquet")) else 0
+    """How many there are while a run may be writing."""
+    for _ in range(100):
+        with contextlib.suppress(InputError, FileNotFoundError):  # a part was taken away meanwhile
+            return len(read_embeddings(folder, ["path"])) if any(folder.glob("part-*.parquet")) else 0
+    raise AssertionError(f"{folder} is changed all the time")

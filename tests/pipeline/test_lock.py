@@ -7,7 +7,6 @@ import pytest
 from helpers.photos import FakeEngine, make_photos
 
 from vitfast.images.files import InputError, collect
-from vitfast.pipeline import parquet
 from vitfast.pipeline.embed import embed_images
 from vitfast.pipeline.lock import FolderLock
 from vitfast.pipeline.parquet import EmbeddingFolder, read_embeddings, write_parquet
@@ -39,7 +38,7 @@ def test_rows_that_another_run_wrote_meanwhile_are_replaced(photos, tmp_path):
 
 
 def test_a_path_given_twice_has_one_row(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "PART_ROWS", 2)
+    monkeypatch.setattr("vitfast.pipeline.folder.PART_ROWS", 2)
     paths = [photos / "p0.png", photos / "p0.png", photos / "p1.png", photos / "p2.png", photos / "p0.png"]
     folder = EmbeddingFolder(tmp_path / "out", "m")
     write_parquet(embed_images(FakeEngine(), paths), folder, FakeEngine())

@@ -17,6 +17,7 @@ import vitfast
 from vitfast.images.files import InputError, collect
 from vitfast.pipeline import manifest, ray_data
 from vitfast.pipeline.embed import Result, embed_images
+from vitfast.pipeline.folder import Known, Row
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.parquet import EmbeddingFolder, read_embeddings, write_parquet
 from vitfast.pipeline.ray_data import Embedder, Listing, Model, _parts, _read, _results
@@ -63,10 +64,10 @@ def test_a_task_and_an_actor_after_it(sources, model, tmp_path, monkeypatch):
     how = Model(model, {"device": "cpu"}, True, "float32")
     preprocess, dimension, identity = ray_data._described(how)
     photos, archive = sources
-    monkeypatch.setattr(ray_data, "_known", lambda done: done)
+    monkeypatch.setattr(ray_data, "_fetched", lambda known: known)
     units = pa.table({"item": [pickle.dumps([*collect([photos])]), pickle.dumps(str(archive))]})
     reading = {"decoding": (preprocess, None, True, None), "find": {}, "rows": 4}
-    tables = [*_read(units, done=frozenset([f"{archive}::0.png"]), **reading)]
+    tables = [*_read(units, known=Known({f"{archive}::0.png": Row(True, Path(), 0, None, None)}), **reading)]
     assert all(len(table) <= 5 for table in tables)
     actor = Embedder(how, identity)
     images, summary = find_sources(sources), ray_data.Summary()
@@ -84,7 +85,7 @@ def test_a_task_and_an_actor_after_it(sources, model, tmp_path, monkeypatch):
 
 def test_a_container_that_is_not_on_a_worker(tmp_path):
     units = pa.table({"item": [pickle.dumps(str(tmp_path / "gone.tar"))]})
-    reading = {"decoding": (engine().preprocess, None, True, None), "find": {}, "rows": 4, "done": None}
+    reading = {"decoding": (engine().preprocess, None, True, None), "find": {}, "rows": 4, "known": None}
     (table,) = _read(units, **reading)
     (message,) = (pickle.loads(message) for message in table["message"].to_pylist())
     assert isinstance(message, Listing) and "no such file" in message.unreadable[str(tmp_path / "gone.tar")]

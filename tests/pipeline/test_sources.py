@@ -12,6 +12,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +48,18 @@ def make_tar(photos, path, mode="w"):
     return [path]
 
 
+def make_samples(photos, path):
+    """A WebDataset shard: each image with the fields of its sample beside it."""
+    with tarfile.open(path, "w") as archive:
+        for name in relative(photos):
+            archive.add(photos / name, name)
+            fields = json.dumps({"label": f"of {name}"}).encode()
+            info = tarfile.TarInfo(f"{name.partition('.')[0]}.json")
+            info.size = len(fields)
+            archive.addfile(info, io.BytesIO(fields))
+    return [path]
+
+
 def make_zip(photos, path):
     with zipfile.ZipFile(path, "w") as archive:
         for name in relative(photos):
@@ -76,6 +89,20 @@ def make_bytes(photos, path):
 def make_struct(photos, path):
     rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
     pq.write_table(pa.table({"image": rows}), path)
+    return [path]
+
+
+def make_paths(photos, path):
+    names = relative(photos)
+    columns = {"label": [f"of {name}" for name in names], "path": [str(photos / name) for name in names]}
+    pq.write_table(pa.table(columns), path)
+    return [path]
+
+
+def make_lance(photos, path):
+    lance = pytest.importorskip("lance", reason="pylance is not installed: no Lance dataset to read")
+    images = [(photos / name).read_bytes() for name in relative(photos)]
+    lance.write_dataset(pa.table({"image": images}), str(path), max_rows_per_file=4)
     return [path]
 
 
@@ -115,20 +142,62 @@ def make_saved(photos, path):
 
 KINDS = {
     "folder": ("", lambda photos, path: [photos]),
+    "files": ("", lambda photos, path: [photos / name for name in relative(photos)]),
+    "pattern": ("", lambda photos, path: [f"{photos}/*"]),
     "tar": ("all.tar", make_tar),
     "tar.gz": ("all.tar.gz", functools.partial(make_tar, mode="w:gz")),
     "tar.xz": ("all.tar.xz", functools.partial(make_tar, mode="w:xz")),
     "shards": ("shard.tar", make_shards),
+    "samples": ("all.tar", make_samples),
     "zip": ("all.zip", make_zip),
     "list": ("all.txt", make_list),
     "csv": ("all.csv", make_csv),
     "tsv": ("all.tsv", functools.partial(make_csv, delimiter="\t")),
     "parquet of bytes": ("all.parquet", make_bytes),
     "parquet of structs": ("all.parquet", make_struct),
+    "parquet of paths": ("all.parquet", make_paths),
     "arrow stream": ("stream.arrow", make_arrow),
     "arrow file": ("file.arrow", make_arrow),
     "saved dataset": ("saved", make_saved),
+    "lance": ("all.lance", make_lance),
+    "files by URL": ("all.txt", None),
+    "shard by URL": ("all.tar.gz", functools.partial(make_tar, mode="w:gz")),
+    "table by URL": ("all.parquet", make_bytes),
+    "folder of a file system": ("", lambda photos, path: [f"file://{photos}"]),
 }
+CARRIED = {"samples", "csv", "tsv", "parquet of paths"}
+"""Kinds whose images have a label."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """All that the tests write, over HTTP on this machine; gives what makes a path a URL."""
+    root = tmp_path_factory.getbasetemp()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield lambda path: f"http://127.0.0.1:{running.server_port}/{path.relative_to(root)}"
+        running.shutdown()
+
+
+@pytest.fixture
+def made(photos, server, tmp_path):
+    """Makes the sources of a kind."""
+
+    def make(kind):
+        name, maker = KINDS[kind]
+        if kind == "files by URL":
+            (tmp_path / name).write_text("\n".join(server(photos / name) for name in relative(photos)))
+            return [tmp_path / name]
+        sources = maker(photos, tmp_path / name)
+        return [server(source) for source in sources] if kind.endswith("by URL") else sources
+
+    return make
 
 
 def embedded(sources, out, engine=None, limit=None, **options):
@@ -168,9 +237,8 @@ def of_folder(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_those_of_a_folder(kind, photos, of_folder, tmp_path):
-    name, make = KINDS[kind]
-    sources = make(photos, tmp_path / name)
+def test_rows_are_those_of_a_folder(kind, made, of_folder, tmp_path):
+    sources = made(kind)
     embedded(sources, tmp_path / "out")
     assert len(of_folder) == 13
     assert rows(tmp_path / "out") == of_folder
@@ -181,10 +249,8 @@ def test_rows_are_those_of_a_folder(kind, photos, of_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_run_goes_on(kind, photos, of_folder, tmp_path):
-    name, make = KINDS[kind]
-    sources = make(photos, tmp_path / name)
-    engine = FakeEngine()
+def test_a_broken_run_goes_on(kind, made, of_folder, tmp_path):
+    sources, engine = made(kind), FakeEngine()
     for limit in (1, 4, 5, None):
         embedded(sources, tmp_path / "out", engine, limit)
     assert rows(tmp_path / "out") == of_folder
@@ -197,13 +263,10 @@ def runs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on(kind, runs, photos, of_folder, tmp_path):
+def test_a_killed_run_goes_on(kind, runs, made, of_folder, tmp_path):
     """SIGKILL when four rows are on the disk, and again: two of them are of bad pictures, which are tried once more."""
-    name, make = KINDS[kind]
-    sources = make(photos, tmp_path / name)
-    if kind == "shards":
-        sources = [str(sources[0])]  # the pattern, as the shell would have to be kept from expanding it
-    command = ("embed", *sources, "-m", "m", "-o", tmp_path / "out", "--batch-size", 2)
+    carried = ["--columns", "label"] if kind in CARRIED else []
+    command = ("embed", *made(kind), "-m", "m", "-o", tmp_path / "out", "--batch-size", 2, *carried)
     for least in (4, 5):
         job = {"fault": ["result", 4, "before", "SIGKILL"], "rows": 1, "seconds": 0.0}
         assert runs.run(*command, log=tmp_path / "log", **job) == -signal.SIGKILL
@@ -211,6 +274,10 @@ def test_a_killed_run_goes_on(kind, runs, photos, of_folder, tmp_path):
         assert least <= there < 13
     assert runs.run(*command, log=tmp_path / "log") == 1  # three of the photographs are bad
     assert rows(tmp_path / "out") == of_folder
+    if carried:
+        table = read_embeddings(tmp_path / "out")
+        names = [Path(key.rpartition("::")[2]).name for key in table["path"].to_pylist()]
+        assert table["label"].to_pylist() == [f"of {name}" for name in names]
 
 
 def test_keys_say_where_an_image_is(photos, tmp_path):
@@ -310,27 +377,13 @@ def test_cells_that_hold_no_image(tmp_path):
     assert statuses[f"{tmp_path}/no/such.png"] == "no such file"
 
 
-@pytest.fixture
-def server(photos):
-    """The photos over HTTP on this machine; gives the URL."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Handler, directory=str(photos))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_urls(photos, of_folder, server, tmp_path):
-    """A list of URLs, a list behind a URL with relative names, and a shard behind one."""
-    (tmp_path / "urls.txt").write_text("\n".join(f"{server}/{name}" for name in relative(photos)))
-    embedded([tmp_path / "urls.txt"], tmp_path / "out")
+def test_a_list_behind_a_url_and_a_url_of_nothing(photos, of_folder, server, tmp_path):
+    """Names in a list are relative to where it is."""
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "list.txt").write_text("\n".join(f"photos/{name}" for name in relative(photos)))
+    embedded([server(tmp_path / "list.txt")], tmp_path / "out")
     assert rows(tmp_path / "out") == of_folder
-    (tmp_path / "gone.txt").write_text(f"{server}/gone.png")
+    (tmp_path / "gone.txt").write_text(server(tmp_path / "gone.png"))
     embedded([tmp_path / "gone.txt"], tmp_path / "gone")
     assert "FileNotFoundError" in read_embeddings(tmp_path / "gone")["status"][0].as_py()
 
@@ -343,6 +396,13 @@ def test_file_systems_by_url(photos, of_folder, tmp_path):
     embedded([f"file://{tmp_path}/*.tar"], tmp_path / "shards")
     assert rows(tmp_path / "shards") == of_folder
     assert read_embeddings(tmp_path / "shards")["path"][0].as_py().startswith(f"file://{tmp_path}/a.tar::")
+    memory = fsspec.filesystem("memory")
+    for name in relative(photos):
+        memory.pipe(f"/{tmp_path.name}/{name}", (photos / name).read_bytes())
+    for _ in range(2):
+        embedded([f"memory://{tmp_path.name}"], tmp_path / "memory", limit=7)
+    embedded([f"memory://{tmp_path.name}"], tmp_path / "memory")
+    assert rows(tmp_path / "memory") == of_folder
     with pytest.raises(InputError, match="matches no files"):
         find_sources([f"file://{tmp_path}/*.zip"])
     with pytest.raises(InputError, match=r"cannot be listed: ValueError: Protocol not known: nothing"):

@@ -13,7 +13,7 @@ from vitfast.cli.app import app
 from vitfast.pipeline import embed, stages
 from vitfast.pipeline.parquet import EmbeddingFolder
 from vitfast.pipeline.stages import Stages
-from vitfast.pipeline.timeline import Timeline
+from vitfast.pipeline.timeline import Timeline, _ticks
 
 
 class SlowEngine(FakeEngine):
@@ -81,6 +81,15 @@ def test_timeline_counts_where_time_was_spent():
         low, high = number * timeline.width, (number + 1) * timeline.width
         spent = sum(max(min(end, high) - max(begin, low), 0) for begin, end in stretches)
         assert shares[number] == pytest.approx(spent / timeline.width / 8)
+
+
+@pytest.mark.parametrize(
+    ("end", "ticks"),
+    [(29.99, [0, 5, 10, 15, 20, 25]), (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.05, [0, 0.01, 0.02, 0.03, 0.04, 0.05]),
+     (7200, [0, 1000, 2000, 3000, 4000, 5000, 6000, 7000])],
+)  # fmt: skip
+def test_ticks_are_round(end, ticks):
+    assert _ticks(end) == ticks
 
 
 def test_profile(tmp_path, monkeypatch):

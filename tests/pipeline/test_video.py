@@ -1,7 +1,10 @@
 """vitfast.pipeline.sources.video: which frames are taken, their pixels and keys, and files that are no videos."""
 
+import signal
+
 import numpy as np
 import pytest
+from helpers.folder_runs import Runs
 from helpers.photos import FakeEngine
 
 from vitfast.pipeline.by_key import thumbnails
@@ -48,6 +51,24 @@ def test_a_run_goes_on_and_pictures_are_found_again(video, tmp_path):
         write_parquet(embed_images(engine, folder.todo(find_sources([video], fps=fps))), folder, engine)
     assert sum(engine.batches) == len(read_embeddings(tmp_path / "out")) == 8
     assert list(thumbnails([f"{video}::1.500s"])) == [f"{video}::1.500s"]
+
+
+def test_a_killed_run_goes_on(video, tmp_path):
+    write_rows_of(video, tmp_path / "whole")
+    command = ("embed", video, "-m", "m", "-o", tmp_path / "out", "--fps", 5, "--batch-size", 2)
+    with Runs() as runs:
+        for least in (6, 12):
+            job = {"fault": ["result", 6, "before", "SIGKILL"], "rows": 1, "seconds": 0.0}
+            assert runs.run(*command, log=tmp_path / "log", **job) == -signal.SIGKILL
+            assert len(read_embeddings(tmp_path / "out")) == least
+        assert runs.run(*command, log=tmp_path / "log") == 0
+    ours, theirs = (read_embeddings(tmp_path / place).sort_by("path").to_pylist() for place in ("out", "whole"))
+    assert ours == theirs and len(ours) == 20
+
+
+def write_rows_of(video, out):
+    engine, folder = FakeEngine(), EmbeddingFolder(out, "m")
+    write_parquet(embed_images(engine, folder.todo(find_sources([video], fps=5))), folder, engine)
 
 
 def test_what_is_no_video(tmp_path):

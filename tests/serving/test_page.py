@@ -1,14 +1,13 @@
 """The page in a real browser: what a person sees and does with the mouse or with the keyboard alone."""
 
 import dataclasses
-import functools
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from helpers.browser import browser
 from helpers.engines import SMALL, engine
 from helpers.serving import png, running
 from helpers.text_models import save, save_tokenizer
@@ -19,19 +18,6 @@ from vitfast.images.preprocess import resize_and_crop
 
 CONFIG = dataclasses.replace(SMALL, image_size=(64, 64), patch_size=(8, 8), name="dense")
 CONTENTS = {f"{name}.png": png(seed, 96, 128) for seed, name in enumerate(("cat", "dog", "owl"))}
-
-
-@functools.cache
-def browser():
-    """A headless Chromium, or a skip."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to test with")
-    started = sync_api.sync_playwright().start()
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    try:
-        return started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-    except sync_api.Error as error:
-        started.stop()
-        pytest.skip(f"there is no browser to test with: {str(error).splitlines()[0]}")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,14 @@ if TYPE_CHECKING:
 
 NAMES_IN_JSON = 1000
 
+
+class FormatName(str, Enum):
+    """What --format takes."""
+
+    parquet = "parquet"
+    lance = "lance"
+
+
 app = typer.Typer(rich_markup_mode="markdown")
 
 
@@ -55,12 +64,16 @@ def embed(
     context: typer.Context,
     sources: Sources,
     model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the Parquet parts.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the embeddings.")],
     batch_size: BatchSize = 64,
     device: Device = None,
     devices: Devices = None,
     dtype: DtypeOption = None,
     output_dtype: OutputDtype = OutputDtypeName.float32,
+    format_: Annotated[
+        FormatName | None,
+        typer.Option("--format", help="What rows are stored as. [default: as OUT has them; parquet for a new one]"),
+    ] = None,
     batch_invariant: Annotated[
         bool,
         typer.Option(
@@ -92,7 +105,7 @@ def embed(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Embed images into a folder of Parquet files.
+    """Embed images into a folder of Parquet files, or a Lance dataset.
 
     SRC may also be a tar or zip archive, a WebDataset shard, a list of paths or URLs (.txt, .csv, .tsv), a Parquet or
     Arrow file, a video or a URL. One row per image: path, embedding, status and more. The same command again goes on
@@ -101,12 +114,13 @@ def embed(
     with command(context, as_json) as answer:
         from vitfast.pipeline.devices import DeviceError, DeviceProcesses, Job, device_names
         from vitfast.pipeline.embed import embed_images
+        from vitfast.pipeline.formats import open_folder
         from vitfast.pipeline.identity import Identity
-        from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_rows
         from vitfast.pipeline.parts import OWN_COLUMNS
         from vitfast.pipeline.sources import find_sources
         from vitfast.pipeline.stages import Stages
         from vitfast.pipeline.timeline import Timeline
+        from vitfast.pipeline.writing import Summary, write_rows
 
         if checksum and not refresh:
             raise ValueError("--checksum goes with --refresh")
@@ -121,13 +135,14 @@ def embed(
         listing = images.listing
         summary, stages = Summary(), Stages(timeline=None if profile is None else Timeline())
         stopped, lost = None, ""
-        folder, run = EmbeddingFolder(out, model, overwrite=overwrite), contextlib.ExitStack()
+        kind = None if format_ is None else format_.value
+        folder, run = open_folder(out, model, overwrite=overwrite, format=kind), contextlib.ExitStack()
         loading = (device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
         embedding = {
             "batch_size": batch_size, "workers": workers, "batch_invariant": batch_invariant,
             **decode_options(max_pixels, decode_memory),
         }  # fmt: skip
-        kind = output_dtype.value
+        written = output_dtype.value
         with folder if folder.path.exists() else contextlib.nullcontext(), run:  # made when there is something to write
             todo: Iterable[Item] = folder.todo(images, refresh=refresh, content=checksum)
             total = None
@@ -137,13 +152,13 @@ def embed(
             if names:
                 options = load_options(*loading)
                 del options["device"]
-                job = Job(sources, model, out, overwrite, refresh, checksum, find, options, embedding, kind)
+                job = Job(sources, model, out, overwrite, refresh, checksum, find, options, embedding, written, kind)
                 processes = run.enter_context(DeviceProcesses(names, job))
                 results, dimension, identity = processes.results(), processes.dimension, processes.identity
             else:
                 engine = load_engine(model, *loading)
                 results = embed_images(engine, todo, stages=stages, **embedding)
-                dimension, identity = engine.config.embedding_dim, Identity.of(engine, output_dtype=kind)
+                dimension, identity = engine.config.embedding_dim, Identity.of(engine, output_dtype=written)
             with _progress("embedding", total) as advance:
 
                 def on_result(_: Any) -> None:

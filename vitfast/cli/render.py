@@ -10,8 +10,8 @@ from vitfast.cli.answer import escaped
 if TYPE_CHECKING:
     from vitfast.images.files import ImageListing
     from vitfast.pipeline.embed import Classified
-    from vitfast.pipeline.parquet import Summary
     from vitfast.pipeline.stages import Stages
+    from vitfast.pipeline.writing import Summary
 
 FAILURES_SHOWN = 20
 NAMES_SHOWN = 5

@@ -48,6 +48,14 @@ def similar(
         IndexKind,
         typer.Option("--index", help="hnsw: a graph that is kept in INDEX, made when it is first asked for (usearch)."),
     ] = IndexKind.exact,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --index hnsw: share of the ten true neighbours to be found; more takes longer. [default: 0.97]",
+        ),
+    ] = None,
     page: Annotated[str | None, Html] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="What embeds QUERY. [default: the model noted in INDEX]")
@@ -67,14 +75,16 @@ def similar(
         from vitfast.images.files import path_text
         from vitfast.pipeline.search import Index
 
+        if recall is not None and kind is not IndexKind.hnsw:
+            raise ValueError("--recall goes with --index hnsw")
         searched = Index(index)
         searcher: Any = searched
         answer.json = {"index": path_text(index), "model": searched.model, "images": len(searched)}
         remark = f"{topk} most similar of {len(searched)} images"
         if kind is IndexKind.hnsw:
-            from vitfast.pipeline.hnsw import NEIGHBOURS, Graph
+            from vitfast.pipeline.hnsw import NEIGHBOURS, RECALL, Graph
 
-            searcher = graph = Graph.of(searched)
+            searcher = graph = Graph.of(searched, RECALL if recall is None else recall)
             answer.json |= {"recall": round(graph.recall, 4), "expansion": graph.expansion, "built": graph.built}
             remark += f" by HNSW: recall@{NEIGHBOURS} {graph.recall:.3f} against exact search"
         key = query if text else path_text(os.path.abspath(query))
@@ -122,6 +132,7 @@ def duplicates(
     context: typer.Context,
     index: Folder,
     above: Annotated[float, typer.Option(min=-1, max=1, help="The cosine from which two images are alike.")] = 0.98,
+    page: Annotated[str | None, Html] = None,
     as_json: Json = False,
 ) -> None:
     """List groups of images that are alike. All pairs are compared."""
@@ -142,6 +153,14 @@ def duplicates(
             lines.append(escaped(first.path))
             lines += [f"  {match.similarity:.4f}  {escaped(match.path)}" for match in others]
         answer.text = [*lines, f"{len(groups)} groups of images alike among {len(searched)}"]
+        if page is not None:
+            from vitfast.pipeline.by_key import thumbnails
+            from vitfast.pipeline.pages import GROUPS_SHOWN, OF_A_GROUP, groups_page
+
+            shown = [match.path for group in groups[:GROUPS_SHOWN] for match in group[:OF_A_GROUP]]
+            title = f"Images alike in {path_text(index)}, from a cosine of {above:g}"
+            Path(page).write_text(groups_page(title, groups, thumbnails(shown)), encoding="utf-8")
+            answer.json["html"] = path_text(page)
 
 
 @app.command("map", epilog="Example: `vitfast map embeddings/ --html map.html --color label`")

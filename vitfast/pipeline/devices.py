@@ -1,7 +1,7 @@
 """One process a device, all into one embedding folder.
 
     job = Job(["photos/"], "facebook/dinov2-small", "embeddings")
-    with EmbeddingFolder("embeddings", job.model) as folder, DeviceProcesses(["cuda:0", "cuda:1"], job) as processes:
+    with open_folder("embeddings", job.model) as folder, DeviceProcesses(["cuda:0", "cuda:1"], job) as processes:
         summary = write_rows(processes.results(), folder, processes.dimension, processes.identity)
 
 Every process reads the sources and takes the images whose key falls to it, so that none waits for another and no image
@@ -27,9 +27,9 @@ from typing import Any
 
 from vitfast.images.files import ImageListing
 from vitfast.pipeline.embed import Result, embed_images
+from vitfast.pipeline.formats import open_folder
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.memory import default_limit
-from vitfast.pipeline.parquet import EmbeddingFolder
 from vitfast.pipeline.sources import Item, find_sources
 from vitfast.pipeline.stages import Stages, usable_cores
 
@@ -49,7 +49,7 @@ class Job:
 
     Attributes:
         sources: as `find_sources` takes them; find: its other arguments.
-        model, out, overwrite: as `EmbeddingFolder` takes them, refresh and content as its `todo`.
+        model, out, overwrite, format: as `open_folder` takes them; refresh and content as `todo` of a folder.
         load: arguments of `vitfast.load` but for the device. embed: those of `embed_images`; `workers` and
             `decode_memory` are of all processes together, and by default what one would take.
         output_dtype: as of `write_parquet`.
@@ -65,6 +65,7 @@ class Job:
     load: dict[str, Any] = field(default_factory=dict)
     embed: dict[str, Any] = field(default_factory=dict)
     output_dtype: str = "float32"
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Done:
-    """A process is through with its images: what `EmbeddingFolder.todo` and `Sources` say of them, and its times."""
+    """A process is through with its images: what `Folder.todo` and `Sources` say of them, and its times."""
 
     skipped: int
     changed: list[str]
@@ -257,7 +258,7 @@ def _work(pipe: Connection, job: Job, device: str, number: int, count: int) -> N
     if job.embed.get("max_pixels") is not None:
         Image.MAX_IMAGE_PIXELS = job.embed["max_pixels"]  # some decoders look at it themselves
     images = find_sources(job.sources, **job.find)
-    folder = EmbeddingFolder(job.out, job.model, overwrite=job.overwrite)
+    folder = open_folder(job.out, job.model, overwrite=job.overwrite, format=job.format)
     share: Iterable[Item] = (item for item in images if is_share(item.key, number, count))
     todo = folder.todo(share, refresh=job.refresh, content=job.content)
     options, stages = dict(job.embed), Stages()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
 
 OUTPUT_DTYPES = ("float32", "float16")
+MODEL, IDENTITY = b"vitfast.model", b"vitfast.identity"
+"""Names in the metadata of a schema."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,14 @@ class Identity:
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def described(model: str, identity: Identity) -> dict[bytes, bytes | str]:
+    """The metadata of the schema of embeddings."""
+    return {MODEL: model, IDENTITY: identity.to_json()}
+
+
+def identity_of(metadata: Mapping[bytes, bytes] | None) -> tuple[str, Identity | None]:
+    """The model's name and the identity that the metadata of a schema states; None where it states none."""
+    metadata = metadata or {}
+    return metadata.get(MODEL, b"").decode(), Identity.from_json(metadata.get(IDENTITY))

@@ -14,23 +14,29 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vitfast.images.decode import sha256
 from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.identity import Identity
+from vitfast.pipeline.layout import files_of
 from vitfast.version import __version__
 
 NAME = "_manifest.json"
 """Hidden from readers of data sets, which pass over what begins with _ or a dot."""
 
 
-def write(folder: Path, parts: list[Path], model: str, identity: Identity) -> None:
+def write(
+    folder: Path, parts: Mapping[Path, int | None], rows: int, schema: pa.Schema, model: str, identity: Identity
+) -> None:
     """Note what the parts of a folder are. Those that have not changed since the last note are not read again.
+
+    Args:
+        parts: the files -> how many rows each has, None for one that has none. rows: of all. schema: of the rows.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -39,7 +45,7 @@ def write(folder: Path, parts: list[Path], model: str, identity: Identity) -> No
         known = {part["name"]: part for part in read(folder)["parts"]}
     except (InputError, KeyError, TypeError):
         known = {}
-    noted = [_entry(part, known.get(part.name)) for part in parts]
+    noted = [_entry(folder, part, count, known) for part, count in parts.items()]
     preprocess = json.dumps(identity.preprocess, sort_keys=True)
     content = {
         "version": identity.version,
@@ -48,8 +54,8 @@ def write(folder: Path, parts: list[Path], model: str, identity: Identity) -> No
         "preprocess": identity.preprocess,
         "preprocess_sha256": hashlib.sha256(preprocess.encode()).hexdigest(),
         "dtype": identity.dtype,
-        "rows": sum(part["rows"] for part in noted),
-        "columns": {field.name: str(field.type) for field in _schema(parts)},
+        "rows": rows,
+        "columns": {field.name: str(field.type) for field in schema},
         "parts": noted,
         "written_by": f"vitfast {__version__}",
     }
@@ -64,18 +70,14 @@ def write(folder: Path, parts: list[Path], model: str, identity: Identity) -> No
         hidden.unlink(missing_ok=True)
 
 
-def _schema(parts: list[Path]) -> pa.Schema:
-    return pa.unify_schemas([pq.read_schema(part).remove_metadata() for part in parts])
-
-
-def _entry(part: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    status = part.stat()
-    if known is not None and (known["bytes"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-        return known
+def _entry(folder: Path, part: Path, rows: int | None, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    status, name = part.stat(), part.relative_to(folder).as_posix()
+    before = known.get(name)
+    if before is not None and (before["bytes"], before["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+        return before
     with open(part, "rb") as file:
         digest = sha256(file).hex()
-    rows = pq.read_metadata(part).num_rows
-    entry = {"name": part.name, "rows": rows, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    entry = {"name": name, "rows": rows, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return {**entry, "sha256": digest}
 
 
@@ -98,7 +100,7 @@ def differences(folder: str | Path) -> list[str]:
         InputError: if it has no manifest.
     """
     noted = {part["name"]: part["sha256"] for part in read(folder)["parts"]}
-    there = {part.name: part for part in sorted(Path(folder).glob("part-*.parquet"))}
+    there = {part.relative_to(folder).as_posix(): part for part in files_of(folder)}
     found = [f"{name} is missing" for name in noted if name not in there]
     for name, part in there.items():
         if name not in noted:

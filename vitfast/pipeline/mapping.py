@@ -12,7 +12,7 @@ from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.by_key import thumbnails
 from vitfast.pipeline.embed import OK
 from vitfast.pipeline.pages import map_page, principal_axes
-from vitfast.pipeline.parquet import read_embeddings
+from vitfast.pipeline.reading import read_embeddings
 from vitfast.pipeline.search import Index
 
 

@@ -19,6 +19,7 @@ _STYLE = """
 body{margin:0;font:14px/1.4 system-ui,sans-serif}
 header{padding:12px 16px;border-bottom:1px solid #8884}
 h1{font-size:16px;margin:0;overflow-wrap:anywhere}
+h2{font-size:14px;margin:16px 16px 0}
 p{margin:4px 0 0;opacity:.75}
 .sheet{display:grid;gap:12px;padding:16px;grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
 figure{margin:0;padding:8px;border:1px solid #8884;border-radius:6px}
@@ -46,19 +47,42 @@ def contact_sheet(query: str, remark: str, matches: Sequence[Match], thumbnails:
         query: a key that has a thumbnail is shown first; a sentence stands in the title.
         remark: a line below it. thumbnails: key -> data URL; the others are shown by name.
     """
+    figures = [_figure(query, "query", thumbnails, "query")] if query in thumbnails else []
+    figures += [_figure(match.path, f"{match.similarity:.4f}", thumbnails) for match in matches]
+    return _page(f"Similar to {name_of(query)}", f"{_header(query, remark)}<div class=sheet>{''.join(figures)}</div>")
 
-    def figure(key: str, score: str, kind: str = "") -> str:
-        picture = f'<img src="{thumbnails[key]}" alt="">' if key in thumbnails else "cannot be read"
-        caption = f"<b>{score}</b> {html.escape(name_of(key))}"
-        return (
-            f'<figure class="{kind}" title="{html.escape(key)}"><div class=box>{picture}</div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
 
-    figures = [figure(query, "query", "query")] if query in thumbnails else []
-    figures += [figure(match.path, f"{match.similarity:.4f}") for match in matches]
-    head = f"<header><h1>{html.escape(query)}</h1><p>{html.escape(remark)}</p></header>"
-    return _page(f"Similar to {name_of(query)}", f"{head}<div class=sheet>{''.join(figures)}</div>")
+GROUPS_SHOWN, OF_A_GROUP = 200, 24
+"""How many groups a page has, and how many images each."""
+
+
+def groups_page(title: str, groups: Sequence[Sequence[Match]], thumbnails: Mapping[str, str]) -> str:
+    """A page with the pictures of groups, each beginning with the image that the others are compared with.
+
+    Args:
+        groups: of them the first GROUPS_SHOWN are shown, OF_A_GROUP of each. thumbnails: key -> data URL.
+    """
+    parts = []
+    for first, *others in groups[:GROUPS_SHOWN]:
+        figures = [_figure(first.path, "first", thumbnails, "query")]
+        figures += [_figure(m.path, f"{m.similarity:.4f}", thumbnails) for m in others[: OF_A_GROUP - 1]]
+        more = f", {OF_A_GROUP} shown" if len(others) >= OF_A_GROUP else ""
+        parts.append(f"<h2>{len(others) + 1} images{more}</h2><div class=sheet>{''.join(figures)}</div>")
+    remark = f"{len(groups)} groups" + (f", {GROUPS_SHOWN} shown" if len(groups) > GROUPS_SHOWN else "")
+    return _page(title, _header(title, remark) + "".join(parts))
+
+
+def _header(title: str, remark: str) -> str:
+    return f"<header><h1>{html.escape(title)}</h1><p>{html.escape(remark)}</p></header>"
+
+
+def _figure(key: str, score: str, thumbnails: Mapping[str, str], kind: str = "") -> str:
+    picture = f'<img src="{thumbnails[key]}" alt="">' if key in thumbnails else "cannot be read"
+    caption = f"<b>{score}</b> {html.escape(name_of(key))}"
+    return (
+        f'<figure class="{kind}" title="{html.escape(key)}"><div class=box>{picture}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def principal_axes(vectors: np.ndarray, block: int = 16384) -> tuple[np.ndarray, list[float]]:
@@ -83,6 +107,7 @@ def _colours(count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in hues]
 
 
+_GREY = "#888888"
 MOST_GROUPS = 20
 """Values of a column that have a colour of their own: the most frequent ones."""
 
@@ -106,7 +131,8 @@ def map_page(
     names, counts = np.unique(np.array(texts, object), return_counts=True)
     frequent = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_GROUPS]]
     number = {name: i for i, name in enumerate(frequent)}
-    colours = _colours(len(frequent))
+    hues = iter(_colours(len(frequent)))
+    colours = [_GREY if name == "none" else next(hues) for name in frequent]
     data = {
         "names": [name_of(key) for key in keys],
         "x": [round(float(x), 5) for x in scaled[:, 0]],
@@ -122,7 +148,7 @@ def map_page(
         if groups is not None
     )
     if len(names) > MOST_GROUPS:
-        legend += f'<span><i style="background:#888"></i>{len(names) - MOST_GROUPS} others</span>'
+        legend += f'<span><i style="background:{_GREY}"></i>{len(names) - MOST_GROUPS} others</span>'
     content = json.dumps(data).replace("<", "\\u003c")  # so that no name ends the script
     body = (
         f"<header><h1>{html.escape(title)}</h1><p>{html.escape(remark)}</p><div class=legend>{legend}</div></header>"
@@ -153,7 +179,7 @@ for (const [i, url] of Object.entries(data.pictures)) {
   images.set(Number(i), image);
 }
 let scale = 1, left = 0, top_ = 0, fitted = false;
-const colour = i => data.group[i] < 0 ? "#888" : data.colours[data.group[i]];
+const colour = i => data.group[i] < 0 ? "#888888" : data.colours[data.group[i]];
 const at = i => [left + data.x[i] * scale, top_ + data.y[i] * scale];
 function fit() {
   const box = canvas.getBoundingClientRect(), ratio = devicePixelRatio || 1;
@@ -171,7 +197,7 @@ function paint() {
   const ratio = devicePixelRatio || 1, width = canvas.width / ratio, height = canvas.height / ratio;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
-  const side = Math.min(96, Math.max(20, scale / 24)), taken = new Set();
+  const side = Math.min(96, Math.max(20, scale / 16)), taken = new Set();
   const pictures = [];
   for (let i = 0; i < data.x.length; i++) {
     const [x, y] = at(i);

@@ -23,12 +23,14 @@ import pyarrow as pa
 
 from vitfast.images.files import ImageListing, InputError
 from vitfast.pipeline.embed import Decoded, Decoder, Result, images_of, results_of
+from vitfast.pipeline.folder import Known
+from vitfast.pipeline.formats import open_folder
 from vitfast.pipeline.identity import Identity
 from vitfast.pipeline.memory import LEAST, Memory, default_limit
-from vitfast.pipeline.parquet import EmbeddingFolder, Summary, write_rows
 from vitfast.pipeline.sources import Item, find_sources
 from vitfast.pipeline.sources.item import file_item
 from vitfast.pipeline.stages import usable_cores
+from vitfast.pipeline.writing import Summary, write_rows
 
 if TYPE_CHECKING:
     from vitfast.images.preprocess import Preprocess
@@ -40,21 +42,24 @@ _TASKS = 4096
 
 @dataclass
 class Listing:
-    """What a task says of a container beside its images: how many were done before, what was left out, and why."""
+    """What a task says of a container beside its images: how many were done before, which of these have changed since,
+    what was left out, and why."""
 
     skipped: int = 0
+    changed: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Model:
-    """How actors load the model, and what its embeddings must be."""
+    """How actors load the model, what its embeddings must be, and how many images each run has, if always so many."""
 
     source: str
     load: dict[str, Any]
     exif_orientation: bool
     output_dtype: str
+    images: int | None = None
 
     def made(self) -> tuple[Any, Identity]:
         """The engine, and the identity of its embeddings."""
@@ -73,7 +78,11 @@ def embed(
     gpus: float = 0.0,
     cpus: float = 1.0,
     batch_size: int = 64,
+    batch_invariant: bool = False,
     overwrite: bool = False,
+    refresh: bool = False,
+    content: bool = False,
+    format: str | None = None,
     columns: Sequence[str] = (),
     image_column: str | None = None,
     fps: float = 1.0,
@@ -87,15 +96,16 @@ def embed(
 ) -> Summary:
     """Embed images into a folder, on the cluster that `ray.init` has been called for, or else on this machine.
 
-    Images that have an embedding in the folder are left out, by key; whether they have changed is not looked at.
+    Images that have an embedding in the folder are left out, by key.
 
     Args:
         sources, columns, image_column, fps: as of `vitfast.pipeline.sources.find_sources`.
         model: hub id or path, the same on every machine.
-        out: the folder. overwrite: replace all that it holds.
+        out: the folder. overwrite: replace all that it holds. format: as of `vitfast.pipeline.formats.open_folder`.
+        refresh, content: as of `vitfast.pipeline.folder.Folder.remaining`.
         actors: how many hold the model: a number, or the fewest and the most, between which Ray chooses by load.
         gpus, cpus: what an actor takes of the cluster; with GPUs no CPU, so that these decode.
-        batch_size: images per run of the model.
+        batch_size: images per run of the model. batch_invariant: as of `embed_images`.
         load: further arguments of `vitfast.load`.
         exif_orientation, max_pixels, decode_memory: as of `embed_images`; the memory is one task's.
         output_dtype, on_result, summary: as of `vitfast.pipeline.parquet.write_parquet`.
@@ -118,11 +128,12 @@ def embed(
     summary = Summary() if summary is None else summary
     find: dict[str, Any] = {"columns": columns, "image_column": image_column, "fps": fps}
     images = find_sources(sources, **find)
-    folder = EmbeddingFolder(out, model, overwrite=overwrite)
-    how = Model(folder.model, load or {}, exif_orientation, output_dtype)
+    folder = open_folder(out, model, overwrite=overwrite, format=format)
+    how = Model(folder.model, load or {}, exif_orientation, output_dtype, batch_size if batch_invariant else None)
     needs = {"num_gpus": gpus, "num_cpus": 0 if gpus else cpus}
     with folder:
-        files = [item.path for item in folder.todo(map(file_item, images.listing.images))]
+        known = folder.known(refresh=refresh, content=content)
+        files = [item.path for item in known.left(map(file_item, images.listing.images), folder)]
         summary.skipped, summary.changed = folder.skipped, folder.changed
         preprocess, dimension, identity = ray.get(ray.remote(**needs)(_described).remote(how))
         folder.check(identity)
@@ -130,7 +141,7 @@ def embed(
         if units := [*_parts(files), *images.containers]:
             reading = {
                 "decoding": (preprocess, decode_memory, exif_orientation, max_pixels), "find": find, "rows": batch_size,
-                "done": ray.put(frozenset(folder.done)),
+                "known": ray.put(known),
             }  # fmt: skip
             data = ray.data.from_items([pickle.dumps(unit) for unit in units], override_num_blocks=len(units))
             data = data.map_batches(_read, batch_size=1, batch_format="pyarrow", fn_kwargs=reading, num_cpus=1)
@@ -163,20 +174,20 @@ def _parts(files: Sequence[str | Path]) -> Iterator[list[str | Path]]:
 
 
 def _read(
-    units: pa.Table, *, decoding: tuple[Any, ...], find: dict[str, Any], rows: int, done: Any
+    units: pa.Table, *, decoding: tuple[Any, ...], find: dict[str, Any], rows: int, known: Any
 ) -> Iterator[pa.Table]:
     """A task: the images of files or of a container, decoded, as tables of at most so many rows.
 
     Args:
         units: pickled lists of files, or names of containers. decoding: preprocessing, memory, EXIF and pixel limit.
-        find: as of `find_sources`. done: a reference to the keys that are left out.
+        find: as of `find_sources`. known: a reference to what says which are left to do.
     """
     preprocess, memory, exif_orientation, max_pixels = decoding
     memory = max(default_limit() // usable_cores(), LEAST) if memory is None else memory  # a core has one task
     decoder = Decoder(preprocess, Memory(memory), exif_orientation, max_pixels)
     for unit in units["item"].to_pylist():
         listing, batch = Listing(), list[Decoded]()
-        for item in _items(pickle.loads(unit), find, done, listing):
+        for item in _items(pickle.loads(unit), find, known, listing):
             batch.append(decoder(item))
             if len(batch) == rows:
                 yield _table(batch)
@@ -184,13 +195,13 @@ def _read(
         yield _table(batch, listing)
 
 
-def _known(done: Any) -> frozenset[str]:
+def _fetched(known: Any) -> Known:
     import ray
 
-    return ray.get(done)
+    return ray.get(known)
 
 
-def _items(unit: list[str | Path] | str, find: dict[str, Any], done: Any, listing: Listing) -> Iterator[Item]:
+def _items(unit: list[str | Path] | str, find: dict[str, Any], known: Any, listing: Listing) -> Iterator[Item]:
     if isinstance(unit, list):
         yield from map(file_item, unit)
         return
@@ -199,12 +210,7 @@ def _items(unit: list[str | Path] | str, find: dict[str, Any], done: Any, listin
     except InputError as error:  # it is not there on this machine
         listing.unreadable[unit] = str(error)
         return
-    known = _known(done)
-    for item in images:
-        if item.key in known:
-            listing.skipped += 1
-        else:
-            yield item
+    yield from _fetched(known).left(images, listing)
     listing.left_out, listing.unreadable = images.listing.left_out, images.listing.unreadable
 
 
@@ -228,6 +234,7 @@ class Embedder:
         self.engine, identity = model.made()
         if differences := identity.differences(expected):
             raise InputError(f"a worker does not make the embeddings of the others: {'; '.join(differences)}")
+        self.images = model.images
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Messages and pixels as `_read` gives them; messages with embeddings."""
@@ -239,6 +246,8 @@ class Embedder:
             if isinstance(message, Result)
         ]
         images = images_of(batch)
+        if images and self.images is not None:
+            images += images[:1] * (self.images - len(images))
         output = next(iter(self.engine.stream([images], preprocessed=True))) if images else None
         results = [replace(result, logits=None) for result in results_of(batch, output)]
         listings = [message for message in messages if isinstance(message, Listing)]
@@ -251,6 +260,7 @@ def _results(tables: Iterable[pa.Table], listing: ImageListing, summary: Summary
         for message in map(pickle.loads, table["message"].to_pylist()):
             if isinstance(message, Listing):
                 summary.skipped += message.skipped
+                summary.changed += message.changed
                 listing.left_out |= message.left_out
                 listing.unreadable |= message.unreadable
             else:

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 
 from vitfast.images.files import InputError, path_text
 from vitfast.pipeline.embed import OK
-from vitfast.pipeline.identity import Identity
-from vitfast.pipeline.parquet import identity_of, parts_of, read_embeddings
+from vitfast.pipeline.identity import Identity, identity_of
+from vitfast.pipeline.layout import files_of
+from vitfast.pipeline.reading import read_embeddings
 
 if TYPE_CHECKING:
     from vitfast.engine.engine import Engine
@@ -58,7 +59,7 @@ class Index:
         self.folder = Path(folder)
         self.stamp = _stamp(self.folder)
         table = read_embeddings(folder, ["path", "status"])
-        self.model, self.identity = identity_of(table.schema)
+        self.model, self.identity = identity_of(table.schema.metadata)
         table = table.filter(pc.equal(table["status"], OK))
         if not len(table):
             raise InputError(f"{path_text(folder)!r} holds no image with an embedding")
@@ -170,7 +171,7 @@ class Index:
 
 def _stamp(folder: Path) -> str:
     """A hash that is another one once a part of the folder is."""
-    parts = sorted((part.name, stat.st_size, stat.st_mtime_ns) for part in parts_of(folder) for stat in [part.stat()])
+    parts = sorted((part.name, stat.st_size, stat.st_mtime_ns) for part in files_of(folder) for stat in [part.stat()])
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -87,14 +88,23 @@ class Timeline:
                 f'points="{left},{top + height} {points} {left + width},{top + height}"/>'
             )
         bottom = 20 + len(STAGES) * (height + gap)
-        for tick in range(6):
-            x = left + width * tick / 5
-            rows.append(f'<text x="{x}" y="{bottom}" text-anchor="middle" opacity=".7">{total * tick / 5:.4g} s</text>')
-        picture = f'<svg viewBox="0 0 {left + width + 40} {bottom + 16}" role=img>{"".join(rows)}</svg>'
+        for tick in _ticks(total):
+            x = left + width * tick / total
+            rows.append(f'<text x="{x:.1f}" y="{bottom}" text-anchor="middle" opacity=".7">{tick:g} s</text>')
+        picture = f'<div><svg viewBox="0 0 {left + width + 40} {bottom + 16}" role=img>{"".join(rows)}</svg></div>'
         return (
-            '<!doctype html><html lang=en><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+            '<!doctype html><html lang=en><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
             "<title>Timeline of a run</title><style>:root{color-scheme:light dark}body{font:14px system-ui,sans-serif;"
-            "margin:16px}svg{max-width:1100px;width:100%;font:12px system-ui,sans-serif}svg text{fill:currentColor}"
+            "margin:16px}h1{font-size:20px}div{overflow-x:auto}svg{max-width:1100px;min-width:800px;width:100%;"
+            "font:12px system-ui,sans-serif}svg text{fill:currentColor}"
             f"</style></head><body><h1>How busy each stage was</h1><p>{html.escape(remark)}</p>{picture}"
             "</body></html>\n"
         )
+
+
+def _ticks(end: float) -> list[float]:
+    """Round numbers from 0 to `end`, three to ten of them."""
+    power = 10.0 ** math.floor(math.log10(end))
+    step = next(step for step in (0.1 * power, 0.2 * power, 0.5 * power, power, 2 * power) if end / step < 9)
+    return [round(number * step, 9) for number in range(int(end / step + 1e-9) + 1)]

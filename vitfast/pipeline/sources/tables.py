@@ -131,14 +131,23 @@ def lance_items(name: str, columns: Sequence[str], image_column: str | None) -> 
         InputError: as there, or if the package pylance is not installed.
         Exception: what Lance raises of a dataset that is damaged or not there.
     """
+    dataset = lance_library().dataset(name)
+    column = _image_column(name, dataset.schema, image_column, columns)
+    wanted = list(dict.fromkeys((column, *columns)))
+    yield from _rows(name, dataset.to_batches(columns=wanted, batch_size=ROWS_AT_ONCE), column, columns)
+
+
+def lance_library() -> Any:
+    """The package `lance`.
+
+    Raises:
+        InputError: if it is not installed.
+    """
     try:
         import lance
     except ImportError as error:
         raise InputError("Lance datasets need pylance: pip install 'vitfast[lance]'") from error
-    dataset = lance.dataset(name)
-    column = _image_column(name, dataset.schema, image_column, columns)
-    wanted = list(dict.fromkeys((column, *columns)))
-    yield from _rows(name, dataset.to_batches(columns=wanted, batch_size=ROWS_AT_ONCE), column, columns)
+    return lance
 
 
 def _image_column(name: str, schema: pa.Schema, asked: str | None, carried: Sequence[str]) -> str:
