@@ -134,7 +134,7 @@ def test_without_usearch(tmp_path, monkeypatch):
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_a_hundred_thousand(tmp_path):
-    """As wide as CLIP's. Ten times as many take some twenty times as long."""
+    """As wide as CLIP's."""
     index = Index(folder_of(clustered(100_000, 512), tmp_path / "out", rows=20_000))
     started = time.perf_counter()
     graph = Graph.of(index)
