@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
@@ -131,9 +132,13 @@ def test_without_usearch(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_a_hundred_thousand(tmp_path):
-    index = Index(folder_of(clustered(100_000, 64), tmp_path / "out", rows=20_000))
+    """As wide as CLIP's."""
+    index = Index(folder_of(clustered(100_000, 512), tmp_path / "out", rows=20_000))
+    started = time.perf_counter()
     graph = Graph.of(index)
-    print(f"recall@10 {graph.recall:.4f} with {graph.expansion} vectors looked at")
+    built = time.perf_counter() - started
+    print(f"built in {built:.0f} s; recall@10 {graph.recall:.4f} with {graph.expansion} vectors looked at")
     assert graph.recall >= 0.97
-    assert recall_of(graph, range(5, 100_000, 1000)) >= 0.96
+    assert recall_of(graph, range(5, 100_000, 1000)) >= 0.97

@@ -1,6 +1,7 @@
 """A folder of generated images through a small model, killed again and again: equal to a run that nothing stopped."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -32,13 +33,16 @@ def test_a_run_that_is_killed_again_and_again(count, kills, tmp_path):
 
         started = time.perf_counter()
         assert runs.wait(start("whole")) == 1  # some images failed
-        seconds = time.perf_counter() - started
+        took = time.perf_counter() - started
+        embedding = json.loads((tmp_path / "whole.out").read_text())["seconds"]  # the rest is spent on beginning
         for number in range(kills):
             pid, started = start("killed"), time.perf_counter()
-            if number % 3:  # the others may come before anything is written
-                while rows_in(tmp_path / "killed") <= seen[-1] and time.perf_counter() - started < 2 * seconds:
-                    time.sleep(0.05)
-            time.sleep(chance.uniform(0, 1.2) * seconds / kills)
+            if number % 3 == 2:  # before anything is written, or soon after
+                time.sleep(chance.uniform(0.2, 1.2) * (took - embedding))
+            else:
+                while rows_in(tmp_path / "killed") <= seen[-1] and time.perf_counter() - started < 2 * took:
+                    time.sleep(0.02)
+                time.sleep(chance.uniform(0, 1) * embedding / kills)
             os.kill(pid, signal.SIGKILL)
             code = runs.wait(pid)
             survived += code != -signal.SIGKILL

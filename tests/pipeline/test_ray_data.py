@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -83,6 +84,49 @@ def test_a_task_and_an_actor_after_it(sources, model, tmp_path, monkeypatch):
             np.testing.assert_allclose(result.embedding, same.embedding, rtol=0, atol=2e-5)
 
 
+def test_batches_of_one_size(sources, model, monkeypatch):
+    """With batch_invariant an actor fills up every batch, and an image has the same bits in any company."""
+    how = Model(model, {"device": "cpu"}, True, "float32", images=8)
+    preprocess, _, identity = ray_data._described(how)
+    actor, sizes = Embedder(how, identity), []
+    original = actor.engine.stream
+
+    def counted(batches, **options):
+        batches = [*batches]
+        sizes.extend(map(len, batches))
+        return original(batches, **options)
+
+    monkeypatch.setattr(actor.engine, "stream", counted)
+    results = []
+    for rows in (8, 3):
+        units = pa.table({"item": [pickle.dumps([*collect([sources[0]])])]})
+        tables = _read(units, known=None, decoding=(preprocess, None, True, None), find={}, rows=rows)
+        results.append([*_results(map(actor, tables), find_sources(sources).listing, ray_data.Summary())])
+    assert set(sizes) == {8} and len(sizes) > 3
+    assert [len(r) for r in results] == [13, 13]
+    for one, other in zip(*results, strict=True):
+        assert one.path == other.path
+        assert one.embedding is other.embedding is None or np.array_equal(one.embedding, other.embedding)
+
+
+def test_what_has_changed_in_a_container(sources, model, monkeypatch):
+    monkeypatch.setattr(ray_data, "_fetched", lambda known: known)
+    how = Model(model, {"device": "cpu"}, True, "float32")
+    archive = str(sources[1])
+    items = {item.key: item.stat() for item in find_sources([archive])}
+    rows = {key: Row(True, Path(), 0, *stat) for key, stat in items.items()}
+    changed = f"{archive}::2.png"
+    rows[changed] = Row(True, Path(), 0, 1, 1)
+    decoding = (ray_data._described(how)[0], None, True, None)
+    for refresh in (False, True):
+        units = pa.table({"item": [pickle.dumps(archive)]})
+        tables = _read(units, known=Known(rows, refresh), decoding=decoding, find={}, rows=4)
+        messages = [pickle.loads(message) for table in tables for message in table["message"].to_pylist()]
+        listing = messages[-1]
+        assert [m.path for m in messages[:-1]] == [changed] * refresh
+        assert (listing.skipped, listing.changed) == ((4, []) if refresh else (5, [changed]))
+
+
 def test_a_container_that_is_not_on_a_worker(tmp_path):
     units = pa.table({"item": [pickle.dumps(str(tmp_path / "gone.tar"))]})
     reading = {"decoding": (engine().preprocess, None, True, None), "find": {}, "rows": 4, "known": None}
@@ -159,6 +203,13 @@ def test_rows_of_a_cluster_are_those_of_one_process(cluster, sources, model, tmp
     check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
     summary = ray_data.embed(sources, model, tmp_path / "out", actors=(1, 2), **ON_CPU)
     assert (summary.done, len(summary.failed), summary.skipped) == (0, 3, 15)  # the bad ones are tried again
+    check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
+    save(sources[0] / "p3.png", 77)
+    summary = ray_data.embed(sources, model, tmp_path / "out", **ON_CPU)
+    assert (summary.done, summary.changed) == (0, [str(sources[0] / "p3.png")])
+    summary = ray_data.embed(sources, model, tmp_path / "out", refresh=True, batch_invariant=True, **ON_CPU)
+    assert (summary.done, len(summary.failed), summary.skipped) == (1, 3, 14)
+    shutil.rmtree(tmp_path / "whole")
     check_rows(tmp_path / "out", sources, model, tmp_path / "whole")
 
 

@@ -57,8 +57,8 @@ def latest(folder: str | Path) -> Any:
 
 
 def _whole(dataset: Any, folder: str | Path) -> bool:
-    """Whether the files of a dataset's version have the sizes that it says."""
-    files = (file for fragment in dataset.get_fragments() for file in fragment.data_files())
+    """Whether the files of a dataset's version have the sizes that it says, where it says them."""
+    files = (file for fragment in dataset.get_fragments() for file in fragment.data_files() if file.file_size_bytes)
     return all(_size(Path(folder, "data", file.path)) == file.file_size_bytes for file in files)
 
 
@@ -76,7 +76,6 @@ def read(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     dataset = latest(folder)
     if dataset is None:
         raise InputError("none of its versions is whole")
-    columns = None if columns is None else [*columns]
     return dataset.to_table(columns=columns).replace_schema_metadata(dataset.schema.metadata)
 
 
@@ -122,7 +121,8 @@ class LanceFolder(Folder):
         for path in self.path.glob(f".{manifest.NAME}-*.tmp"):
             path.unlink(missing_ok=True)
         try:
-            self._go_back()
+            if not self._overwrite:
+                self._go_back()
         except ERRORS as error:
             raise self._refusal(str(error)) from error
         self._read()
@@ -139,9 +139,22 @@ class LanceFolder(Folder):
         if whole is not None:
             whole.restore()
         else:
-            for name in ("_versions", "data", "_deletions", "_transactions"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+            self._remove()
         return True
+
+    def _remove(self) -> None:
+        for name in ("_versions", "data", "_deletions", "_transactions"):
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+
+    def _replace(self, table: pa.Table) -> None:
+        """Make these rows all that there are."""
+        try:
+            there = self._dataset() is not None
+        except ERRORS:  # it cannot be read, so that nothing of it is kept
+            self._remove()
+            there = False
+        self._lance.write_dataset(table, os.fspath(self.path), mode="overwrite" if there else "create")
 
     def _check_files(self) -> None:
         if self._go_back():
@@ -156,25 +169,23 @@ class LanceFolder(Folder):
     def add(self, results: Sequence[Result], dimension: int, identity: Identity) -> str:
         """Commit rows, in place of those that there are of the same paths; the dataset's path."""
         table = table_of(results, dimension, described(self.model, identity), identity.output_dtype)
-        where, paths = os.fspath(self.path), table["path"].to_pylist()
+        paths = table["path"].to_pylist()
         known = any(path in self._rows for path in paths)
         self._version = None  # whatever becomes of this, the rows are to be read again
         for number, (path, result) in enumerate(zip(paths, results, strict=True)):
             # Before they are there: an interruption may come between the commit and here, and then they come again.
             self._rows[path] = Row(result.status == OK, self.path, number, None, None)
         try:
-            dataset = self._dataset()
-            if dataset is None or self._overwrite:
-                self._lance.write_dataset(table, where, mode="create" if dataset is None else "overwrite")
-                self._overwrite = False
+            dataset = None if self._overwrite else self._dataset()
+            if dataset is None:
+                self._replace(table)
+            elif known:
+                merge = dataset.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(_fitted(table, dataset))
             else:
-                table = _fitted(table, dataset)
-                if known:
-                    merge = dataset.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-                    merge.execute(table)
-                else:
-                    self._lance.write_dataset(table, where, mode="append")
+                self._lance.write_dataset(_fitted(table, dataset), os.fspath(self.path), mode="append")
             self._check_files()
+            self._overwrite = False  # only now: else what comes again would be added to what was to be replaced
         except ERRORS as error:
             raise self._failure(error) from error
         return path_text(self.path)
