@@ -29,6 +29,7 @@
 #include "../ops.h"
 #include "activation.h"
 #include "linear_bf16.h"
+#include "shares.h"
 
 namespace vitfast {
 namespace {
@@ -39,9 +40,10 @@ constexpr const char* kOp = "linear";
 
 constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
 constexpr int64_t kDepth = 128;    // columns of x per sum in registers
-constexpr int64_t kRows = 192;     // rows and
+constexpr int64_t kRows = 216;     // rows and
 constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and whole tiles of statistics
 constexpr int64_t kStatsTile = 128;
+constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -66,25 +68,49 @@ struct Call {
   Epilogue epilogue;
 };
 
-// A share of y, and the memory of the thread that makes it.
-struct Range {
-  int64_t begin, end;
-};
+// The memory of a thread.
 struct Memory {
   alignas(64) float sums[kRows * kColumns];
-  alignas(64) float x[kRows * kDepth];  // rows next to each other: at a stride of 4096 bytes they share a cache set
   alignas(64) float panel[kDepth * kPanel];  // the last panel, widened with zeros
+  // A block of x, kDepth columns after kDepth columns, and of these tile after tile: what is read for a tile of sums
+  // lies together in the order in which it is read, [kDepth, rows of a tile].
+  std::unique_ptr<float[]> x;
+
+  explicit Memory(const Call& c)
+      : x(new float[(round_up(Size(kOp, c.k), kDepth) * std::min(c.m + kMostTileRows, kRows)).value()]) {}
 };
 
-// sums [rows, vectors * lanes of kColumns] (+)= x [rows, depth of kDepth] panel [depth, vectors * lanes of kPanel].
-template <int lanes, int rows, int vectors>
+// x [count, depth of stride] -> tile [depth, rows], what is beyond the last row a copy of it.
+template <int rows>
+VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int64_t depth, float* tile) {
+  for (int64_t first = 0; first < rows; first += 4) {
+    const int64_t i = std::min<int64_t>(first, rows - 4);
+    const float* row[4];
+    for (int r = 0; r < 4; ++r) row[r] = x + std::min(i + r, count - 1) * stride;
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+      Vector<4> square[4];
+      for (int r = 0; r < 4; ++r) square[r] = load<4>(row[r] + k);
+      store_transposed(tile + k * rows + i, rows, square);
+    }
+    for (; k < depth; ++k) {
+      for (int r = 0; r < 4; ++r) tile[k * rows + i + r] = row[r][k];
+    }
+  }
+}
+
+// sums [rows, vectors * lanes of kColumns] (+)= x [depth, rows of stride]ᵀ panel [depth, vectors * lanes of kPanel].
+template <int lanes, int rows, int vectors, int stride>
 VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+  constexpr int64_t kAhead = 8;
+  for (int64_t k = 0; k < depth; ++k, x += stride, panel += kPanel) {
+    __builtin_prefetch(panel + kAhead * kPanel);
+    if constexpr (lanes * vectors > 16) __builtin_prefetch(panel + kAhead * kPanel + 16);
     Vector<lanes> column[vectors];
     for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
     for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x[i * kDepth + k] * column[j];
+      for (int j = 0; j < vectors; ++j) sum[i][j] += x[i] * column[j];
     }
   }
   for (int i = 0; i < rows; ++i, sums += kColumns) {
@@ -95,13 +121,13 @@ VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, 
 }
 
 // The same for `count` rows, 1 .. rows.
-template <int lanes, int rows, int vectors>
+template <int lanes, int rows, int vectors, int stride = rows>
 VITFAST_INLINE void multiply_rows(int64_t count, const float* x, const float* panel, int64_t depth, bool first,
                                   float* sums) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, first, sums);
+    if (count < rows) return multiply_rows<lanes, rows - 1, vectors, stride>(count, x, panel, depth, first, sums);
   }
-  multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
+  multiply<lanes, rows, vectors, stride>(x, panel, depth, first, sums);
 }
 
 // Numbers i .. i + lanes of an array of n, `beyond` after its end.
@@ -126,7 +152,7 @@ VITFAST_INLINE Vector<lanes> finish_product(const Call& c, int64_t m, int64_t n,
 
 // One row of a block on its way to y: columns [columns.begin, columns.end) of row m.
 template <int lanes>
-VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const float* sums) {
+VITFAST_INLINE void finish_row(const Call& c, int64_t m, Share columns, const float* sums) {
   const Epilogue& e = c.epilogue;
   for (int64_t n = columns.begin; n < columns.end; n += lanes) {
     const float* mine = sums + (n - columns.begin);
@@ -151,7 +177,7 @@ VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const fl
 
 // (mean, sum of squared deviations) of each tile of a row of y.
 template <int lanes>
-VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
+VITFAST_INLINE void write_stats(const Call& c, int64_t m, Share columns) {
   const int64_t tiles = (c.n + kStatsTile - 1) / kStatsTile;
   for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
     const int64_t width = std::min(kStatsTile, columns.end - n);
@@ -171,20 +197,29 @@ VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
 
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <int lanes, int rows_, int vectors>
-VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& memory) {
-  // As many rows in each block, rather than a few in the last, for which the weight would be read again.
-  const int64_t count = rows.end - rows.begin, blocks = std::max<int64_t>(1, (count + kRows - 1) / kRows);
-  const int64_t height = round_up((count + blocks - 1) / blocks, rows_);
+VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& memory) {
+  constexpr int64_t kTiles = kRows / rows_;
+  const int64_t tiles = (rows.size() + rows_ - 1) / rows_, blocks = (tiles + kTiles - 1) / kTiles;
   const int64_t parts = c.epilogue.up ? 2 : 1;  // gate and up projection have half of a block's sums each
-  for (int64_t m = rows.begin; m < rows.end; m += height) {
-    const int64_t m_end = std::min(m + height, rows.end);
+  for (int64_t b = 0; b < blocks; ++b) {
+    // As many tiles in each block, rather than a few in the last, for which the weight would be read again.
+    const int64_t first_tile = tiles * b / blocks, count = tiles * (b + 1) / blocks - first_tile;
+    Share tile[kTiles];
+    for (int64_t t = 0; t < count; ++t) tile[t] = tile_of(rows, first_tile + t, tiles);
+    const int64_t m = tile[0].begin, m_end = tile[count - 1].end;
+    for (int64_t k = 0; k < c.k; k += kDepth) {
+      float* x = memory.x.get() + k * count * rows_;
+      for (int64_t t = 0; t < count; ++t, x += kDepth * rows_) {
+        pack_tile<rows_>(c.x + tile[t].begin * c.k + k, c.k, tile[t].size(), std::min(kDepth, c.k - k), x);
+      }
+    }
     for (int64_t n = columns.begin; n < columns.end; n += kColumns / parts) {
-      const Range block{n, std::min(n + kColumns / parts, columns.end)};
+      const Share block{n, std::min(n + kColumns / parts, columns.end)};
       for (int64_t k = 0; k < c.k; k += kDepth) {
         const int64_t depth = std::min(kDepth, c.k - k);
-        for (int64_t i = m; i < m_end; ++i) std::copy_n(c.x + i * c.k + k, depth, memory.x + (i - m) * kDepth);
-        for (int64_t i = 0; i < parts * (block.end - block.begin); i += kPanel) {
-          const int64_t part = i >= block.end - block.begin, column = i - part * (block.end - block.begin);
+        const float* x = memory.x.get() + k * count * rows_;
+        for (int64_t i = 0; i < parts * block.size(); i += kPanel) {
+          const int64_t part = i >= block.size(), column = i - part * block.size();
           const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
           const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + k * width;
           float* sums = memory.sums + part * (kColumns / 2) + column;
@@ -193,10 +228,10 @@ VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& me
             for (int64_t j = 0; j < depth; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
             panel = memory.panel;
           }
-          for (int64_t row = 0; row < m_end - m; row += rows_) {
+          for (int64_t t = 0; t < count; ++t) {
             for (int64_t j = 0; j < width; j += vectors * lanes) {
-              multiply_rows<lanes, rows_, vectors>(m_end - m - row, memory.x + row * kDepth, panel + j, depth, k == 0,
-                                                   sums + row * kColumns + j);
+              multiply_rows<lanes, rows_, vectors>(tile[t].size(), x + t * kDepth * rows_, panel + j, depth, k == 0,
+                                                   sums + (tile[t].begin - m) * kColumns + j);
             }
           }
         }
@@ -209,20 +244,20 @@ VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& me
   }
 }
 
-using Compute = void (*)(const Call&, Range, Range, Memory&);
+using Compute = void (*)(const Call&, Share, Share, Memory&);
 
-void compute_standard(const Call& c, Range rows, Range columns, Memory& memory) {
+void compute_standard(const Call& c, Share rows, Share columns, Memory& memory) {
   compute<4, 4, 2>(c, rows, columns, memory);
 }
 
 #ifdef VITFAST_SIMD_LEVELS
 VITFAST_TARGET("avx2,fma")
-void compute_avx2(const Call& c, Range rows, Range columns, Memory& memory) {
+void compute_avx2(const Call& c, Share rows, Share columns, Memory& memory) {
   compute<8, 6, 2>(c, rows, columns, memory);
 }
 
 VITFAST_TARGET("avx512f")
-void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
+void compute_avx512(const Call& c, Share rows, Share columns, Memory& memory) {
   compute<16, 12, 2>(c, rows, columns, memory);
 }
 #endif
@@ -235,20 +270,14 @@ Compute compute_here() {
   return &compute_standard;
 }
 
-// Shares y out among the threads: by rows, or by columns where there are few rows.
 void run(const Call& c) {
   const Compute compute = compute_here();
-  const int64_t threads = at::get_num_threads();
-  const bool by_rows = c.m >= 12 * threads || c.n <= kColumns;
-  const int64_t step = by_rows ? 12 : kStatsTile, size = by_rows ? c.m : c.n;
-  const int64_t shares = (size + step - 1) / step;
-  at::parallel_for(0, shares, (shares + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
-    const Range share{begin * step, std::min(end * step, size)}, all{0, by_rows ? c.n : c.m};
-    if (by_rows) {
-      compute(c, share, all, *memory);
-    } else {
-      compute(c, all, share, *memory);
+  const Grid grid(c.m, c.n, kStatsTile, at::get_num_threads());
+  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Memory> memory(new Memory(c));
+    for (int64_t i = begin; i < end; ++i) {
+      compute(c, share_of(c.m, 1, i / grid.columns, grid.rows),
+              share_of(c.n, kStatsTile, i % grid.columns, grid.columns), *memory);
     }
   });
 }
@@ -366,7 +395,7 @@ void pack_panels(const at::Tensor& weight, float* packed) {
 
 void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
   const Call call{rows, packed.size(0), packed.size(1), x, read<float>(kOp, "weight", packed), y, {}};
-  const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
+  const std::unique_ptr<Memory> memory(new Memory(call));
   compute_here()(call, {0, call.m}, {0, call.n}, *memory);
 }
 

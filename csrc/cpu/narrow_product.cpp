@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../guards.h"
+#include "shares.h"
 
 namespace vitfast {
 namespace {
@@ -65,38 +66,6 @@ void widen_last_panel(const void* packed, int64_t n, int64_t words, int32_t* wid
   std::fill(wide, wide + words * kNarrowPanel, 0);
   for (int64_t k = 0; k < words; ++k) std::memcpy(wide + k * kNarrowPanel, panel + k * width * 4, width * 4);
 }
-
-// Rows or columns [begin, end).
-struct Share {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// Share i of n, as equal as whole steps allow.
-Share share_of(int64_t size, int64_t step, int64_t i, int64_t n) {
-  const int64_t units = (size + step - 1) / step;
-  return {std::min(units * i / n * step, size), std::min(units * (i + 1) / n * step, size)};
-}
-
-// Tile t of a share of rows: as high as the others, rather than with a few rows in the last.
-Share tile_of(Share rows, int64_t t, int64_t tiles) {
-  return {rows.begin + rows.size() * t / tiles, rows.begin + rows.size() * (t + 1) / tiles};
-}
-
-// How y [M, N] is shared out among threads: shares of rows times shares of columns, the largest as small as can be. Of
-// two such, the one that reads the smaller operand more often.
-struct Grid {
-  int64_t rows = 1, columns = 1;
-
-  Grid(int64_t m, int64_t n, int64_t threads) {
-    const int64_t chunks = (n + kNarrowChunk - 1) / kNarrowChunk;
-    const auto largest = [&](int64_t r, int64_t c) { return (m + r - 1) / r * ((chunks + c - 1) / c); };
-    for (int64_t i = 1; i <= threads; ++i) {
-      const int64_t r = m < n ? i : threads / i, c = threads / r;
-      if (largest(r, c) < largest(rows, columns)) rows = r, columns = c;
-    }
-  }
-};
 
 // Memory of a thread, in words: tiles of x, the sums that each starts with, and the last panel, widened.
 struct Layout {
@@ -156,7 +125,7 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
 }  // namespace
 
 void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
-  const Grid grid(c.m, c.n, at::get_num_threads());
+  const Grid grid(c.m, c.n, kNarrowChunk, at::get_num_threads());
   const Layout layout(c);
   at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
