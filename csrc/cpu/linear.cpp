@@ -38,10 +38,11 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "linear";
 
-constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
-constexpr int64_t kDepth = 128;    // columns of x per sum in registers
-constexpr int64_t kRows = 216;     // rows and
-constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and whole tiles of statistics
+constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per panel
+constexpr int64_t kDepth = 128;        // columns of x per sum in registers
+constexpr int64_t kSpan = 3 * kDepth;  // for which a tile of sums stays in the first cache
+constexpr int64_t kRows = 216;         // rows and
+constexpr int64_t kColumns = 256;      // columns of y per block: whole panels and whole tiles of statistics
 constexpr int64_t kStatsTile = 128;
 constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
 
@@ -71,7 +72,7 @@ struct Call {
 // The memory of a thread.
 struct Memory {
   alignas(64) float sums[kRows * kColumns];
-  alignas(64) float panel[kDepth * kPanel];  // the last panel, widened with zeros
+  alignas(64) float panel[kSpan * kPanel];  // the last panel, widened with zeros
   // A block of x, kDepth columns after kDepth columns, and of these tile after tile: what is read for a tile of sums
   // lies together in the order in which it is read, [kDepth, rows of a tile].
   std::unique_ptr<float[]> x;
@@ -207,31 +208,34 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& me
     Share tile[kTiles];
     for (int64_t t = 0; t < count; ++t) tile[t] = tile_of(rows, first_tile + t, tiles);
     const int64_t m = tile[0].begin, m_end = tile[count - 1].end;
+    float* x = memory.x.get();
     for (int64_t k = 0; k < c.k; k += kDepth) {
-      float* x = memory.x.get() + k * count * rows_;
-      for (int64_t t = 0; t < count; ++t, x += kDepth * rows_) {
-        pack_tile<rows_>(c.x + tile[t].begin * c.k + k, c.k, tile[t].size(), std::min(kDepth, c.k - k), x);
+      for (int64_t t = 0; t < count; ++t) {
+        pack_tile<rows_>(c.x + tile[t].begin * c.k + k, c.k, tile[t].size(), std::min(kDepth, c.k - k),
+                         x + (k * count + t * kDepth) * rows_);
       }
     }
     for (int64_t n = columns.begin; n < columns.end; n += kColumns / parts) {
       const Share block{n, std::min(n + kColumns / parts, columns.end)};
-      for (int64_t k = 0; k < c.k; k += kDepth) {
-        const int64_t depth = std::min(kDepth, c.k - k);
-        const float* x = memory.x.get() + k * count * rows_;
+      for (int64_t from = 0; from < c.k; from += kSpan) {
+        const int64_t to = std::min(from + kSpan, c.k);
         for (int64_t i = 0; i < parts * block.size(); i += kPanel) {
           const int64_t part = i >= block.size(), column = i - part * block.size();
           const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
-          const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + k * width;
+          const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + from * width;
           float* sums = memory.sums + part * (kColumns / 2) + column;
           if (width < kPanel) {
-            std::fill(memory.panel, memory.panel + kDepth * kPanel, 0.0f);
-            for (int64_t j = 0; j < depth; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
+            std::fill(memory.panel, memory.panel + kSpan * kPanel, 0.0f);
+            for (int64_t j = 0; j < to - from; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
             panel = memory.panel;
           }
           for (int64_t t = 0; t < count; ++t) {
             for (int64_t j = 0; j < width; j += vectors * lanes) {
-              multiply_rows<lanes, rows_, vectors>(tile[t].size(), x + t * kDepth * rows_, panel + j, depth, k == 0,
-                                                   sums + (tile[t].begin - m) * kColumns + j);
+              for (int64_t k = from; k < to; k += kDepth) {
+                multiply_rows<lanes, rows_, vectors>(tile[t].size(), x + (k * count + t * kDepth) * rows_,
+                                                     panel + (k - from) * kPanel + j, std::min(kDepth, to - k), k == 0,
+                                                     sums + (tile[t].begin - m) * kColumns + j);
+              }
             }
           }
         }
