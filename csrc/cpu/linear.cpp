@@ -40,7 +40,7 @@ constexpr const char* kOp = "linear";
 
 constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per panel
 constexpr int64_t kDepth = 128;        // columns of x per sum in registers
-constexpr int64_t kSpan = 3 * kDepth;  // for which a tile of sums stays in the first cache
+constexpr int64_t kSpan = 6 * kDepth;  // for which a tile of sums stays in the first cache
 constexpr int64_t kRows = 216;         // rows and
 constexpr int64_t kColumns = 256;      // columns of y per block: whole panels and whole tiles of statistics
 constexpr int64_t kStatsTile = 128;
@@ -196,11 +196,24 @@ VITFAST_INLINE void write_stats(const Call& c, int64_t m, Share columns) {
   }
 }
 
+// Asks for a panel's columns of the rows of y and of residual, which the epilogue will want.
+VITFAST_INLINE void prefetch_outputs(const Call& c, Share rows, int64_t first) {
+  constexpr int64_t kLine = 16;
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const int64_t at = m * c.n + first;
+    for (int64_t i = 0; i < kPanel; i += kLine) {
+      __builtin_prefetch(c.y + at + i, 1);
+      if (c.epilogue.residual) __builtin_prefetch(c.epilogue.residual + at + i);
+    }
+  }
+}
+
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <int lanes, int rows_, int vectors>
 VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& memory) {
   constexpr int64_t kTiles = kRows / rows_;
   const int64_t tiles = (rows.size() + rows_ - 1) / rows_, blocks = (tiles + kTiles - 1) / kTiles;
+  const int64_t spans = (c.k + kSpan - 1) / kSpan;
   const int64_t parts = c.epilogue.up ? 2 : 1;  // gate and up projection have half of a block's sums each
   for (int64_t b = 0; b < blocks; ++b) {
     // As many tiles in each block, rather than a few in the last, for which the weight would be read again.
@@ -215,10 +228,11 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& me
                          x + (k * count + t * kDepth) * rows_);
       }
     }
-    for (int64_t n = columns.begin; n < columns.end; n += kColumns / parts) {
-      const Share block{n, std::min(n + kColumns / parts, columns.end)};
-      for (int64_t from = 0; from < c.k; from += kSpan) {
-        const int64_t to = std::min(from + kSpan, c.k);
+    for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
+      const Share block{n, std::min(n + kStatsTile, columns.end)};
+      for (int64_t span = 0; span < spans; ++span) {
+        const Share columns_of_x = share_of(c.k, kDepth, span, spans);
+        const int64_t from = columns_of_x.begin, to = columns_of_x.end;
         for (int64_t i = 0; i < parts * block.size(); i += kPanel) {
           const int64_t part = i >= block.size(), column = i - part * block.size();
           const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
@@ -230,6 +244,7 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& me
             panel = memory.panel;
           }
           for (int64_t t = 0; t < count; ++t) {
+            if (to == c.k && part == 0) prefetch_outputs(c, tile[t], first);
             for (int64_t j = 0; j < width; j += vectors * lanes) {
               for (int64_t k = from; k < to; k += kDepth) {
                 multiply_rows<lanes, rows_, vectors>(tile[t].size(), x + (k * count + t * kDepth) * rows_,
