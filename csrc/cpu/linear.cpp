@@ -107,7 +107,7 @@ VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, 
   constexpr int64_t kAhead = 8;
   for (int64_t k = 0; k < depth; ++k, x += stride, panel += kPanel) {
     __builtin_prefetch(panel + kAhead * kPanel);
-    if constexpr (lanes * vectors > 16) __builtin_prefetch(panel + kAhead * kPanel + 16);
+    __builtin_prefetch(panel + kAhead * kPanel + 16);
     Vector<lanes> column[vectors];
     for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
     for (int i = 0; i < rows; ++i) {

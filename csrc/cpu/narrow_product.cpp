@@ -82,6 +82,16 @@ struct Layout {
   }
 };
 
+// Asks for a panel's columns of the rows of residual, which the epilogue will want.
+void prefetch_residual(const TileEpilogue& e, Share rows, int64_t first) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = static_cast<int64_t>(c10::elementSize(e.dtype));
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const char* row = static_cast<const char*>(e.residual) + (m * e.n + first) * size;
+    for (int64_t i = 0; i < kNarrowPanel * size; i += kLine) __builtin_prefetch(row + i);
+  }
+}
+
 // Rows x columns of y. A block of tiles of x meets the weight, chunk of columns by chunk.
 void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
              int32_t* memory) {
@@ -113,6 +123,7 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
           }
         };
         for (int64_t p = n; p < n_end; p += kNarrowPanel) {
+          if (c.epilogue.residual) prefetch_residual(c.epilogue, tile, p);
           multiply(panel_at(c.packed, p, c.n, words, wide), sums + (p - n));
           if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), sums + kUpSums + (p - n));
         }
