@@ -1,25 +1,12 @@
-// linear on the CPU: y = epilogue(x Wᵀ), as vitfast/ops/reference.py defines it. In bf16 the product is that of
-// linear_bf16.cpp; here follows the one in fp32.
-//
-// The weight comes packed (pack_linear_cpu): cut into panels of kPanel rows, each transposed, so that the
-// product reads it in the order in which it lies in memory. A thread takes a share of y, one block after
-// another: it sums the products of kDepth columns of x in registers, and those sums in a block that stays in
-// cache. The epilogue is applied to the finished block on its way to y. Bound by FLOPs.
-//
-// The two levels of sums serve accuracy as much as the cache: a product passes through at most
-// kDepth + K / kDepth additions instead of K, which leaves half the error of rounding or less
-// (Higham 1993, "The accuracy of floating point summation").
+// linear on the CPU: y = epilogue(x Wᵀ), as vitfast/ops/reference.py defines it: its arguments, and what they become
+// for the product in fp32 (linear_fp32.cpp) or bf16 (linear_bf16.cpp).
 
-#include "linear.h"
-
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +16,7 @@
 #include "../ops.h"
 #include "activation.h"
 #include "linear_bf16.h"
+#include "linear_fp32.h"
 
 namespace vitfast {
 namespace {
@@ -37,240 +25,7 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "linear";
 
-constexpr int64_t kPanel = 32;     // rows of the weight, columns of y, per panel
-constexpr int64_t kDepth = 128;    // columns of x per sum in registers
-constexpr int64_t kRows = 192;     // rows and
-constexpr int64_t kColumns = 256;  // columns of y per block: whole panels and whole tiles of statistics
-constexpr int64_t kStatsTile = 128;
-
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 int64_t tiles_of(int64_t columns) { return (Size(kOp, columns) + (kStatsTile - 1)).value() / kStatsTile; }
-
-// What is done to the product; a null pointer leaves its part out.
-struct Epilogue {
-  const float *mean = nullptr, *rstd = nullptr, *weight_sum = nullptr;  // [M], [M], [N]: LayerNorm of x, folded
-  const float* bias = nullptr;                                          // [N]
-  Activation activation = Activation::kNone;
-  const float* layer_scale = nullptr;  // [N]
-  const float* residual = nullptr;     // [M, N]
-  int64_t up = 0;                      // swiglu: column of the product where the up projection begins, N; else 0
-  float* stats = nullptr;              // [M, tiles, 2]
-};
-
-struct Call {
-  int64_t m, n, k;
-  const float* x;       // [M, K]
-  const float* packed;  // panel p begins at p * kPanel * K and is [K, width], width = kPanel but for the last
-  float* y;             // [M, N]
-  Epilogue epilogue;
-};
-
-// A share of y, and the memory of the thread that makes it.
-struct Range {
-  int64_t begin, end;
-};
-struct Memory {
-  alignas(64) float sums[kRows * kColumns];
-  alignas(64) float x[kRows * kDepth];  // rows next to each other: at a stride of 4096 bytes they share a cache set
-  alignas(64) float panel[kDepth * kPanel];  // the last panel, widened with zeros
-};
-
-// sums [rows, vectors * lanes of kColumns] (+)= x [rows, depth of kDepth] panel [depth, vectors * lanes of kPanel].
-template <int lanes, int rows, int vectors>
-VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
-  Vector<lanes> sum[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    Vector<lanes> column[vectors];
-    for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x[i * kDepth + k] * column[j];
-    }
-  }
-  for (int i = 0; i < rows; ++i, sums += kColumns) {
-    for (int j = 0; j < vectors; ++j) {
-      store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
-    }
-  }
-}
-
-// The same for `count` rows, 1 .. rows.
-template <int lanes, int rows, int vectors>
-VITFAST_INLINE void multiply_rows(int64_t count, const float* x, const float* panel, int64_t depth, bool first,
-                                  float* sums) {
-  if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, first, sums);
-  }
-  multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
-}
-
-// Numbers i .. i + lanes of an array of n, `beyond` after its end.
-template <int lanes>
-VITFAST_INLINE Vector<lanes> load_some(const float* from, int64_t i, int64_t n, float beyond = 0.0f) {
-  if (i + lanes <= n) return load<lanes>(from + i);
-  float some[lanes];
-  std::fill(some, some + lanes, beyond);
-  std::copy(from + i, from + n, some);
-  return load<lanes>(some);
-}
-
-// A vector of row m of the product, its column n the first: sums -> what is activated.
-template <int lanes>
-VITFAST_INLINE Vector<lanes> finish_product(const Call& c, int64_t m, int64_t n, const float* sums) {
-  const Epilogue& e = c.epilogue;
-  Vector<lanes> value = load<lanes>(sums);
-  if (e.rstd) value = e.rstd[m] * (value - e.mean[m] * load_some<lanes>(e.weight_sum, n, c.n + e.up));
-  if (e.bias) value += load_some<lanes>(e.bias, n, c.n + e.up);
-  return value;
-}
-
-// One row of a block on its way to y: columns [columns.begin, columns.end) of row m.
-template <int lanes>
-VITFAST_INLINE void finish_row(const Call& c, int64_t m, Range columns, const float* sums) {
-  const Epilogue& e = c.epilogue;
-  for (int64_t n = columns.begin; n < columns.end; n += lanes) {
-    const float* mine = sums + (n - columns.begin);
-    Vector<lanes> value = finish_product<lanes>(c, m, n, mine);
-    if (e.up) {
-      value = gated<lanes>(value, finish_product<lanes>(c, m, n + e.up, mine + kColumns / 2));
-    } else {
-      value = activate<lanes>(e.activation, value);
-    }
-    if (e.layer_scale) value *= load_some<lanes>(e.layer_scale, n, c.n);
-    if (e.residual) value += load_some<lanes>(e.residual + m * c.n, n, c.n);
-    float* to = c.y + m * c.n + n;
-    if (n + lanes <= columns.end) {
-      store<lanes>(to, value);
-    } else {
-      float some[lanes];
-      store<lanes>(some, value);
-      std::copy(some, some + (columns.end - n), to);
-    }
-  }
-}
-
-// (mean, sum of squared deviations) of each tile of a row of y.
-template <int lanes>
-VITFAST_INLINE void write_stats(const Call& c, int64_t m, Range columns) {
-  const int64_t tiles = (c.n + kStatsTile - 1) / kStatsTile;
-  for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
-    const int64_t width = std::min(kStatsTile, columns.end - n);
-    const float* row = c.y + m * c.n + n;
-    Vector<lanes> total{}, squares{};
-    for (int64_t i = 0; i < width; i += lanes) total += load_some<lanes>(row, i, width);
-    const float mean = sum<lanes>(total) / static_cast<float>(width);
-    for (int64_t i = 0; i < width; i += lanes) {
-      const Vector<lanes> distance = load_some<lanes>(row, i, width, mean) - mean;
-      squares += distance * distance;
-    }
-    float* stats = c.epilogue.stats + (m * tiles + n / kStatsTile) * 2;
-    stats[0] = mean;
-    stats[1] = sum<lanes>(squares);
-  }
-}
-
-// Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
-template <int lanes, int rows_, int vectors>
-VITFAST_INLINE void compute(const Call& c, Range rows, Range columns, Memory& memory) {
-  // As many rows in each block, rather than a few in the last, for which the weight would be read again.
-  const int64_t count = rows.end - rows.begin, blocks = std::max<int64_t>(1, (count + kRows - 1) / kRows);
-  const int64_t height = round_up((count + blocks - 1) / blocks, rows_);
-  const int64_t parts = c.epilogue.up ? 2 : 1;  // gate and up projection have half of a block's sums each
-  for (int64_t m = rows.begin; m < rows.end; m += height) {
-    const int64_t m_end = std::min(m + height, rows.end);
-    for (int64_t n = columns.begin; n < columns.end; n += kColumns / parts) {
-      const Range block{n, std::min(n + kColumns / parts, columns.end)};
-      for (int64_t k = 0; k < c.k; k += kDepth) {
-        const int64_t depth = std::min(kDepth, c.k - k);
-        for (int64_t i = m; i < m_end; ++i) std::copy_n(c.x + i * c.k + k, depth, memory.x + (i - m) * kDepth);
-        for (int64_t i = 0; i < parts * (block.end - block.begin); i += kPanel) {
-          const int64_t part = i >= block.end - block.begin, column = i - part * (block.end - block.begin);
-          const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
-          const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + k * width;
-          float* sums = memory.sums + part * (kColumns / 2) + column;
-          if (width < kPanel) {
-            std::fill(memory.panel, memory.panel + kDepth * kPanel, 0.0f);
-            for (int64_t j = 0; j < depth; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
-            panel = memory.panel;
-          }
-          for (int64_t row = 0; row < m_end - m; row += rows_) {
-            for (int64_t j = 0; j < width; j += vectors * lanes) {
-              multiply_rows<lanes, rows_, vectors>(m_end - m - row, memory.x + row * kDepth, panel + j, depth, k == 0,
-                                                   sums + row * kColumns + j);
-            }
-          }
-        }
-      }
-      for (int64_t i = m; i < m_end; ++i) {
-        finish_row<lanes>(c, i, block, memory.sums + (i - m) * kColumns);
-        if (c.epilogue.stats) write_stats<lanes>(c, i, block);
-      }
-    }
-  }
-}
-
-using Compute = void (*)(const Call&, Range, Range, Memory&);
-
-void compute_standard(const Call& c, Range rows, Range columns, Memory& memory) {
-  compute<4, 4, 2>(c, rows, columns, memory);
-}
-
-#ifdef VITFAST_SIMD_LEVELS
-VITFAST_TARGET("avx2,fma")
-void compute_avx2(const Call& c, Range rows, Range columns, Memory& memory) {
-  compute<8, 6, 2>(c, rows, columns, memory);
-}
-
-VITFAST_TARGET("avx512f")
-void compute_avx512(const Call& c, Range rows, Range columns, Memory& memory) {
-  compute<16, 12, 2>(c, rows, columns, memory);
-}
-#endif
-
-Compute compute_here() {
-#ifdef VITFAST_SIMD_LEVELS
-  if (simd_level() >= Simd::avx512) return &compute_avx512;
-  if (simd_level() >= Simd::avx2) return &compute_avx2;
-#endif
-  return &compute_standard;
-}
-
-// Shares y out among the threads: by rows, or by columns where there are few rows.
-void run(const Call& c) {
-  const Compute compute = compute_here();
-  const int64_t threads = at::get_num_threads();
-  const bool by_rows = c.m >= 12 * threads || c.n <= kColumns;
-  const int64_t step = by_rows ? 12 : kStatsTile, size = by_rows ? c.m : c.n;
-  const int64_t shares = (size + step - 1) / step;
-  at::parallel_for(0, shares, (shares + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
-    const Range share{begin * step, std::min(end * step, size)}, all{0, by_rows ? c.n : c.m};
-    if (by_rows) {
-      compute(c, share, all, *memory);
-    } else {
-      compute(c, all, share, *memory);
-    }
-  });
-}
-
-// rows [width, K] -> panel [K, width], four by four numbers at a time.
-void pack_panel(const float* rows, int64_t k, int64_t width, float* panel) {
-  int64_t i = 0;
-  for (; i + 4 <= width; i += 4) {
-    int64_t j = 0;
-    for (; j + 4 <= k; j += 4) {
-      Vector<4> square[4];
-      for (int r = 0; r < 4; ++r) square[r] = load<4>(rows + (i + r) * k + j);
-      store_transposed(panel + j * width + i, width, square);
-    }
-    for (; j < k; ++j) {
-      for (int r = 0; r < 4; ++r) panel[j * width + i + r] = rows[(i + r) * k + j];
-    }
-  }
-  for (; i < width; ++i) {
-    for (int64_t j = 0; j < k; ++j) panel[j * width + i] = rows[i * k + j];
-  }
-}
 
 // Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
 at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
@@ -352,24 +107,6 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   return packed;
 }
 
-void pack_panels(const at::Tensor& weight, float* packed) {
-  const int64_t n = weight.size(0), k = weight.size(1);
-  if (weight.numel() == 0) return;
-  const float* rows = read<float>("pack_linear", "weight", weight);
-  at::parallel_for(0, (n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kPanel, width = std::min(kPanel, n - first);
-      pack_panel(rows + first * k, k, width, packed + first * k);
-    }
-  });
-}
-
-void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
-  const Call call{rows, packed.size(0), packed.size(1), x, read<float>(kOp, "weight", packed), y, {}};
-  const std::unique_ptr<Memory> memory(new Memory);  // not make_unique, which would fill it with zeros
-  compute_here()(call, {0, call.m}, {0, call.n}, *memory);
-}
-
 std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor& packed, const Optional& bias,
                                           const std::optional<std::string>& activation, const Optional& layer_scale,
                                           const Optional& residual, const Optional& row_stats,
@@ -413,11 +150,10 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
     epilogue.dtype = at::kBFloat16, epilogue.n = n;
     linear_bf16(rows, m, packed, epilogue);
   } else {
-    Epilogue epilogue;
+    LinearEpilogue epilogue;
     fill(epilogue);
     epilogue.residual = read<float>(kOp, "residual", added);
-    run({m, n, k, read<float>(kOp, "x", rows), read<float>(kOp, "weight", packed), result[0].mutable_data_ptr<float>(),
-         epilogue});
+    linear_fp32(read<float>(kOp, "x", rows), m, packed, n, result[0].mutable_data_ptr<float>(), epilogue);
   }
   return result;
 }

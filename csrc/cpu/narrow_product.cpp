@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../guards.h"
+#include "shares.h"
 
 namespace vitfast {
 namespace {
@@ -66,38 +67,6 @@ void widen_last_panel(const void* packed, int64_t n, int64_t words, int32_t* wid
   for (int64_t k = 0; k < words; ++k) std::memcpy(wide + k * kNarrowPanel, panel + k * width * 4, width * 4);
 }
 
-// Rows or columns [begin, end).
-struct Share {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// Share i of n, as equal as whole steps allow.
-Share share_of(int64_t size, int64_t step, int64_t i, int64_t n) {
-  const int64_t units = (size + step - 1) / step;
-  return {std::min(units * i / n * step, size), std::min(units * (i + 1) / n * step, size)};
-}
-
-// Tile t of a share of rows: as high as the others, rather than with a few rows in the last.
-Share tile_of(Share rows, int64_t t, int64_t tiles) {
-  return {rows.begin + rows.size() * t / tiles, rows.begin + rows.size() * (t + 1) / tiles};
-}
-
-// How y [M, N] is shared out among threads: shares of rows times shares of columns, the largest as small as can be. Of
-// two such, the one that reads the smaller operand more often.
-struct Grid {
-  int64_t rows = 1, columns = 1;
-
-  Grid(int64_t m, int64_t n, int64_t threads) {
-    const int64_t chunks = (n + kNarrowChunk - 1) / kNarrowChunk;
-    const auto largest = [&](int64_t r, int64_t c) { return (m + r - 1) / r * ((chunks + c - 1) / c); };
-    for (int64_t i = 1; i <= threads; ++i) {
-      const int64_t r = m < n ? i : threads / i, c = threads / r;
-      if (largest(r, c) < largest(rows, columns)) rows = r, columns = c;
-    }
-  }
-};
-
 // Memory of a thread, in words: tiles of x, the sums that each starts with, and the last panel, widened.
 struct Layout {
   int64_t tiles, tile, starts, panel, size;
@@ -112,6 +81,16 @@ struct Layout {
     size = (panel_at + Size(c.op, c.words()) * kNarrowPanel).value();
   }
 };
+
+// Asks for a panel's columns of the rows of residual, which the epilogue will want.
+void prefetch_residual(const TileEpilogue& e, Share rows, int64_t first) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = static_cast<int64_t>(c10::elementSize(e.dtype));
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const char* row = static_cast<const char*>(e.residual) + (m * e.n + first) * size;
+    for (int64_t i = 0; i < kNarrowPanel * size; i += kLine) __builtin_prefetch(row + i);
+  }
+}
 
 // Rows x columns of y. A block of tiles of x meets the weight, chunk of columns by chunk.
 void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
@@ -144,6 +123,7 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
           }
         };
         for (int64_t p = n; p < n_end; p += kNarrowPanel) {
+          if (c.epilogue.residual) prefetch_residual(c.epilogue, tile, p);
           multiply(panel_at(c.packed, p, c.n, words, wide), sums + (p - n));
           if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), sums + kUpSums + (p - n));
         }
@@ -156,7 +136,7 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
 }  // namespace
 
 void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
-  const Grid grid(c.m, c.n, at::get_num_threads());
+  const Grid grid(c.m, c.n, kNarrowChunk, at::get_num_threads());
   const Layout layout(c);
   at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;

@@ -31,7 +31,7 @@
 #include "../guards.h"
 #include "../ops.h"
 #include "../patch_embed_checks.h"
-#include "linear.h"
+#include "linear_fp32.h"
 #include "pixel_product.h"
 #include "simd.h"
 

@@ -32,6 +32,14 @@ def test_native_at_every_simd_level(level, activation):
     check_stats(implementation("native")(*args, **kwargs, stats=True), *args, **kwargs)
 
 
+@pytest.mark.parametrize(("rows", "outputs", "inner"), [(1, 33, 900), (217, 40, 1537), (440, 300, 769)])
+def test_native_in_several_blocks_of_rows_columns_and_depth(rows, outputs, inner, level):
+    """And a last panel that is no whole one."""
+    args, norm = folded(*operands(rows, outputs, inner, torch.float32))
+    kwargs = {**norm, **extras(rows, outputs, torch.float32)}
+    check_stats(implementation("native")(*args, **kwargs, stats=True), *args, **kwargs)
+
+
 def test_native_sums_are_short():
     """The error stays well under that of one long sum, which is what a deep network of fp32 products feels."""
     x, weight, bias = operands(64, 96, 3072, torch.float32)
