@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import itertools
 import re
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -43,6 +44,12 @@ FILES = (
 
 INNER, TOKENS = 528, 133
 """Of a product, and of attention, where the case does not say otherwise."""
+
+
+GATED_E4M3_PRODUCTS = E4M3_PRODUCTS | {
+    # silu(a) b of two such sums has the relative errors of both, which are cut and so have one sign: they add up.
+    torch.float32: replace(E4M3_PRODUCTS[torch.float32], rms=2 * E4M3_PRODUCTS[torch.float32].rms),
+}
 
 
 def cases_of(file: str, arch: int) -> list[CompileCase]:
@@ -284,7 +291,9 @@ def _quantized_linear(case):
     inputs = (*x, *weight, _tensor(rows, seed=2, scale=0.3))
     result = quantized_linear.quantized_linear(*inputs, config=config, **options)
     oracle, baseline = (reference.quantized_linear(*inputs, **options, upcast=upcast) for upcast in (True, False))
-    bounds = E4M3_PRODUCTS if kind == torch.float8_e4m3fn else TOLERANCES  # tensor cores here as on a GPU
+    bounds = TOLERANCES
+    if kind == torch.float8_e4m3fn:  # tensor cores here as on a GPU
+        bounds = GATED_E4M3_PRODUCTS if gated else E4M3_PRODUCTS
     assert_close(result, oracle, baseline, tolerances=bounds)
 
 
