@@ -171,8 +171,8 @@ def test_a_proof_finds_but_stores_of_one_sum(tmp_path, file, case):
 def test_the_core_is_right_with_the_oldest_triton():
     """And a whole forward, whose launches that Triton's JIT specialises.
 
-    On sm_90 Triton lets wgmma read what cp.async brought with no fence between, up to 3.7.0 (its pull request 10537).
-    With that fence put into the PTX the forward is right.
+    On sm_90 it lets wgmma read what cp.async brought with no fence between (Triton's pull request 10537, of the 3.7
+    series, puts one there). With that fence put into the PTX the forward is right.
     """
     jobs = [{"arch": arch, "file": file, "case": case} for arch, file, case in CORE]
     forward = {"forward": ("attention_block", "mlp"), "fold_norm": True}

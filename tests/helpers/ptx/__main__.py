@@ -4,7 +4,7 @@ JOBS is JSON, a list of objects. Of a compile case: "arch", "file" and "case", t
 "all": true, all that start so; with "seed", other schedules; with "problem", other sizes, for kernels whose check takes
 them; with "old" and "new", words of the kernel's source that are replaced first. Of a mistake in the PTX: "fault", a
 name of `faults.FAULTS`. Of a whole forward: "forward", the halves that are fused, "fold_norm" and "arch"; with
-"fenced": true, a fence.proxy.async is put after each wait for cp.async, which Triton before 3.7.1 leaves out.
+"fenced": true, a fence.proxy.async is put after each wait for cp.async, which Triton 3.6 leaves out.
 
 For each kernel, or forward, a line of JSON: its name; what was found wrong, "" for nothing; seconds; counts.
 """
