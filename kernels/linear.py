@@ -74,6 +74,7 @@ TMA_CONFIGS = [
     _config("tma_64x128x64", 64, 128, 64, 4, 4, (9, 0)),
     _config("tma_64x64x64", 64, 64, 64, 4, 4, (9, 0)),
 ]
+PAIR = TMA_CONFIGS[2]
 TMA_CONFIGS += _splitting(TMA_CONFIGS[3])
 POINTER_CONFIGS = [
     _config("128x128x64", 128, 128, 64, 8, 3),
@@ -113,7 +114,10 @@ SPLIT_SAVES = 0.25
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of a config depends on: y is M x N, K is summed over; `tma`: as `uses_tma` says."""
+    """What the choice of a config depends on: y is M x N, K is summed over.
+
+    `tma`: as `uses_tma` says; `hopper`: whether the compute capability is 9.
+    """
 
     M: int
     N: int
@@ -122,6 +126,7 @@ class Problem:
     tma: bool
     gated: bool = False
     stats: bool = False
+    hopper: bool = True
 
     @property
     def key(self) -> str:
@@ -150,7 +155,8 @@ def problem_of(
     x = launch.rows_view("linear", "x", x)
     residual = None if residual is None else launch.rows_view("linear", "residual", residual)
     (M, K), N = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
-    return Problem(M, N, K, x.dtype, uses_tma(N, x, weight, residual), gated, stats)
+    hopper = launch.capability(x.device)[0] == 9
+    return Problem(M, N, K, x.dtype, uses_tma(N, x, weight, residual), gated, stats, hopper)
 
 
 def uses_tma(N: int, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> bool:
@@ -177,6 +183,8 @@ def why_not(config: Config, problem: Problem) -> list[str]:
         reasons.append(f"it is not one for {problem.dtype}")
     if config in TMA_CONFIGS and not problem.tma:
         reasons.append("it needs compute capability 9.0, a 16-bit dtype and 16-byte aligned rows")
+    if config is PAIR and problem.stats and not problem.hopper:
+        reasons.append("with stats it spills registers of other chips than Hopper")
     if problem.stats and not split and block_n % STATS_TILE:
         reasons.append(f"its tiles have no multiple of {STATS_TILE} columns, as stats need")
     if problem.gated and split:

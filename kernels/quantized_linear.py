@@ -300,11 +300,13 @@ def _quantized_linear_tma_kernel(
                 acc = tl.dot(a, b, acc, max_num_imprecise_acc=PROMOTE, out_dtype=SUM)
 
         # Epilogue and store (beyond y: dropped).
+        if residual is not None:  # before the scales are applied: loaded after, registers of sm_100 spill
+            kept = residual.load([first_row, first_column])
         value = _rescale(
             acc, None, x_scale, weight_scale, bias, layer_scale, rows, columns, M, N, ACTIVATION, GROUPED, EXACT
         )
         if residual is not None:
-            value += residual.load([first_row, first_column]).to(tl.float32)
+            value += kept.to(tl.float32)
         if y_scale is not None:
             tl.static_assert(BLOCK_N == 128)
             value, group_scale = in_8_bits(value, y.dtype)  # beyond N everything was loaded as 0

@@ -39,16 +39,20 @@ def compile_cases() -> list[CompileCase]:
         _product_case(config, name)
         for config in CONFIGS
         for name in (EPILOGUES if split_of(config) == 1 else {"part": PARTIAL})
-        if not why_not(config, _problem(config, name))
+        if _archs(config, name)
     ]
     return products + [_sum_case(name) for name in EPILOGUES if "swiglu" not in name]
 
 
-def _problem(config: Config, epilogue: str) -> Problem:
+def _archs(config: Config, epilogue: str) -> tuple[int, ...]:
+    return tuple(arch for arch in archs_of(config) if not why_not(config, _problem(config, epilogue, arch)))
+
+
+def _problem(config: Config, epilogue: str, arch: int) -> Problem:
     activation, present = EPILOGUES.get(epilogue, PARTIAL)
     dtype = torch.float32 if config in FLOAT32_CONFIGS else torch.bfloat16
     tma = config in TMA_CONFIGS
-    return Problem(50432, 3072, 768, dtype, tma, activation == "swiglu", "y_stats" in present)
+    return Problem(50432, 3072, 768, dtype, tma, activation == "swiglu", "y_stats" in present, arch == 90)
 
 
 def _product_case(config: Config, epilogue: str) -> CompileCase:
@@ -74,6 +78,7 @@ def _product_case(config: Config, epilogue: str) -> CompileCase:
         },
         (*outputs, "x", "weight", *present),
         {"M": m, "N": n, "K": k},
+        _archs(config, epilogue),
     )
 
 
@@ -83,7 +88,9 @@ def _sum_case(epilogue: str) -> CompileCase:
     constants = {"ACTIVATION": activation, "STATS_BLOCK": 8, "SPLIT_K": 8}
     tile = {"M": SUM_CONFIG.blocks["BLOCK_M"], "N": SUM_CONFIG.blocks["BLOCK_N"]}
     present = ("y", "partial", *present)
-    return _case(_linear_sum_kernel, SUM_CONFIG, "linear_sum", epilogue, tensors, constants, present, tile)
+    return _case(
+        _linear_sum_kernel, SUM_CONFIG, "linear_sum", epilogue, tensors, constants, present, tile, archs_of(SUM_CONFIG)
+    )
 
 
 def _case(
@@ -95,6 +102,7 @@ def _case(
     constants: dict[str, Any],
     present: tuple[str, ...],
     tile: dict[str, int],
+    archs: tuple[int, ...],
 ) -> CompileCase:
     tensors = tensors | dict.fromkeys(("y_stats", "partial", "row_stats", "weight_sum"), "*fp32")
     kinds = {name: kind for name, kind in tensors.items() if name in present}
@@ -107,6 +115,6 @@ def _case(
         types=kinds | {"eps": "fp32"},
         constexprs=constants | {name: None for name in tensors if name in fn.arg_names and name not in present},
         unaligned=("M", "eps", *descriptors),
-        archs=archs_of(config),
+        archs=archs,
         tile=tile,
     )

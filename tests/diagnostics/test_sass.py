@@ -78,8 +78,8 @@ def test_without_a_loop_over_tiles_all_code_is_the_tiles():
 
 
 def test_instructions_of_sm_100_have_a_pipe():
-    """Packed fp32, tensor memory, and products whose operands it holds."""
-    names = {"FADD2": "fma", "FFMA2": "fma", "LDTM.16dp32bit_t0_t15.x32": "tensor_memory", "STTM.x4": "tensor_memory"}
+    """Packed fp32, sums of fp32 and 16 bits, tensor memory, and its products."""
+    names = {"FADD2": "fma", "FHADD.BF16": "fma", "LDTM.x32": "tensor_memory", "STTM.x4": "tensor_memory"}
     names |= {"UTCHMMA": "tensor", "UTCBAR": "copy", "UIADD3": "uniform"}
     for name, pipe in names.items():
         (instruction,) = sass.parse(f"        /*0000*/                   {name} R1, R2 ;\n").instructions

@@ -259,11 +259,13 @@ def test_through_ops():
 def test_pick_config():
     """Large tiles for much work, small ones for little, and never one that cannot run."""
 
-    def name(M, N, dtype, *, tma, K=768, sms=132, gated=False, stats=False):
-        return kernels.pick_config(kernels.Problem(M, N, K, dtype, tma, gated, stats), sms).name
+    def name(M, N, dtype, *, tma, K=768, sms=132, gated=False, stats=False, hopper=True):
+        return kernels.pick_config(kernels.Problem(M, N, K, dtype, tma, gated, stats, hopper), sms).name
 
     half = torch.bfloat16
     assert name(256 * 197, 768, half, tma=True, K=192) == "tma_128x128x64_pair"  # epilogues hidden
+    assert name(256 * 197, 768, half, tma=True, K=192, stats=True) == "tma_128x128x64_pair"
+    assert "pair" not in name(256 * 197, 768, half, tma=True, K=192, stats=True, hopper=False)  # its registers spill
     for width, depth in ((3072, 768), (1024, 4096)):  # operands shared: L2 gives no more
         assert name(256 * 197, width, half, tma=True, K=depth) == "tma_128x256x64"
     assert name(256 * 197, 3072, half, tma=False) == "128x128x64"

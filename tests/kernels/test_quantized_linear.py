@@ -199,7 +199,7 @@ def test_wrong_groups_are_noticed(right, wrong, kind, tmp_path):
     ("right", "wrong"),
     [
         ("x_scale + rows, mask=row_ok, other=0.0)[:, None]", "x_scale + rows, mask=row_ok, other=0.0)[:, None] * 1.02"),
-        ("value += residual.load([first_row, first_column])", "value += residual.load([first_row, 0])"),
+        ("kept = residual.load([first_row, first_column])", "kept = residual.load([first_row, 0])"),
         ("first_row, first_column = tile_m * BLOCK_M, tile_n", "first_row, first_column = tile_m * 0, tile_n"),
     ],
 )

@@ -214,7 +214,8 @@ def _linear(step: _Step, card: Chip, dtype: torch.dtype) -> Launch:
     gated, residual = "swiglu" in epilogue, "residual" in epilogue
     n = 2 * out if gated else out
     tma = card.capability >= (9, 0) and dtype != torch.float32 and k % 8 == 0 and out % 8 == 0
-    tile = linear.pick_config(linear.Problem(m, out, k, dtype, tma, gated, residual), card.multiprocessors)
+    problem = linear.Problem(m, out, k, dtype, tma, gated, residual, card.capability[0] == 9)
+    tile = linear.pick_config(problem, card.multiprocessors)
     moved = dtype.itemsize * (m * k + n * k + n + m * out + (m * out if residual else 0))
     return _tiled(step, moved, m, out, tile, card, dtype)
 

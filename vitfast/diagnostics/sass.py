@@ -20,6 +20,7 @@ PIPES: dict[str, tuple[str, ...]] = {
     "tensor": ("HGMMA", "QGMMA", "IGMMA", "BGMMA", "HMMA", "QMMA", "IMMA", "BMMA", "DMMA"),
     "fma": (
         "FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FMUL2", "FADD2",
+        "FHADD", "FHFMA",
     ),
     "imad": ("IMAD", "IDP", "IDP4A"),
     "alu": (

@@ -3,7 +3,8 @@
 JOBS is JSON, a list of objects. Of a compile case: "arch", "file" and "case", the start of its config's name; with
 "all": true, all that start so; with "seed", other schedules; with "problem", other sizes, for kernels whose check takes
 them; with "old" and "new", words of the kernel's source that are replaced first. Of a mistake in the PTX: "fault", a
-name of `faults.FAULTS`. Of a whole forward: "forward", the halves that are fused, "fold_norm" and "arch".
+name of `faults.FAULTS`. Of a whole forward: "forward", the halves that are fused, "fold_norm" and "arch"; with
+"fenced": true, a fence.proxy.async is put after each wait for cp.async, which Triton 3.6 leaves out.
 
 For each kernel, or forward, a line of JSON: its name; what was found wrong, "" for nothing; seconds; counts.
 """
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -25,6 +27,8 @@ from helpers.ptx.device import executing
 from helpers.ptx.faults import FAULTS
 
 from vitfast import testing
+
+WAIT = re.compile(r"(cp\.async\.wait_group\s+\d+;)")
 
 
 def main(jobs: list[dict]) -> None:
@@ -68,6 +72,8 @@ def compiled_case(job: dict, case, change) -> dict[str, int]:
 def forward(job: dict) -> dict[str, int]:
     """The forward of a ViT of two blocks against float64, and how often each kernel was launched."""
     with executing(job["arch"]) as device:
+        if job.get("fenced"):
+            device.change = lambda name, ptx: WAIT.sub(r"\1\n\tfence.proxy.async.shared::cta;", ptx)
         from helpers import engines, forwards  # which kernels run on CPU tensors is asked when vitfast.ops is imported
 
         images = testing.make(2, 3, *engines.SMALL.image_size)
