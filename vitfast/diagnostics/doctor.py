@@ -296,6 +296,11 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     for device in devices:
         if _numbers(device["capability"]) < (8, 0):
             warnings.append(f"{device['device']}: compute capability {device['capability']} is below 8.0")
+    if old and any(_numbers(device["capability"])[0] == 9 for device in devices):
+        warnings.append(
+            "Triton before 3.7 leaves out a fence that Hopper asks for where wgmma reads what cp.async brought "
+            "(Triton's pull request 10537): no wrong result of it has been seen here, but there may be some"
+        )
     native = registry.backend(registry.OPS[0], "native")
     if native.missing:
         warnings.append(f"{native.missing}; where torch and a C++ compiler are, {REBUILD} builds it")
