@@ -186,8 +186,10 @@ def test_what_can_go_wrong_is_warned_of(report):
     assert "T4, compute capability 7.5, 16 GiB, 40 multiprocessors" in shown(report | {"devices": [old]})
 
 
-@pytest.mark.parametrize(("triton", "capability", "warned"), [("3.6.0", "9.0", True), ("3.7.0", "9.0", False),
-                                                              ("3.6.0", "8.0", False), ("3.6.0", "10.0", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("triton", "capability", "warned"),
+    [("3.6.0", "9.0", True), ("3.7.0", "9.0", False), ("3.6.0", "8.0", False), ("3.6.0", "10.0", False)],
+)
 def test_the_fence_that_an_old_triton_leaves_out_is_warned_of(report, triton, capability, warned):
     gpu = {"device": "cuda:0", "name": "G", "capability": capability, "memory": 2**30, "multiprocessors": 1}
     given = report | {"devices": [gpu], "versions": report["versions"] | {"triton": triton}}
