@@ -191,7 +191,8 @@ class Gate:
             given = call.part(part)
             oracle = reference(*given.args, **given.kwargs, upcast=True)
             self._answers.append((_tuple(oracle), _tuple(reference(*given.args, **given.kwargs))))
-        self._parts, self._size, self._tolerances = parts, size, accuracy.tolerances_for(call.args)
+        self._parts, self._size = parts, size
+        self._tolerances = accuracy.tolerances_for(call.args, call.kwargs.get("activation"))
         self.output_bytes = sum(nbytes(baseline) for _, baseline in self._answers) * size // checked
 
     def judge(self, run: Thunk, provider: Provider, when: str = "") -> dict[str, Any]:

@@ -90,7 +90,9 @@ def check_op(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, 
     copies only if the caller made them so."""
     oracle = reference(*args, **kwargs, upcast=True)
     baseline = reference(*args, **kwargs)
-    assert_close(op(*args, **kwargs), oracle, baseline, what=what, tolerances=tolerances_for(args))
+    assert_close(
+        op(*args, **kwargs), oracle, baseline, what=what, tolerances=tolerances_for(args, kwargs.get("activation"))
+    )
 
 
 @contextlib.contextmanager

@@ -110,8 +110,10 @@ def test_bounds_for_e4m3_are_for_gpus():
     """Triton's interpreter, and torch on a CPU, add such products in fp32."""
     for dtype in testing.DTYPES:
         assert accuracy.tolerances_for((make(2, dtype=dtype), None, 0)) is accuracy.TOLERANCES
-    tolerances = accuracy.tolerances_for((make(2), make(2).to(torch.float8_e4m3fn)))
-    assert tolerances is (accuracy.E4M3_PRODUCTS if testing.device().type == "cuda" else accuracy.TOLERANCES)
+    on_gpu = {"gelu": accuracy.E4M3_PRODUCTS, "swiglu": accuracy.GATED_E4M3_PRODUCTS}
+    for activation, bounds in on_gpu.items():
+        tolerances = accuracy.tolerances_for((make(2), make(2).to(torch.float8_e4m3fn)), activation)
+        assert tolerances is (bounds if testing.device().type == "cuda" else accuracy.TOLERANCES)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -102,7 +102,7 @@ def measure(
     call, right, wrong = case.inputs(), [], {}
     starved: dict[str, Exception] = {}
     answers = [case.table[case.op].reference(*call.args, **call.kwargs, upcast=upcast) for upcast in (True, False)]
-    tolerances = accuracy.tolerances_for(call.args)
+    tolerances = accuracy.tolerances_for(call.args, call.kwargs.get("activation"))
     runs: dict[str, Callable[[], Any]] = {}
     for entry in entries:
         try:
