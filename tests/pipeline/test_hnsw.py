@@ -70,12 +70,13 @@ def test_a_graph_that_finds_little_is_noticed(tmp_path, monkeypatch):
 def test_more_is_found_where_more_is_asked_for(tmp_path, monkeypatch):
     """Of vectors without any order, which are hard to find: what is printed grows with what is looked at."""
     monkeypatch.setattr(hnsw, "EXPANSIONS", (1, 512))
-    vectors = np.random.default_rng(0).standard_normal((4000, 64), np.float32)
+    monkeypatch.setattr(hnsw, "CONNECTIVITY", 8)
+    vectors = np.random.default_rng(0).standard_normal((4000, 128), np.float32)
     index = Index(folder_of(vectors, tmp_path / "out", rows=1000))
-    some, most = Graph.of(index, 0.3), Graph.of(index, 0.995)
+    some, most = Graph.of(index, 0.3), Graph.of(index, 0.97)
     assert some.built and not most.built
     assert some.expansion < most.expansion and some.recall < most.recall
-    assert most.recall >= 0.995 and recall_of(most, range(0, 4000, 80)) >= 0.99
+    assert most.recall >= 0.97 and recall_of(most, range(0, 4000, 80)) >= 0.95
     for wrong in (0, 1.01):
         with pytest.raises(ValueError, match=f"recall must be above 0, up to 1, got {wrong}"):
             Graph.of(index, wrong)
