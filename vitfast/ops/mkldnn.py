@@ -112,8 +112,8 @@ def quantized_linear(
         )
     exact = torch.float32
     zeros = weight_scale.new_zeros(weight_scale.shape, dtype=torch.int32)
-    # oneDNN multiplies signed x by plain loops, some thousand times slower, and x + 128 with a zero point of 128 as fast
-    # as the instructions can.
+    # oneDNN multiplies signed x by plain loops, some thousand times slower, and x + 128 with a zero point of 128 by the
+    # CPU's instructions.
     unsigned = x.contiguous().view(torch.uint8) ^ ZERO
     y = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, ZERO, weight, weight_scale, zeros, None, 1.0, 0, exact, "none", [], ""
