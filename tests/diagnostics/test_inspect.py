@@ -20,7 +20,7 @@ SLOW = {("sm_100", file) for file in KERNEL_FILES}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention_backward", "attention_block")}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("attention", "quantized_linear", "quantize", "mlp")}
 SLOW |= {(arch, file) for arch in ("sm_80", "sm_90") for file in ("linear", "attention_short", "patch_embed")}
-SLOW |= {("sm_80", file) for file in ("layer_norm", "resample")}
+SLOW |= {("sm_80", "layer_norm"), ("sm_80", "resample"), ("sm_90", "resample")}
 
 
 OLDEST = os.environ.get("VITFAST_OLDEST_TRITON", "")

@@ -16,6 +16,7 @@ from vitfast import testing
 from vitfast.engine.engine import Engine
 from vitfast.models import checkpoints
 from vitfast.models.checkpoints import CheckpointError
+from vitfast.models.vit import own_block
 
 
 def vit(**kwargs):
@@ -430,3 +431,17 @@ def test_parametrize_has_a_way_back():
     parametrizations.weight_norm(model.blocks[0].attn.proj)
     parametrize.remove_parametrizations(model.blocks[0].attn.proj, "weight")
     assert_served(model)
+
+
+def test_what_a_block_of_ones_own_gives_is_contiguous():
+    """Whatever its strides are: a norm of ours may come next."""
+
+    class TokensFirst(nn.Module):
+        def forward(self, x):
+            return (x * 2).transpose(0, 1).contiguous().transpose(0, 1)
+
+    x = testing.make(2, 5, 8)
+    plan = Engine(checkpoints.load(vit()), device=testing.device(), dtype="fp32", backend="torch").plan
+    assert not TokensFirst()(x).is_contiguous()
+    y, _ = own_block(TokensFirst(), x, plan)
+    assert y.is_contiguous() and torch.equal(y, x * 2)

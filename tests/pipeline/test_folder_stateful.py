@@ -183,7 +183,7 @@ class FolderMachine(RuleBasedStateMachine):
             assert len(pa.concat_tables(tables)) == len(self.rows)
 
 
-@pytest.mark.parametrize("sequences", [10, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("sequences", [5, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("stored_as", ["parquet", "lance"])
 def test_one_row_an_image_whatever_happens(stored_as, sequences):
     if stored_as == "lance":

@@ -74,7 +74,7 @@ def run_block(
 
 def own_block(block: nn.Module, x: Tensor, plan: Plan) -> State:
     """A block that has code of its own (see `Checkpoint.own_blocks`), as the module it is."""
-    x = block(x)
+    x = block(x).contiguous()  # attention of torchvision's gives tokens first, which norms of ours do not read
     return x, first_stats(plan, x)
 
 
