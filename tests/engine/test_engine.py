@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.engines import FAMILIES, PREPROCESS, SMALL, engine
 from helpers.forwards import changed, check, oracle
+from helpers.grids import thinned
 
 import vitfast
 from vitfast import testing
@@ -21,7 +22,7 @@ from vitfast.ops import accuracy, mkldnn, registry
 TINY = vitfast.ViTConfig((224, 224), (16, 16), width=192, depth=12, heads=3, mlp_dim=768, num_classes=1000)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thinned(FAMILIES, 3))
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_triton_forward_of_every_family(family, dtype):
     config = dataclasses.replace(SMALL, **FAMILIES[family])

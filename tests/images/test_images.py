@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.grids import thinned
 from helpers.peers import import_timm, import_torchvision, import_transformers
 from helpers.photos import noise
 from hypothesis import given, settings
@@ -82,7 +83,7 @@ def processor_class(name):
     return getattr(importlib.import_module(f"transformers.models.{module}"), name)
 
 
-@pytest.mark.parametrize("case", TRANSFORMERS)
+@pytest.mark.parametrize("case", thinned(TRANSFORMERS, 3))
 def test_transformers_pil_processor_bit_for_bit(case, tmp_path):
     name, settings = TRANSFORMERS[case]
     processor = processor_class(name + "Pil")(**settings)

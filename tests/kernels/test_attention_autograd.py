@@ -66,6 +66,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.vitfast.attention.default, arguments)
 
 
+@pytest.mark.full
 def test_opcheck_of_both_halves():
     q, k, v, bias = leaves()
     torch.library.opcheck(torch.ops.vitfast.attention_forward.default, (q, k, v, bias, None, *OPTIONS))

@@ -264,6 +264,7 @@ def test_batches_on_a_cpu_take_no_longer_than_can_be_lost(photos, monkeypatch):
     assert len(list(embed_images(engine, [photos / "p0.png"] * 40, batch_size=64, workers=2))) == 40
     assert engine.batches[0] == 8
     assert max(engine.batches[2:]) <= 4
+    monkeypatch.setattr(embed, "BATCH_SECONDS", 60.0)
     quick = FakeEngine()
     assert len(list(embed_images(quick, [photos / "p0.png"] * 100, batch_size=32))) == 100
     assert quick.batches[:3] == [8, 16, 32]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.folder_runs import Runs
+from helpers.grids import thinned
 from helpers.photos import FakeEngine, make_photos, save
 from PIL import Image
 from typer.testing import CliRunner
@@ -262,7 +263,7 @@ def runs():
         yield started
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 6))
 def test_a_killed_run_goes_on(kind, runs, made, of_folder, tmp_path):
     """SIGKILL when four rows are on the disk, and again: two of them are of bad pictures, which are tried once more."""
     carried = ["--columns", "label"] if kind in CARRIED else []

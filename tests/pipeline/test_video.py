@@ -53,6 +53,7 @@ def test_a_run_goes_on_and_pictures_are_found_again(video, tmp_path):
     assert list(thumbnails([f"{video}::1.500s"])) == [f"{video}::1.500s"]
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on(video, tmp_path):
     write_rows_of(video, tmp_path / "whole")
     command = ("embed", video, "-m", "m", "-o", tmp_path / "out", "--fps", 5, "--batch-size", 2)
