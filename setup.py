@@ -100,7 +100,7 @@ def extension() -> dict:
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]  # as pybind11 wants it
     if platform.system() == "Linux":
         # Compile with OpenMP but do not link it: the symbols then come from the runtime that torch
         # has loaded, so both share one thread pool and torch.set_num_threads holds for both.

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/product_roof.h"
 #include "cpu/simd.h"
 #include "cuda/attention.h"
@@ -173,6 +174,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Compiler, flags, torch version, SIMD level in use here, threading, and CUDA or why not.");
   m.def("product_roofs", &product_roofs,
         "FLOP/s of the CPU's product instructions in loops that stay in registers, by dtype; for benchmarks.");
+  py::class_<vitfast::MemoryPool, std::shared_ptr<vitfast::MemoryPool>>(
+      m, "MemoryPool",
+      "Memory that ops on the CPU leave to each other: entered as a context, it holds the large outputs of what the "
+      "thread calls inside. Outputs may outlive it.")
+      .def(py::init(&std::make_shared<vitfast::MemoryPool>))
+      .def("__enter__", &vitfast::MemoryPool::enter)
+      .def("__exit__", [](vitfast::MemoryPool&, const py::args&) { vitfast::MemoryPool::exit(); })
+      .def_property_readonly("idle_bytes", &vitfast::MemoryPool::idle_bytes, "Bytes it holds that no tensor uses.");
   m.def("limit_simd", &limit_simd,
         "The highest SIMD level the CPU's ops may use: for tests of the levels below this CPU's.");
 }

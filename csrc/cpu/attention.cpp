@@ -19,6 +19,7 @@
 #include "../guards.h"
 #include "../ops.h"
 #include "attention_scores.h"
+#include "memory.h"
 
 namespace vitfast {
 namespace {
@@ -233,9 +234,8 @@ void run(const AttentionCall& call) {
 #endif
   const int64_t blocks = product(kOp, {call.batch, call.heads, call.blocks(chosen.block)});
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor memory = at::empty({chosen.memory}, at::kFloat);
-    chosen.run(call, begin, end, memory.mutable_data_ptr<float>());
+    const Size bytes = Size(kOp, chosen.memory) * sizeof(float);
+    chosen.run(call, begin, end, static_cast<float*>(Scratch::of(bytes.value())));
   });
 }
 
@@ -245,7 +245,7 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const Optional& mask, bool causal, std::optional<double> scale) {
   check_attention(q, k, v, bias, mask, {at::kFloat, at::kBFloat16});
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor out = at::empty(q.sizes(), q.options());
+  const at::Tensor out = empty_output(q.sizes(), q.options());
   if (k.size(1) == 0) out.zero_();
   if (out.numel() == 0 || k.size(1) == 0) return out;
   AttentionCall call = call_of(q, k, v, bias, mask, causal, scale);
@@ -259,7 +259,7 @@ std::tuple<at::Tensor, at::Tensor> attention_quantize_cpu(const at::Tensor& q, c
                                                           std::optional<double> scale) {
   check_attention(q, k, v, bias, mask, {at::kFloat, at::kBFloat16});
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor values = at::empty(q.sizes(), q.options().dtype(at::kChar));
+  const at::Tensor values = empty_output(q.sizes(), q.options().dtype(at::kChar));
   const at::Tensor scales = at::empty(q.sizes().slice(0, 3), q.options().dtype(at::kFloat));
   if (k.size(1) == 0) {
     values.zero_();

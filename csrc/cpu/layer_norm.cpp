@@ -13,6 +13,7 @@
 #include "../checks.h"
 #include "../guards.h"
 #include "../ops.h"
+#include "memory.h"
 #include "row_moments.h"
 
 namespace vitfast {
@@ -114,8 +115,8 @@ std::tuple<at::Tensor, Optional> norm(const char* op, const at::Tensor& x, const
   const int64_t x_stride = row_stride(op, "x", x),
                 residual_stride = residual ? row_stride(op, "residual", *residual) : 0;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor y = at::empty(x.sizes(), x.options());
-  const Optional total = residual ? Optional(at::empty(x.sizes(), x.options())) : Optional();
+  const at::Tensor y = empty_output(x.sizes(), x.options());
+  const Optional total = residual ? Optional(empty_output(x.sizes(), x.options())) : Optional();
   if (x.numel() > 0) {
     auto* call = x.scalar_type() == at::kFloat ? &run<float> : &run<at::BFloat16>;
     call(op, y, total, x, residual, weight, bias, eps, x_stride, residual_stride);

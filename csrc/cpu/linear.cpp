@@ -17,6 +17,7 @@
 #include "activation.h"
 #include "linear_bf16.h"
 #include "linear_fp32.h"
+#include "memory.h"
 
 namespace vitfast {
 namespace {
@@ -97,12 +98,12 @@ at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::Tensor source = contiguous(op, "weight", weight);
   if (weight.scalar_type() == at::kFloat) {
-    const at::Tensor packed = at::empty(source.sizes(), source.options());
+    const at::Tensor packed = empty_weight(source.sizes(), source.options());
     pack_panels(source, packed.mutable_data_ptr<float>());
     return packed;
   }
   const at::Tensor packed =
-      at::empty({source.size(0), round_up(Size(op, source.size(1)), 2).value()}, source.options());
+      empty_weight({source.size(0), round_up(Size(op, source.size(1)), 2).value()}, source.options());
   pack_linear_bf16(source, packed);
   return packed;
 }
@@ -117,7 +118,7 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
   const int64_t n = out_columns(kOp, chosen, packed.size(0)), k = x.size(-1), m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
-  std::vector<at::Tensor> result{at::empty(shape, x.options())};
+  std::vector<at::Tensor> result{empty_output(shape, x.options())};
   if (stats) result.push_back(at::empty({m, tiles_of(n), 2}, x.options().dtype(at::kFloat)));
   if (m == 0 || n == 0) return result;
 

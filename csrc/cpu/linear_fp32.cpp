@@ -15,9 +15,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "../guards.h"
+#include "memory.h"
 #include "shares.h"
 
 namespace vitfast {
@@ -25,12 +25,12 @@ namespace {
 
 constexpr const char* kOp = "linear";
 
-constexpr int64_t kPanel = 32;                // rows of the weight, columns of y, per panel
-constexpr int64_t kDepth = 128;               // columns of x per sum in registers
-constexpr int64_t kSpan = 6 * kDepth;         // columns of x for which a tile of sums stays in the first cache
-constexpr int64_t kMostTileRows = 12;         // rows of a tile of sums in registers, at the widest level
-constexpr int64_t kRows = 216;                // rows of y per block; kStatsTile columns
-constexpr int64_t kColumns = 2 * kStatsTile;  // of sums per block: swiglu has as many for the up projection
+constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per panel
+constexpr int64_t kDepth = 128;        // columns of x per sum in registers; up to half as many more where that is all
+constexpr int64_t kSpan = 6 * kDepth;  // columns of x for which a tile of sums stays in the first cache
+constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
+constexpr int64_t kMostRows = 216;     // rows of y per block
+constexpr int64_t kBlockBytes = 3 << 18;  // of x and of a chunk of the weight, which stay in the second cache
 
 struct Call {
   int64_t m, n, k;
@@ -38,18 +38,34 @@ struct Call {
   const float* packed;  // panel p begins at p * kPanel * K and is [K, width], width = kPanel but for the last
   float* y;             // [M, N]
   LinearEpilogue epilogue;
+
+  int64_t parts() const { return epilogue.up ? 2 : 1; }  // sums of gate and up projection
+  int64_t spans() const { return (k + kSpan - 1) / kSpan; }
+  int64_t depth(int64_t from, int64_t to) const { return k <= kDepth + kDepth / 2 ? k : std::min(kDepth, to - from); }
+  // Rows of y for which a chunk of the weight is read once, from the second cache.
+  int64_t block_rows() const {
+    const int64_t row = std::min(k, kSpan) * static_cast<int64_t>(sizeof(float));
+    return std::clamp<int64_t>(kBlockBytes / row - parts() * kStatsTile, 2 * kMostTileRows, kMostRows);
+  }
+  // Whether rows of x begin so many bytes apart that few sets of the first cache would hold them all.
+  bool packs() const { return k >= 1024 && k % 256 == 0; }
 };
 
 // The memory of a thread.
 struct Memory {
-  alignas(64) float sums[kRows * kColumns];
-  alignas(64) float panel[kSpan * kPanel];  // the last panel, widened with zeros
-  // A block of x, kDepth columns after kDepth columns, and of these tile after tile: what is read for a tile of sums
-  // lies together in the order in which it is read, [kDepth, rows of a tile].
-  std::unique_ptr<float[]> x;
+  float* sums;   // of a block's tiles, of each part: [rows of a tile, kStatsTile]
+  float* panel;  // the last panel, widened with zeros: [kSpan, kPanel]
+  // A block of x, where it is packed: kDepth columns after kDepth columns, and of these tile after tile, so that what
+  // is read for a tile of sums lies together in the order in which it is read, [kDepth, rows of a tile].
+  float* x;
 
-  explicit Memory(const Call& c)
-      : x(new float[(round_up(Size(kOp, c.k), kDepth) * std::min(c.m + kMostTileRows, kRows)).value()]) {}
+  explicit Memory(const Call& c) {
+    const int64_t rows = std::min(c.m, c.block_rows()) + kMostTileRows;
+    const Size panel_at = Size(kOp, c.parts()) * rows * kStatsTile, x_at = panel_at + kSpan * kPanel;
+    const Size size = c.packs() ? round_up(Size(kOp, c.k), kDepth) * rows + x_at : x_at;
+    sums = static_cast<float*>(Scratch::of((size * sizeof(float)).value()));
+    panel = sums + panel_at.value(), x = sums + x_at.value();
+  }
 };
 
 // x [count, depth of stride] -> tile [depth, rows], what is beyond the last row a copy of it.
@@ -71,21 +87,41 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
   }
 }
 
-// sums [rows, vectors * lanes of kColumns] (+)= x [depth, rows of stride]ᵀ panel [depth, vectors * lanes of kPanel].
-template <int lanes, int rows, int vectors, int stride>
-VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, bool first, float* sums) {
+// Where a tile of x comes from: a packed one [depth, rows], or rows [rows, stride].
+template <int rows>
+struct FromTile {
+  const float* x;
+  VITFAST_INLINE float at(int i) const { return x[i]; }
+  VITFAST_INLINE void next() { x += rows; }
+};
+template <int rows>
+struct FromRows {  // three rows for each pointer, which is as many as addresses are made of one and a stride
+  const float* x[(rows + 2) / 3];
+  int64_t stride;
+  FromRows(const float* first, int64_t row_stride) : stride(row_stride) {
+    for (int i = 0; i * 3 < rows; ++i) x[i] = first + i * 3 * stride;
+  }
+  VITFAST_INLINE float at(int i) const { return x[i / 3][i % 3 * stride]; }
+  VITFAST_INLINE void next() {
+    for (int i = 0; i * 3 < rows; ++i) ++x[i];
+  }
+};
+
+// sums [rows, vectors * lanes of kStatsTile] (+)= x [rows, depth] panel [depth, vectors * lanes of kPanel].
+template <int lanes, int rows, int vectors, typename From>
+VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, bool first, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
   constexpr int64_t kAhead = 8;
-  for (int64_t k = 0; k < depth; ++k, x += stride, panel += kPanel) {
+  for (int64_t k = 0; k < depth; ++k, x.next(), panel += kPanel) {
     __builtin_prefetch(panel + kAhead * kPanel);
     __builtin_prefetch(panel + kAhead * kPanel + 16);
     Vector<lanes> column[vectors];
     for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
     for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x[i] * column[j];
+      for (int j = 0; j < vectors; ++j) sum[i][j] += x.at(i) * column[j];
     }
   }
-  for (int i = 0; i < rows; ++i, sums += kColumns) {
+  for (int i = 0; i < rows; ++i, sums += kStatsTile) {
     for (int j = 0; j < vectors; ++j) {
       store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
     }
@@ -93,13 +129,13 @@ VITFAST_INLINE void multiply(const float* x, const float* panel, int64_t depth, 
 }
 
 // The same for `count` rows, 1 .. rows.
-template <int lanes, int rows, int vectors, int stride = rows>
-VITFAST_INLINE void multiply_rows(int64_t count, const float* x, const float* panel, int64_t depth, bool first,
+template <int lanes, int rows, int vectors, typename From>
+VITFAST_INLINE void multiply_rows(int64_t count, const From& x, const float* panel, int64_t depth, bool first,
                                   float* sums) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<lanes, rows - 1, vectors, stride>(count, x, panel, depth, first, sums);
+    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, first, sums);
   }
-  multiply<lanes, rows, vectors, stride>(x, panel, depth, first, sums);
+  multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
 }
 
 // Numbers i .. i + lanes of an array of n, `beyond` after its end.
@@ -122,15 +158,15 @@ VITFAST_INLINE Vector<lanes> finish_product(const Call& c, int64_t m, int64_t n,
   return value;
 }
 
-// One row of a block on its way to y: columns [columns.begin, columns.end) of row m.
+// One row of a tile on its way to y: columns [columns.begin, columns.end) of row m. `up`: sums of the up projection.
 template <int lanes>
-VITFAST_INLINE void finish_row(const Call& c, int64_t m, Share columns, const float* sums) {
+VITFAST_INLINE void finish_row(const Call& c, int64_t m, Share columns, const float* sums, const float* up) {
   const LinearEpilogue& e = c.epilogue;
   for (int64_t n = columns.begin; n < columns.end; n += lanes) {
-    const float* mine = sums + (n - columns.begin);
-    Vector<lanes> value = finish_product<lanes>(c, m, n, mine);
+    const int64_t i = n - columns.begin;
+    Vector<lanes> value = finish_product<lanes>(c, m, n, sums + i);
     if (e.up) {
-      value = gated<lanes>(value, finish_product<lanes>(c, m, n + e.up, mine + kColumns / 2));
+      value = gated<lanes>(value, finish_product<lanes>(c, m, n + e.up, up + i));
     } else {
       value = activate<lanes>(e.activation, value);
     }
@@ -167,87 +203,101 @@ VITFAST_INLINE void write_stats(const Call& c, int64_t m, Share columns) {
   }
 }
 
-// Asks for a panel's columns of the rows of y and of residual, which the epilogue will want.
-VITFAST_INLINE void prefetch_outputs(const Call& c, Share rows, int64_t first) {
+// panel [kSpan, kPanel] = columns of_x of the last panel, which is narrower, and zeros.
+VITFAST_INLINE void widen_last_panel(const Call& c, Share of_x, float* panel) {
+  const int64_t width = c.n % kPanel;
+  const float* from = c.packed + (c.n - width) * c.k + of_x.begin * width;
+  std::fill(panel, panel + kSpan * kPanel, 0.0f);
+  for (int64_t k = 0; k < of_x.size(); ++k) std::copy_n(from + k * width, width, panel + k * kPanel);
+}
+
+// Asks for the columns of a tile of y and of residual, which its epilogue will want.
+VITFAST_INLINE void prefetch_outputs(const Call& c, Share rows, Share columns) {
   constexpr int64_t kLine = 16;
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t at = m * c.n + first;
-    for (int64_t i = 0; i < kPanel; i += kLine) {
-      __builtin_prefetch(c.y + at + i, 1);
-      if (c.epilogue.residual) __builtin_prefetch(c.epilogue.residual + at + i);
+    for (int64_t n = columns.begin; n < columns.end; n += kLine) {
+      __builtin_prefetch(c.y + m * c.n + n, 1);
+      if (c.epilogue.residual) __builtin_prefetch(c.epilogue.residual + m * c.n + n);
     }
   }
 }
 
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <int lanes, int rows_, int vectors>
-VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, Memory& memory) {
-  constexpr int64_t kTiles = kRows / rows_;
-  const int64_t tiles = (rows.size() + rows_ - 1) / rows_, blocks = (tiles + kTiles - 1) / kTiles;
-  const int64_t spans = (c.k + kSpan - 1) / kSpan;
-  const int64_t parts = c.epilogue.up ? 2 : 1;  // gate and up projection have half of a block's sums each
+VITFAST_INLINE void compute(const Call& c, Share rows, Share columns, const Memory& memory) {
+  static_assert(kPanel % (vectors * lanes) == 0 && rows_ <= kMostTileRows);
+  const int64_t tiles = (rows.size() + rows_ - 1) / rows_, most = std::max<int64_t>(1, c.block_rows() / rows_);
+  const int64_t blocks = (tiles + most - 1) / most, spans = c.spans();
+  const bool packs = c.packs();
   for (int64_t b = 0; b < blocks; ++b) {
     // As many tiles in each block, rather than a few in the last, for which the weight would be read again.
     const int64_t first_tile = tiles * b / blocks, count = tiles * (b + 1) / blocks - first_tile;
-    Share tile[kTiles] = {};
-    for (int64_t t = 0; t < count; ++t) tile[t] = tile_of(rows, first_tile + t, tiles);
-    const int64_t m = tile[0].begin, m_end = tile[count - 1].end;
-    float* x = memory.x.get();
-    for (int64_t k = 0; k < c.k; k += kDepth) {
+    const auto tile_at = [&](int64_t t) VITFAST_INLINE_LAMBDA { return tile_of(rows, first_tile + t, tiles); };
+    for (int64_t k = 0; packs && k < c.k; k += kDepth) {
       for (int64_t t = 0; t < count; ++t) {
-        pack_tile<rows_>(c.x + tile[t].begin * c.k + k, c.k, tile[t].size(), std::min(kDepth, c.k - k),
-                         x + (k * count + t * kDepth) * rows_);
+        const Share tile = tile_at(t);
+        pack_tile<rows_>(c.x + tile.begin * c.k + k, c.k, tile.size(), std::min(kDepth, c.k - k),
+                         memory.x + (k * count + t * kDepth) * rows_);
       }
     }
     for (int64_t n = columns.begin; n < columns.end; n += kStatsTile) {
       const Share block{n, std::min(n + kStatsTile, columns.end)};
       for (int64_t span = 0; span < spans; ++span) {
-        const Share columns_of_x = share_of(c.k, kDepth, span, spans);
-        const int64_t from = columns_of_x.begin, to = columns_of_x.end;
-        for (int64_t i = 0; i < parts * block.size(); i += kPanel) {
-          const int64_t part = i >= block.size(), column = i - part * block.size();
-          const int64_t first = block.begin + column, width = std::min(kPanel, c.n - first);
-          const float* panel = c.packed + (first + part * c.epilogue.up) * c.k + from * width;
-          float* sums = memory.sums + part * (kColumns / 2) + column;
-          if (width < kPanel) {
-            std::fill(memory.panel, memory.panel + kSpan * kPanel, 0.0f);
-            for (int64_t j = 0; j < to - from; ++j) std::copy_n(panel + j * width, width, memory.panel + j * kPanel);
-            panel = memory.panel;
-          }
-          for (int64_t t = 0; t < count; ++t) {
-            if (to == c.k && part == 0) prefetch_outputs(c, tile[t], first);
-            for (int64_t j = 0; j < width; j += vectors * lanes) {
-              for (int64_t k = from; k < to; k += kDepth) {
-                multiply_rows<lanes, rows_, vectors>(tile[t].size(), x + (k * count + t * kDepth) * rows_,
-                                                     panel + (k - from) * kPanel + j, std::min(kDepth, to - k), k == 0,
-                                                     sums + (tile[t].begin - m) * kColumns + j);
+        const Share of_x = share_of(c.k, kDepth, span, spans);
+        if (block.end == c.n && c.n % kPanel) widen_last_panel(c, of_x, memory.panel);
+        for (int64_t t = 0; t < count; ++t) {
+          const Share tile = tile_at(t);
+          float* sums = memory.sums + t * c.parts() * rows_ * kStatsTile;
+          const bool last = of_x.end == c.k;
+          if (last) prefetch_outputs(c, tile, block);
+          for (int64_t part = 0; part < c.parts(); ++part) {
+            for (int64_t i = block.begin; i < block.end; i += kPanel) {
+              const float* panel = i + kPanel > c.n ? memory.panel
+                                                    : c.packed + (i + part * c.epilogue.up) * c.k + of_x.begin * kPanel;
+              float* to = sums + part * rows_ * kStatsTile + (i - block.begin);
+              for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
+                for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
+                  depth = c.depth(k, of_x.end);
+                  const auto multiply_from = [&](const auto& x) VITFAST_INLINE_LAMBDA {
+                    multiply_rows<lanes, rows_, vectors>(tile.size(), x, panel + (k - of_x.begin) * kPanel + j, depth,
+                                                         k == 0, to + j);
+                  };
+                  if (packs) {
+                    multiply_from(FromTile<rows_>{memory.x + (k * count + t * kDepth) * rows_});
+                  } else {
+                    multiply_from(FromRows<rows_>(c.x + tile.begin * c.k + k, c.k));
+                  }
+                }
               }
             }
           }
+          if (!last) continue;
+          for (int64_t i = 0; i < tile.size(); ++i) {
+            const int64_t soon = std::min(tile.begin + i + 2, tile.end);
+            prefetch_outputs(c, {soon, std::min(soon + 1, tile.end)}, block);
+            finish_row<lanes>(c, tile.begin + i, block, sums + i * kStatsTile, sums + (rows_ + i) * kStatsTile);
+            if (c.epilogue.stats) write_stats<lanes>(c, tile.begin + i, block);
+          }
         }
-      }
-      for (int64_t i = m; i < m_end; ++i) {
-        finish_row<lanes>(c, i, block, memory.sums + (i - m) * kColumns);
-        if (c.epilogue.stats) write_stats<lanes>(c, i, block);
       }
     }
   }
 }
 
-using Compute = void (*)(const Call&, Share, Share, Memory&);
+using Compute = void (*)(const Call&, Share, Share, const Memory&);
 
-void compute_standard(const Call& c, Share rows, Share columns, Memory& memory) {
+void compute_standard(const Call& c, Share rows, Share columns, const Memory& memory) {
   compute<4, 4, 2>(c, rows, columns, memory);
 }
 
 #ifdef VITFAST_SIMD_LEVELS
 VITFAST_TARGET("avx2,fma")
-void compute_avx2(const Call& c, Share rows, Share columns, Memory& memory) {
+void compute_avx2(const Call& c, Share rows, Share columns, const Memory& memory) {
   compute<8, 6, 2>(c, rows, columns, memory);
 }
 
 VITFAST_TARGET("avx512f")
-void compute_avx512(const Call& c, Share rows, Share columns, Memory& memory) {
+void compute_avx512(const Call& c, Share rows, Share columns, const Memory& memory) {
   compute<16, 12, 2>(c, rows, columns, memory);
 }
 #endif
@@ -264,10 +314,10 @@ void run(const Call& c) {
   const Compute compute = compute_here();
   const Grid grid(c.m, c.n, kStatsTile, at::get_num_threads());
   at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Memory> memory(new Memory(c));
+    const Memory memory(c);
     for (int64_t i = begin; i < end; ++i) {
       compute(c, share_of(c.m, 1, i / grid.columns, grid.rows),
-              share_of(c.n, kStatsTile, i % grid.columns, grid.columns), *memory);
+              share_of(c.n, kStatsTile, i % grid.columns, grid.columns), memory);
     }
   });
 }
@@ -307,8 +357,7 @@ void pack_panels(const at::Tensor& weight, float* packed) {
 
 void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
   const Call call{rows, packed.size(0), packed.size(1), x, read<float>(kOp, "weight", packed), y, {}};
-  const std::unique_ptr<Memory> memory(new Memory(call));
-  compute_here()(call, {0, call.m}, {0, call.n}, *memory);
+  compute_here()(call, {0, call.m}, {0, call.n}, Memory(call));
 }
 
 void linear_fp32(const float* x, int64_t m, const at::Tensor& packed, int64_t n, float* y,

@@ -1,13 +1,12 @@
 #include "narrow_product.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "../guards.h"
+#include "memory.h"
 #include "shares.h"
 
 namespace vitfast {
@@ -139,11 +138,10 @@ void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
   const Grid grid(c.m, c.n, kNarrowChunk, at::get_num_threads());
   const Layout layout(c);
   at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor memory = at::empty({layout.size}, at::kInt);
+    auto* memory = static_cast<int32_t*>(Scratch::of((Size(c.op, layout.size) * sizeof(int32_t)).value()));
     for (int64_t i = begin; i < end; ++i) {
       compute(c, steps, layout, share_of(c.m, 1, i / grid.columns, grid.rows),
-              share_of(c.n, kNarrowChunk, i % grid.columns, grid.columns), memory.mutable_data_ptr<int32_t>());
+              share_of(c.n, kNarrowChunk, i % grid.columns, grid.columns), memory);
     }
   });
 }

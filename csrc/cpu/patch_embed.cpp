@@ -32,6 +32,7 @@
 #include "../ops.h"
 #include "../patch_embed_checks.h"
 #include "linear_fp32.h"
+#include "memory.h"
 #include "pixel_product.h"
 #include "simd.h"
 
@@ -285,7 +286,7 @@ at::Tensor embed(const at::Tensor& images, const Geometry& g, const at::Tensor& 
   const Optional b = contiguous(kOp, "bias", bias), pos = contiguous(kOp, "position", position);
   const Optional pre = contiguous(kOp, "prefix", prefix);
   const at::TensorOptions made = weight.options().dtype(bf16 ? kind : at::kFloat);
-  const at::Tensor out = at::empty({g.batch, g.tokens(), n}, made);
+  const at::Tensor out = empty_output({g.batch, g.tokens(), n}, made);
   if (out.numel() == 0) return out;
   const at::Tensor flat = out.view({rows, n});
 

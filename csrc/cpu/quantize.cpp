@@ -12,6 +12,7 @@
 #include "../checks.h"
 #include "../guards.h"
 #include "../ops.h"
+#include "memory.h"
 #include "numbers.h"
 #include "row_moments.h"
 
@@ -102,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_cpu(const at::Tensor& x, const Optio
     check_dtype(kOp, "norm_bias", *norm_bias, {x.scalar_type()});
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const at::Tensor values = empty_output(x.sizes(), x.options().dtype(at::kChar));
   const at::Tensor scales = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
   if (x.numel() > 0) {
     auto* call = x.scalar_type() == at::kFloat ? &run<float> : &run<at::BFloat16>;

@@ -17,6 +17,7 @@
 #include "../checks.h"
 #include "../guards.h"
 #include "../ops.h"
+#include "memory.h"
 #include "narrow_product.h"
 
 namespace vitfast {
@@ -127,7 +128,7 @@ at::Tensor pack_quantized_linear_cpu(const at::Tensor& weight) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t n = weight.size(0), k = weight.size(1), padded = round_up(Size(op, k), 4).value();
   const at::Tensor source = contiguous(op, "weight", weight);
-  const at::Tensor packed = at::empty({n, padded}, weight.options());
+  const at::Tensor packed = empty_weight({n, padded}, weight.options());
   if (weight.numel() == 0) return packed;
   pack_narrow(reinterpret_cast<const char*>(read<int8_t>(op, "weight", source)), n, k, 0x80808080u,
               reinterpret_cast<char*>(packed.mutable_data_ptr<int8_t>()));
@@ -146,7 +147,7 @@ std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const a
   const int64_t m = rows_of(kOp, x);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
-  std::vector<at::Tensor> result{at::empty(shape, x.options().dtype(requantize ? at::kChar : dtype))};
+  std::vector<at::Tensor> result{empty_output(shape, x.options().dtype(requantize ? at::kChar : dtype))};
   if (requantize) {
     shape.back() = (Size(kOp, n) + (kNarrowChunk - 1)).value() / kNarrowChunk;
     result.push_back(at::empty(shape, x_scale.options()));
