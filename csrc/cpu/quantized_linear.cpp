@@ -1,8 +1,8 @@
-// quantized_linear on the CPU in int8, as vitfast/ops/reference.py defines it, where there is AVX-512 VNNI.
+// quantized_linear on the CPU in int8, as vitfast/ops/reference.py defines it, where there is AVX-512 VNNI or AVX2.
 //
 // `vpdpbusd` multiplies bytes without sign with bytes that have one. The weight is packed with 128 added, and what that
 // adds to the product of a row of x is 128 times the row's sum, which the sums start with, negative. They are exact;
-// with a scale for each group of columns of x, each group's are.
+// with a scale for each group of columns of x, each group's are. In AVX2 (int8_avx2.h) all of this is the same.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -17,6 +17,7 @@
 #include "../checks.h"
 #include "../guards.h"
 #include "../ops.h"
+#include "int8_avx2.h"
 #include "memory.h"
 #include "narrow_product.h"
 
@@ -31,6 +32,7 @@ constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale
 #ifdef VITFAST_SIMD_LEVELS
 #define VITFAST_VNNI VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 #define VITFAST_VNNI_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")
+#define VITFAST_AVX2 VITFAST_TARGET("avx2,fma")
 
 VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
                            const AddScaled& sink) {
@@ -38,7 +40,7 @@ VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel
 }
 
 // -128 times the sum of each group of columns of each row.
-VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
+VITFAST_INLINE void sum_groups(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
   for (int64_t g = 0; g < c.groups(); ++g, start += kTileStride) {
     const int64_t k_end = std::min((g + 1) * 4 * c.group, c.row_bytes);
     for (int64_t i = 0; i < count; ++i) {
@@ -49,6 +51,10 @@ VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, 
   }
 }
 
+VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
+  sum_groups(c, x, count, start);
+}
+
 template <typename scalar_t>
 VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
   for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
@@ -57,10 +63,30 @@ VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_
 VITFAST_VNNI_BF16 void finish_bf16(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
   for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, true>(e, m + i, first, sums + i * kNarrowChunk);
 }
+
+VITFAST_AVX2 void multiply_avx2(int64_t count, const int32_t* x, const int32_t* panel, int64_t words,
+                                const int32_t* start, const AddScaled& sink) {
+  multiply_tile_rows_avx2(count, x, panel, words, start, sink);
+}
+
+VITFAST_AVX2 void start_sums_avx2(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
+  sum_groups(c, x, count, start);
+}
+
+template <typename scalar_t>
+VITFAST_AVX2 void finish_avx2(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
+  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
+}
 #endif
 
 void run(const NarrowCall& call) {
 #ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() < Simd::avx512_vnni) {
+    auto* finish_in = &finish_avx2<float>;
+    if (call.epilogue.dtype == at::kHalf) finish_in = &finish_avx2<at::Half>;
+    if (call.epilogue.dtype == at::kBFloat16) finish_in = &finish_avx2<at::BFloat16>;
+    return run_narrow(call, {&start_sums_avx2, &multiply_avx2, finish_in});
+  }
   auto* finish_in = &finish<float>;
   if (call.epilogue.dtype == at::kHalf) finish_in = &finish<at::Half>;
   if (call.epilogue.dtype == at::kBFloat16) {
@@ -117,9 +143,7 @@ void check(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& pac
 
 }  // namespace
 
-std::string why_no_quantized_linear_cpu() {
-  return simd_level() < Simd::avx512_vnni ? "there is no AVX-512 VNNI here" : "";
-}
+std::string why_no_quantized_linear_cpu() { return simd_level() < Simd::avx2 ? "there is no AVX2 here" : ""; }
 
 at::Tensor pack_quantized_linear_cpu(const at::Tensor& weight) {
   constexpr const char* op = "pack_quantized_linear";

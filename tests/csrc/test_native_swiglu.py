@@ -13,7 +13,7 @@ from vitfast.testing import check_op, guarded, make
 WIDTHS = [32, 96, 128, 160, 640]
 """Of the output: a panel; no whole chunk, no whole block; several."""
 BF16 = pytest.mark.parametrize("level", ["avx512_bf16"], indirect=True)
-VNNI = pytest.mark.parametrize("level", ["avx512_vnni", "avx512_bf16"], indirect=True)
+INTEGERS = pytest.mark.parametrize("level", ["avx2", "avx512f", "avx512_vnni", "avx512_bf16"], indirect=True)
 
 
 def check(m, width, k, dtype):
@@ -51,7 +51,7 @@ def test_bf16_is_rounded_once(level):
     assert (got - exact).square().mean().sqrt() < 1.02 * (exact.bfloat16() - exact).square().mean().sqrt()
 
 
-@VNNI
+@INTEGERS
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)

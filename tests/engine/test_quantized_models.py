@@ -37,9 +37,9 @@ def images(config, batch=3):
 def test_every_family_stays_near_bf16(family, precision, backend):
     """Random weights: tokens' mean cosine to bf16 is near 1, groups and heads with scales cost no more than a pass."""
     config, batch = vitfast.ViTConfig(**{**vars(SMALL), **FAMILIES.get(family, vars(WIDE))}), 16
-    product = ops.Spec("quantized_linear", testing.device().type, PRECISIONS[precision])
-    if reasons := registry.backend("quantized_linear", backend).why_not(product):
-        pytest.skip("; ".join(reasons))
+    for op, dtype in (("quantized_linear", PRECISIONS[precision]), ("linear", torch.bfloat16)):
+        if reasons := registry.backend(op, backend).why_not(ops.Spec(op, testing.device().type, dtype)):
+            pytest.skip("; ".join(reasons))
     plain, quantized = engine(config, dtype="bf16", backend="torch"), engine(config, dtype=precision, backend=backend)
     assert (quantized.dtype, quantized.precision) == (torch.bfloat16, precision)
     want, got = plain(images(config, batch)), quantized(images(config, batch))
@@ -179,6 +179,20 @@ def test_skipped_products_stay_as_they_are():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         engine(**options)
+
+
+@pytest.mark.parametrize("level", ["avx2"], indirect=True)
+def test_a_cpu_of_avx2_multiplies_in_int8(level):
+    """By the extension's products, whatever else such a CPU has."""
+    plain = engine(WIDE, dtype="bf16", backend="torch")
+    others = [("quantized_linear", "torch"), ("linear", "native")]
+    with ops.registry.without(others, "not for this test"):
+        quantized = engine(WIDE, dtype="int8", deterministic=True)
+    used = {site: uses for site, uses in quantized.plan.backends.items() if SITES[site].op == "quantized_linear"}
+    assert {f"quantized_{site}" for site in ("qkv", "proj", "fc1", "fc2")} <= used.keys()
+    assert set(used.values()) == {"native"}
+    want, got = plain(images(WIDE, 16)).tokens.double(), quantized(images(WIDE, 16)).tokens.double()
+    assert torch.cosine_similarity(got, want, dim=-1).mean() > COSINE
 
 
 def test_native_has_no_fp8_products():

@@ -120,7 +120,8 @@ def _native_products() -> str | None:
         return None
     simd = importlib.import_module("vitfast._C").build_info()["simd"]
     floats = {"default": "the compiler's vectors", "avx2": "AVX2 FMA"}.get(simd, "AVX-512 FMA")
-    known = {"bf16": ("linear", torch.bfloat16, "vdpbf16ps"), "int8": ("quantized_linear", torch.int8, "vpdpbusd")}
+    integers = "vpmaddwd" if simd in ("avx2", "avx512f") else "vpdpbusd"
+    known = {"bf16": ("linear", torch.bfloat16, "vdpbf16ps"), "int8": ("quantized_linear", torch.int8, integers)}
     answers = [f"fp32: {floats}"]
     for name, (op, dtype, instruction) in known.items():
         reasons = registry.backend(op, "native").why_not(registry.Spec(op, "cpu", dtype))

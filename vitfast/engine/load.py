@@ -49,9 +49,9 @@ def load(
             that `Engine.save` wrote; a weight file; or a Hugging Face hub id.
         device: "cpu", "cuda", "cuda:1"...; the GPU if there is one by default.
         dtype: "fp32", "fp16", "bf16" or a torch dtype; bf16 on a GPU and fp32 on the CPU by default. "fp8" and
-            "int8" compute the products of the blocks on quantised operands and all else in bf16; on a CPU "int8"
-            needs AVX-512 VNNI to be fast, elsewhere, and "fp8" on any CPU, it is an emulation, for accuracy and
-            not for speed (docs/numerics.md).
+            "int8" compute the products of the blocks on quantised operands and all else in bf16. On a CPU "int8"
+            needs AVX-512 VNNI to be fast and AVX2 to be multiplied in integers at all; elsewhere, and "fp8" on any
+            CPU, it is an emulation, for accuracy and not for speed (docs/numerics.md).
         backend: "auto", or "torch", "triton" or "native" to force one. A forced "torch" runs PyTorch's
             plain ops; on the CPU that gives the bits of the model's own library, at its speed.
         skip_quantize: products that "fp8" and "int8" leave in bf16: "fc2" for every block's, "blocks.3.fc2" for one.
