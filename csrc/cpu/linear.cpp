@@ -26,7 +26,7 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "linear";
 
-int64_t tiles_of(int64_t columns) { return (Size(kOp, columns) + (kStatsTile - 1)).value() / kStatsTile; }
+int64_t tiles_of(int64_t columns) { return (Size(kOp, columns) + (kNarrowChunk - 1)).value() / kNarrowChunk; }
 
 // Row statistics [M, tiles, 2] of x -> its mean and 1 / sqrt(variance + eps) [2, M] (Chan, Golub, LeVeque 1979).
 at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps) {
@@ -38,12 +38,12 @@ at::Tensor combine_stats(const at::Tensor& row_stats, int64_t width, double eps)
   for (int64_t m = 0; m < rows; ++m, pair += 2 * tiles) {
     double sum = 0.0, square = 0.0;
     for (int64_t t = 0; t < tiles; ++t) {
-      sum += static_cast<double>(pair[2 * t]) * static_cast<double>(std::min(kStatsTile, width - t * kStatsTile));
+      sum += static_cast<double>(pair[2 * t]) * static_cast<double>(std::min(kNarrowChunk, width - t * kNarrowChunk));
     }
     const double mean = sum / static_cast<double>(width);
     for (int64_t t = 0; t < tiles; ++t) {
       const double shift = pair[2 * t] - mean;
-      square += pair[2 * t + 1] + static_cast<double>(std::min(kStatsTile, width - t * kStatsTile)) * shift * shift;
+      square += pair[2 * t + 1] + static_cast<double>(std::min(kNarrowChunk, width - t * kNarrowChunk)) * shift * shift;
     }
     means[m] = static_cast<float>(mean);
     rstds[m] = static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(width) + eps));
@@ -124,38 +124,23 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
 
   // Copied if need be; the name is what an error calls them.
   const at::Tensor rows = contiguous(kOp, "x", x);
-  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
-  const auto columns = [in_bf16](const char* name, const Optional& tensor) {
-    return in_bf16 ? padded_columns(kOp, name, tensor) : contiguous(kOp, name, tensor);
-  };
-  const Optional b = columns("bias", bias), scale = columns("layer_scale", layer_scale);
-  const Optional added = contiguous(kOp, "residual", residual), sums = columns("weight_sum", weight_sum);
+  const Optional b = padded_columns(kOp, "bias", bias), scale = padded_columns(kOp, "layer_scale", layer_scale);
+  const Optional added = contiguous(kOp, "residual", residual), sums = padded_columns(kOp, "weight_sum", weight_sum);
   const at::Tensor norm = row_stats ? combine_stats(*row_stats, k, eps) : at::Tensor();
-  const auto fill = [&](auto& epilogue) {
-    if (row_stats) {
-      epilogue.mean = read<float>(kOp, "row_stats", norm);
-      epilogue.rstd = epilogue.mean + m;
-      epilogue.weight_sum = read<float>(kOp, "weight_sum", sums);
-    }
-    epilogue.bias = read<float>(kOp, "bias", b);
-    epilogue.activation = chosen;
-    epilogue.up = packed.size(0) - n;
-    epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
-    epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
-  };
-  if (in_bf16) {
-    TileEpilogue epilogue;
-    fill(epilogue);
-    epilogue.residual = read(kOp, "residual", added);
-    epilogue.y = result[0].mutable_data_ptr();
-    epilogue.dtype = at::kBFloat16, epilogue.n = n;
-    linear_bf16(rows, m, packed, epilogue);
-  } else {
-    LinearEpilogue epilogue;
-    fill(epilogue);
-    epilogue.residual = read<float>(kOp, "residual", added);
-    linear_fp32(read<float>(kOp, "x", rows), m, packed, n, result[0].mutable_data_ptr<float>(), epilogue);
+  TileEpilogue epilogue;
+  if (row_stats) {
+    epilogue.mean = read<float>(kOp, "row_stats", norm);
+    epilogue.rstd = epilogue.mean + m;
+    epilogue.weight_sum = read<float>(kOp, "weight_sum", sums);
   }
+  epilogue.bias = read<float>(kOp, "bias", b);
+  epilogue.activation = chosen;
+  epilogue.layer_scale = read<float>(kOp, "layer_scale", scale);
+  epilogue.residual = read(kOp, "residual", added);
+  epilogue.y = result[0].mutable_data_ptr();
+  epilogue.stats = stats ? result[1].mutable_data_ptr<float>() : nullptr;
+  epilogue.dtype = x.scalar_type(), epilogue.n = n, epilogue.up = packed.size(0) - n;
+  (x.scalar_type() == at::kFloat ? &linear_fp32 : &linear_bf16)(rows, m, packed, epilogue);
   return result;
 }
 

@@ -24,7 +24,7 @@ VITFAST_BF16 void multiply(int64_t count, const int32_t* x, const int32_t* panel
 }
 
 VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, true>(e, m + i, first, sums + i * kNarrowChunk);
+  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, Simd::avx512_bf16>(e, m + i, first, sums + i * kNarrowChunk);
 }
 #endif
 

@@ -57,11 +57,11 @@ VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, 
 
 template <typename scalar_t>
 VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
+  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t, Simd::avx512_vnni>(e, m + i, first, sums + i * kNarrowChunk);
 }
 
 VITFAST_VNNI_BF16 void finish_bf16(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, true>(e, m + i, first, sums + i * kNarrowChunk);
+  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, Simd::avx512_bf16>(e, m + i, first, sums + i * kNarrowChunk);
 }
 
 VITFAST_AVX2 void multiply_avx2(int64_t count, const int32_t* x, const int32_t* panel, int64_t words,
@@ -75,7 +75,7 @@ VITFAST_AVX2 void start_sums_avx2(const NarrowCall& c, const char* x, int64_t co
 
 template <typename scalar_t>
 VITFAST_AVX2 void finish_avx2(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t>(e, m + i, first, sums + i * kNarrowChunk);
+  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t, Simd::avx2>(e, m + i, first, sums + i * kNarrowChunk);
 }
 #endif
 

@@ -11,6 +11,7 @@
 
 #include "../guards.h"
 #include "activation.h"
+#include "gelu_table.h"
 #include "narrow_tile.h"
 
 namespace vitfast {
@@ -34,10 +35,11 @@ struct TileEpilogue {
   int64_t chunks() const { return (n + kNarrowChunk - 1) / kNarrowChunk; }
 };
 
-// A number for each column, as TileEpilogue wants it.
+// A number for each column, as TileEpilogue wants it; copied if need be.
 inline at::Tensor padded_columns(const char* op, const char* name, const at::Tensor& columns) {
   const int64_t n = columns.size(0);
   const at::Tensor whole = contiguous(op, name, columns);
+  if (whole.scalar_type() == at::kFloat && n % kNarrowPanel == 0) return whole;
   const at::Tensor padded = at::empty({round_up(Size(op, n), kNarrowPanel).value()}, at::kFloat);
   float* to = padded.mutable_data_ptr<float>();
   std::fill(to + n, to + padded.size(0), 0.0f);
@@ -86,11 +88,15 @@ VITFAST_INLINE void each(Floats (&x)[vectors], const Function& f) {
   for (int j = 0; j < vectors; ++j) x[j] = f(x[j], j * kWide);
 }
 
-template <int vectors>
+template <Simd level, int vectors>
 VITFAST_INLINE void activate_each(Activation activation, bool rough, Floats (&x)[vectors]) {
   switch (activation) {
     case Activation::kGelu:
       if (rough) return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return rough_gelu<kWide>(v); });
+#ifdef VITFAST_SIMD_LEVELS
+      if (level >= Simd::avx512)
+        return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_by_table(v); });
+#endif
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu<kWide>(v); });
     case Activation::kGeluTanh:
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_tanh<kWide>(v); });
@@ -125,7 +131,7 @@ VITFAST_INLINE void finish_product(const TileEpilogue& e, int64_t m, int64_t n, 
 }
 
 // Some vectors of a row of a chunk, from its column i on: sums -> what goes to y, or to be quantised, not yet rounded.
-template <typename scalar_t, int vectors>
+template <typename scalar_t, Simd level, int vectors>
 VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t first, int64_t i, const float* sums,
                                    Floats (&value)[vectors]) {
   const int64_t n = first + i, width = std::min(kNarrowChunk, e.n - first) - i;
@@ -136,7 +142,7 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return gated<kWide>(v, up[j / kWide]); });
   } else {
     const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
-    activate_each(e.activation, rough, value);
+    activate_each<level>(e.activation, rough, value);
   }
   if (e.layer_scale)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.layer_scale + n + j); });
@@ -148,12 +154,12 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
   }
 }
 
-// A whole row of a chunk, from register to memory. By `instruction`: y is rounded to bf16 by the machine's own.
-template <typename scalar_t, bool instruction>
+// A whole row of a chunk of so many vectors, from register to memory.
+template <typename scalar_t, Simd level, int vectors>
 VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
-  constexpr int kVectors = kNarrowChunk / kWide;
-  Floats value[kVectors];
-  finish_vectors<scalar_t>(e, m, first, 0, sums, value);
+  constexpr bool instruction = std::is_same_v<scalar_t, at::BFloat16> && level >= Simd::avx512_bf16;
+  Floats value[vectors];
+  finish_vectors<scalar_t, level>(e, m, first, 0, sums, value);
   const int64_t at = m * e.chunks() + first / kNarrowChunk;
   if (e.values) {
     Bits most{};
@@ -175,18 +181,21 @@ VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t f
   });
   if (!e.stats) return;
   each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return store<kWide>(sums + j, v), v; });
-  chunk_stats(sums, kNarrowChunk, e.stats + 2 * at);
+  chunk_stats(sums, vectors * kWide, e.stats + 2 * at);
 }
 
-// One row of a chunk, whose columns begin at `first`: `sums` [kNarrowChunk], which are changed, to row m of y.
-template <typename scalar_t, bool instruction = false>
+// One row of a chunk, whose columns begin at `first`: `sums` [kNarrowChunk], which are changed, to row m of y. level: of
+// the function this is inlined into; it says how y is rounded to bf16, and GELU computed.
+template <typename scalar_t, Simd level>
 VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
+  constexpr int kVectors = kNarrowChunk / kWide;
   const int64_t width = std::min(kNarrowChunk, e.n - first);
-  if (width == kNarrowChunk) return finish_whole_row<scalar_t, instruction>(e, m, first, sums);
+  if (width == kNarrowChunk) return finish_whole_row<scalar_t, level, kVectors>(e, m, first, sums);
+  if (width == kNarrowChunk / 2) return finish_whole_row<scalar_t, level, kVectors / 2>(e, m, first, sums);
   scalar_t* y = e.values ? nullptr : static_cast<scalar_t*>(e.y) + m * e.n + first;
   for (int64_t i = 0; i < width; i += kWide) {
     Floats value[1];
-    finish_vectors<scalar_t>(e, m, first, i, sums, value);
+    finish_vectors<scalar_t, level>(e, m, first, i, sums, value);
     if (y) value[0] = store_rounded(y + i, value[0], width - i);
     store<kWide>(sums + i, value[0]);
   }
