@@ -132,10 +132,12 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
   float *keys = memory + l.keys, *values = memory + l.values, *queries = memory + l.queries;
   float *scores = memory + l.scores, *sums = memory + l.sums;
   float shift[T::block], inverse[T::block];
+  NextHead next{};
 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
     if (block == begin || block % blocks == 0) {
+      next = {block / blocks + 1, (end + blocks - 1) / blocks};
       pack_keys<T, scalar_t>(c, l, b, h, keys);
       pack_values<T, scalar_t>(c, l, b, h, values);
     }
@@ -149,6 +151,7 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
 
     for (int64_t n = 0; n < width; n += T::panel) {
       for (int64_t i = 0; i < tiled; i += rows) {
+        next.ask<scalar_t>(c);
         multiply_panel<lanes, rows, T::vectors>((l.key_columns - n) / lanes, queries + i * c.head_dim, c.head_dim,
                                                 keys + n * c.head_dim, c.head_dim, scores + i * l.score_stride + n,
                                                 l.score_stride);

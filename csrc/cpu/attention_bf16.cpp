@@ -112,9 +112,11 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   int32_t* words = reinterpret_cast<int32_t*>(memory);
   int32_t *values = words + l.values, *queries = words + l.queries, *chances = words + l.chances;
   float *scores = memory + l.scores, *sums = memory + l.sums;
+  NextHead next{};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
     if (block == begin || block % blocks == 0) {
+      next = {block / blocks + 1, (end + blocks - 1) / blocks};
       pack_keys(c, l, b, h, words);
       pack_values(c, l, b, h, values);
     }
@@ -127,8 +129,17 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
     }
     const int64_t seen = c.causal ? std::min(c.keys, first + count) : c.keys, width = padded(seen, kWide);
     for (int64_t n = 0; n < seen; n += kNarrowPanel) {
-      multiply_tile_rows<Bfloat16Pairs>(count, FromRows(queries, l.head_words), words + n * l.head_words, l.head_words,
-                                        nullptr, Scaled{scores + n, l.score_stride, c.scale});
+      next.ask<at::BFloat16>(c);
+      const Scaled sink{scores + n, l.score_stride, c.scale};
+      const auto multiply = [&](auto vectors) VITFAST_INLINE_LAMBDA {
+        multiply_tile_rows<Bfloat16Pairs, kTileRows, vectors()>(
+            count, FromRows(queries, l.head_words), words + n * l.head_words, l.head_words, nullptr, sink);
+      };
+      if (seen - n > kWide) {
+        multiply(std::integral_constant<int, 2>());
+      } else {
+        multiply(std::integral_constant<int, 1>());  // half a panel
+      }
     }
     float inverse[kTileRows];
     for (int64_t i = 0; i < count; ++i) {

@@ -41,6 +41,30 @@ struct AttentionCall {
   int64_t blocks(int64_t size) const { return (Size("attention", queries) + (size - 1)).value() / size; }
 };
 
+// Asks for two rows of q, k and v of a head, by and by for all: they are far away when its turn comes.
+struct NextHead {
+  int64_t head, end;  // heads before `end` are this thread's
+  int64_t row = 0;
+
+  template <typename scalar_t>
+  VITFAST_INLINE void ask(const AttentionCall& c) {
+    if (head >= end || row >= std::max(c.keys, c.queries)) return;
+    const int64_t b = head / c.heads, h = head % c.heads;
+    for (const int64_t stop = row + 2; row < stop; ++row) {
+      if (row < c.keys) ask_row(c.k.at<scalar_t>(b, row, h), c.head_dim);
+      if (row < c.keys) ask_row(c.v.at<scalar_t>(b, row, h), c.head_dim);
+      if (row < c.queries) ask_row(c.q.at<scalar_t>(b, row, h), c.head_dim);
+    }
+  }
+
+ private:
+  template <typename scalar_t>
+  static VITFAST_INLINE void ask_row(const scalar_t* numbers, int64_t n) {
+    constexpr int64_t kLine = 64 / sizeof(scalar_t);
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(numbers + i, 0, 2);  // to the second cache
+  }
+};
+
 // How a SIMD level goes about it.
 struct AttentionVariant {
   int64_t block, memory;  // queries in a block; floats of memory that a thread needs

@@ -69,42 +69,45 @@ struct FromRows {  // three rows for each pointer, which is as many as addresses
 };
 
 // Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
-template <typename P, int rows, typename From, typename Sink>
+template <typename P, int rows, int vectors, typename From, typename Sink>
 VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Sink& sink) {
-  typename P::Sum sum[rows][2];
+  typename P::Sum sum[rows][vectors];
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
     sum[i][0] = typename P::Sum{};
     if constexpr (std::is_same_v<P, Int8Fours>) sum[i][0] += start[i];
-    sum[i][1] = sum[i][0];
+    if constexpr (vectors == 2) sum[i][1] = sum[i][0];
   }
   constexpr int64_t kAhead = 8;
   for (int64_t k = 0; k < words; ++k, panel += kNarrowPanel, x.next()) {
-    const Words weight[2] = {load_words(panel), load_words(panel + kWide)};
-    __builtin_prefetch(panel + kAhead * kNarrowPanel);
-    __builtin_prefetch(panel + kAhead * kNarrowPanel + kWide);
+    Words weight[vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) {
+      weight[j] = load_words(panel + j * kWide);
+      __builtin_prefetch(panel + kAhead * kNarrowPanel + j * kWide);
+    }
 #pragma GCC unroll 14
     for (int i = 0; i < rows; ++i) {
       const Words word = x.at(i) - Words{};
-      sum[i][0] = P::add(sum[i][0], word, weight[0]);
-      sum[i][1] = P::add(sum[i][1], word, weight[1]);
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; ++j) sum[i][j] = P::add(sum[i][j], word, weight[j]);
     }
   }
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
-    sink(i, 0, sum[i][0]);
-    sink(i, 1, sum[i][1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) sink(i, j, sum[i][j]);
   }
 }
 
 // The same for `count` rows, 1 .. rows.
-template <typename P, int rows = kTileRows, typename From, typename Sink>
+template <typename P, int rows = kTileRows, int vectors = 2, typename From, typename Sink>
 VITFAST_INLINE void multiply_tile_rows(int64_t count, const From& x, const int32_t* panel, int64_t words,
                                        const int32_t* start, const Sink& sink) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_tile_rows<P, rows - 1>(count, x, panel, words, start, sink);
+    if (count < rows) return multiply_tile_rows<P, rows - 1, vectors>(count, x, panel, words, start, sink);
   }
-  multiply_tile<P, rows>(x, panel, words, start, sink);
+  multiply_tile<P, rows, vectors>(x, panel, words, start, sink);
 }
 
 // to [kNarrowChunk a row] = the sums; or (+)= the sums times a scale of the row, the first time and then.
