@@ -16,7 +16,6 @@ from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.environment import ROOT
 from vitfast.benchmarks.providers import BASELINE
 from vitfast.integrations.accelerate import accelerated
-from vitfast.models import libraries
 
 
 def row(provider="vitfast triton", ms=1.0, spread=0.02, case="attention", **more):
@@ -270,15 +269,6 @@ def test_png(tmp_path):
 
 
 # --- whole models ---
-
-
-@pytest.fixture
-def timm():
-    """timm, or why there is none."""
-    try:
-        return libraries.import_library("timm")
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def test_model_comparison_gives_complete_rows(timm):
