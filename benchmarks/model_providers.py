@@ -397,3 +397,9 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 """Who takes part unless told otherwise, those that compile last; max-autotune takes minutes."""
+
+
+def defaults(device: str, quantized: torch.dtype | None) -> list[str]:
+    """Who takes part on a kind of device; of those only who multiplies in 8 bits of that dtype, if one is given."""
+    named = str(quantized).removeprefix("torch.")
+    return [name for name in DEFAULTS[device] if quantized is None or EIGHT_BIT.get(name) == named]
