@@ -104,9 +104,18 @@ OPS: dict[str, Op] = {
 
 @dataclass(frozen=True)
 class Case(cases.Case):
-    """As `vitfast.engine.cases.Case`, of any op that is benchmarked."""
+    """As `vitfast.engine.cases.Case`, of any op that is benchmarked.
 
+    `of_several`: there are such cases in other dtypes beside it, so that its name says which it is in.
+    """
+
+    of_several: bool = False
     table: ClassVar[Mapping[str, Op]] = OPS
+
+    @property
+    def name(self) -> str:
+        """As of every case, the dtype at its end where there are several."""
+        return f"{super().name} {str(self.dtype).removeprefix('torch.')}" if self.of_several else super().name
 
 
 def gate_size(case: Case) -> int:

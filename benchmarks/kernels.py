@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vitfast.benchmarks.device import Device
 from vitfast.benchmarks.providers import BASELINE, Absent, Provider, Thunk, providers_of
 from vitfast.benchmarks.shapes import awkward_dims, model_dims
 from vitfast.benchmarks.watch import LIMIT_S, SLOW_LIMIT_S, ContextLost, Watch
+from vitfast.engine.dtypes import DTYPES, QUANTIZED, dtype_name
 from vitfast.models.config import NAMED
 from vitfast.ops import accuracy
 
@@ -45,6 +47,36 @@ def grid(
         if not ops or op in ops:
             cases.setdefault((op, case.name), case)
     return list(cases.values())
+
+
+def grid_in(
+    dtypes: Sequence[str], name: str, ops: Sequence[str], models: Sequence[str], batches: Sequence[int],
+    device: torch.device,
+) -> list[Case]:  # fmt: skip
+    """`grid` in each of some dtypes, one after the other.
+
+    Args:
+        dtypes: as in DTYPES; or "fp8" or "int8": what multiplies or makes such operands, bf16 around them, which is
+            then no part of the other dtypes' cases.
+
+    Raises:
+        ValueError: for a dtype that is neither.
+    """
+    dtypes = list(dict.fromkeys(map(dtype_name, dtypes)))
+    apart = QUANTIZED.keys() & set(dtypes)
+    cases = []
+    for asked in dtypes:
+        for case in grid(name, ops, models, batches, device, DTYPES.get(asked, torch.bfloat16)):
+            precision = _precision(case)
+            if precision == asked if asked in apart else not (precision and apart):
+                cases.append(replace(case, of_several=len(dtypes) > 1))
+    return cases
+
+
+def _precision(case: Case) -> str:
+    """The 8 bits that a case's operands or results are in, or ""."""
+    words = {word for value in case.dims.values() if isinstance(value, str) for word in value.split()}
+    return next((name for name in QUANTIZED if name in words), "")
 
 
 def run(

@@ -30,7 +30,7 @@ from vitfast.engine import planner
 from vitfast.models import vit
 from vitfast.models.config import ViTConfig
 from vitfast.models.weights import Block, prepare_weights
-from vitfast.ops import registry, scaled_mm
+from vitfast.ops import checks, mkldnn, registry, scaled_mm
 from vitfast.ops.registry import BACKENDS, backend
 
 Thunk = Callable[[], Any]
@@ -127,20 +127,24 @@ for _op in OPS.keys() - {"attention_backward"}:
 
 
 def _packed(op: str, name: str, call: Call) -> Thunk:
-    """linear or patch_embed on a weight that was packed once, as the engine runs it on a CPU."""
-    x, weight = call.args[:2]
-    entry, spec = backend(op, name), registry.Spec.of(op, x, weight.dtype)
-    if reasons := entry.why_not(spec):
+    """A product, or patch_embed, on a weight that was packed once, as the engine runs it on a CPU."""
+    entry, spec = backend(op, name), registry.Spec.of(op, call.args[0], call.args[1].dtype)
+    if op == "quantized_linear":
+        x, x_scale, weight = call.args[:3]
+        asked = call.kwargs.get("activation"), call.kwargs.get("requantize", False)
+        spec = checks.quantized_linear_spec(x, x_scale, weight, *asked)
+    if reasons := mkldnn.why_not(spec) if name == "torch" else entry.why_not(spec):
         raise Absent("; ".join(reasons))
     if planner.packed_op(entry, spec) is None:
-        raise Absent("packs weights in fp32 on a CPU only")
+        raise Absent(f"packs no weight of {op} in {spec.dtype} on {spec.device}")
     if "row_stats" in call.kwargs and name == "torch":
         raise Absent("has no folded norm")
     return planner.planned_call(entry, spec, call)
 
 
-PROVIDERS["linear"]["oneDNN packed"] = Provider("oneDNN packed", functools.partial(_packed, "linear", "torch"))
-for _op in ("linear", "patch_embed"):
+for _op in ("linear", "quantized_linear"):
+    PROVIDERS[_op]["oneDNN packed"] = Provider("oneDNN packed", functools.partial(_packed, _op, "torch"))
+for _op in ("linear", "quantized_linear", "patch_embed"):
     _native = functools.partial(_packed, _op, "native")
     PROVIDERS[_op]["vitfast native packed"] = Provider("vitfast native packed", _native)
 

@@ -198,8 +198,9 @@ def _add_roof_share(rows: Sequence[dict[str, Any]], roofs: dict[str, Any]) -> No
     """
     if not roofs:
         return
+    products = product_roofs(roofs)
     for row in rows:
-        product = roofs["tflops"].get(row.get("dtype"))
+        product = products.get(row.get("dtype", ""))
         if "median_ms" not in row or "flops" not in row or (row["flops"] and not product):
             continue
         floors = {"memory": row.get("bytes", 0) / roofs["copy_gb_per_s"] / 1e6}
@@ -207,6 +208,12 @@ def _add_roof_share(rows: Sequence[dict[str, Any]], roofs: dict[str, Any]) -> No
             floors["product"] = row["flops"] / product / 1e9
         row["roof_bound"] = max(floors, key=lambda kind: floors[kind])
         row["roof_share"] = floors[row["roof_bound"]] / row["median_ms"]
+
+
+def product_roofs(roofs: Mapping[str, Any]) -> dict[str, float]:
+    """TFLOP/s by dtype that a product is held against: of a CPU's own instruction where that is known, which no product
+    can pass, else of the large product."""
+    return {**roofs.get("tflops", {}), **roofs.get("instruction_tflops", {})}
 
 
 def _add_site_shares(sites: Sequence[dict[str, Any]], roofs: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
 
 
 @torch.no_grad()
-def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, Any]:
-    """TFLOP/s of a square product in `dtype`, on a GPU in all dtypes, and GB/s of a copy (both directions count).
+def measure(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 7) -> dict[str, Any]:
+    """TFLOP/s of a square product in each dtype, on a GPU in all there are, and GB/s of a copy (both directions count).
 
     Returns:
         tflops: by dtype; side: of the square; instruction_tflops: on a CPU, see `_instructions`; copy_gb_per_s;
@@ -34,7 +34,7 @@ def measure(device: Device, dtype: torch.dtype, rounds: int = 7) -> dict[str, An
     side = SIDES[kind]
     programs: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8) if kind == "cuda" else (dtype,):
+    for kind_of in (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8) if kind == "cuda" else dtypes:
         name = str(kind_of).removeprefix("torch.")
         try:
             programs[name] = device.prepare([_square_gemm(side, where, kind_of)])
@@ -109,12 +109,12 @@ def drift(roofs: dict[str, Any]) -> float | None:
 
 
 @contextlib.contextmanager
-def around(file: Results, device: Device, dtype: torch.dtype, *, wanted: bool = True) -> Iterator[None]:
+def around(file: Results, device: Device, dtypes: Sequence[torch.dtype], *, wanted: bool = True) -> Iterator[None]:
     """Measure the roofs before and after what is done inside, and put the higher ones into a result file."""
     if not wanted:
         yield
         return
-    before = file.content["roofs"] or measure(device, dtype)  # a run that goes on has those of its beginning
+    before = file.content["roofs"] or measure(device, dtypes)  # a run that goes on has those of its beginning
     file.add(roofs=before)
     yield
-    file.add(roofs=better(before, measure(device, dtype)))
+    file.add(roofs=better(before, measure(device, dtypes)))

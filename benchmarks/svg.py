@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, TypeAlias
 
-from vitfast.benchmarks.result_file import number
+from vitfast.benchmarks.result_file import number, product_roofs
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
 SHAPES = ("circle", "square", "diamond", "triangle", "cross")
@@ -72,7 +72,7 @@ def bars(rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]
 def roofline(rows: Sequence[Mapping[str, Any]], roofs: Mapping[str, Any], styles: Mapping[str, tuple[str, str]]) -> str:
     """TFLOP/s over FLOPs per byte, both logarithmic, under the roofs measured in the same run; "" without points."""
     points = [row for row in rows if row["correct"] and row.get("flops") and row.get("bytes")]
-    roof_of = roofs.get("tflops", {})
+    roof_of = product_roofs(roofs)
     if not points or not roofs.get("copy_gb_per_s"):
         return ""
     bandwidth = roofs["copy_gb_per_s"] / 1e3  # TB/s: TFLOP/s at one FLOP a byte

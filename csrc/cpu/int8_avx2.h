@@ -12,6 +12,7 @@
 
 #include "narrow_tile.h"
 
+#ifdef VITFAST_SIMD_LEVELS
 namespace vitfast {
 
 constexpr int kAvx2Lanes = 8;
@@ -22,6 +23,16 @@ using Ints8 = int32_t __attribute__((vector_size(4 * kAvx2Lanes)));
 using Ints16 = int16_t __attribute__((vector_size(4 * kAvx2Lanes)));
 using Bits16 = uint16_t __attribute__((vector_size(4 * kAvx2Lanes)));
 
+// Two products a lane. In one piece: an addition of its own would be moved, until sums are spilled.
+struct Int16Pairs {
+  using Sum = Ints8;
+  static VITFAST_INLINE Sum add(Sum sum, const Ints8& x, const Ints8& weight) {
+    Ints8 products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(x), "x"(weight));
+    return sum;
+  }
+};
+
 // sums [rows, kNarrowPanel] += x [words, 2, kTileStride] panel [words, kNarrowPanel], for kAvx2Vectors of the columns.
 template <int rows>
 VITFAST_INLINE void add_products(const int32_t* x, const int32_t* panel, int64_t words, int32_t* sums) {
@@ -31,22 +42,18 @@ VITFAST_INLINE void add_products(const int32_t* x, const int32_t* panel, int64_t
   for (int64_t k = 0; k < words; ++k, panel += kNarrowPanel) {
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd, x += kTileStride) {
-      Bits16 weight[kAvx2Vectors];
+      Ints8 weight[kAvx2Vectors];
 #pragma GCC unroll 2
       for (int j = 0; j < kAvx2Vectors; ++j) {
-        std::memcpy(&weight[j], panel + j * kAvx2Lanes, sizeof(weight[j]));
-        weight[j] = odd ? weight[j] >> 8 : weight[j] & 255;
+        Bits16 bytes;
+        std::memcpy(&bytes, panel + j * kAvx2Lanes, sizeof(bytes));
+        weight[j] = reinterpret_cast<Ints8>(odd ? bytes >> 8 : bytes & 255);
       }
 #pragma GCC unroll 5
       for (int i = 0; i < rows; ++i) {
         const Ints8 pair = x[i] - Ints8{};
 #pragma GCC unroll 2
-        for (int j = 0; j < kAvx2Vectors; ++j) {
-          Ints8 products;  // an addition of its own would be moved, until sums are spilled
-          asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
-              : "+x"(sum[i][j]), "=&x"(products)
-              : "x"(pair), "x"(weight[j]));
-        }
+        for (int j = 0; j < kAvx2Vectors; ++j) sum[i][j] = Int16Pairs::add(sum[i][j], pair, weight[j]);
       }
     }
   }
@@ -97,3 +104,4 @@ VITFAST_INLINE void multiply_tile_rows_avx2(int64_t count, const int32_t* x, con
 }
 
 }  // namespace vitfast
+#endif

@@ -267,8 +267,9 @@ def test_environment_is_complete():
 def test_roofs_of_the_cpu(monkeypatch):
     monkeypatch.setitem(roofs.SIDES, "cpu", 256)
     monkeypatch.setitem(roofs.COPY_BYTES, "cpu", 2**20)
-    found = roofs.measure(CpuDevice(), torch.float32, rounds=2)
-    assert found["tflops"]["float32"] > 0 and found["copy_gb_per_s"] > 0 and not found["refused"]
+    found = roofs.measure(CpuDevice(), [torch.float32, torch.int8], rounds=2)
+    assert found["tflops"].keys() == {"float32", "int8"} and all(rate > 0 for rate in found["tflops"].values())
+    assert found["copy_gb_per_s"] > 0 and not found["refused"]
     faster = {**found, "tflops": {"float32": 1e6}, "copy_gb_per_s": 0.0}
     best = roofs.better(found, faster)
     assert best["tflops"]["float32"] == 1e6 and best["copy_gb_per_s"] == found["copy_gb_per_s"]
@@ -374,7 +375,7 @@ def test_gpu_graph_and_events():
 @needs_gpu
 def test_gpu_roofs_and_telemetry():
     gpu = device.open_device(torch.device("cuda", 0))
-    found = roofs.measure(gpu, torch.bfloat16, rounds=3)
+    found = roofs.measure(gpu, [torch.bfloat16], rounds=3)
     assert found["tflops"]["bfloat16"] > found["tflops"]["float32"]
     assert found["copy_gb_per_s"] > 100
     assert gpu.peak_memory(lambda: torch.empty(2**24, device="cuda")) - gpu.allocated() >= 2**26

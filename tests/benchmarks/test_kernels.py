@@ -15,7 +15,7 @@ from vitfast.benchmarks import cases, device, kernels, providers, shapes, timing
 from vitfast.benchmarks.environment import ROOT
 from vitfast.diagnostics import predict
 from vitfast.models.config import NAMED
-from vitfast.ops import accuracy, reference, registry
+from vitfast.ops import accuracy, mkldnn, reference, registry
 
 DEVICE = testing.device()
 
@@ -85,6 +85,19 @@ def test_every_case_runs_right_on_torch_and_the_interpreter(op, dims):
     for row in rows.values():
         if not row["correct"]:  # absent for a reason, never wrong
             assert not row["error"].startswith("incorrect"), row
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="weights are packed on a CPU")
+@pytest.mark.parametrize("provider", ["vitfast native packed", "oneDNN packed"])
+def test_packed_products_in_int8(provider):
+    name = "native" if provider.startswith("vitfast") else "torch"
+    for epilogue in ("bias", "gelu requantize"):
+        one = case("quantized_linear", M=33, K=64, N=128, epilogue=epilogue, precision="int8")
+        reasons = mkldnn.why_not(one.spec) if name == "torch" else registry.backend(one.op, name).why_not(one.spec)
+        (row,) = kernels.run_case(one, CountedDevice(), {provider: providers.providers_of(one)[provider]}, rounds=2)
+        assert row["correct"] if not reasons else row["error"] == "; ".join(reasons), row
+    if name == "torch":
+        assert "it has no scale groups" in row["error"]
 
 
 def test_an_attention_block_apart_is_the_same_work():
@@ -301,6 +314,27 @@ def test_grids():
     full = kernels.grid("full", [], ["vit_base_patch16_224"], [8], DEVICE, torch.float32)
     assert {one.dims.get("tokens") for one in full} >= {197, 257, 577, 1370}
     assert {one.dims["batch"] for one in full if one.op == "attention"} >= {1, 8, 64, 256, 512}
+
+
+def test_grids_in_several_dtypes():
+    models, products = ["vit_base_patch16_224", "vit_tiny_patch16_224"], ["linear", "quantized_linear"]
+    found = kernels.grid_in(["fp32", "bfloat16", "int8"], "quick", products, models, [8], DEVICE)
+    assert len({one.name for one in found}) == len(found)
+    sizes = {(1576, n, k) for w in (768, 192) for n, k in ((3 * w, w), (w, w), (4 * w, w), (w, 4 * w))}
+    for op, operands, dtype in (
+        ("linear", torch.float32, "float32"), ("linear", torch.bfloat16, "bfloat16"),
+        ("quantized_linear", torch.int8, "bfloat16"),
+    ):  # fmt: skip
+        these = [one for one in found if (one.op, one.operand_dtype) == (op, operands)]
+        assert {(one.dims["M"], one.dims["N"], one.dims["K"]) for one in these} >= sizes
+        assert {one.name.split()[-1] for one in these} == {dtype}
+    assert torch.float8_e4m3fn not in {one.operand_dtype for one in found}
+    plain = kernels.grid("quick", [], models, [8], DEVICE, torch.bfloat16)
+    assert [one.name for one in kernels.grid_in(["bf16"], "quick", [], models, [8], DEVICE)] == [x.name for x in plain]
+    alone = kernels.grid_in(["int8"], "quick", [], models, [8], DEVICE)
+    assert {one.op for one in alone} == {"quantized_linear", "quantize", "attention"}
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'fp64'"):
+        kernels.grid_in(["fp32", "fp64"], "quick", [], models, [8], DEVICE)
 
 
 @pytest.mark.gpu

@@ -348,8 +348,9 @@ def test_install_without_extension(tmp_path, environment, code, status, message)
 @pytest.mark.parametrize(
     ("level", "dtypes"),
     [
-        ("avx2", set()),
-        ("avx512f", {"float32"}),
+        ("default", set()),
+        ("avx2", {"float32", "int8"}),
+        ("avx512f", {"float32", "int8"}),
         ("avx512_vnni", {"float32", "int8"}),
         ("avx512_bf16", {"float32", "bfloat16", "int8"}),
     ],

@@ -61,7 +61,10 @@ def kernels(
     peer: Peers = None,
     slow: Annotated[bool, typer.Option("--slow", help="Also torch.compile and max-autotune.")] = False,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="As of models; fp8 or int8: products in 8 bits alone. May be repeated. [default: one float]"),
+    ] = None,
     threads: Threads = None,
     rounds: Rounds = 20,
     budget: Budget = None,
@@ -86,18 +89,21 @@ def kernels(
         from vitfast.benchmarks.cases import OPS
         from vitfast.benchmarks.result_file import Results
         from vitfast.benchmarks.roofs import around
+        from vitfast.engine.dtypes import DTYPES, QUANTIZED
         from vitfast.models.config import NAMED
 
         check("--op", op or (), OPS)
         check("--model", model, NAMED)
-        measured, what = open_here(device, dtype, threads)
+        measured, usual = open_here(device, None, threads)
+        dtypes = dtype or [str(usual).removeprefix("torch.")]
         withhold(without)
         extra = {path: providers.from_outside(path) for path in _named(provider, peer)}
         batches = batch or [8 if measured.slug == "cpu" else 64]
-        cases = module.grid(grid.value, op or (), model, batches, measured.torch_device, what)
+        cases = module.grid_in(dtypes, grid.value, op or (), model, batches, measured.torch_device)
+        kinds = [{**DTYPES, **QUANTIZED}[name] for name in dtypes]
         method = {"baseline": providers.BASELINE, "grid": grid.value, "rounds": rounds, "budget": budget}
         file = Results("kernels", measured, method, json_file, resume=resume)
-        with going_on(answer, file, resume) as watch, around(file, measured, what, wanted=roofs):
+        with going_on(answer, file, resume) as watch, around(file, measured, kinds, wanted=roofs):
             left = module.run(
                 cases, measured, rounds=rounds, seconds=limit, slow=slow, extra=extra, finished=file.finished,
                 died=file.died, watch=watch, on_rows=functools.partial(_add_case, file),
@@ -116,7 +122,9 @@ def model(
     ] = None,
     peer: Peers = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="As of `bench kernels`; fp8 or int8: those that multiply in 8 bits, beside bf16.")
+    ] = None,
     threads: Threads = None,
     rounds: Rounds = 15,
     budget: Budget = None,
@@ -143,22 +151,25 @@ def model(
         from vitfast.benchmarks import model_providers
         from vitfast.benchmarks.result_file import Results
         from vitfast.benchmarks.roofs import around
+        from vitfast.engine.dtypes import QUANTIZED
 
         named = _named(provider, peer)
         check("--provider", named, model_providers.PROVIDERS)
-        measured, what = open_here(device, dtype, threads)
+        quantized = QUANTIZED.get(dtype or "")
+        measured, what = open_here(device, "bf16" if quantized else dtype, threads)
         if sites and measured.torch_device.type != "cpu":
             raise ValueError(
                 "--sites times ops by the CPU's clock; on a GPU they have not ended when their call returns"
             )
-        providers = named or model_providers.DEFAULTS[measured.torch_device.type]
+        providers = named or model_providers.defaults(measured.torch_device.type, quantized)
         method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
         withhold(without)
         file = Results("model", measured, method, json_file, resume=resume)
         todo = [(name, size) for name in model for size in batch or [8 if measured.slug == "cpu" else 256]]
         todo = [pair for pair in todo if not module.settled(module.case_name(*pair, what), file.finished, file.died)]
         end = time.perf_counter() + (seconds(budget) if budget else math.inf)
-        with going_on(answer, file, resume) as watch, around(file, measured, what, wanted=roofs):
+        kinds = [what, *filter(None, [quantized])]
+        with going_on(answer, file, resume) as watch, around(file, measured, kinds, wanted=roofs):
             for index, (name, size) in enumerate(todo):
                 left = end - time.perf_counter()
                 if left <= 0:
