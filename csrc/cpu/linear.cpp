@@ -123,7 +123,7 @@ std::vector<at::Tensor> linear_packed_cpu(const at::Tensor& x, const at::Tensor&
   if (m == 0 || n == 0) return result;
 
   // Copied if need be; the name is what an error calls them.
-  const at::Tensor rows = contiguous(kOp, "x", x);
+  const at::Tensor rows = contiguous(kOp, "x", x, sizeof(int32_t));
   const Optional b = padded_columns(kOp, "bias", bias), scale = padded_columns(kOp, "layer_scale", layer_scale);
   const Optional added = contiguous(kOp, "residual", residual), sums = padded_columns(kOp, "weight_sum", weight_sum);
   const at::Tensor norm = row_stats ? combine_stats(*row_stats, k, eps) : at::Tensor();

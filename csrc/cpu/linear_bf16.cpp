@@ -18,13 +18,14 @@ constexpr const char* kOp = "linear";
 #ifdef VITFAST_SIMD_LEVELS
 #define VITFAST_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
 
-VITFAST_BF16 void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
-                           const AddScaled& sink) {
-  multiply_tile_rows<Bfloat16Pairs>(count, FromTile{x}, panel, words, start, sink);
+VITFAST_BF16 void multiply(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
+                           const int32_t* start, const AddScaled& sink) {
+  x.visit([&](const auto& from)
+              VITFAST_INLINE_LAMBDA { multiply_tile_rows<Bfloat16Pairs>(count, from, panel, words, start, sink); });
 }
 
 VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, Simd::avx512_bf16>(e, m + i, first, sums + i * kNarrowChunk);
+  finish_rows<at::BFloat16, Simd::avx512_bf16>(e, m, count, first, sums);
 }
 #endif
 
@@ -43,7 +44,7 @@ void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const
   const int64_t row_bytes = 2 * x.size(-1);
   run_narrow({kOp, m, epilogue.n, row_bytes, static_cast<const char*>(read(kOp, "x", x)),
               static_cast<const char*>(read(kOp, "weight", packed)), (row_bytes + 3) / 4, nullptr, epilogue},
-             {nullptr, &multiply, &finish});
+             {nullptr, &multiply, &finish, true});
 #endif
 }
 

@@ -43,8 +43,7 @@ struct Call {
   int64_t spans() const { return (k + kSpan - 1) / kSpan; }
   int64_t depth(int64_t from, int64_t to) const { return k <= kDepth + kDepth / 2 ? k : std::min(kDepth, to - from); }
   int64_t pass_panels() const { return std::max<int64_t>(1, kPassDepth / k); }
-  // Whether rows of x begin so many bytes apart that few sets of the first cache would hold them all.
-  bool packs() const { return k >= 1024 && k % 256 == 0; }
+  bool packs() const { return crowds_cache(k * static_cast<int64_t>(sizeof(float))); }
 };
 
 // The memory of a thread.
@@ -143,18 +142,6 @@ VITFAST_INLINE void widen_last_panel(const Call& c, Share of_x, float* panel) {
   for (int64_t k = 0; k < of_x.size(); ++k) std::copy_n(from + k * width, width, panel + k * kPanel);
 }
 
-// Asks for columns of some rows of y and of residual, which the epilogue will want.
-VITFAST_INLINE void prefetch_outputs(const TileEpilogue& e, Share rows, Share columns) {
-  constexpr int64_t kLine = 16;
-  const auto *y = static_cast<const float*>(e.y), *residual = static_cast<const float*>(e.residual);
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    for (int64_t n = columns.begin; n < columns.end; n += kLine) {
-      __builtin_prefetch(y + m * e.n + n, 1);
-      if (residual) __builtin_prefetch(residual + m * e.n + n);
-    }
-  }
-}
-
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <Simd level, int lanes, int rows_, int vectors>
 VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
@@ -189,7 +176,7 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
             float* sums = memory.sums + t * c.tile_sums();
             for (int64_t p = pass; p < pass_end; ++p) {
               const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
-              if (of_x.end == c.k && part == 0) prefetch_outputs(e, tile, {first, std::min(first + kPanel, e.n)});
+              if (of_x.end == c.k && part == 0) prefetch_outputs(e, tile, first, std::min(first + kPanel, e.n));
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
               for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
@@ -207,11 +194,7 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
                 }
               }
             }
-            for (int64_t i = 0; ends && i < tile.size(); ++i) {
-              const int64_t soon = std::min(tile.begin + i + 2, tile.end);
-              prefetch_outputs(e, {soon, std::min(soon + 1, tile.end)}, block);  // once more: to the first cache
-              finish_row<float, level>(e, tile.begin + i, n, sums + i * kNarrowChunk);
-            }
+            if (ends) finish_rows<float, level>(e, tile.begin, tile.size(), n, sums);
           }
         }
       }

@@ -81,21 +81,12 @@ struct Layout {
   }
 };
 
-// Asks for a panel's columns of the rows of residual, which the epilogue will want.
-void prefetch_residual(const TileEpilogue& e, Share rows, int64_t first) {
-  constexpr int64_t kLine = 64;
-  const int64_t size = static_cast<int64_t>(c10::elementSize(e.dtype));
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const char* row = static_cast<const char*>(e.residual) + (m * e.n + first) * size;
-    for (int64_t i = 0; i < kNarrowPanel * size; i += kLine) __builtin_prefetch(row + i);
-  }
-}
-
 // Rows x columns of y. A block of tiles of x meets the weight, chunk of columns by chunk.
 void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
              int32_t* memory) {
   const int64_t words = c.words(), groups = c.groups(), tiles = (rows.size() + kTileRows - 1) / kTileRows;
   const int64_t up = c.epilogue.up;
+  const bool packs = !steps.reads_rows || c.row_bytes % 4 || crowds_cache(c.row_bytes);
   int32_t* wide = memory + l.panel;
   if (columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
   alignas(64) float sums[2 * kUpSums];
@@ -104,25 +95,26 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
     for (int64_t t = block; t < block_end; ++t) {
       const Share tile = tile_of(rows, t, tiles);
       const char* x = c.x + tile.begin * c.row_bytes;
-      pack_tile(x, c.row_bytes, tile.size(), memory + (t - block) * l.tile);
+      if (packs) pack_tile(x, c.row_bytes, tile.size(), memory + (t - block) * l.tile);
       if (steps.start) steps.start(c, x, tile.size(), memory + l.starts + (t - block) * groups * kTileStride);
     }
     for (int64_t n = columns.begin; n < columns.end; n += kNarrowChunk) {
       const int64_t n_end = std::min(n + kNarrowChunk, columns.end);
       for (int64_t t = block; t < block_end; ++t) {
         const Share tile = tile_of(rows, t, tiles);
-        const int32_t* x = memory + (t - block) * l.tile;
+        const NarrowRows x = packs ? NarrowRows{memory + (t - block) * l.tile, 0}
+                                   : NarrowRows{reinterpret_cast<const int32_t*>(c.x) + tile.begin * words, words};
         const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
         const auto multiply = [&](const int32_t* panel, float* to_sums) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t from = g * c.group, to = std::min(from + c.group, words);
             const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
-            steps.multiply(tile.size(), x + from * kTileStride, panel + from * kNarrowPanel, to - from,
+            steps.multiply(tile.size(), {x.words + from * (packs ? kTileStride : 1), x.stride}, panel + from * kNarrowPanel, to - from,
                            start + g * kTileStride, {to_sums, scale, groups, g == 0});
           }
         };
         for (int64_t p = n; p < n_end; p += kNarrowPanel) {
-          if (c.epilogue.residual) prefetch_residual(c.epilogue, tile, p);
+          prefetch_outputs(c.epilogue, tile, p, std::min(p + kNarrowPanel, c.n));
           multiply(panel_at(c.packed, p, c.n, words, wide), sums + (p - n));
           if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), sums + kUpSums + (p - n));
         }

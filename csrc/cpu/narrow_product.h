@@ -27,9 +27,10 @@ struct NarrowCall {
 struct NarrowSteps {
   // start [groups, kTileStride]: what the sums of a tile of rows of x [count, row_bytes] begin with. Null for zero.
   void (*start)(const NarrowCall& c, const char* x, int64_t count, int32_t* start);
-  void (*multiply)(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
+  void (*multiply)(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words, const int32_t* start,
                    const AddScaled& sink);
   void (*finish)(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums);
+  bool reads_rows;  // multiply takes rows of x where they lie, aligned to words, or else tiles only
 };
 
 void run_narrow(const NarrowCall& call, const NarrowSteps& steps);

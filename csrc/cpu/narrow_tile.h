@@ -68,6 +68,18 @@ struct FromRows {  // three rows for each pointer, which is as many as addresses
   }
 };
 
+// Rows of x for a product, in whichever of these two forms.
+struct NarrowRows {
+  const int32_t* words;
+  int64_t stride;  // of rows; 0 for a tile
+
+  template <typename Function>
+  VITFAST_INLINE void visit(const Function& f) const {
+    if (stride == 0) return f(FromTile{words});
+    f(FromRows(words, stride));
+  }
+};
+
 // Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
 template <typename P, int rows, int vectors, typename From, typename Sink>
 VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Sink& sink) {

@@ -34,9 +34,10 @@ constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale
 #define VITFAST_VNNI_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")
 #define VITFAST_AVX2 VITFAST_TARGET("avx2,fma")
 
-VITFAST_VNNI void multiply(int64_t count, const int32_t* x, const int32_t* panel, int64_t words, const int32_t* start,
-                           const AddScaled& sink) {
-  multiply_tile_rows<Int8Fours>(count, FromTile{x}, panel, words, start, sink);
+VITFAST_VNNI void multiply(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
+                           const int32_t* start, const AddScaled& sink) {
+  x.visit([&](const auto& from)
+              VITFAST_INLINE_LAMBDA { multiply_tile_rows<Int8Fours>(count, from, panel, words, start, sink); });
 }
 
 // -128 times the sum of each group of columns of each row.
@@ -57,16 +58,16 @@ VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, 
 
 template <typename scalar_t>
 VITFAST_VNNI void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t, Simd::avx512_vnni>(e, m + i, first, sums + i * kNarrowChunk);
+  finish_rows<scalar_t, Simd::avx512_vnni>(e, m, count, first, sums);
 }
 
 VITFAST_VNNI_BF16 void finish_bf16(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<at::BFloat16, Simd::avx512_bf16>(e, m + i, first, sums + i * kNarrowChunk);
+  finish_rows<at::BFloat16, Simd::avx512_bf16>(e, m, count, first, sums);
 }
 
-VITFAST_AVX2 void multiply_avx2(int64_t count, const int32_t* x, const int32_t* panel, int64_t words,
+VITFAST_AVX2 void multiply_avx2(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
                                 const int32_t* start, const AddScaled& sink) {
-  multiply_tile_rows_avx2(count, x, panel, words, start, sink);
+  multiply_tile_rows_avx2(count, x.words, panel, words, start, sink);
 }
 
 VITFAST_AVX2 void start_sums_avx2(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
@@ -75,7 +76,7 @@ VITFAST_AVX2 void start_sums_avx2(const NarrowCall& c, const char* x, int64_t co
 
 template <typename scalar_t>
 VITFAST_AVX2 void finish_avx2(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  for (int64_t i = 0; i < count; ++i) finish_row<scalar_t, Simd::avx2>(e, m + i, first, sums + i * kNarrowChunk);
+  finish_rows<scalar_t, Simd::avx2>(e, m, count, first, sums);
 }
 #endif
 
@@ -85,14 +86,14 @@ void run(const NarrowCall& call) {
     auto* finish_in = &finish_avx2<float>;
     if (call.epilogue.dtype == at::kHalf) finish_in = &finish_avx2<at::Half>;
     if (call.epilogue.dtype == at::kBFloat16) finish_in = &finish_avx2<at::BFloat16>;
-    return run_narrow(call, {&start_sums_avx2, &multiply_avx2, finish_in});
+    return run_narrow(call, {&start_sums_avx2, &multiply_avx2, finish_in, false});
   }
   auto* finish_in = &finish<float>;
   if (call.epilogue.dtype == at::kHalf) finish_in = &finish<at::Half>;
   if (call.epilogue.dtype == at::kBFloat16) {
     finish_in = simd_level() < Simd::avx512_bf16 ? &finish<at::BFloat16> : &finish_bf16;
   }
-  run_narrow(call, {&start_sums, &multiply, finish_in});
+  run_narrow(call, {&start_sums, &multiply, finish_in, true});
 #endif
 }
 
@@ -179,7 +180,7 @@ std::vector<at::Tensor> quantized_linear_packed_cpu(const at::Tensor& x, const a
   if (m == 0 || n == 0) return result;
 
   // Copied if need be; the name is what an error calls them.
-  const at::Tensor rows = contiguous(kOp, "x", x), scales = contiguous(kOp, "x_scale", x_scale);
+  const at::Tensor rows = contiguous(kOp, "x", x, sizeof(int32_t)), scales = contiguous(kOp, "x_scale", x_scale);
   const at::Tensor columns = padded_columns(kOp, "weight_scale", weight_scale);
   const Optional b = padded_columns(kOp, "bias", bias), scale = padded_columns(kOp, "layer_scale", layer_scale);
   const Optional added = contiguous(kOp, "residual", residual);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace vitfast {
 
@@ -22,6 +23,10 @@ inline Share share_of(int64_t size, int64_t step, int64_t i, int64_t n) {
 inline Share tile_of(Share rows, int64_t t, int64_t tiles) {
   return {rows.begin + rows.size() * t / tiles, rows.begin + rows.size() * (t + 1) / tiles};
 }
+
+// Whether so few sets of a first cache of 4 KiB a way hold what is at one place of several rows of so many bytes that
+// they would throw each other out.
+inline bool crowds_cache(int64_t row_bytes) { return 4096 / std::gcd<int64_t>(row_bytes, 4096) < 4; }
 
 // How y [M, N] is shared out among threads: shares of rows times shares of columns, the largest as small as can be. Of
 // two such, the one that reads the smaller operand more often. Columns are shared out in chunks.

@@ -13,6 +13,7 @@
 #include "activation.h"
 #include "gelu_table.h"
 #include "narrow_tile.h"
+#include "shares.h"
 
 namespace vitfast {
 
@@ -33,7 +34,22 @@ struct TileEpilogue {
   int64_t up = 0;  // swiglu: column of the product where the up projection begins, n; else 0
 
   int64_t chunks() const { return (n + kNarrowChunk - 1) / kNarrowChunk; }
+  int64_t element_bytes() const { return static_cast<int64_t>(c10::elementSize(dtype)); }
 };
+
+// Asks for columns [first, end) of rows of y and of residual, which are far away when the epilogue wants them.
+VITFAST_INLINE void prefetch_outputs(const TileEpilogue& e, Share rows, int64_t first, int64_t end) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = e.element_bytes(), y_bytes = e.values ? 1 : bytes;
+  const char* y = e.values ? reinterpret_cast<const char*>(e.values) : static_cast<const char*>(e.y);
+  const char* residual = static_cast<const char*>(e.residual);
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const int64_t row = m * e.n;
+    for (int64_t i = (row + first) * y_bytes; i < (row + end) * y_bytes; i += kLine) __builtin_prefetch(y + i, 1);
+    if (!residual) continue;
+    for (int64_t i = (row + first) * bytes; i < (row + end) * bytes; i += kLine) __builtin_prefetch(residual + i);
+  }
+}
 
 // A number for each column, as TileEpilogue wants it; copied if need be.
 inline at::Tensor padded_columns(const char* op, const char* name, const at::Tensor& columns) {
@@ -202,6 +218,16 @@ VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, 
   const int64_t at = m * e.chunks() + first / kNarrowChunk;
   if (e.values) e.scales[at] = quantize_row(sums, width, e.values + m * e.n + first);
   if (e.stats) chunk_stats(sums, width, e.stats + 2 * at);
+}
+
+// Rows [m, m + count) of a chunk likewise.
+template <typename scalar_t, Simd level>
+VITFAST_INLINE void finish_rows(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
+  const int64_t end = std::min(first + kNarrowChunk, e.n);
+  for (int64_t i = 0; i < count; ++i, sums += kNarrowChunk) {
+    if (i + 2 < count) prefetch_outputs(e, {m + i + 2, m + i + 3}, first, end);  // by now it left the first cache
+    finish_row<scalar_t, level>(e, m + i, first, sums);
+  }
 }
 
 }  // namespace vitfast
