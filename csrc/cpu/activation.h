@@ -55,24 +55,6 @@ VITFAST_INLINE Vector<lanes> gelu(const Vector<lanes>& x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// The same within 6e-5, for results that are rounded to bf16, in a third of the instructions: Phi - 1/2 as the odd
-// polynomial that makes the largest error of gelu on [-4.5, 4.5] least, and is 1/2 at its end.
-template <int lanes>
-VITFAST_INLINE Vector<lanes> rough_gelu(const Vector<lanes>& x) {
-  constexpr float kEnd = 4.5f;
-  const Vector<lanes> near = x > kEnd ? kEnd - Vector<lanes>{} : x, square = near * near;
-  Vector<lanes> p = square * 3.00024227e-11f - 3.28411502e-09f;
-  p = p * square + 1.58032921e-07f;
-  p = p * square - 4.43182092e-06f;
-  p = p * square + 8.12111899e-05f;
-  p = p * square - 1.03626249e-03f;
-  p = p * square + 9.58068436e-03f;
-  p = p * square - 6.59773180e-02f;
-  p = p * square + 3.98708596e-01f;
-  return x * (x < -kEnd ? Vector<lanes>{} : near * p + 0.5f);
-}
-
-// x / 2 * (1 + tanh(u)) = x sigmoid(2 u)
 template <int lanes>
 VITFAST_INLINE Vector<lanes> gelu_tanh(const Vector<lanes>& x) {
   return x * sigmoid<lanes>(1.59576912f * (x + 0.044715f * x * x * x));

@@ -2,6 +2,7 @@
 // instructions as gelu of activation.h.
 #pragma once
 
+#include "activation.h"
 #include "numbers.h"
 
 namespace vitfast {
@@ -35,7 +36,7 @@ alignas(64) constexpr float kGelu[6][kWide] = {
 };
 
 VITFAST_INLINE Floats look_up(const float (&table)[kWide], const Bits& index) {
-  Floats found;  // not as an intrinsic: that of GCC 12 warns of its own
+  Floats found;  // not by an intrinsic: the header of GCC 12's gives warnings
   asm("vpermps %2, %1, %0" : "=v"(found) : "v"(index), "v"(load<kWide>(table)));
   return found;
 }

@@ -105,15 +105,15 @@ VITFAST_INLINE void each(Floats (&x)[vectors], const Function& f) {
 }
 
 template <Simd level, int vectors>
-VITFAST_INLINE void activate_each(Activation activation, bool rough, Floats (&x)[vectors]) {
+VITFAST_INLINE void activate_each(Activation activation, Floats (&x)[vectors]) {
   switch (activation) {
     case Activation::kGelu:
-      if (rough) return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return rough_gelu<kWide>(v); });
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA {
 #ifdef VITFAST_SIMD_LEVELS
-      if (level >= Simd::avx512)
-        return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_by_table(v); });
+        if constexpr (level >= Simd::avx512) return gelu_by_table(v);
 #endif
-      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu<kWide>(v); });
+        return gelu<kWide>(v);
+      });
     case Activation::kGeluTanh:
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_tanh<kWide>(v); });
     case Activation::kQuickGelu:
@@ -157,8 +157,7 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
     finish_product(e, m, n + e.up, sums + kUpSums + i, up);
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return gated<kWide>(v, up[j / kWide]); });
   } else {
-    const bool rough = !e.values && std::is_same_v<scalar_t, at::BFloat16>;  // scales are fp32
-    activate_each<level>(e.activation, rough, value);
+    activate_each<level>(e.activation, value);
   }
   if (e.layer_scale)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.layer_scale + n + j); });
