@@ -92,7 +92,8 @@ size_t MemoryPool::idle_bytes() const {
 }
 
 c10::DataPtr MemoryPool::take(size_t bytes) {
-  Block block{nullptr, (bytes + kLeastPooled - 1) / kLeastPooled * kLeastPooled};
+  const size_t step = bytes < kHugePage / 2 ? kLeastPooled : kHugePage;
+  Block block{nullptr, (bytes + step - 1) / step * step};
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();  // the smallest that is large enough; of those, the one that is most likely in cache

@@ -142,7 +142,7 @@ def test_memory_of_weights():
     weights = testing.random_weights(SMALL)
     count = sum(t.numel() for t in weights.values())
     patch = weights["patch_embed.weight"].numel() + SMALL.width  # the second patch embedding is for uint8
-    assert small.memory() == {"weights": 4 * (count + patch), "graphs": 0, "staging": 0, "pinned": 0}
+    assert small.memory() == {"weights": 4 * (count + patch), "graphs": 0, "idle": 0, "staging": 0, "pinned": 0}
     assert repr(small) == f"Engine(small, cpu, float32, torch, {4 * (count + patch) / 2**20:.1f} MiB of weights)"
 
 

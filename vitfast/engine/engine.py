@@ -343,6 +343,7 @@ class Engine:
         Returns:
             weights: on its device, position embeddings resized for other image sizes included;
             graphs: of the CUDA graphs' inputs, outputs and what is between (see `vitfast.engine.cuda_graphs`);
+            idle: on a CPU, what a forward has left to the next; it goes with the engine;
             staging: on the device, of the runs of `stream` that there are; pinned: theirs in pinned host memory.
         """
         with self._lanes_lock:
@@ -350,6 +351,7 @@ class Engine:
         return {
             "weights": self.runner.nbytes(),
             "graphs": self._graphs.memory() if self._graphs is not None else 0,
+            "idle": self.runner.idle_bytes(),
             "staging": sum(device for device, _ in lanes),
             "pinned": sum(pinned for _, pinned in lanes),
         }

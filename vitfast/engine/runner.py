@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -20,6 +21,7 @@ from vitfast.models.checkpoints import Checkpoint
 from vitfast.models.output import Output
 from vitfast.models.positions import Positions, positions_for
 from vitfast.models.weights import prepare_weights
+from vitfast.ops import native
 
 POSITIONS = 8
 """Image sizes whose positions are kept."""
@@ -68,6 +70,7 @@ class Runner:
         self.positions: OrderedDict[tuple[int, int], Positions] = OrderedDict()
         self.ends: OrderedDict[tuple[tuple[int, int], ...], Tensor] = OrderedDict()
         """Of packed images of these numbers and sizes, where each begins (see `vitfast.models.packed.lengths`)."""
+        self._pool = native.memory_pool() if self.device.type == "cpu" else contextlib.nullcontext()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the weights are there, whichever stream runs first
 
@@ -161,7 +164,8 @@ class Runner:
 
     def forward(self, images: Tensor, positions: Positions) -> Output:
         """The forward on prepared images, with the positions for their size."""
-        return vit.forward(self.config, self.weights, positions, images, self.plan)
+        with self._pool:
+            return vit.forward(self.config, self.weights, positions, images, self.plan)
 
     def observe(self, images: Tensor, positions: Positions, layers: Sequence[int], maps: Sequence[int]) -> Output:
         """The forward with the outputs of some blocks, and the attention of some, kept.
@@ -180,7 +184,8 @@ class Runner:
             if plan.attention_block is not None:
                 raise ValueError("attention maps: this plan computes attention inside a fused block")
             plan = replace(plan, attention=seen, attention_quantize=None)
-        output = vit.forward(self.config, self.weights, positions, images, plan, layers)
+        with self._pool:
+            output = vit.forward(self.config, self.weights, positions, images, plan, layers)
         return replace(output, attention_maps=seen.maps()) if maps else output
 
     def features(self, layer: Tensor, size: tuple[int, int], *, norm: bool, reshape: bool) -> Tensor:
@@ -211,7 +216,8 @@ class Runner:
             ends = self.ends[shapes] = packed.lengths(shapes, self.device)
             while len(self.ends) > POSITIONS:
                 self.ends.popitem(last=False)
-        return packed.forward(self.config, self.weights, groups, self.plan, ends), list(members.values())
+        with self._pool:
+            return packed.forward(self.config, self.weights, groups, self.plan, ends), list(members.values())
 
     def outputs(self, batch: int, size: tuple[int, int], *, tokens: bool = True, pinned: bool = False) -> Output:
         """Uninitialised outputs of images of a size, on the device or in pinned host memory."""
@@ -227,6 +233,10 @@ class Runner:
             logits=empty(config.num_classes) if config.num_classes else None,
             neck=empty(config.neck_tokens(size), config.pooled_dim) if config.neck and tokens else None,
         )
+
+    def idle_bytes(self) -> int:
+        """Bytes that the last forward on a CPU has left to the next."""
+        return getattr(self._pool, "idle_bytes", 0)
 
     def nbytes(self) -> int:
         """Bytes of the weights and of the position embeddings that are kept."""

@@ -7,6 +7,8 @@ at every call, which costs about as much as a product of 200 rows. On CUDA weigh
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any
 
 import torch
@@ -17,6 +19,15 @@ from vitfast.ops import reference
 GATED_ROWS = 64
 """On the CPU SwiGLU is part of the epilogue of a weight with a multiple of so many rows, as kGatedRows of
 csrc/cpu/activation.h has it: gate and up projection are whole panels then. Of others it is a pass of its own."""
+
+
+def memory_pool() -> Any:
+    """A context in which the CPU ops of this thread leave the memory of their large outputs to each other, so that the
+    system is not asked for it again, page by page; it has `idle_bytes`. Without the extension one that does nothing."""
+    try:
+        return importlib.import_module("vitfast._C").MemoryPool()
+    except ImportError:
+        return contextlib.nullcontext()
 
 
 def attention(
