@@ -107,7 +107,7 @@ struct FromRows {  // three rows for each pointer, which is as many as addresses
 template <int lanes, int rows, int vectors, typename From>
 VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, bool first, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
-  constexpr int64_t kAhead = 8;
+  constexpr int64_t kAhead = 24;
   for (int64_t k = 0; k < depth; ++k, x.next(), panel += kPanel) {
     __builtin_prefetch(panel + kAhead * kPanel);
     __builtin_prefetch(panel + kAhead * kPanel + 16);
