@@ -34,8 +34,11 @@ struct Grid {
   int64_t rows = 1, columns = 1;
 
   Grid(int64_t m, int64_t n, int64_t chunk, int64_t threads) {
-    const int64_t chunks = (n + chunk - 1) / chunk;
-    const auto largest = [&](int64_t r, int64_t c) { return (m + r - 1) / r * ((chunks + c - 1) / c); };
+    const auto largest = [&](int64_t r, int64_t c) {
+      int64_t most = 0;  // the last chunk may be narrower
+      for (int64_t i = 0; i < c; ++i) most = std::max(most, share_of(n, chunk, i, c).size());
+      return (m + r - 1) / r * most;
+    };
     for (int64_t i = 1; i <= threads; ++i) {
       const int64_t r = m < n ? i : threads / i, c = threads / r;
       if (largest(r, c) < largest(rows, columns)) rows = r, columns = c;
