@@ -132,8 +132,8 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
       next.ask<at::BFloat16>(c);
       const Scaled sink{scores + n, l.score_stride, c.scale};
       const auto multiply = [&](auto vectors) VITFAST_INLINE_LAMBDA {
-        multiply_tile_rows<Bfloat16Pairs, kTileRows, vectors()>(
-            count, FromRows(queries, l.head_words), words + n * l.head_words, l.head_words, nullptr, sink);
+        multiply_tile_rows<Bfloat16Pairs, kTileRows, vectors()>(count, FromRows(queries, l.head_words),
+                                                                words + n * l.head_words, l.head_words, nullptr, sink);
       };
       if (seen - n > kWide) {
         multiply(std::integral_constant<int, 2>());

@@ -1,9 +1,10 @@
 // The product of linear in fp32 on the CPU.
 //
 // The weight comes packed (pack_panels): cut into panels of kPanel rows, each transposed, so that the product reads it
-// in the order in which it lies in memory; and so are tiles of rows of x, once for each block of rows. A thread takes a
-// share of y, one block after another: it sums the products of kDepth columns of x in registers, and those sums in a
-// block that stays in cache. The epilogue is applied to the finished block on its way to y. Bound by FLOPs.
+// in the order in which it lies in memory. A thread takes a share of y, one block of rows after another: it sums the
+// products of kDepth columns of x in registers, and those sums in memory that stays in cache. The epilogue is applied
+// to each tile that is finished, on its way to y. Rows of x are read where they lie, but where they would throw each
+// other out of the first cache: such are packed in tiles, once for each block. Bound by FLOPs.
 //
 // The two levels of sums serve accuracy as much as the cache: a product passes through at most
 // kDepth + K / kDepth additions instead of K, which leaves half the error of rounding or less
@@ -29,8 +30,7 @@ constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per 
 constexpr int64_t kDepth = 128;        // columns of x per sum in registers; up to half as many more where that is all
 constexpr int64_t kSpan = 6 * kDepth;  // columns of x for which a tile of sums stays in the first cache
 constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
-constexpr int64_t kRows = 216;         // rows of y per block: of x that stay in the second cache, with
-constexpr int64_t kPassDepth = kSpan;  // panels of the weight that a tile of x meets in a pass, so many columns of them
+constexpr int64_t kRows = 216;         // rows per block: kSpan columns of x, and a panel, stay in the second cache
 
 struct Call {
   int64_t m, k;
@@ -42,7 +42,8 @@ struct Call {
   int64_t tile_sums() const { return epilogue.up ? 2 * kUpSums : kMostTileRows * kNarrowChunk; }
   int64_t spans() const { return (k + kSpan - 1) / kSpan; }
   int64_t depth(int64_t from, int64_t to) const { return k <= kDepth + kDepth / 2 ? k : std::min(kDepth, to - from); }
-  int64_t pass_panels() const { return std::max<int64_t>(1, kPassDepth / k); }
+  // Panels that a tile of x meets before the next one does: as many as are no longer than one of kSpan columns.
+  int64_t pass_panels() const { return std::max<int64_t>(1, kSpan / k); }
   bool packs() const { return crowds_cache(k * static_cast<int64_t>(sizeof(float))); }
 };
 
@@ -134,6 +135,20 @@ VITFAST_INLINE void multiply_rows(int64_t count, const From& x, const float* pan
   multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
 }
 
+// sums [count, kPanel of kNarrowChunk] (+)= columns of_x of a tile of x times a panel. x_at: column -> where it is
+// read.
+template <int lanes, int rows, int vectors, typename At>
+VITFAST_INLINE void multiply_panel(const Call& c, Share of_x, int64_t count, const At& x_at, const float* panel,
+                                   float* sums) {
+  for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
+    for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
+      depth = c.depth(k, of_x.end);
+      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, k == 0,
+                                          sums + j);
+    }
+  }
+}
+
 // panel [kSpan, kPanel] = columns of_x of the last panel, which is narrower, and zeros.
 VITFAST_INLINE void widen_last_panel(const Call& c, Share of_x, float* panel) {
   const int64_t width = c.epilogue.n % kPanel;
@@ -179,19 +194,17 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
               if (of_x.end == c.k && part == 0) prefetch_outputs(e, tile, first, std::min(first + kPanel, e.n));
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
-              for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
-                for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
-                  depth = c.depth(k, of_x.end);
-                  const auto multiply_from = [&](const auto& x) VITFAST_INLINE_LAMBDA {
-                    multiply_rows<lanes, rows_, vectors>(tile.size(), x, panel + (k - of_x.begin) * kPanel + j, depth,
-                                                         k == 0, sums + part * kUpSums + column + j);
-                  };
-                  if (packs) {
-                    multiply_from(FromTile<rows_>{memory.x + (k * count + t * kDepth) * rows_});
-                  } else {
-                    multiply_from(FromRows<rows_>(c.x + tile.begin * c.k + k, c.k));
-                  }
-                }
+              const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
+                multiply_panel<lanes, rows_, vectors>(c, of_x, tile.size(), x_at, panel,
+                                                      sums + part * kUpSums + column);
+              };
+              if (packs) {
+                multiply([&](int64_t k) VITFAST_INLINE_LAMBDA {
+                  return FromTile<rows_>{memory.x + (k * count + t * kDepth) * rows_};
+                });
+              } else {
+                multiply([&](int64_t k)
+                             VITFAST_INLINE_LAMBDA { return FromRows<rows_>(c.x + tile.begin * c.k + k, c.k); });
               }
             }
             if (ends) finish_rows<float, level>(e, tile.begin, tile.size(), n, sums);

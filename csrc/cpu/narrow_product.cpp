@@ -109,8 +109,9 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t from = g * c.group, to = std::min(from + c.group, words);
             const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
-            steps.multiply(tile.size(), {x.words + from * (packs ? kTileStride : 1), x.stride}, panel + from * kNarrowPanel, to - from,
-                           start + g * kTileStride, {to_sums, scale, groups, g == 0});
+            steps.multiply(tile.size(), {x.words + from * (packs ? kTileStride : 1), x.stride},
+                           panel + from * kNarrowPanel, to - from, start + g * kTileStride,
+                           {to_sums, scale, groups, g == 0});
           }
         };
         for (int64_t p = n; p < n_end; p += kNarrowPanel) {

@@ -199,8 +199,8 @@ VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t f
   chunk_stats(sums, vectors * kWide, e.stats + 2 * at);
 }
 
-// One row of a chunk, whose columns begin at `first`: `sums` [kNarrowChunk], which are changed, to row m of y. level: of
-// the function this is inlined into; it says how y is rounded to bf16, and GELU computed.
+// One row of a chunk, whose columns begin at `first`: `sums` [kNarrowChunk], which are changed, to row m of y. level:
+// of the function this is inlined into; it says how y is rounded to bf16, and GELU computed.
 template <typename scalar_t, Simd level>
 VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, float* sums) {
   constexpr int kVectors = kNarrowChunk / kWide;
