@@ -159,7 +159,7 @@ def embed(
                 engine = load_engine(model, *loading)
                 results = embed_images(engine, todo, stages=stages, **embedding)
                 dimension, identity = engine.config.embedding_dim, Identity.of(engine, output_dtype=written)
-            with _progress("embedding", total) as advance:
+            with _progress("embedding", total, stages.advice) as advance:
 
                 def on_result(_: Any) -> None:
                     advance()
@@ -277,14 +277,16 @@ def classify(
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it.
+def _progress(what: str, total: int | None, remark: Callable[[], str] = lambda: "") -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s and the time left on stderr, where that is a terminal. Gives what advances it.
 
     Args:
         total: how many images there are, None where that is not known before they are read.
+        remark: what stands at the end of the line, asked each time that it is drawn.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Any:
@@ -292,9 +294,22 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
 
             return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.1f} img/s")
 
+    class Remark(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            from rich.text import Text
+
+            return Text(remark())
+
     terminal: Any = Unfailing(sys.__stderr__)
     console = Console(file=terminal)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+        Remark(Column(no_wrap=True)),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
