@@ -22,6 +22,7 @@ from vitfast.cli.options import (
     DecodeMemory,
     Device,
     Devices,
+    Draft,
     DtypeOption,
     Fps,
     ImageColumn,
@@ -87,6 +88,7 @@ def embed(
     std: Std = None,
     size: Size = None,
     crop: Crop = None,
+    draft: Draft = False,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -137,7 +139,7 @@ def embed(
         stopped, lost = None, ""
         kind = None if format_ is None else format_.value
         folder, run = open_folder(out, model, overwrite=overwrite, format=kind), contextlib.ExitStack()
-        loading = (device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        loading = (device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop, draft))
         embedding = {
             "batch_size": batch_size, "workers": workers, "batch_invariant": batch_invariant,
             **decode_options(max_pixels, decode_memory),
@@ -235,6 +237,7 @@ def classify(
     std: Std = None,
     size: Size = None,
     crop: Crop = None,
+    draft: Draft = False,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -250,7 +253,9 @@ def classify(
 
         images = find_sources(sources, image_column=image_column, fps=fps)
         listing = images.listing
-        engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        engine = load_engine(
+            model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop, draft)
+        )
         options = decode_options(max_pixels, decode_memory)
         if template and labels is None:
             raise ValueError("--template goes with --labels")

@@ -117,7 +117,9 @@ def _embedded(index: Index, query: str, text: bool, model: str | None, options: 
     if not text and not os.path.lexists(query):
         raise InputError(f"no such file: {path_text(query)!r} (a sentence needs --text)")
     dtype = index.identity.dtype.partition(" ")[0] if index.identity else None
-    engine = load_engine(model or index.model, dtype=dtype, preprocess=None, **options)
+    draft = index.identity is not None and index.identity.preprocess.get("draft")
+    preprocess = {"draft": True} if draft else None
+    engine = load_engine(model or index.model, dtype=dtype, preprocess=preprocess, **options)
     index.check(engine)
     if text:
         return engine.text([query])[0].float().cpu().numpy()

@@ -98,6 +98,7 @@ class Decoder:
             with self.stages.at_work("read"):
                 result.stamp = Stamp(file.seek(0, os.SEEK_END), mtime_ns, sha256(file))
             with ImageFile(file, item.path, self.exif_orientation, self.max_pixels) as image:
+                image.prepare_for(self.preprocess)
                 sizes = ((image.height, image.width), (image.width, image.height))  # turned upright or not
                 resizing = max(memory(self.preprocess, *size) for size in sizes)
                 with self.memory.reserve(image.bytes + resizing):
