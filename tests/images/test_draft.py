@@ -27,11 +27,15 @@ def file_of(pixels, kind="JPEG", **options):
     return file
 
 
-def opened(file, preprocess, **options):
-    """Size as it will be decoded, and the picture."""
-    with ImageFile(file, "a picture", **options) as image:
+def opened(file, preprocess):
+    """Size as it will be decoded, and the picture; the whole picture's size is known all the same."""
+    whole = Image.open(file)
+    with ImageFile(file, "a picture") as image:
         image.prepare_for(preprocess)
-        return (image.height, image.width), image.decode()
+        size, picture = (image.height, image.width), image.decode()
+        turned = whole.getexif().get(ExifTags.Base.Orientation) == 6
+        assert image.size == (whole.size if turned else whole.size[::-1])
+        return size, picture
 
 
 @pytest.mark.parametrize("quality", [80, 95])
@@ -93,12 +97,13 @@ def test_it_takes_less_memory_and_leaves_what_the_limit_reduced():
 
 def test_engines_and_folders_know_of_it(tmp_path, monkeypatch):
     photo = tmp_path / "a.jpg"
-    photo.write_bytes(file_of(noise(216, 216), quality=95).getvalue())
+    photo.write_bytes(file_of(noise(216, 320), quality=95).getvalue())
     whole, part = (read_pictures([str(photo)], preprocess) for preprocess in (PREPROCESS, DRAFT))
     assert (whole != part).any() and (whole.int() - part.int()).abs().max() < 60  # noise is no photograph
     for preprocess, pixels in ((PREPROCESS, whole), (DRAFT, part)):
         engine = FakeEngine(preprocess)
         (result,) = embed_images(engine, [photo])
+        assert result.size == (216, 320)
         np.testing.assert_allclose(result.embedding[:3], pixels[0].float().mean((0, 1)), rtol=1e-5)
         assert Identity.of(engine).preprocess.get("draft", False) == preprocess.draft
         out = tmp_path / f"draft {preprocess.draft}"
@@ -109,7 +114,7 @@ def test_engines_and_folders_know_of_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr("vitfast.engine.load.load", load)
     other = tmp_path / "b.jpg"
-    other.write_bytes(file_of(noise(216, 216), quality=94).getvalue())
+    other.write_bytes(file_of(noise(216, 320), quality=94).getvalue())
 
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -29,6 +29,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright."""
+_TRANSPOSED = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
           stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
@@ -65,6 +66,7 @@ class ImageFile:
 
     Attributes:
         width, height: of what `decode` will read, before it is turned upright.
+        size: (height, width) of the whole picture, upright; known once it is decoded.
         note: what is done to this picture beyond plain decoding, or "".
     """
 
@@ -86,6 +88,7 @@ class ImageFile:
                 size, kind, mode = image.size, image.format or "", image.mode
                 progressive = "progressive" in image.info
             self.width, self.height = size
+            self._stored = size
             if self.width < 1 or self.height < 1:
                 raise ImageError(path, f"the image has no pixels ({self.height}x{self.width})")
             if kind in NO_SIGNATURE:
@@ -161,6 +164,9 @@ class ImageFile:
             turn = _TURNS.get(_orientation(image)) if self._exif_orientation else None
             image, note = eight_bit(image, self._path)
             self.note = note or self.note
+            reduced = (self.width, self.height) != self._stored
+            width, height = self._stored if reduced else image.size
+            self.size = (width, height) if turn in _TRANSPOSED else (height, width)
             if image.mode != "RGB":  # Pillow would copy it
                 image = image.convert("RGB")
             return image if turn is None else image.transpose(turn)

@@ -49,8 +49,8 @@ class Stamp(NamedTuple):
 class Result:
     """What became of one image: status "ok" with an embedding (and logits if the model has a head),
     or the reason why not. Arrays are float32 [E] and [classes]. `note` says what was done to an unusual picture
-    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was, `columns` what its source says of it besides.
-    `path` is text for an image that is no file (see `vitfast.pipeline.sources.Item`)."""
+    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was, `size` its height and width upright, `columns`
+    what its source says of it besides. `path` is text for an image that is no file (see `Item`)."""
 
     path: str | Path
     status: str
@@ -58,6 +58,7 @@ class Result:
     logits: np.ndarray | None = None
     note: str = ""
     stamp: Stamp | None = None
+    size: tuple[int, int] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +107,7 @@ class Decoder:
                         picture = image.decode()
                     with self.stages.at_work("resize"):
                         pixels = resize_and_crop(picture, self.preprocess)
-                result.note = image.note
+                result.note, result.size = image.note, image.size
                 return pixels
 
 
