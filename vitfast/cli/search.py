@@ -1,4 +1,4 @@
-"""`vitfast similar`, `duplicates` and `map`: search in what `vitfast embed` has written."""
+"""`vitfast similar`, `duplicates`, `map` and `npy`: what is done with the folders that `vitfast embed` has written."""
 
 from __future__ import annotations
 
@@ -185,3 +185,20 @@ def map_(
         Path(page).write_text(made.page, encoding="utf-8")
         answer.json = {"index": path_text(index), "html": path_text(page), "method": method.value, **made.counts}
         answer.text = [f"{made.remark} -> {escaped(path_text(page))}"]
+
+
+@app.command(epilog="Example: `vitfast npy embeddings/ vectors.npy`")
+def npy(
+    context: typer.Context,
+    index: Folder,
+    out: Annotated[str, typer.Argument(metavar="FILE", help="The vectors, .npy; their keys go beside it, .keys.json.")],
+    as_json: Json = False,
+) -> None:
+    """Write the vectors of INDEX as one array [rows, numbers], and the images' keys in that order as a JSON list."""
+    with command(context, as_json) as answer:
+        from vitfast.images.files import path_text
+        from vitfast.pipeline.reading import write_npy
+
+        keys, rows = write_npy(index, out)
+        answer.json = {"vectors": path_text(out), "keys": path_text(keys), "rows": rows}
+        answer.text = f"{rows} vectors -> {escaped(path_text(out))}, keys -> {escaped(path_text(keys))}"
