@@ -303,18 +303,12 @@ def _progress(what: str, total: int | None, remark: Callable[[], str] = lambda: 
         def render(self, task: Any) -> Any:
             from rich.text import Text
 
-            return Text(remark())
+            return Text(remark(), no_wrap=True, overflow="ellipsis")
 
     terminal: Any = Unfailing(sys.__stderr__)
     console = Console(file=terminal)
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Speed(),
-        TimeRemainingColumn(),
-        Remark(Column(no_wrap=True)),
-    )
+    numbers = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, Speed, TimeRemainingColumn))
+    columns = (TextColumn(what), BarColumn(), *numbers, Remark())  # which alone is cut short on a narrow terminal
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
