@@ -12,9 +12,13 @@ from vitfast.engine.sites import scales_heads, site_dims
 from vitfast.models.config import ViTConfig
 from vitfast.models.plan import SITES
 
+PHOTO = (375, 500)
+"""Height and width of the usual picture of ImageNet."""
+
 
 def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
-    """(op, dims), telling ones first: bare products, a forward, other forms of its sites, 8 bits, backward, a block."""
+    """(op, dims), telling ones first: bare products, a forward, other forms of its sites, 8 bits, a resize, backward,
+    a block."""
 
     def at(site: str, precision: str = "", **changes: Any) -> tuple[str, Dims]:
         entry = SITES[site]
@@ -41,6 +45,10 @@ def model_dims(config: ViTConfig, batch: int) -> Iterator[tuple[str, Dims]]:
             yield from (at("attention_quantize", precision), at("proj_head_scales", precision))
         for site, epilogue in (("quantized_fc1", gate), ("quantized_fc2", "residual")):  # not handed on in 8 bits
             yield at(site, precision, epilogue=epilogue)
+    rows = config.image_size[0]
+    photo, columns = {"batch": batch, "height": PHOTO[0]}, rows * PHOTO[1] // PHOTO[0]
+    yield "resample", {**photo, "width": PHOTO[1], "axis": "columns", "out": columns}
+    yield "resample", {**photo, "width": columns, "axis": "rows", "out": rows}
     yield "attention_backward", heads
     if (config.activation, config.layer_scale, config.heads * config.head_dim) == ("gelu", False, config.width):
         yield "block", {**heads, "width": config.width, "hidden": config.mlp_dim}  # the costliest: it is planned, too

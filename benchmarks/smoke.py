@@ -44,6 +44,7 @@ SMALL: dict[str, tuple[Dims, ...]] = {
         for e in ("bias", "gelu requantize", "groups residual", "heads residual")
         for p in QUANTIZED
     ),
+    "resample": tuple({"batch": 3, "height": 83, "width": 61, "axis": a, "out": 32} for a in ("rows", "columns")),
     "block": ({**_HEADS, "width": 128, "hidden": 256},),
 }
 """Of every op: as few shapes as reach its forms, real and awkward."""

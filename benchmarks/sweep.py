@@ -34,7 +34,7 @@ from vitfast.ops import registry
 OURS = "vitfast triton"
 OPS = (
     "attention", "linear", "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention_block", "mlp",
-    "quantized_linear", "quantize",
+    "quantized_linear", "quantize", "resample",
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "attention_quantize(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, bool causal=False, "
       "float? scale=None) -> (Tensor, Tensor)");
-  // Of images, not of a model: see vitfast/images/pillow_resize.py. keep: the first so many channels, along rows.
+  // keep, which the reference has not: the first so many channels, along rows.
   m.def("resample(Tensor images, Tensor first, Tensor weights, *, int axis, int? keep=None) -> Tensor");
 }
 
@@ -108,6 +108,7 @@ py::dict ops() {
       py::dict("devices"_a = devices, "dtypes"_a = dtypes, "limits"_a = py::dict("head_dim"_a = py::make_tuple(1, 256)),
                "features"_a = py::make_tuple("causal", "int8 output"));
   all["quantize"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("int8"));
+  all["resample"] = py::dict("devices"_a = devices, "dtypes"_a = py::make_tuple("uint8"));
   py::dict in_int8("dtypes"_a = py::make_tuple("int8"),
                    "limits"_a = py::dict("K"_a = py::make_tuple(1, vitfast::kQuantizedLinearMaxInner)),
                    "features"_a = py::make_tuple("scale groups", "scale groups of 64", "swiglu"),

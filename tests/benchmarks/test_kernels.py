@@ -47,6 +47,7 @@ SMALL = {
         for e in ("bias", "gelu", "swiglu", "residual", "gelu requantize", "groups residual", "heads residual")
         for p in ("fp8", "int8")
     ],
+    "resample": [{"batch": 2, "height": 19, "width": 33, "axis": a, "out": 9} for a in ("rows", "columns")],
     "block": [{"batch": 2, "tokens": 17, "heads": 2, "head_dim": 16, "width": 32, "hidden": 64}],
 }
 

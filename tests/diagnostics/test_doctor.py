@@ -99,12 +99,12 @@ def test_products_of_a_cpu_that_can_no_more(level):
 def test_every_op_device_and_dtype_is_answered_as_the_registry_answers(report):
     found = {(entry["op"], entry["device"], entry["dtype"]): entry for entry in report["backends"]}
     devices = {"cpu", "cuda:0"} if torch.cuda.is_available() else {"cpu"}
-    floats, quantized = {"float32", "float16", "bfloat16"}, {"float8_e4m3fn", "int8"}
+    floats, others = {"float32", "float16", "bfloat16"}, {"resample": {"uint8"}}
+    others |= {op: {"float8_e4m3fn", "int8"} for op in registry.QUANTIZED_OPS}
     assert len(found) == len(report["backends"])
     assert {op for op, _, _ in found} == set(registry.OPS) == set(doctor.DIMS)
     for op in registry.OPS:
-        wanted = quantized if op in registry.QUANTIZED_OPS else floats
-        assert {dtype for name, _, dtype in found if name == op} == wanted
+        assert {dtype for name, _, dtype in found if name == op} == others.get(op, floats)
     assert devices <= {device for _, device, _ in found}
     for (op, device, dtype), entry in found.items():
         capability = registry.device_capability(torch.device(device))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitfast import testing
+from vitfast import ops, testing
 from vitfast.images import pillow_resize
 from vitfast.images.preprocess import (
     INTERPOLATIONS,
@@ -259,7 +259,7 @@ def test_tensor_path_on_the_cpu_is_exact():
 def test_tensor_path_leaves_images_of_the_right_size():
     images = torch.from_numpy(noise(32, 33))[None].to(testing.device())
     assert preprocess_batch(images, Preprocess((32, 33), 32)) is images
-    assert preprocess_batch(images, Preprocess((32, 33), 40)) is not images
+    assert preprocess_batch(images, Preprocess((32, 33), 40), resample=ops.resample) is not images
     empty = images.new_empty(0, 50, 60, 3)
     assert preprocess_batch(empty, Preprocess((32, 33), 40)).shape == (0, 32, 33, 3)
 
@@ -270,7 +270,8 @@ def test_tensor_path_off_the_cpu_is_exact(interpolation, resize):
     """The GPU's path; here on whatever device there is."""
     preprocess = Preprocess((32, 33), resize, interpolation)
     for image in [*(noise(h, w) for h, w in SHAPES), photos()["chelsea"][::2, ::2]]:
-        out = _resize_and_crop_tensor(torch.from_numpy(image)[None].to(testing.device()), preprocess)[0].cpu()
+        on_device = torch.from_numpy(image)[None].to(testing.device())
+        out = _resize_and_crop_tensor(on_device, preprocess, ops.resample)[0].cpu()
         assert np.array_equal(out.numpy(), resize_and_crop(image, preprocess)), image.shape
 
 
@@ -286,7 +287,7 @@ def test_resample_is_pillow(size, out, interpolation, seed):
     if seed == 3:
         image = image // 128 * 255  # overshoots the most
     expected = Image.fromarray(image).resize(out[::-1], Image.Resampling[interpolation.upper()])
-    ours = pillow_resize.resize(torch.from_numpy(image).to(testing.device()), out, interpolation)
+    ours = pillow_resize.resize(torch.from_numpy(image).to(testing.device()), out, interpolation, ops.resample)
     assert np.array_equal(ours.cpu().numpy(), np.array(expected))
 
 
@@ -295,12 +296,13 @@ def test_hamming_has_pillows_constants(length, out):
     """Sizes at which a weight with 0.54 and 0.46 in double precision rounds to another integer."""
     image = noise(24, length, length)
     expected = Image.fromarray(image).resize((out, 24), Image.Resampling.HAMMING)
-    assert np.array_equal(pillow_resize.resize(torch.from_numpy(image), (24, out), "hamming"), np.array(expected))
+    ours = pillow_resize.resize(torch.from_numpy(image), (24, out), "hamming", ops.resample)
+    assert np.array_equal(ours, np.array(expected))
 
 
 def test_resample_refuses_an_unknown_filter():
     with pytest.raises(ValueError, match="'cubic'"):
-        pillow_resize.resize(torch.zeros(4, 4, 3, dtype=torch.uint8), (2, 2), "cubic")
+        pillow_resize.resize(torch.zeros(4, 4, 3, dtype=torch.uint8), (2, 2), "cubic", ops.resample)
 
 
 @pytest.mark.parametrize("shape", [(61, 83, 3), (1, 61, 83, 1), (1, 0, 83, 3)])
@@ -309,6 +311,12 @@ def test_preprocess_batch_refuses(shape):
         preprocess_batch(torch.zeros(shape, dtype=torch.uint8), Preprocess((32, 32), 32))
     with pytest.raises(ValueError, match="float32"):
         preprocess_batch(torch.zeros(1, 61, 83, 3), Preprocess((32, 32), 32))
+
+
+def test_images_on_a_device_need_to_be_told_what_resamples_them():
+    images = torch.empty(1, 61, 83, 3, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match=r"images on meta need resample, as in resample=vitfast\.ops\.resample"):
+        preprocess_batch(images, Preprocess((32, 32), 32))
 
 
 def test_normalize():

@@ -385,6 +385,7 @@ def test_damaged_descriptions(tmp_path, change, reason):
         ({"size": (48, 64)}, {"resize": (48, 64), "size": (48, 64), "center_crop": False}),
         ({"crop": [40, 48]}, {"size": (40, 48), "center_crop": True}),
         ({"interpolation": "bilinear", "mean": None}, {"interpolation": "bilinear"}),
+        ({"draft": True}, {"draft": True}),
     ],
     ids=str,
 )
@@ -404,7 +405,8 @@ def test_preprocessing_by_argument_that_does_not_fit(tmp_path):
         ({"size": 32}, "the model's source does not say how images are normalised: give mean and std"),
         ({"mean": 0.5, "std": 0}, "Preprocess needs as many positive std as mean"),
         ({"mean": [0.5, 0.5], "std": [1, 1]}, "mean (0.5, 0.5) for a model of 3 input channel(s)"),
-        ({"means": 0.5}, "expected a Preprocess or a mapping with size, crop, mean, std, interpolation, got"),
+        ({"mean": 0.5, "std": 1, "draft": "yes"}, "Preprocess.draft must be True or False, got 'yes'"),
+        ({"means": 0.5}, "expected a Preprocess or a mapping with size, crop, mean, std, interpolation, draft, got"),
         ({"mean": 0.5, "std": 1, "size": "large"}, "Preprocess.resize must be positive whole pixels, got 'large'"),
         ({"mean": 0.5, "std": 1, "crop": 4}, "image size 4x4 is less than one patch"),
     ):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitfast import ops, testing
+from vitfast.images.pillow_resize import taps
 from vitfast.ops import reference, registry
 from vitfast.testing import make
 
@@ -42,6 +43,7 @@ def _arguments() -> dict[str, tuple]:
         "mlp": (x, weight, bias, make(48, 64), None, "gelu_tanh", None, x, total, 1e-6),
         "mlp_stats": (x, w, b, make(48, 64), None, "gelu_tanh", None, x),
         "quantize": (x, *norm, 1e-6, torch.float8_e4m3fn),
+        "resample": (images, *(torch.from_numpy(table).to(testing.device()) for table in taps(24, 7, "bicubic")), 2),
         "quantized_linear": (
             *reference.quantize(x, dtype=torch.int8), *reference.quantize(w, dtype=torch.int8), b,
             "gelu", None, None, torch.float32,

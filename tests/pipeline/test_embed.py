@@ -19,6 +19,7 @@ from vitfast.pipeline import embed
 from vitfast.pipeline.embed import classify_images, embed_images
 from vitfast.pipeline.memory import Memory, default_limit
 from vitfast.pipeline.sources import item
+from vitfast.pipeline.stages import Stages
 
 
 @pytest.fixture
@@ -58,6 +59,52 @@ def test_batches_of_one_shape(photos):
         if result.status == "ok":
             np.testing.assert_allclose(result.embedding, expected(result.path), rtol=1e-5)
     assert sum(result.status == "ok" for result in results) == 10 and len(results) == 13
+
+
+class SmallEngine(FakeEngine):
+    """With memory for so many images at once."""
+
+    room = 3
+
+    def __call__(self, images, *, preprocessed):
+        if len(images) > self.room:
+            self.refused = [*getattr(self, "refused", []), len(images)]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().__call__(images, preprocessed=preprocessed)
+
+
+def test_batches_that_memory_is_too_short_for_come_again_in_halves(photos):
+    """Each image once and in order, the bad ones too; what did not fit is not tried again."""
+    engine, stages = SmallEngine(), Stages()
+    results = list(embed_images(engine, collect([photos]), batch_size=64, stages=stages))
+    assert [result.path for result in results] == collect([photos])
+    for result in results:
+        if result.status == "ok":
+            np.testing.assert_allclose(result.embedding, expected(result.path), rtol=1e-5)
+    assert sum(result.status == "ok" for result in results) == 10
+    assert engine.refused == [8, 4] and max(engine.batches) == 2 and sum(engine.batches) == 10
+    assert "in batches of at most 2 for want of memory" in stages.advice()
+
+
+def test_memory_that_is_too_short_for_one_image_or_for_batches_of_one_shape_is_an_error(photos):
+    engine = SmallEngine()
+    with pytest.raises(torch.OutOfMemoryError):
+        list(embed_images(engine, collect([photos]), batch_size=4, batch_invariant=True))
+    engine.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(embed_images(engine, collect([photos])))
+    assert engine.refused[-4:] == [8, 4, 2, 1]
+
+
+def test_memory_that_is_too_short_for_a_source_is_an_error(photos):
+    """Not of the model's: what the source still had is gone, and to go on would lose it without a word."""
+
+    def broken():
+        yield from collect([photos])[:6]
+        raise MemoryError("a list of names that is too long")
+
+    with pytest.raises(MemoryError, match="a list of names"):
+        list(embed_images(FakeEngine(), broken(), batch_size=2, workers=1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

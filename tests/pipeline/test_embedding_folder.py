@@ -43,7 +43,9 @@ def test_parquet_columns_types_and_values(photos, tmp_path):
     assert (summary.done, len(summary.failed), len(summary.parts)) == (10, 3, 1)
     assert summary.images_per_second == pytest.approx(13 / summary.seconds)
     table = pq.read_table(tmp_path / "deep" / "out")
-    assert table.schema.names == ["path", "embedding", "status", "note", "file_size", "file_mtime_ns", "file_sha256"]
+    assert table.schema.names == [
+        "path", "embedding", "status", "note", "width", "height", "file_size", "file_mtime_ns", "file_sha256",
+    ]  # fmt: skip
     assert table.schema.field("path").type == pa.string()
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 4)
     assert table.schema.metadata[b"vitfast.model"] == b"m"
@@ -55,8 +57,9 @@ def test_parquet_columns_types_and_values(photos, tmp_path):
         assert row["file_sha256"] == hashlib.sha256(content).digest()
         if row["status"] == "ok":
             np.testing.assert_allclose(row["embedding"], expected(row["path"]), rtol=1e-5)
+            assert (row["width"], row["height"]) == Image.open(row["path"]).size
         else:
-            assert row["embedding"] is None
+            assert row["embedding"] is row["width"] is row["height"] is None
             assert summary.failed[row["path"]] == row["status"]
 
 

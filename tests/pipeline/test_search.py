@@ -148,3 +148,35 @@ def test_duplicates_command(embedded):
     assert "1 groups of images alike among 11" in run("duplicates", out, "--above", 0.999999).stdout
     assert run("duplicates", out, "--above", 2).exit_code == 2
     assert run("duplicates", photos).exit_code == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_vectors_as_one_array(vectors, dtype, tmp_path):
+    """Of several parts, in the folder's own dtype and not normalised."""
+    out = folder_of(vectors, tmp_path / "out", output_dtype=dtype)
+    answer = json.loads(run("npy", out, tmp_path / "v.npy", "--json").stdout)
+    assert answer == {"vectors": str(tmp_path / "v.npy"), "keys": str(tmp_path / "v.keys.json"), "rows": 50}
+    written = np.load(tmp_path / "v.npy")
+    assert written.dtype == dtype and np.array_equal(written, vectors.astype(dtype))
+    assert json.loads(Path(answer["keys"]).read_text()) == [f"/{number:04d}.png" for number in range(50)]
+
+
+def test_vectors_of_bad_images_are_left_out(embedded, tmp_path):
+    _, out, _ = embedded
+    assert "10 vectors" in run("npy", out, tmp_path / "v.npy").stdout.replace("\n", " ")
+    keys = json.loads((tmp_path / "v.keys.json").read_text())
+    index = Index(out)
+    assert keys == index.paths and len(np.load(tmp_path / "v.npy")) == 10
+    unit = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(unit / np.linalg.norm(unit, axis=1, keepdims=True), index.vectors, atol=1e-6)
+
+
+def test_what_cannot_be_an_array_is_refused_and_nothing_left_behind(embedded, vectors, tmp_path):
+    _, out, _ = embedded
+    result = run("npy", out, tmp_path / "v.txt")
+    assert result.exit_code == 2 and "must end in .npy, got" in result.output
+    result = run("npy", tmp_path / "nothing", tmp_path / "v.npy")
+    assert result.exit_code == 2 and "holds no embeddings" in result.output.replace("\n", " ")
+    (tmp_path / "taken.npy").mkdir()
+    assert run("npy", out, tmp_path / "taken.npy").exit_code == 1
+    assert not list(tmp_path.glob(".*"))

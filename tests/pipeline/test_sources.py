@@ -1,15 +1,9 @@
 """vitfast.pipeline.sources: every kind of source gives the rows that a folder of the same images gives."""
 
-import csv
-import functools
 import gzip
-import http.server
 import io
 import json
-import signal
 import tarfile
-import threading
-import zipfile
 from pathlib import Path
 
 import fsspec
@@ -17,224 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.folder_runs import Runs
-from helpers.grids import thinned
-from helpers.photos import FakeEngine, make_photos, save
+from helpers.photos import FakeEngine, save
+from helpers.sources import KINDS, embedded, make_csv, make_list, make_tar, relative, rows
 from PIL import Image
 from typer.testing import CliRunner
 
 from vitfast.cli.app import app
-from vitfast.images.files import InputError, collect
+from vitfast.images.files import InputError
 from vitfast.pipeline.embed import embed_images
-from vitfast.pipeline.parquet import EmbeddingFolder, read_embeddings, write_parquet
+from vitfast.pipeline.parquet import read_embeddings
 from vitfast.pipeline.sources import find_sources
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Ten good pictures and three bad ones, in folders."""
-    folder = tmp_path_factory.mktemp("photos")
-    make_photos(folder)
-    return folder
-
-
-def relative(photos):
-    return [str(path.relative_to(photos)) for path in collect([photos])]
-
-
-def make_tar(photos, path, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for name in relative(photos):
-            archive.add(photos / name, name)
-    return [path]
-
-
-def make_samples(photos, path):
-    """A WebDataset shard: each image with the fields of its sample beside it."""
-    with tarfile.open(path, "w") as archive:
-        for name in relative(photos):
-            archive.add(photos / name, name)
-            fields = json.dumps({"label": f"of {name}"}).encode()
-            info = tarfile.TarInfo(f"{name.partition('.')[0]}.json")
-            info.size = len(fields)
-            archive.addfile(info, io.BytesIO(fields))
-    return [path]
-
-
-def make_zip(photos, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in relative(photos):
-            archive.write(photos / name, name)
-    return [path]
-
-
-def make_list(photos, path):
-    path.write_text("# comment\n\n" + "\n".join(str(photos / name) for name in relative(photos)) + "\n")
-    return [path]
-
-
-def make_csv(photos, path, delimiter=","):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter)
-        writer.writerow(["label", "path"])
-        writer.writerows([f"of {name}", photos / name] for name in relative(photos))
-    return [path]
-
-
-def make_bytes(photos, path):
-    contents = [(photos / name).read_bytes() for name in relative(photos)]
-    pq.write_table(pa.table({"id": range(len(contents)), "jpg": contents}), path, row_group_size=4)
-    return [path]
-
-
-def make_struct(photos, path):
-    rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
-    pq.write_table(pa.table({"image": rows}), path)
-    return [path]
-
-
-def make_paths(photos, path):
-    names = relative(photos)
-    columns = {"label": [f"of {name}" for name in names], "path": [str(photos / name) for name in names]}
-    pq.write_table(pa.table(columns), path)
-    return [path]
-
-
-def make_lance(photos, path):
-    lance = pytest.importorskip("lance", reason="pylance is not installed: no Lance dataset to read")
-    images = [(photos / name).read_bytes() for name in relative(photos)]
-    lance.write_dataset(pa.table({"image": images}), str(path), max_rows_per_file=4)
-    return [path]
-
-
-def make_shards(photos, path):
-    names = relative(photos)
-    for number in (0, 1):
-        shard = path.with_name(f"{number}-{path.name}")
-        with tarfile.open(shard, "w") as archive:
-            for name in names[number::2]:
-                archive.add(photos / name, name)
-    return [path.with_name(f"*-{path.name}")]
-
-
-def make_arrow(photos, path):
-    """Both forms of a file: the stream is how Hugging Face's datasets keep theirs."""
-    rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
-    table = pa.table({"image": rows})
-    new = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
-    with new(path, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4)
-    return [path]
-
-
-def make_saved(photos, path):
-    """A folder as `save_to_disk` of Hugging Face's datasets writes it, in two files."""
-    path.mkdir()
-    rows = [{"bytes": (photos / name).read_bytes(), "path": name} for name in relative(photos)]
-    files = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
-    for number, name in enumerate(files):
-        table = pa.table({"image": rows[7 * number : 7 * number + 7]})
-        with pa.ipc.new_stream(path / name, table.schema) as writer:
-            writer.write_table(table)
-    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in files]}))
-    (path / "dataset_info.json").write_text("{}")
-    return [path]
-
-
-KINDS = {
-    "folder": ("", lambda photos, path: [photos]),
-    "files": ("", lambda photos, path: [photos / name for name in relative(photos)]),
-    "pattern": ("", lambda photos, path: [f"{photos}/*"]),
-    "tar": ("all.tar", make_tar),
-    "tar.gz": ("all.tar.gz", functools.partial(make_tar, mode="w:gz")),
-    "tar.xz": ("all.tar.xz", functools.partial(make_tar, mode="w:xz")),
-    "shards": ("shard.tar", make_shards),
-    "samples": ("all.tar", make_samples),
-    "zip": ("all.zip", make_zip),
-    "list": ("all.txt", make_list),
-    "csv": ("all.csv", make_csv),
-    "tsv": ("all.tsv", functools.partial(make_csv, delimiter="\t")),
-    "parquet of bytes": ("all.parquet", make_bytes),
-    "parquet of structs": ("all.parquet", make_struct),
-    "parquet of paths": ("all.parquet", make_paths),
-    "arrow stream": ("stream.arrow", make_arrow),
-    "arrow file": ("file.arrow", make_arrow),
-    "saved dataset": ("saved", make_saved),
-    "lance": ("all.lance", make_lance),
-    "files by URL": ("all.txt", None),
-    "shard by URL": ("all.tar.gz", functools.partial(make_tar, mode="w:gz")),
-    "table by URL": ("all.parquet", make_bytes),
-    "folder of a file system": ("", lambda photos, path: [f"file://{photos}"]),
-}
-CARRIED = {"samples", "csv", "tsv", "parquet of paths"}
-"""Kinds whose images have a label."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """All that the tests write, over HTTP on this machine; gives what makes a path a URL."""
-    root = tmp_path_factory.getbasetemp()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Handler, directory=str(root))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield lambda path: f"http://127.0.0.1:{running.server_port}/{path.relative_to(root)}"
-        running.shutdown()
-
-
-@pytest.fixture
-def made(photos, server, tmp_path):
-    """Makes the sources of a kind."""
-
-    def make(kind):
-        name, maker = KINDS[kind]
-        if kind == "files by URL":
-            (tmp_path / name).write_text("\n".join(server(photos / name) for name in relative(photos)))
-            return [tmp_path / name]
-        sources = maker(photos, tmp_path / name)
-        return [server(source) for source in sources] if kind.endswith("by URL") else sources
-
-    return make
-
-
-def embedded(sources, out, engine=None, limit=None, **options):
-    """Embed sources as the command does, stopping after `limit` results."""
-    engine = engine or FakeEngine()
-    folder = EmbeddingFolder(out, "m")
-    images = find_sources(sources, **options)
-
-    def stop(_, seen=[]):  # noqa: B006
-        seen.append(1)
-        if limit is not None and len(seen) == limit:
-            raise KeyboardInterrupt
-
-    try:
-        write_parquet(embed_images(engine, folder.todo(images), batch_size=3), folder, engine, on_result=stop)
-    except KeyboardInterrupt:
-        assert limit is not None
-    return images.listing
-
-
-def rows(out):
-    """What does not depend on where an image came from, in one order."""
-    table = read_embeddings(out)
-    assert len(set(table["path"].to_pylist())) == len(table)
-    found = []
-    for row in table.to_pylist():
-        status = row["status"].replace(row["path"], "PATH")
-        found.append((row["file_sha256"] or b"", row["file_size"] or 0, status, row["embedding"]))
-    return sorted(found, key=repr)
-
-
-@pytest.fixture(scope="module")
-def of_folder(photos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "folder"
-    embedded([photos], out)
-    return rows(out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,30 +41,6 @@ def test_a_broken_run_goes_on(kind, made, of_folder, tmp_path):
     for limit in (1, 4, 5, None):
         embedded(sources, tmp_path / "out", engine, limit)
     assert rows(tmp_path / "out") == of_folder
-
-
-@pytest.fixture(scope="module")
-def runs():
-    with Runs() as started:
-        yield started
-
-
-@pytest.mark.parametrize("kind", thinned(KINDS, 6))
-def test_a_killed_run_goes_on(kind, runs, made, of_folder, tmp_path):
-    """SIGKILL when four rows are on the disk, and again: two of them are of bad pictures, which are tried once more."""
-    carried = ["--columns", "label"] if kind in CARRIED else []
-    command = ("embed", *made(kind), "-m", "m", "-o", tmp_path / "out", "--batch-size", 2, *carried)
-    for least in (4, 5):
-        job = {"fault": ["result", 4, "before", "SIGKILL"], "rows": 1, "seconds": 0.0}
-        assert runs.run(*command, log=tmp_path / "log", **job) == -signal.SIGKILL
-        there = len(read_embeddings(tmp_path / "out"))
-        assert least <= there < 13
-    assert runs.run(*command, log=tmp_path / "log") == 1  # three of the photographs are bad
-    assert rows(tmp_path / "out") == of_folder
-    if carried:
-        table = read_embeddings(tmp_path / "out")
-        names = [Path(key.rpartition("::")[2]).name for key in table["path"].to_pylist()]
-        assert table["label"].to_pylist() == [f"of {name}" for name in names]
 
 
 def test_keys_say_where_an_image_is(photos, tmp_path):

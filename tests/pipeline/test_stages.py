@@ -1,7 +1,9 @@
 """vitfast.pipeline.stages: the stage that is made slow is the one that is named."""
 
+import io
 import json
 import re
+import sys
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ from helpers.photos import FakeEngine, make_photos
 from typer.testing import CliRunner
 
 from vitfast.cli.app import app
+from vitfast.cli.embed import _progress
 from vitfast.pipeline import embed, stages
 from vitfast.pipeline.parquet import EmbeddingFolder
 from vitfast.pipeline.stages import Stages
@@ -60,6 +63,23 @@ def test_the_slow_stage_is_named(slow, tmp_path, monkeypatch):
 
 def test_nothing_done_says_nothing():
     assert Stages().advice() == ""
+
+
+@pytest.mark.parametrize(("width", "shown"), [(140, "decode-bound: model 25% busy"), (80, "decode-")])
+def test_a_terminal_shows_the_stage_that_binds_in_one_line(width, shown, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "__stderr__", terminal)
+    for name, value in {"COLUMNS": str(width), "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    with _progress("embedding", 3, Stages(decode=3.0, total=4.0, workers=2).advice) as advance:
+        for _ in range(3):
+            advance()
+    last = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).strip())[-1]
+    assert re.search(rf"^embedding \S+ +3/3 \d+\.\d img/s [-:\d]+ {shown}", last), last
 
 
 def test_no_more_workers_than_cores_are_advised(monkeypatch):

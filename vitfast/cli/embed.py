@@ -22,6 +22,7 @@ from vitfast.cli.options import (
     DecodeMemory,
     Device,
     Devices,
+    Draft,
     DtypeOption,
     Fps,
     ImageColumn,
@@ -87,6 +88,7 @@ def embed(
     std: Std = None,
     size: Size = None,
     crop: Crop = None,
+    draft: Draft = False,
     workers: Workers = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Embed again what has another size or time than when it was embedded.")
@@ -137,7 +139,7 @@ def embed(
         stopped, lost = None, ""
         kind = None if format_ is None else format_.value
         folder, run = open_folder(out, model, overwrite=overwrite, format=kind), contextlib.ExitStack()
-        loading = (device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        loading = (device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop, draft))
         embedding = {
             "batch_size": batch_size, "workers": workers, "batch_invariant": batch_invariant,
             **decode_options(max_pixels, decode_memory),
@@ -159,7 +161,7 @@ def embed(
                 engine = load_engine(model, *loading)
                 results = embed_images(engine, todo, stages=stages, **embedding)
                 dimension, identity = engine.config.embedding_dim, Identity.of(engine, output_dtype=written)
-            with _progress("embedding", total) as advance:
+            with _progress("embedding", total, stages.advice) as advance:
 
                 def on_result(_: Any) -> None:
                     advance()
@@ -235,6 +237,7 @@ def classify(
     std: Std = None,
     size: Size = None,
     crop: Crop = None,
+    draft: Draft = False,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     decode_memory: DecodeMemory = None,
@@ -250,7 +253,9 @@ def classify(
 
         images = find_sources(sources, image_column=image_column, fps=fps)
         listing = images.listing
-        engine = load_engine(model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop))
+        engine = load_engine(
+            model, device, dtype, allow_pickle, weights_key, arch, prepared(mean, std, size, crop, draft)
+        )
         options = decode_options(max_pixels, decode_memory)
         if template and labels is None:
             raise ValueError("--template goes with --labels")
@@ -277,14 +282,16 @@ def classify(
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar with img/s on stderr, where that is a terminal. Gives the function that advances it.
+def _progress(what: str, total: int | None, remark: Callable[[], str] = lambda: "") -> Iterator[Callable[[], None]]:
+    """A progress bar with img/s and the time left on stderr, where that is a terminal. Gives what advances it.
 
     Args:
         total: how many images there are, None where that is not known before they are read.
+        remark: what stands at the end of the line, asked each time that it is drawn.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Any:
@@ -292,9 +299,16 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
 
             return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.1f} img/s")
 
+    class Remark(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            from rich.text import Text
+
+            return Text(remark(), no_wrap=True, overflow="ellipsis")
+
     terminal: Any = Unfailing(sys.__stderr__)
     console = Console(file=terminal)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    numbers = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, Speed, TimeRemainingColumn))
+    columns = (TextColumn(what), BarColumn(), *numbers, Remark())  # which alone is cut short on a narrow terminal
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

@@ -92,6 +92,12 @@ Size = Annotated[
     str | None, typer.Option(metavar="N|HxW", help="Images are resized to this shortest side, or exactly to HxW.")
 ]
 Crop = Annotated[str | None, typer.Option(metavar="N|HxW", help="The centre that is then cut out.")]
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft", help="Decode JPEGs that shrink much at 1/2, 1/4 or 1/8 of their size: faster, no longer bit for bit."
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per run of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: the GPU if there is one]")]
 Devices = Annotated[
@@ -170,11 +176,14 @@ def load_engine(
     return load(model, **load_options(device, dtype, allow_pickle, weights_key, arch, preprocess))
 
 
-def prepared(mean: str | None, std: str | None, size: str | None, crop: str | None) -> dict[str, Any] | None:
+def prepared(
+    mean: str | None, std: str | None, size: str | None, crop: str | None, draft: bool = False
+) -> dict[str, Any] | None:
     """The options as `vitfast.load` takes them."""
     parsed: dict[str, Any] = {
         **{name: numbers(text) for name, text in (("mean", mean), ("std", std)) if text is not None},
         **{name: side(text) for name, text in (("size", size), ("crop", crop)) if text is not None},
+        **({"draft": True} if draft else {}),
     }
     return parsed or None
 

@@ -1,4 +1,4 @@
-"""`vitfast similar`, `duplicates` and `map`: search in what `vitfast embed` has written."""
+"""`vitfast similar`, `duplicates`, `map` and `npy`: what is done with the folders that `vitfast embed` has written."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def _embedded(index: Index, query: str, text: bool, model: str | None, options: 
     if not text and not os.path.lexists(query):
         raise InputError(f"no such file: {path_text(query)!r} (a sentence needs --text)")
     dtype = index.identity.dtype.partition(" ")[0] if index.identity else None
-    engine = load_engine(model or index.model, dtype=dtype, preprocess=None, **options)
+    draft = index.identity is not None and index.identity.preprocess.get("draft")
+    preprocess = {"draft": True} if draft else None
+    engine = load_engine(model or index.model, dtype=dtype, preprocess=preprocess, **options)
     index.check(engine)
     if text:
         return engine.text([query])[0].float().cpu().numpy()
@@ -183,3 +185,20 @@ def map_(
         Path(page).write_text(made.page, encoding="utf-8")
         answer.json = {"index": path_text(index), "html": path_text(page), "method": method.value, **made.counts}
         answer.text = [f"{made.remark} -> {escaped(path_text(page))}"]
+
+
+@app.command(epilog="Example: `vitfast npy embeddings/ vectors.npy`")
+def npy(
+    context: typer.Context,
+    index: Folder,
+    out: Annotated[str, typer.Argument(metavar="FILE", help="The vectors, .npy; their keys go beside it, .keys.json.")],
+    as_json: Json = False,
+) -> None:
+    """Write the vectors of INDEX as one array [rows, numbers], and the images' keys in that order as a JSON list."""
+    with command(context, as_json) as answer:
+        from vitfast.images.files import path_text
+        from vitfast.pipeline.reading import write_npy
+
+        keys, rows = write_npy(index, out)
+        answer.json = {"vectors": path_text(out), "keys": path_text(keys), "rows": rows}
+        answer.text = f"{rows} vectors -> {escaped(path_text(out))}, keys -> {escaped(path_text(keys))}"

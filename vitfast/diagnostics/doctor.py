@@ -56,12 +56,14 @@ def _dims() -> dict[str, dict[str, int]]:
     for site in SITES.values():
         spec = site_spec(config, site, 8, cpu, torch.bfloat16, torch.int8 if site.quantized else None)
         dims.setdefault(site.op, dict(spec.dims))
-    return {op: dims["layer_norm" if op == "add_layer_norm" else op] for op in registry.OPS}
+    # No site of the forward has these two: one is layer_norm's, the other, before the forward, has no limits.
+    dims |= {"add_layer_norm": dims["layer_norm"], "resample": {}}
+    return {op: dims[op] for op in registry.OPS}
 
 
 DIMS = _dims()
 DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(DIMS, (torch.float32, torch.float16, torch.bfloat16))
-DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)))
+DTYPES.update(dict.fromkeys(registry.QUANTIZED_OPS, (torch.float8_e4m3fn, torch.int8)), resample=(torch.uint8,))
 
 
 def report() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitfast.engine.dtypes import QUANTIZED
+from vitfast.images.pillow_resize import taps
 from vitfast.models.config import ACTIVATIONS
 from vitfast.ops import fold_norm, reference
 from vitfast.ops.registry import Spec, device_capability
@@ -75,6 +76,8 @@ class Op:
     spec: Callable[[Dims], dict[str, int]]
     backend_op: str = ""
     """The op whose backends run it, if it has another name."""
+    dtype: torch.dtype | None = None
+    """What it computes in, if that is always the same."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ class Case:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """What the op computes in: 8 bits for the quantised ops."""
-        return QUANTIZED.get(self.dims.get("precision", ""), self.dtype)
+        """What the op computes in: 8 bits for the quantised ops and for pixels."""
+        return self.table[self.op].dtype or QUANTIZED.get(self.dims.get("precision", ""), self.dtype)
 
     @property
     def spec(self) -> Spec:
@@ -285,6 +288,23 @@ def _quantized_linear(d: Dims, make: Maker) -> Call:
     return Call((x, x_scale, *weight, make.normal(n)), kwargs, (0, 1, "residual"))
 
 
+def _resample_axis(d: Dims) -> tuple[int, tuple[Tensor, Tensor]]:
+    """The axis that "axis" names, and `first` and `weights` for it."""
+    tables = taps(d["height" if d["axis"] == "rows" else "width"], d["out"], "bicubic")
+    return 1 if d["axis"] == "rows" else 2, (torch.from_numpy(tables[0]), torch.from_numpy(tables[1]))
+
+
+def _resample(d: Dims, make: Maker) -> Call:
+    axis, tables = _resample_axis(d)
+    images = make.pixels(d["batch"], d["height"], d["width"], 3)
+    return Call((images, *(table.to(make.device) for table in tables)), {"axis": axis})
+
+
+def _resample_work(d: Dims) -> int:
+    across = d["width" if d["axis"] == "rows" else "height"]
+    return 2 * d["batch"] * across * 3 * _resample_axis(d)[1][1].numel()
+
+
 def _sizes(*names: str) -> Callable[[Dims], dict[str, int]]:
     return lambda d: {name: d[name] for name in names}
 
@@ -327,6 +347,7 @@ OPS: dict[str, Op] = {
     ),
     "quantize": Op(_quantize, lambda d: 0, reference.quantize, _sizes("rows", "width")),
     "quantized_linear": Op(_quantized_linear, _linear_work, reference.quantized_linear, _linear_spec),
+    "resample": Op(_resample, _resample_work, reference.resample, _sizes(), dtype=torch.uint8),
 }
 
 Case.table = OPS

@@ -65,7 +65,7 @@ def load(
         model: the architecture of a bare weight file, by name: "vit_base_patch16_224" (timm), "vit_b_16" (torchvision),
             "dinov2_vits14" (the dinov2 repository), "ViT-B/32" (OpenAI's CLIP), "ViT-B-32" (open_clip).
         preprocess: how images are prepared, in place of what the source says: a `Preprocess`, or a mapping with some
-            of size (shortest side, or (height, width)), crop, mean, std, interpolation.
+            of size (shortest side, or (height, width)), crop, mean, std, interpolation, draft.
         deterministic: with backend "auto", choose backends by a fixed order and not by their times, so that the same
             weights and pixels give the same bits after every load (docs/numerics.md); on a GPU that is PyTorch's op
             unless a shipped table names another.

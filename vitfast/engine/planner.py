@@ -76,7 +76,7 @@ def planned_call(entry: Backend, spec: Spec, call: Call) -> Callable[[], Any]:
     return functools.partial(run, *args, **call.kwargs)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was short at that moment, which is no property of a backend."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
@@ -111,7 +111,7 @@ def measure(
             runs[entry.name] = captured(run, device) if timed else run
         except Exception as error:  # a compiler's errors, a kernel's, a wrong result: all are reasons
             wrong[entry.name] = f"{type(error).__name__}: {error}"
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 starved[entry.name] = error
         else:
             right.append(entry)
@@ -236,7 +236,7 @@ def _where_memory_allows(run: Callable[[int], dict[str, Any]], batch: int, names
         try:
             found = run(batch)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             found = {"ms": {}, "refused": {}, "out_of_memory": names}
         starved = starved or found.get("out_of_memory", [])

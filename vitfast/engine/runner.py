@@ -22,6 +22,7 @@ from vitfast.models.output import Output
 from vitfast.models.positions import Positions, positions_for
 from vitfast.models.weights import prepare_weights
 from vitfast.ops import native
+from vitfast.ops.registry import Spec, choose, device_capability
 
 POSITIONS = 8
 """Image sizes whose positions are kept."""
@@ -52,7 +53,6 @@ class Runner:
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
         self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
         self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
-        self._resizing = "triton" if backend == "triton" else "torch"  # no GPU has measured the kernel: it is asked for
         self.plan = planner.build(
             self.config,
             device=self.device,
@@ -62,6 +62,9 @@ class Runner:
             skip_quantize=skipped_products(self.config.depth, skip_quantize, quantized),
             deterministic=deterministic,
         )
+        # Before the forward, and of images whose size no plan knows: by the default order, not by a measurement.
+        pixels = Spec("resample", self.device.type, torch.uint8, device_capability(self.device))
+        self._resample = choose(pixels, backend).call
         mean, std = (self.preprocess.mean, self.preprocess.std) if self.preprocess else (None, None)
         self.weights = prepare_weights(
             self.config, checkpoint.weights, self.plan, device=self.device, dtype=self.dtype, mean=mean, std=std,
@@ -108,7 +111,7 @@ class Runner:
         assert self.preprocess is not None
         if not images.shape[0]:
             return self._on_grid(images.new_empty(0, *self.preprocess.size, self.config.in_channels))
-        return self._on_grid(preprocess_batch(images, self.preprocess, backend=self._resizing))
+        return self._on_grid(preprocess_batch(images, self.preprocess, resample=self._resample))
 
     def _on_grid(self, images: Tensor) -> Tensor:
         """Images whose sides are whole patches: cropped or padded where the model's family does so."""

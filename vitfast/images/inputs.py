@@ -53,7 +53,7 @@ def read_pictures(items: Sequence[Any], preprocess: Preprocess) -> Tensor:
     def one(numbered: tuple[int, Any]) -> np.ndarray:
         number, item = numbered
         try:
-            return resize_and_crop(_opened(item), preprocess)
+            return resize_and_crop(_opened(item, preprocess), preprocess)
         except ImageError:
             raise
         except ValueError as error:
@@ -67,7 +67,7 @@ def read_pictures(items: Sequence[Any], preprocess: Preprocess) -> Tensor:
         return torch.from_numpy(np.stack(list(pool.map(one, enumerate(items)))))
 
 
-def _opened(item: Any) -> np.ndarray | Image.Image:
+def _opened(item: Any, preprocess: Preprocess) -> np.ndarray | Image.Image:
     if isinstance(item, Image.Image):
         try:
             return eight_bit(item, "a Pillow image")[0].convert("RGB")
@@ -79,6 +79,7 @@ def _opened(item: Any) -> np.ndarray | Image.Image:
         return item
     if isinstance(item, (str, os.PathLike)):
         with _file(item) as file, ImageFile(file, os.fspath(item)) as image:
+            image.prepare_for(preprocess)
             return image.decode()
     raise ValueError(f"expected a Pillow image, a uint8 array [H, W, 3], a path or a URL, got {type(item).__name__}")
 

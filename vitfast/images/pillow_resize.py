@@ -1,5 +1,5 @@
-"""Pillow's image resampling in integer operations: the same pixels, bit for bit, in torch on any device and by a Triton
-kernel (`resize`), and on a CPU by the C++ extension (`resize_window`), in a fraction of Pillow's time.
+"""Pillow's image resampling in integer operations: the same pixels, bit for bit, for a batch on any device by the op
+`resample` (`resize`), and for an image on a CPU by the C++ extension (`resize_window`), in a fraction of Pillow's time.
 
 One axis after the other, in the order Pillow takes (`vertical_first`). Output pixel i sees the input
 around c = (i + 1/2) s, where s = in / out; tap j has weight f((j + 1/2 - c) / max(s, 1)), normalised to
@@ -72,7 +72,7 @@ FILTERS: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 @lru_cache(maxsize=64)
-def _taps(length: int, out: int, interpolation: str) -> tuple[np.ndarray, np.ndarray]:
+def taps(length: int, out: int, interpolation: str) -> tuple[np.ndarray, np.ndarray]:
     """The first input pixel of each output pixel, and the fixed-point weights of those from there on.
 
     Returns:
@@ -101,8 +101,8 @@ def _taps(length: int, out: int, interpolation: str) -> tuple[np.ndarray, np.nda
 
 @lru_cache(maxsize=64)
 def _taps_on(device: torch.device, length: int, out: int, interpolation: str) -> tuple[Tensor, Tensor]:
-    """`_taps` on a device. Kept there: to copy them makes the host wait for all that a GPU has been given before."""
-    first, weights = _taps(length, out, interpolation)
+    """`taps` on a device. Kept there: to copy them makes the host wait for all that a GPU has been given before."""
+    first, weights = taps(length, out, interpolation)
     return torch.from_numpy(first).to(device), torch.from_numpy(weights).to(device)
 
 
@@ -137,54 +137,39 @@ def resize_bytes(size: tuple[int, int], new: tuple[int, int], interpolation: str
     return sum(weights) + 4 * (between + new[0] * new[1])
 
 
-def resize(images: Tensor, size: tuple[int, int], interpolation: str, *, backend: str = "torch") -> Tensor:
+Resample = Callable[..., Tensor]
+"""One axis of uint8 images by weights: `vitfast.ops.resample`, or one of its backends."""
+
+
+def resize(images: Tensor, size: tuple[int, int], interpolation: str, resample: Resample) -> Tensor:
     """Resize to (height, width), giving the pixels of Pillow's `Image.resize`.
 
     Args:
         images: uint8 [..., H, W, C] with H and W at least 1.
         size: (height, width) of the result.
         interpolation: "nearest" or one of FILTERS.
-        backend: "torch", or "triton" for the kernel of `vitfast.kernels.resample`, which takes one launch an axis.
+        resample: what resamples an axis, called once for each that changes its length.
 
     Returns:
         uint8 [..., height, width, C] on the same device.
 
     Raises:
-        ValueError: for an interpolation or a backend that is not known, or a device that Triton cannot run on.
+        ValueError: for an interpolation that is not known.
     """
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     if interpolation != "nearest" and interpolation not in FILTERS:
         raise ValueError(f"interpolation must be 'nearest' or one of {', '.join(FILTERS)}, got {interpolation!r}")
-    height, width = images.shape[-3:-1]
-    passes = [(-2, size[1]), (-3, size[0])]
+    *lead, height, width, channels = images.shape
+    batch = images.reshape(math.prod(lead), height, width, channels).contiguous()
+    passes = [(2, size[1]), (1, size[0])]
     if vertical_first(height, width, *size):
         passes.reverse()
     for axis, out in passes:
-        if images.shape[axis] == out:
+        if batch.shape[axis] == out:
             continue
-        first, weights = _taps_on(images.device, images.shape[axis], out, interpolation)
-        if interpolation == "nearest":
-            images = images.index_select(axis, first)
-            continue
-        if backend == "triton":
-            images = _by_kernel(images, first, weights, axis)
-            continue
-        shape = (out,) + (1,) * (-axis - 1)
-        half = 1 << (FRACTION_BITS - 1)  # rounds the shift below to nearest
-        total = torch.full((1,), half, dtype=torch.int32, device=images.device)
-        for tap, factor in enumerate(weights.unbind(1)):
-            total = total + images.index_select(axis, first + tap) * factor.view(shape)
-        images = (total >> FRACTION_BITS).clamp_(0, 255).to(torch.uint8)
-    return images
-
-
-def _by_kernel(images: Tensor, first: Tensor, weights: Tensor, axis: int) -> Tensor:
-    from vitfast.kernels.resample import resample
-
-    batch = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:]).contiguous()
-    out = resample(batch, first, weights, axis=axis + 4)
-    return out.view(*images.shape[:-3], *out.shape[1:])
+        first, weights = _taps_on(batch.device, batch.shape[axis], out, interpolation)
+        nearest = interpolation == "nearest"
+        batch = batch.index_select(axis, first) if nearest else resample(batch, first, weights, axis=axis)
+    return batch.view(*lead, *size, channels)
 
 
 @cache
@@ -211,8 +196,8 @@ def suits_native(size: tuple[int, int], new: tuple[int, int], interpolation: str
     if interpolation not in FILTERS or not has_native():
         return False
     half_width = FILTERS[interpolation][0]
-    taps = (out * (2 * half_width * max(length / out, 1.0) + 1) for length, out in zip(size, new, strict=True))
-    return max(taps) <= MOST_TAPS
+    counts = (out * (2 * half_width * max(length / out, 1.0) + 1) for length, out in zip(size, new, strict=True))
+    return max(counts) <= MOST_TAPS
 
 
 def resize_window(
@@ -272,7 +257,7 @@ class _Part:
     def of(cls, length: int, out: int, interpolation: str, begin: int, end: int) -> _Part:
         if length == out:
             return cls(begin, end)
-        first, weights = (of_all[begin:end] for of_all in _taps(length, out, interpolation))
+        first, weights = (of_all[begin:end] for of_all in taps(length, out, interpolation))
         low, high = int(first.min()), int(first.max()) + weights.shape[1]
         return cls(low, high, torch.from_numpy(first - low), torch.from_numpy(weights))
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitfast.images.pillow_resize import resize, resize_bytes, resize_window, suits_native
+from vitfast.images.pillow_resize import Resample, resize, resize_bytes, resize_window, suits_native
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 """Pillow's resampling filters. All but nearest are antialiased: the filter widens when shrinking."""
@@ -81,6 +81,9 @@ class Preprocess:
     round(margin / 2) to the even neighbour, padding before floor(pad / 2)."""
     cover: bool = False
     """With a tuple `resize`: keep the aspect ratio and cover that size (timm, inputs not square)."""
+    draft: bool = False
+    """Decode JPEG files that shrink much at a part of their size (`vitfast.images.decode.ImageFile.prepare_for`): in
+    less time, and not to the bits of the model's own processor."""
 
     def __post_init__(self) -> None:
         resize = self.size if self.resize is None else self.resize
@@ -93,6 +96,8 @@ class Preprocess:
             raise ValueError(f"Preprocess.rounding must be 'floor' or 'even', got {self.rounding!r}")
         if self.cover and not isinstance(self.resize, tuple):
             raise ValueError(f"Preprocess.cover needs a (height, width) resize, got {self.resize!r}")
+        if type(self.draft) is not bool:
+            raise ValueError(f"Preprocess.draft must be True or False, got {self.draft!r}")
         if not self.mean or len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ValueError(f"Preprocess needs as many positive std as mean, got mean={self.mean} std={self.std}")
 
@@ -291,7 +296,7 @@ def resize_and_crop(image: np.ndarray | Image.Image, preprocess: Preprocess) -> 
     return canvas
 
 
-def preprocess_batch(images: Tensor, preprocess: Preprocess, *, backend: str = "torch") -> Tensor:
+def preprocess_batch(images: Tensor, preprocess: Preprocess, *, resample: Resample | None = None) -> Tensor:
     """Images of one size, resized and cropped to the model's size.
 
     On the CPU each image goes through Pillow; elsewhere `vitfast.images.pillow_resize` computes the same pixels
@@ -300,13 +305,13 @@ def preprocess_batch(images: Tensor, preprocess: Preprocess, *, backend: str = "
     Args:
         images: uint8 [B, H, W, 3].
         preprocess: sizes and filter; mean and std play no part here.
-        backend: what resizes on a device, as of `vitfast.images.pillow_resize.resize`.
+        resample: `vitfast.ops.resample` or one of its backends, which resizes what is not on the CPU.
 
     Returns:
         uint8 [B, h, w, 3] on the same device; `images` itself where nothing is to be done.
 
     Raises:
-        ValueError: as `resize_and_crop`.
+        ValueError: as `resize_and_crop`; for images on a device without `resample`.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise ValueError(f"images must be uint8 [B, H, W, 3] with pixels, got {images.dtype} {list(images.shape)}")
@@ -317,13 +322,15 @@ def preprocess_batch(images: Tensor, preprocess: Preprocess, *, backend: str = "
         return images.new_empty(0, *preprocess.size, 3)
     if images.device.type == "cpu":
         return torch.stack([torch.from_numpy(resize_and_crop(i, preprocess)) for i in images.numpy()])
-    return _resize_and_crop_tensor(images, preprocess, backend)
+    if resample is None:
+        raise ValueError(f"images on {images.device} need resample, as in resample=vitfast.ops.resample")
+    return _resize_and_crop_tensor(images, preprocess, resample)
 
 
-def _resize_and_crop_tensor(images: Tensor, preprocess: Preprocess, backend: str = "torch") -> Tensor:
+def _resize_and_crop_tensor(images: Tensor, preprocess: Preprocess, resample: Resample) -> Tensor:
     """`resize_and_crop` in torch, for uint8 [B, H, W, 3] on any device."""
     height, width = _resized_size(preprocess, *images.shape[1:3])
-    images = resize(images, (height, width), preprocess.interpolation, backend=backend)
+    images = resize(images, (height, width), preprocess.interpolation, resample)
     (pad_y, top), (pad_x, left) = _crop_window(preprocess, height, width)
     rows, columns = preprocess.size
     part = images[:, top : top + rows, left : left + columns]

@@ -46,6 +46,7 @@ __all__ = [
     "patch_embed",
     "quantize",
     "quantized_linear",
+    "resample",
     "row_stats",
 ]
 
@@ -203,6 +204,30 @@ def quantize(
     if backend is None:
         return torch.ops.vitfast.quantize(x, norm_weight, norm_bias, eps, dtype)
     return choose(checks.quantize_spec(x, dtype), backend).call(x, norm_weight, norm_bias, eps, dtype=dtype)
+
+
+def resample(images: Tensor, first: Tensor, weights: Tensor, *, axis: int, backend: str | None = None) -> Tensor:
+    """One axis of images resampled by weights in fixed point; both axes are a resize with the pixels of Pillow's.
+
+    Output i is the sum over t of images[first[i] + t] * weights[i, t], rounded at 22 bits and clipped to 0..255.
+
+    Args:
+        images: uint8 [B, H, W, C], contiguous.
+        first: int64 [out]; first + taps is at most the axis' length, which the Triton kernel does not check.
+        weights: int32 [out, taps] with 22 bits of fraction, as `vitfast.images.pillow_resize.taps` makes them: a sum
+            of theirs with pixels fits 31 bits.
+        axis: 1 (rows) or 2 (columns).
+
+    Returns:
+        uint8, contiguous, that axis of length out. Every backend gives the same bits.
+
+    Raises:
+        ValueError: if a shape, dtype or stride does not fit.
+    """
+    checks.check_resample(images, first, weights, axis)
+    if backend is None:
+        return torch.ops.vitfast.resample(images, first, weights, axis)
+    return choose(Spec.of("resample", images), backend).call(images, first, weights, axis=axis)
 
 
 def attention(

@@ -37,6 +37,8 @@ TOLERANCES = {
     # 127. If one value in a thousand does, the RMS error is 2e-3 of a row of normal numbers, or less.
     torch.float8_e4m3fn: Tolerance(rms=4e-3, ulp=2.0**-3),
     torch.int8: Tolerance(rms=4e-3, ulp=1 / 127),
+    # Pixels, which are computed in integers from integers: every bit.
+    torch.uint8: Tolerance(rms=0.0, ulp=0.0),
 }
 
 E4M3_PRODUCTS = TOLERANCES | {

@@ -24,7 +24,7 @@ def _dtype(op: str, name: str, tensor: Tensor | None, *allowed: torch.dtype) -> 
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, allowed: {', '.join(map(str, allowed))}")
 
 
-def _device(op: str, first: Tensor, **others: Tensor | None) -> None:
+def _device(op: str, first: Tensor, /, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device} like the first argument")
@@ -367,6 +367,26 @@ def check_quantize(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | No
 
 def quantize_spec(x: Tensor, dtype: torch.dtype) -> Spec:
     return Spec.of("quantize", x, dtype, width=x.shape[-1])
+
+
+def check_resample(images: Tensor, first: Tensor, weights: Tensor, axis: int) -> None:
+    op = "resample"
+    _dtype(op, "images", images, torch.uint8)
+    _dtype(op, "first", first, torch.int64)
+    _dtype(op, "weights", weights, torch.int32)
+    if images.ndim != 4:
+        raise ValueError(f"{op}: images must be [B, H, W, C], got shape {tuple(images.shape)}")
+    if axis not in (1, 2):
+        raise ValueError(f"{op}: axis must be 1 or 2, got {axis}")
+    if weights.ndim != 2 or weights.shape[1] > images.shape[axis]:
+        raise ValueError(
+            f"{op}: weights must be [out, taps] with at most {images.shape[axis]} taps, axis {axis} of images "
+            f"{tuple(images.shape)}, got shape {tuple(weights.shape)}"
+        )
+    _shape(op, "first", first, (weights.shape[0],))
+    _device(op, images, first=first, weights=weights)
+    if not images.is_contiguous():
+        raise ValueError(f"{op}: images must be contiguous, got strides {images.stride()} of {tuple(images.shape)}")
 
 
 def check_quantized_linear(

@@ -99,6 +99,16 @@ def _(x, norm_weight, norm_bias, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@custom_op("vitfast::resample", mutates_args=())
+def resample(images: Tensor, first: Tensor, weights: Tensor, axis: int) -> Tensor:
+    return choose(Spec.of("resample", images)).call(images, first, weights, axis=axis)
+
+
+@resample.register_fake
+def _(images, first, weights, axis):
+    return images.new_empty([first.shape[0] if i == axis else size for i, size in enumerate(images.shape)])
+
+
 # attention is defined piece by piece, because its autograd depends on the backend: torch's own
 # function brings its gradient with it, our kernels need a forward that also saves statistics.
 # Its options have no defaults: the dispatcher would leave those that equal theirs away.

@@ -37,6 +37,10 @@ SCALE_GROUP = 128
 SCALE_GROUPS = (SCALE_GROUP, 64)
 """Columns that may share a scale in what `quantized_linear` reads: 64 and 128 are heads' that `attention` scaled."""
 
+WEIGHT_BITS = 22
+"""Bits of a weight of `resample` that are its fraction: 32 less 8 for the pixel and 2 for the sign and for weights
+beyond 1. All sums fit int32, so that no backend, device or order changes a bit."""
+
 LEAST_AMAX = 2.0**-100
 """A row whose largest magnitude is below this is scaled as if it were this: no division by zero."""
 
@@ -425,6 +429,17 @@ def quantized_linear(
     if requantize:
         return in_scale_groups(y, x.dtype)
     return y if upcast else y.to(dtype)
+
+
+def resample(images: Tensor, first: Tensor, weights: Tensor, *, axis: int, upcast: bool = False) -> Tensor:
+    shape, along = list(images.shape), [1] * 4
+    shape[axis] = along[axis] = len(first)
+    half = 1 << (WEIGHT_BITS - 1)  # rounds the shift below to nearest
+    total = torch.full(shape, half, dtype=torch.int64 if upcast else torch.int32, device=images.device)
+    for tap, factor in enumerate(weights.unbind(1)):
+        total += images.index_select(axis, first + tap) * factor.to(total.dtype).view(along)
+    pixels = (total >> WEIGHT_BITS).clamp_(0, 255)
+    return pixels.double() if upcast else pixels.to(torch.uint8)
 
 
 def _sums(x: Tensor, weight: Tensor, exact: torch.dtype) -> Tensor:

@@ -26,13 +26,14 @@ from vitfast.ops.names import did_you_mean
 QUANTIZED_OPS = ("quantize", "quantized_linear")
 OPS = (
     "patch_embed", "layer_norm", "add_layer_norm", "row_stats", "linear", "attention", "attention_block", "mlp",
-    *QUANTIZED_OPS,
+    *QUANTIZED_OPS, "resample",
 )  # fmt: skip
 BACKENDS = ("torch", "triton", "native")
 
 _KERNEL_FILES = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm"}
 _FLOATS = ("float32", "float16", "bfloat16")
 _QUANTIZED = ("float8_e4m3fn", "int8")
+_REFERENCE_DTYPES = {**dict.fromkeys(QUANTIZED_OPS, _QUANTIZED), "resample": ("uint8",)}  # others: floats
 _DTYPE_CAPABILITY = {"float8_e4m3fn": (8, 9)}  # older GPUs have no such product, and could only emulate it
 
 
@@ -166,7 +167,7 @@ def backend(op: str, name: str) -> Backend:
     if op not in OPS:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(OPS)}{did_you_mean(op, OPS)}")
     if name == "torch":
-        dtypes = _QUANTIZED if op in QUANTIZED_OPS else (*_FLOATS, "float64")
+        dtypes = _REFERENCE_DTYPES.get(op, (*_FLOATS, "float64"))
         features = reference.FEATURES.get(op, ())
         return Backend("torch", op, getattr(reference, op), dtypes=dtypes, features=features)
     if name == "triton":

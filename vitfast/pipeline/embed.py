@@ -49,8 +49,8 @@ class Stamp(NamedTuple):
 class Result:
     """What became of one image: status "ok" with an embedding (and logits if the model has a head),
     or the reason why not. Arrays are float32 [E] and [classes]. `note` says what was done to an unusual picture
-    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was, `columns` what its source says of it besides.
-    `path` is text for an image that is no file (see `vitfast.pipeline.sources.Item`)."""
+    (see `vitfast.images.decode.ImageFile`), `stamp` which file it was, `size` its height and width upright, `columns`
+    what its source says of it besides. `path` is text for an image that is no file (see `Item`)."""
 
     path: str | Path
     status: str
@@ -58,6 +58,7 @@ class Result:
     logits: np.ndarray | None = None
     note: str = ""
     stamp: Stamp | None = None
+    size: tuple[int, int] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -98,6 +99,7 @@ class Decoder:
             with self.stages.at_work("read"):
                 result.stamp = Stamp(file.seek(0, os.SEEK_END), mtime_ns, sha256(file))
             with ImageFile(file, item.path, self.exif_orientation, self.max_pixels) as image:
+                image.prepare_for(self.preprocess)
                 sizes = ((image.height, image.width), (image.width, image.height))  # turned upright or not
                 resizing = max(memory(self.preprocess, *size) for size in sizes)
                 with self.memory.reserve(image.bytes + resizing):
@@ -105,7 +107,7 @@ class Decoder:
                         picture = image.decode()
                     with self.stages.at_work("resize"):
                         pixels = resize_and_crop(picture, self.preprocess)
-                result.note = image.note
+                result.note, result.size = image.note, image.size
                 return pixels
 
 
@@ -129,7 +131,8 @@ def embed_images(
     Args:
         engine: from `vitfast.load`.
         paths: image files, or items of `vitfast.pipeline.sources`; consumed as needed.
-        batch_size: images per run of the model, at most: on a CPU fewer where a run would take too long.
+        batch_size: images per run of the model, at most: fewer where memory is short, and on a CPU where a run would
+            take too long.
         workers: decoding threads; the number of usable CPU cores by default.
         exif_orientation, max_pixels: see `vitfast.images.decode.open_image`.
         decode_memory: bytes that decoding and resizing may take, all threads together; by default a quarter of the
@@ -166,14 +169,28 @@ def _pipeline(
 ) -> Iterator[Result]:
     pool = ThreadPoolExecutor(stages.workers, thread_name_prefix="vitfast-decode")
     taken: deque[list[Decoded]] = deque()  # batches whose results are to be given
+    again: deque[Decoded] = deque()  # of batches for which memory was short
+    ahead, broken = _decoded(pool, decoder, paths, batch_size + stages.workers, stages), False
+    most = batch_size
     size = min(batch_size, _FIRST_BATCH) if engine.device.type == "cpu" and not fixed else batch_size
 
     def limit() -> int:
         return size
 
+    def items() -> Iterator[Decoded]:
+        nonlocal broken
+        while again:
+            yield again.popleft()
+        try:
+            while item := next(ahead, None):  # `yield from` would end it with this generator
+                yield item
+        except Exception:
+            broken = True
+            raise
+
     def batches_of_images() -> Iterator[list[np.ndarray]]:
         nonlocal size
-        for batch in _batches(_decoded(pool, decoder, paths, batch_size + stages.workers, stages), limit):
+        for batch in _batches(items(), limit):
             taken.append(batch)
             if images := images_of(batch):
                 started = time.perf_counter()
@@ -183,11 +200,28 @@ def _pipeline(
                 if stages.timeline is not None:
                     stages.timeline.add("model", started, now)
                 if not fixed:
-                    size = max(1, min(batch_size, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
+                    size = max(1, min(most, 2 * size, int(len(images) * BATCH_SECONDS / max(seconds, 1e-9))))
+
+    def outputs() -> Iterator[Any]:
+        """Of all batches; one that does not fit into memory comes again in halves, and no later one is larger."""
+        nonlocal most, size
+        while True:
+            try:
+                yield from engine.stream(batches_of_images(), preprocessed=True)
+                return
+            except Exception as error:
+                from vitfast.engine.planner import out_of_memory
+
+                images = next(filter(None, map(images_of, taken)), [])
+                if broken or fixed or len(images) < 2 or not out_of_memory(error):
+                    raise
+                most = size = stages.fitting = len(images) // 2
+            again.extendleft(item for batch in reversed(taken) for item in reversed(batch))
+            taken.clear()
 
     wait = True
     try:
-        for output in engine.stream(batches_of_images(), preprocessed=True):
+        for output in outputs():
             while not images_of(taken[0]):
                 yield from results_of(taken.popleft(), None)
             yield from results_of(taken.popleft(), output)

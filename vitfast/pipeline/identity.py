@@ -47,6 +47,8 @@ class Identity:
         if engine.preprocess is None:
             raise ValueError("the engine knows no preprocessing, which is part of what embeddings are")
         preprocess = {**asdict(engine.preprocess), "exif_orientation": exif_orientation}
+        if not engine.preprocess.draft:
+            del preprocess["draft"]  # as folders of earlier versions have it
         skipped = ", ".join(sorted(engine.plan.skip_quantize))
         dtype = f"{engine.precision} with {skipped} in bf16" if skipped else engine.precision
         return cls(engine.fingerprint, json.loads(json.dumps(preprocess)), dtype, output_dtype=output_dtype)

@@ -7,8 +7,9 @@
 
 The folder is a Parquet data set: read it with `read_embeddings("embeddings")`, `pyarrow.parquet.read_table`, pandas,
 DuckDB or Ray Data. Columns: `path` (absolute), `embedding` (fixed-size list of float32 or float16, null for a bad
-image), `status` ("ok", or why not), `note` (what was done to an unusual picture), and of the file as it was read
-`file_size`, `file_mtime_ns` and `file_sha256`.
+image), `status` ("ok", or why not), `note` (what was done to an unusual picture), `width` and `height` of the picture
+upright (null where it could not be decoded), and of the file as it was read `file_size`, `file_mtime_ns` and
+`file_sha256`.
 
 What holds at every moment, so that it holds after a kill, too: a part appears and changes as a whole; a path has at
 most one row, for its older row is taken out before the part with the newer one appears; and what every kind of folder

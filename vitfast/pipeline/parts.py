@@ -37,6 +37,8 @@ def table_of(
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dimension, mask=pa.array(~good)),
         "status": pa.array([r.status for r in results], pa.string()),
         "note": pa.array([r.note or None for r in results], pa.string()),
+        "width": pa.array([r.size and r.size[1] for r in results], pa.int32()),
+        "height": pa.array([r.size and r.size[0] for r in results], pa.int32()),
         "file_size": pa.array([s and s.size for s in stamps], pa.int64()),
         "file_mtime_ns": pa.array([s and s.mtime_ns for s in stamps], pa.int64()),
         "file_sha256": pa.array([s and s.sha256 for s in stamps], pa.binary()),
@@ -53,7 +55,9 @@ def _text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
 
 
-OWN_COLUMNS = ("path", "embedding", "status", "note", "file_size", "file_mtime_ns", "file_sha256")
+OWN_COLUMNS = (
+    "path", "embedding", "status", "note", "width", "height", "file_size", "file_mtime_ns", "file_sha256",
+)  # fmt: skip
 """Names that columns of sources cannot have."""
 
 

@@ -17,13 +17,15 @@ class Stages:
 
     Attributes:
         decode: waiting for pictures, none of them being ready. write: writing rows. total: all, the model's included.
-        workers: decoding threads. timeline: how busy each stage was over time, where that was asked for.
+        workers: decoding threads. fitting: the largest batch from which on memory was not short, 0 if it never was.
+        timeline: how busy each stage was over time, where that was asked for.
     """
 
     decode: float = 0.0
     write: float = 0.0
     total: float = 0.0
     workers: int = 0
+    fitting: int = 0
     timeline: Timeline | None = None
     _started: float | None = field(default=None, repr=False)
 
@@ -61,6 +63,8 @@ class Stages:
         if not self.total:
             return ""
         busy = f"model {self.model / self.total:.0%} busy"
+        if self.fitting:
+            busy += f", in batches of at most {self.fitting} for want of memory"
         cores = usable_cores()
         if self.bound == "model":
             return f"model-bound: {busy}"

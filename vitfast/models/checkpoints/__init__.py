@@ -78,7 +78,7 @@ def load(
             ("vit_base_patch16_224"), torchvision ("vit_b_16"), the dinov2 repository ("dinov2_vits14") or CLIP
             ("ViT-B/32" for OpenAI's weights, "ViT-B-32" for open_clip's).
         preprocess: how images are prepared, in place of what the source says: all of it, or a mapping with some of
-            size, crop, mean, std, interpolation (see `vitfast.models.checkpoints.preprocess.changed`).
+            size, crop, mean, std, interpolation, draft (see `vitfast.models.checkpoints.preprocess.changed`).
 
     Raises:
         CheckpointError: (a ValueError) naming the source and every reason.

@@ -135,7 +135,7 @@ def from_timm(
     return attempt(lambda: Preprocess.from_timm(sized), config, what)
 
 
-CHANGES = ("size", "crop", "mean", "std", "interpolation")
+CHANGES = ("size", "crop", "mean", "std", "interpolation", "draft")
 """What of a model's preprocessing can be given by name."""
 
 
@@ -147,7 +147,8 @@ def changed(found: Preprocess | None, given: Preprocess | Mapping[str, Any], con
             size: what images are resized to, shortest side or (height, width);
             crop: the centre that is cut out, side or (height, width); by default nothing is cut from an exact size,
             and the model's own size from a shortest side;
-            mean, std: one number a channel, or one for all; interpolation: "bicubic", "bilinear", ...
+            mean, std: one number a channel, or one for all; interpolation: "bicubic", "bilinear", ...;
+            draft: whether large JPEG files are decoded at a part of their size.
 
     Raises:
         CheckpointError: for another name, a value that does not fit, or mean and std that nobody says.
