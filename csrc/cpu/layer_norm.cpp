@@ -32,7 +32,8 @@ struct Rows {
   float eps;
 };
 
-template <typename scalar_t>
+// by_instruction: y is rounded to bf16 by the machine's own.
+template <bool by_instruction, typename scalar_t>
 VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
   const int64_t n = rows.width;
   for (int64_t r = begin; r < end; ++r) {
@@ -48,7 +49,17 @@ VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t
     const float* row = widened(x, n, buffer);
     const auto [mean, rstd] = moments_of(row, n, rows.eps);
     scalar_t* y = rows.y + r * n;
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+    for (; i + kWide <= n; i += kWide) {
+      const Floats weight = load_floats(rows.weight + i), bias = load_floats(rows.bias + i);
+      const Floats value = (load<kWide>(row + i) - mean) * rstd * weight + bias;
+      if constexpr (by_instruction) {
+        store_by_instruction(y + i, value);
+      } else {
+        store_rounded(y + i, value);
+      }
+    }
+    for (; i < n; ++i) {
       const float weight = static_cast<float>(rows.weight[i]), bias = static_cast<float>(rows.bias[i]);
       y[i] = static_cast<scalar_t>((row[i] - mean) * rstd * weight + bias);
     }
@@ -56,10 +67,22 @@ VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t
 }
 
 VITFAST_SIMD void norm(const Rows<float>& rows, int64_t begin, int64_t end, float* buffer) {
-  norm_loop(rows, begin, end, buffer);
+  norm_loop<false>(rows, begin, end, buffer);
 }
-VITFAST_SIMD void norm(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
-  norm_loop(rows, begin, end, buffer);
+VITFAST_SIMD void norm_rounding(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
+  norm_loop<false>(rows, begin, end, buffer);
+}
+#ifdef VITFAST_SIMD_LEVELS
+VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
+void norm_by_instruction(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
+  norm_loop<true>(rows, begin, end, buffer);
+}
+#endif
+void norm(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
+#ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() >= Simd::avx512_bf16) return norm_by_instruction(rows, begin, end, buffer);
+#endif
+  norm_rounding(rows, begin, end, buffer);
 }
 
 // The stride between the rows of x [..., C] seen as [M, C].

@@ -1,12 +1,10 @@
 // Mean and variance of a row, for LayerNorm on the CPU.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cmath>
 #include <cstdint>
 
+#include "numbers.h"
 #include "vector.h"
 
 namespace vitfast {
@@ -42,7 +40,9 @@ VITFAST_INLINE Sums sums_about(const float* x, int64_t n, float shift) {
 VITFAST_INLINE const float* widened(const float* x, int64_t, float*) { return x; }
 template <typename scalar_t>
 VITFAST_INLINE const float* widened(const scalar_t* x, int64_t n, float* buffer) {
-  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) store<kWide>(buffer + i, load_floats(x + i));
+  for (; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
   return buffer;
 }
 

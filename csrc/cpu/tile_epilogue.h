@@ -89,14 +89,6 @@ VITFAST_INLINE void chunk_stats(const float* row, int64_t n, float* stats) {
   stats[1] = sum<kWide>(squares);
 }
 
-// x as bf16 by the instruction, which takes denormals for zero; there and in what is returned.
-VITFAST_INLINE Floats store_by_instruction(at::BFloat16* to, const Floats& x) {
-  Halves halves;  // not as an intrinsic, whose type has no name in every GCC
-  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
-  std::memcpy(to, &halves, sizeof(halves));
-  return floats_of(__builtin_convertvector(halves, Bits) << 16);
-}
-
 // f of each of some vectors. They stay in registers, and the steps of one are under way with those of the others.
 template <int vectors, typename Function>
 VITFAST_INLINE void each(Floats (&x)[vectors], const Function& f) {
