@@ -14,6 +14,7 @@ from helpers.peers import DINO, TIMM, VIT, timm_model, transformers_model
 import vitfast
 from vitfast import testing
 from vitfast.engine import planner
+from vitfast.engine.dtypes import resolve_dtype
 from vitfast.engine.engine import Engine
 from vitfast.engine.fingerprint import fingerprint
 from vitfast.engine.sites import site_case
@@ -247,3 +248,11 @@ def test_a_head_of_few_classes_has_a_right_backend(classes):
     assert torch.equal(run(), reference.linear(*call.args, **call.kwargs))
     best, record = planner.measure(case, [registry.backend("linear", "torch")], torch.device("cpu"), timed=False)
     assert (best.name, record["refused"]) == ("torch", {})
+
+
+def test_an_unknown_dtype_is_told_what_its_caller_takes():
+    """A benchmark of plain dtypes does not name the 8-bit ones that it refuses."""
+    with pytest.raises(ValueError, match=r"dtype must be one of .*bf16, fp8, int8, got 'fp64'"):
+        engine(dtype="fp64")
+    with pytest.raises(ValueError, match=r"dtype must be one of .*bf16, got 'int8'"):
+        resolve_dtype("int8", torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import time
 
 import numpy as np
@@ -133,13 +134,14 @@ def test_without_usearch(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_hundred_thousand(tmp_path):
-    """As wide as CLIP's."""
-    index = Index(folder_of(clustered(100_000, 512), tmp_path / "out", rows=20_000))
+    """As wide as CLIP's. VITFAST_HNSW_VECTORS=1000000 takes as many: 45 minutes of a core."""
+    count = int(os.environ.get("VITFAST_HNSW_VECTORS", "100000"))
+    index = Index(folder_of(clustered(count, 512), tmp_path / "out", rows=20_000))
     started = time.perf_counter()
     graph = Graph.of(index)
     built = time.perf_counter() - started
     print(f"built in {built:.0f} s; recall@10 {graph.recall:.4f} with {graph.expansion} vectors looked at")
     assert graph.recall >= 0.97
-    assert recall_of(graph, range(5, 100_000, 1000)) >= 0.97
+    assert recall_of(graph, range(5, count, count // 100)) >= 0.97

@@ -29,12 +29,11 @@ def dtype_name(dtype: str) -> str:
         ValueError: for a name that is not known.
     """
     if dtype not in DTYPES and dtype not in QUANTIZED:
-        raise ValueError(_unknown(dtype))
+        raise ValueError(_unknown(dtype, (*DTYPES, *QUANTIZED)))
     return SHORT.get(dtype, dtype)
 
 
-def _unknown(dtype: object) -> str:
-    names = (*DTYPES, *QUANTIZED)
+def _unknown(dtype: object, names: tuple[str, ...]) -> str:
     return f"dtype must be one of {', '.join(names)}, got {dtype!r}{did_you_mean(dtype, names)}"
 
 
@@ -63,8 +62,13 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device, *, besides: tuple[str, ...] = ()
+) -> torch.dtype:
     """The dtype asked for, or bf16 on a GPU and fp32 on the CPU.
+
+    Args:
+        besides: names that the caller takes, too, and has looked for before; the error names them.
 
     Raises:
         ValueError: for a dtype other than fp32, fp16, bf16.
@@ -73,5 +77,5 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in set(DTYPES.values()):
-        raise ValueError(_unknown(dtype))
+        raise ValueError(_unknown(dtype, (*DTYPES, *besides)))
     return resolved

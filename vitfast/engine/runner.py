@@ -51,7 +51,7 @@ class Runner:
         self.config, self.preprocess = checkpoint.config, checkpoint.preprocess
         self.device = resolve_device(device)
         quantized = QUANTIZED.get(dtype) if isinstance(dtype, str) else None
-        self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device)
+        self.dtype = torch.bfloat16 if quantized else resolve_dtype(dtype, self.device, besides=tuple(QUANTIZED))
         self.precision = str(dtype) if quantized else str(self.dtype).removeprefix("torch.")
         self.plan = planner.build(
             self.config,
