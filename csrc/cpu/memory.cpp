@@ -4,12 +4,11 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
-#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <optional>
 #include <utility>
 
@@ -28,7 +27,8 @@ constexpr size_t kMostScratch = 16 << 20;  // that a thread keeps
 void* allocate(size_t bytes) {
   void* data = nullptr;
   const bool huge = bytes >= kHugePage / 2;
-  if (posix_memalign(&data, huge ? kHugePage : kLine, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+  const int failed = posix_memalign(&data, huge ? kHugePage : kLine, std::max<size_t>(bytes, 1));
+  TORCH_CHECK(failed == 0, "vitfast: can't allocate memory: you tried to allocate ", bytes, " bytes");  // as torch says
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (huge) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -105,16 +105,17 @@ c10::DataPtr MemoryPool::take(size_t bytes) {
       idle_.erase(best);
       idle_bytes_ -= block.bytes;
     }
-    used_bytes_ += block.bytes;
-    most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
-    while (used_bytes_ + idle_bytes_ > most_used_bytes_ && !idle_.empty()) {
-      std::free(idle_.front().data);
-      idle_bytes_ -= idle_.front().bytes;
-      idle_.erase(idle_.begin());
-    }
   }
-  if (!block.data) block.data = allocate(block.bytes);
+  if (!block.data) block.data = allocate(block.bytes);  // or throw, before anything is counted
   auto loan = std::make_unique<Loan>(Loan{shared_from_this(), block});
+  const std::lock_guard<std::mutex> lock(mutex_);
+  used_bytes_ += block.bytes;
+  most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
+  while (used_bytes_ + idle_bytes_ > most_used_bytes_ && !idle_.empty()) {
+    std::free(idle_.front().data);
+    idle_bytes_ -= idle_.front().bytes;
+    idle_.erase(idle_.begin());
+  }
   return {block.data, loan.release(), &Loan::end, c10::Device(c10::kCPU)};
 }
 

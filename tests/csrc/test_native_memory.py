@@ -57,6 +57,18 @@ def test_no_more_is_kept_than_was_used_at_once():
             assert pool.idle_bytes <= rows * 512 * 4 + 2 * MIB
 
 
+def test_a_request_that_fails_is_not_counted():
+    """What was asked for in vain is no licence to keep as much."""
+    pool = native.memory_pool()
+    tokens = torch.ones(1, 1, 1, 1).expand(1, 2**58, 1, 1)  # more than an address reaches
+    with pool:
+        with pytest.raises(RuntimeError, match=r"can't allocate memory: you tried to allocate \d+ bytes"):
+            native.attention(tokens, tokens[:, :1], tokens[:, :1])
+        for rows in range(500, 5000, 500):
+            linear(rows)
+            assert pool.idle_bytes <= rows * 512 * 4 + 2 * MIB
+
+
 def test_outputs_outlive_the_pool_and_the_pool_its_engine():
     pool = native.memory_pool()
     with pool:
