@@ -77,7 +77,7 @@ sanitize: $(READY) ## test the C++ extension under the address and undefined-beh
 	ln -sfn $(addprefix $(CURDIR)/,$(filter-out vitfast/_C%,$(wildcard vitfast/*))) $(SANITIZED)/vitfast
 	VITFAST_BUILD=1 VITFAST_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
-	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$(call CXX_LIBRARY,libasan.so) $(call CXX_LIBRARY,libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  OMP_NUM_THREADS=2 $(BIN)/pytest -s -k native -o pythonpath=$(SANITIZED) $(wildcard tests/csrc/test_native*.py) \
 	  tests/kernels/test_linear.py $(PYTEST_ARGS)
 
