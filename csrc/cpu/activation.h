@@ -61,27 +61,19 @@ VITFAST_INLINE Vector<lanes> gelu_tanh(const Vector<lanes>& x) {
 }
 
 template <int lanes>
-VITFAST_INLINE Vector<lanes> activate(Activation activation, const Vector<lanes>& x) {
-  switch (activation) {
-    case Activation::kGelu:
-      return gelu<lanes>(x);
-    case Activation::kGeluTanh:
-      return gelu_tanh<lanes>(x);
-    case Activation::kQuickGelu:
-      return x * sigmoid<lanes>(1.702f * x);
-    case Activation::kSilu:
-      return x * sigmoid<lanes>(x);
-    case Activation::kSwiglu:  // of two columns of the product: see gated
-    case Activation::kNone:
-      break;
-  }
-  return x;
+VITFAST_INLINE Vector<lanes> quick_gelu(const Vector<lanes>& x) {
+  return x * sigmoid<lanes>(1.702f * x);
+}
+
+template <int lanes>
+VITFAST_INLINE Vector<lanes> silu(const Vector<lanes>& x) {
+  return x * sigmoid<lanes>(x);
 }
 
 // swiglu: silu of the gate, times what it lets through.
 template <int lanes>
 VITFAST_INLINE Vector<lanes> gated(const Vector<lanes>& gate, const Vector<lanes>& up) {
-  return gate * sigmoid<lanes>(gate) * up;
+  return silu<lanes>(gate) * up;
 }
 
 constexpr int64_t kGatedRows = 64;  // a weight for swiglu has a multiple of them: gate and up in whole panels each

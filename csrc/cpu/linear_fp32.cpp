@@ -84,24 +84,12 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
   }
 }
 
-// Where a tile of x comes from: a packed one [depth, rows], or rows [rows, stride].
+// A packed tile of x [depth, rows]; other rows come by FromRows.
 template <int rows>
-struct FromTile {
+struct FromPacked {
   const float* x;
   VITFAST_INLINE float at(int i) const { return x[i]; }
   VITFAST_INLINE void next() { x += rows; }
-};
-template <int rows>
-struct FromRows {  // three rows for each pointer, which is as many as addresses are made of one and a stride
-  const float* x[(rows + 2) / 3];
-  int64_t stride;
-  FromRows(const float* first, int64_t row_stride) : stride(row_stride) {
-    for (int i = 0; i * 3 < rows; ++i) x[i] = first + i * 3 * stride;
-  }
-  VITFAST_INLINE float at(int i) const { return x[i / 3][i % 3 * stride]; }
-  VITFAST_INLINE void next() {
-    for (int i = 0; i * 3 < rows; ++i) ++x[i];
-  }
 };
 
 // sums [rows, vectors * lanes of kNarrowChunk] (+)= x [rows, depth] panel [depth, vectors * lanes of kPanel].
@@ -200,11 +188,11 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
               };
               if (packs) {
                 multiply([&](int64_t k) VITFAST_INLINE_LAMBDA {
-                  return FromTile<rows_>{memory.x + (k * count + t * kDepth) * rows_};
+                  return FromPacked<rows_>{memory.x + (k * count + t * kDepth) * rows_};
                 });
               } else {
                 multiply([&](int64_t k)
-                             VITFAST_INLINE_LAMBDA { return FromRows<rows_>(c.x + tile.begin * c.k + k, c.k); });
+                             VITFAST_INLINE_LAMBDA { return FromRows<float, rows_>(c.x + tile.begin * c.k + k, c.k); });
               }
             }
             if (ends) finish_rows<float, level>(e, tile.begin, tile.size(), n, sums);

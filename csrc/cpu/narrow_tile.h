@@ -55,16 +55,17 @@ struct FromTile {
   VITFAST_INLINE int32_t at(int i) const { return x[i]; }
   VITFAST_INLINE void next() { x += kTileStride; }
 };
+template <typename number_t = int32_t, int rows = kTileRows>
 struct FromRows {  // three rows for each pointer, which is as many as addresses are made of one and a stride
-  const int32_t* x[(kTileRows + 2) / 3];
+  const number_t* x[(rows + 2) / 3];
   int64_t stride;
-  FromRows(const int32_t* rows, int64_t row_stride) : stride(row_stride) {
-    for (int i = 0; i * 3 < kTileRows; ++i) x[i] = rows + i * 3 * stride;
+  FromRows(const number_t* first, int64_t row_stride) : stride(row_stride) {
+    for (int i = 0; i * 3 < rows; ++i) x[i] = first + i * 3 * stride;
   }
-  VITFAST_INLINE int32_t at(int i) const { return x[i / 3][i % 3 * stride]; }
+  VITFAST_INLINE number_t at(int i) const { return x[i / 3][i % 3 * stride]; }
   VITFAST_INLINE void next() {
 #pragma GCC unroll 5
-    for (int i = 0; i * 3 < kTileRows; ++i) ++x[i];
+    for (int i = 0; i * 3 < rows; ++i) ++x[i];
   }
 };
 
@@ -76,7 +77,7 @@ struct NarrowRows {
   template <typename Function>
   VITFAST_INLINE void visit(const Function& f) const {
     if (stride == 0) return f(FromTile{words});
-    f(FromRows(words, stride));
+    f(FromRows<>(words, stride));
   }
 };
 

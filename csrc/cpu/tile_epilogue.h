@@ -109,10 +109,9 @@ VITFAST_INLINE void activate_each(Activation activation, Floats (&x)[vectors]) {
     case Activation::kGeluTanh:
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return gelu_tanh<kWide>(v); });
     case Activation::kQuickGelu:
-      return each(
-          x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kQuickGelu, v); });
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return quick_gelu<kWide>(v); });
     case Activation::kSilu:
-      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return activate<kWide>(Activation::kSilu, v); });
+      return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA { return silu<kWide>(v); });
     case Activation::kSwiglu:
     case Activation::kNone:
       return;
