@@ -76,6 +76,7 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
     for (; k + 4 <= depth; k += 4) {
       Vector<4> square[4];
       for (int r = 0; r < 4; ++r) square[r] = load<4>(row[r] + k);
+      __builtin_prefetch(row[k / 4 % 4] + rows * stride + k / 16 * 16, 0, 2);  // of the next tile
       store_transposed(tile + k * rows + i, rows, square);
     }
     for (; k < depth; ++k) {
@@ -83,6 +84,44 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
     }
   }
 }
+
+constexpr int64_t kAheadSteps = 16;  // at least as many as a tile has rows
+
+// What a product asks for while it is computed, as it is far away when it is wanted: a panel of columns of y and of
+// residual, a line of a row a step, and x of the next tile.
+class Ahead {
+ public:
+  // Of rows m and on, and columns `first` and on.
+  Ahead(const TileEpilogue& e, int64_t m, int64_t first)
+      : y_(static_cast<const float*>(e.y) + m * e.n + first),
+        row_(e.n),
+        residual_(e.residual ? static_cast<const float*>(e.residual) - static_cast<const float*>(e.y) : 0),
+        x_(y_) {}
+
+  // `step` numbers of x a step.
+  void next_tile(const float* x, int64_t step) { x_ = x, x_step_ = step; }
+
+  // What to ask for from step k on, a multiple of kAheadSteps, in as many steps.
+  VITFAST_INLINE Ahead from(int64_t k) const {
+    Ahead there = *this;
+    there.y_ += k / kAheadSteps * kLine % kPanel;
+    there.x_ += k * x_step_;
+    return there;
+  }
+  VITFAST_INLINE void ask() {
+    __builtin_prefetch(y_, 1);
+    __builtin_prefetch(y_ + residual_);
+    __builtin_prefetch(x_, 0, 2);
+    y_ += row_, x_ += x_step_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;
+  const float* y_;
+  int64_t row_, residual_;
+  const float* x_;
+  int64_t x_step_ = 0;
+};
 
 // A packed tile of x [depth, rows]; other rows come by FromRows.
 template <int rows>
@@ -94,45 +133,49 @@ struct FromPacked {
 
 // sums [rows, vectors * lanes of kNarrowChunk] (+)= x [rows, depth] panel [depth, vectors * lanes of kPanel].
 template <int lanes, int rows, int vectors, typename From>
-VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, bool first, float* sums) {
+VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ahead& ahead, int64_t from, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
   constexpr int64_t kAhead = 24;
-  for (int64_t k = 0; k < depth; ++k, x.next(), panel += kPanel) {
-    __builtin_prefetch(panel + kAhead * kPanel);
-    __builtin_prefetch(panel + kAhead * kPanel + 16);
-    Vector<lanes> column[vectors];
-    for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x.at(i) * column[j];
+  for (int64_t k = 0; k < depth;) {
+    Ahead asks = ahead.from(from + k);
+    for (const int64_t stop = std::min(k + kAheadSteps, depth); k < stop; ++k, x.next(), panel += kPanel) {
+      asks.ask();
+      __builtin_prefetch(panel + kAhead * kPanel);
+      __builtin_prefetch(panel + kAhead * kPanel + 16);
+      Vector<lanes> column[vectors];
+      for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
+      for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < vectors; ++j) sum[i][j] += x.at(i) * column[j];
+      }
     }
   }
   for (int i = 0; i < rows; ++i, sums += kNarrowChunk) {
     for (int j = 0; j < vectors; ++j) {
-      store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
+      store<lanes>(sums + j * lanes, from == 0 ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
     }
   }
 }
 
 // The same for `count` rows, 1 .. rows.
 template <int lanes, int rows, int vectors, typename From>
-VITFAST_INLINE void multiply_rows(int64_t count, const From& x, const float* panel, int64_t depth, bool first,
-                                  float* sums) {
+VITFAST_INLINE void multiply_rows(int64_t count, const From& x, const float* panel, int64_t depth, const Ahead& ahead,
+                                  int64_t from, float* sums) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, first, sums);
+    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, ahead, from, sums);
   }
-  multiply<lanes, rows, vectors>(x, panel, depth, first, sums);
+  multiply<lanes, rows, vectors>(x, panel, depth, ahead, from, sums);
 }
 
 // sums [count, kPanel of kNarrowChunk] (+)= columns of_x of a tile of x times a panel. x_at: column -> where it is
 // read.
 template <int lanes, int rows, int vectors, typename At>
 VITFAST_INLINE void multiply_panel(const Call& c, Share of_x, int64_t count, const At& x_at, const float* panel,
-                                   float* sums) {
+                                   const Ahead& ahead, float* sums) {
   for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
     for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
       depth = c.depth(k, of_x.end);
-      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, k == 0,
-                                          sums + j);
+      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, ahead,
+                                          k, sums + j);
     }
   }
 }
@@ -179,11 +222,14 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
             float* sums = memory.sums + t * c.tile_sums();
             for (int64_t p = pass; p < pass_end; ++p) {
               const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
-              if (of_x.end == c.k && part == 0) prefetch_outputs(e, tile, first, std::min(first + kPanel, e.n));
+              Ahead ahead(e, tile.begin, first);
+              if (n == columns.begin && p == 0 && !packs) {
+                ahead.next_tile(c.x + tile.end * c.k, rows_);
+              }
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
               const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
-                multiply_panel<lanes, rows_, vectors>(c, of_x, tile.size(), x_at, panel,
+                multiply_panel<lanes, rows_, vectors>(c, of_x, tile.size(), x_at, panel, ahead,
                                                       sums + part * kUpSums + column);
               };
               if (packs) {
