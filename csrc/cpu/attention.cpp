@@ -32,8 +32,9 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 // The block shape of a vector width: `lanes` floats a vector, `rows` x `vectors` of them in registers, and
 // `block` queries whose scores are in cache at one time.
-template <int lanes_, int rows_, int vectors_>
+template <Simd level_, int lanes_, int rows_, int vectors_>
 struct Tile {
+  static constexpr Simd level = level_;
   static constexpr int lanes = lanes_, rows = rows_, vectors = vectors_, panel = lanes * vectors, block = 4 * rows;
 };
 
@@ -152,6 +153,7 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
     for (int64_t n = 0; n < width; n += T::panel) {
       for (int64_t i = 0; i < tiled; i += rows) {
         next.ask<scalar_t>(c);
+        ask_outputs<scalar_t>(c, b, first, count, h, (n / T::panel * (tiled / rows) + i / rows) * 2);
         multiply_panel<lanes, rows, T::vectors>((l.key_columns - n) / lanes, queries + i * c.head_dim, c.head_dim,
                                                 keys + n * c.head_dim, c.head_dim, scores + i * l.score_stride + n,
                                                 l.score_stride);
@@ -169,27 +171,27 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
                                                 l.score_stride, values + d * c.keys, seen, sums + d, l.value_columns);
       }
       for (int64_t r = 0; r < std::min<int64_t>(rows, count - i); ++r) {
-        write_head<scalar_t>(c, b, first + i + r, h, inverse[i + r], sums + r * l.value_columns);
+        write_head<scalar_t, T::level>(c, b, first + i + r, h, inverse[i + r], sums + r * l.value_columns);
       }
     }
   }
 }
 
-using Standard = Tile<4, 4, 3>;  // 16 registers
+using Standard = Tile<Simd::standard, 4, 4, 3>;  // 16 registers
 template <typename scalar_t>
 void attend_standard(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   attend<Standard, scalar_t>(c, begin, end, memory);
 }
 
 #ifdef VITFAST_SIMD_LEVELS
-using Avx2 = Tile<8, 6, 2>;  // 16 registers
+using Avx2 = Tile<Simd::avx2, 8, 6, 2>;  // 16 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx2,fma")
 void attend_avx2(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
   attend<Avx2, scalar_t>(c, begin, end, memory);
 }
 
-using Avx512 = Tile<16, 6, 4>;  // 32 registers
+using Avx512 = Tile<Simd::avx512, 16, 6, 4>;  // 32 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx512f")
 void attend_avx512(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {

@@ -82,13 +82,27 @@ VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t
   }
 }
 
+// exp(x - shift) to 8e-5, for what is rounded to bf16; 0 where x is -infinity.
+VITFAST_INLINE Floats rough_exp(const Floats& x, float shift) {
+  constexpr float kLog2E = 1.44269504f, kLeast = -200.0f;  // whose power of two is 0
+  const Floats log2 = x * kLog2E - shift * kLog2E, t = log2 < kLeast ? kLeast - Floats{} : log2;
+  Floats n, power;  // not as intrinsics, whose headers give warnings with GCC 12
+  asm("vrndscaleps $0, %1, %0" : "=v"(n) : "v"(t));
+  const Floats f = t - n;
+  Floats p = f * 0.0551717728f + 0.242611378f;
+  p = p * f + 0.693260968f;
+  p = p * f + 0.999927998f;
+  asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(p), "v"(n));
+  return power;
+}
+
 // scores [width] -> chances = bf16(exp(scores - shift)); returns 1 / their sum, 0 where no key is seen.
 VITFAST_INLINE float round_chances(const float* scores, int64_t width, float shift, at::BFloat16* chances) {
   Floats total{};
   for (int64_t n = 0; n < width; n += kWide) {
-    const Floats chance = rough_exp_of_negative<kWide>(load_floats(scores + n) - shift);
+    const Floats chance = rough_exp(load_floats(scores + n), shift);
     total += chance;
-    Halves rounded;  // not as an intrinsic, whose type has no name in every GCC
+    Halves rounded;  // likewise
     asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(chance));
     std::memcpy(chances + n, &rounded, sizeof(rounded));
   }
@@ -130,6 +144,7 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
     const int64_t seen = c.causal ? std::min(c.keys, first + count) : c.keys, width = padded(seen, kWide);
     for (int64_t n = 0; n < seen; n += kNarrowPanel) {
       next.ask<at::BFloat16>(c);
+      ask_outputs<at::BFloat16>(c, b, first, count, h, n / kWide);
       const Scaled sink{scores + n, l.score_stride, c.scale};
       const auto multiply = [&](auto vectors) VITFAST_INLINE_LAMBDA {
         multiply_tile_rows<Bfloat16Pairs, kTileRows, vectors()>(count, FromRows<>(queries, l.head_words),
@@ -141,19 +156,21 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
         multiply(std::integral_constant<int, 1>());  // half a panel
       }
     }
-    float inverse[kTileRows];
+    float shift[kTileRows], inverse[kTileRows];
+    for (int64_t i = 0; i < count; ++i) {  // apart, so that the rows' last steps are under way together
+      adjust<kWide>(c, b, h, first + i, seen, width, scores + i * l.score_stride);
+      shift[i] = shift_of<kWide>(scores + i * l.score_stride, width);
+    }
     for (int64_t i = 0; i < count; ++i) {
-      float* row = scores + i * l.score_stride;
-      adjust<kWide>(c, b, h, first + i, seen, width, row);
       auto* rounded = reinterpret_cast<at::BFloat16*>(chances + i * l.chance_stride);
-      inverse[i] = round_chances(row, width, shift_of<kWide>(row, width), rounded);
+      inverse[i] = round_chances(scores + i * l.score_stride, width, shift[i], rounded);
     }
     for (int64_t d = 0; d < c.head_dim; d += kNarrowPanel) {
       multiply_tile_rows<Bfloat16Pairs>(count, FromRows<>(chances, l.chance_stride), values + d * l.key_words,
                                         width / 2, nullptr, Scaled{sums + d, columns, 1.0f});
     }
     for (int64_t i = 0; i < count; ++i) {
-      write_head<at::BFloat16>(c, b, first + i, h, inverse[i], sums + i * columns);
+      write_head<at::BFloat16, Simd::avx512_bf16>(c, b, first + i, h, inverse[i], sums + i * columns);
     }
   }
 }

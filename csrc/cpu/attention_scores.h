@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "../guards.h"
 #include "numbers.h"
@@ -64,6 +65,19 @@ struct NextHead {
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(numbers + i, 0, 2);  // to the second cache
   }
 };
+
+// Asks for two rows of a head's result, from row i of `count` on.
+template <typename scalar_t>
+VITFAST_INLINE void ask_outputs(const AttentionCall& c, int64_t b, int64_t first, int64_t count, int64_t h, int64_t i) {
+  const auto ask = [&](const auto* out) VITFAST_INLINE_LAMBDA {
+    constexpr int64_t kLine = 64 / sizeof(*out);
+    for (const int64_t end = std::min(i + 2, count); i < end; ++i) {
+      const auto* row = out + ((b * c.queries + first + i) * c.heads + h) * c.head_dim;
+      for (int64_t d = 0; d < c.head_dim; d += kLine) __builtin_prefetch(row + d, 1);
+    }
+  };
+  c.values ? ask(c.values) : ask(static_cast<const scalar_t*>(c.out));
+}
 
 // How a SIMD level goes about it.
 struct AttentionVariant {
@@ -124,16 +138,22 @@ VITFAST_INLINE void adjust(const AttentionCall& c, int64_t b, int64_t h, int64_t
 }
 
 // One row of a head's result: sums [head_dim], which are changed, times `inverse`, to query i.
-template <typename scalar_t>
+template <typename scalar_t, Simd level>
 VITFAST_INLINE void write_head(const AttentionCall& c, int64_t b, int64_t i, int64_t h, float inverse, float* sums) {
   const int64_t row = ((b * c.queries) + i) * c.heads + h;
   if (c.values) {
     for (int64_t d = 0; d < c.head_dim; ++d) sums[d] *= inverse;
-    c.scales[row] = quantize_row(sums, c.head_dim, c.values + row * c.head_dim);
+    c.scales[row] = quantize_row<level>(sums, c.head_dim, c.values + row * c.head_dim);
     return;
   }
   scalar_t* to = static_cast<scalar_t*>(c.out) + row * c.head_dim;
-  for (int64_t d = 0; d < c.head_dim; d += kWide) {
+  int64_t d = 0;
+#ifdef VITFAST_SIMD_LEVELS
+  if constexpr (level >= Simd::avx512_bf16 && std::is_same_v<scalar_t, at::BFloat16>) {
+    for (; d + kWide <= c.head_dim; d += kWide) store_by_instruction(to + d, load_floats(sums + d) * inverse);
+  }
+#endif
+  for (; d < c.head_dim; d += kWide) {
     const int64_t count = c.head_dim - d;
     store_rounded(to + d, load_floats(sums + d, count) * inverse, count);
   }

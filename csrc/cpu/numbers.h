@@ -99,8 +99,17 @@ VITFAST_INLINE uint32_t largest(const typename VectorOf<lanes>::ints& x) {
   }
 }
 
-// The lowest byte of each. In two steps: of one that narrows by four, GCC 12 makes element by element.
+// The lowest byte of each. level: of the function this is inlined into.
+template <Simd level>
 VITFAST_INLINE Bytes low_bytes(const Bits& x) {
+#ifdef VITFAST_SIMD_LEVELS
+  if constexpr (level >= Simd::avx512) {
+    Bytes bytes;
+    asm("vpmovdb %1, %0" : "=v"(bytes) : "v"(x));
+    return bytes;
+  }
+#endif
+  // In two steps: of one that narrows by four, GCC 12 makes element by element.
   const Halves halves = __builtin_convertvector(x, Halves);
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
   int8_t pairs __attribute__((vector_size(2 * kWide)));
@@ -114,6 +123,33 @@ VITFAST_INLINE Bytes low_bytes(const Bits& x) {
 VITFAST_INLINE Bits larger_magnitudes(const Bits& magnitudes, const Floats& x) {
   const Bits these = bits_of(x) & 0x7fffffffu;
   return these > magnitudes ? these : magnitudes;
+}
+
+// The bits of the largest magnitude of a row [n]: they are ordered as magnitudes are, and NaN comes above infinity.
+template <typename scalar_t>
+VITFAST_INLINE uint32_t largest_magnitude(const scalar_t* row, int64_t n) {
+  Bits most{};
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) most = larger_magnitudes(most, load_floats(row + i));
+  if (i < n) most = larger_magnitudes(most, load_floats(row + i, n - i));
+  return largest<kWide>(most);
+}
+VITFAST_INLINE uint32_t largest_magnitude(const at::BFloat16* row, int64_t n) {  // 16 bits each
+  typedef uint16_t Wide __attribute__((vector_size(4 * kWide)));
+  Wide most{};
+  int64_t i = 0;
+  for (; i + 2 * kWide <= n; i += 2 * kWide) {
+    Wide these;
+    std::memcpy(&these, row + i, sizeof(these));
+    these &= 0x7fff;
+    most = these > most ? these : most;
+  }
+  Bits halves[2];  // an even and an odd one in each word
+  std::memcpy(halves, &most, sizeof(most));
+  halves[1] = halves[0] & 0xffff0000u, halves[0] <<= 16;
+  Bits both = halves[0] > halves[1] ? halves[0] : halves[1];
+  for (; i < n; i += kWide) both = larger_magnitudes(both, load_floats(row + i, n - i));
+  return largest<kWide>(both);
 }
 
 // QUANTIZED and LEAST_AMAX of vitfast/ops/reference.py.
@@ -131,33 +167,33 @@ struct Int8Scale {
     scale = amax / kLargestInt8, inverse = kLargestInt8 / amax;
   }
 
-  // x times the inverse, to the nearest integer.
+  // x times the inverse, to the nearest integer; zeros where the inverse is 0.
+  template <Simd level>
   VITFAST_INLINE Bytes rounded(const Floats& x) const {
     constexpr float kRound = 0x1.8p23f;  // a sum with it ends in the bits of the integer
-    return low_bytes(bits_of(x * inverse + kRound));
+    return inverse == 0.0f ? Bytes{} : low_bytes<level>(bits_of(x * inverse + kRound));
   }
 };
 
-// reference.quantize of a row [n] in int8: its scale, or NaN, with zeros for values, where it is not finite.
-template <typename scalar_t>
-VITFAST_INLINE float quantize_row(const scalar_t* row, int64_t n, int8_t* values) {
-  const int64_t whole = n / kWide * kWide;
-  Bits most{};  // magnitudes, whose bits are ordered as they are; NaN comes above infinity
-  for (int64_t i = 0; i < whole; i += kWide) most = larger_magnitudes(most, load_floats(row + i));
-  if (whole < n) most = larger_magnitudes(most, load_floats(row + whole, n - whole));
-  const Int8Scale scale(largest<kWide>(most));
-  if (scale.inverse == 0.0f) {
-    std::fill(values, values + n, static_cast<int8_t>(0));
-    return scale.scale;
-  }
-  for (int64_t i = 0; i < whole; i += kWide) {
-    const Bytes bytes = scale.rounded(load_floats(row + i));
+// A row [n] in int8.
+template <Simd level, typename scalar_t>
+VITFAST_INLINE void round_row(const scalar_t* row, int64_t n, const Int8Scale& scale, int8_t* values) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Bytes bytes = scale.rounded<level>(load_floats(row + i));
     std::memcpy(values + i, &bytes, sizeof(bytes));
   }
-  if (whole < n) {
-    const Bytes bytes = scale.rounded(load_floats(row + whole, n - whole));
-    std::memcpy(values + whole, &bytes, n - whole);
+  if (i < n) {
+    const Bytes bytes = scale.rounded<level>(load_floats(row + i, n - i));
+    std::memcpy(values + i, &bytes, n - i);
   }
+}
+
+// reference.quantize of a row [n] in int8: its scale, or NaN, with zeros for values, where it is not finite.
+template <Simd level, typename scalar_t>
+VITFAST_INLINE float quantize_row(const scalar_t* row, int64_t n, int8_t* values) {
+  const Int8Scale scale(largest_magnitude(row, n));
+  round_row<level>(row, n, scale, values);
   return scale.scale;
 }
 

@@ -15,6 +15,7 @@
 #include "memory.h"
 #include "numbers.h"
 #include "row_moments.h"
+#include "tile_epilogue.h"
 
 namespace vitfast {
 namespace {
@@ -28,41 +29,68 @@ template <typename scalar_t>
 struct Rows {
   int8_t* values;
   float* scales;
-  const scalar_t *x, *weight, *bias;  // weight and bias null without a norm
+  const scalar_t* x;
+  const float *weight, *bias;  // of a norm, padded to whole vectors; null without one
   int64_t width;
   float eps;
 };
 
-template <typename scalar_t>
+// buffer [2, width rounded up to whole vectors].
+template <Simd level, typename scalar_t>
 VITFAST_INLINE void quantize_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
   const int64_t n = rows.width;
-  float* normed = buffer + n;
+  float* normed = buffer + (n + kWide - 1) / kWide * kWide;
   for (int64_t r = begin; r < end; ++r) {
     const scalar_t* x = rows.x + r * n;
     int8_t* values = rows.values + r * n;
     if (!rows.weight) {
-      rows.scales[r] = quantize_row(x, n, values);
+      rows.scales[r] = quantize_row<level>(x, n, values);
       continue;
     }
     const float* row = widened(x, n, buffer);
     const Moments moments = moments_of(row, n, rows.eps);
-    for (int64_t i = 0; i < n; i += kWide) {
-      const Floats weight = load_floats(rows.weight + i, n - i), bias = load_floats(rows.bias + i, n - i);
+    Bits most{};
+    for (int64_t i = 0; i < n; i += kWide) {  // weight and bias are 0 beyond the end
+      const Floats weight = load_floats(rows.weight + i), bias = load_floats(rows.bias + i);
       const Floats value = (load_floats(row + i, n - i) - moments.mean) * moments.rstd * weight + bias;
-      store_rounded(normed + i, value, n - i);
+      most = larger_magnitudes(most, value);
+      store<kWide>(normed + i, value);
     }
-    rows.scales[r] = quantize_row(normed, n, values);
+    const Int8Scale scale(largest<kWide>(most));
+    round_row<level>(normed, n, scale, values);
+    rows.scales[r] = scale.scale;
   }
 }
 
-VITFAST_SIMD void quantize_rows(const Rows<float>& rows, int64_t begin, int64_t end, float* buffer) {
-  quantize_loop(rows, begin, end, buffer);
+template <typename scalar_t>
+using QuantizeRows = void (*)(const Rows<scalar_t>&, int64_t, int64_t, float*);
+
+template <typename scalar_t>
+void quantize_standard(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop<Simd::standard>(rows, begin, end, buffer);
 }
-VITFAST_SIMD void quantize_rows(const Rows<at::Half>& rows, int64_t begin, int64_t end, float* buffer) {
-  quantize_loop(rows, begin, end, buffer);
+
+#ifdef VITFAST_SIMD_LEVELS
+template <typename scalar_t>
+VITFAST_TARGET("avx2,fma,f16c")
+void quantize_avx2(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop<Simd::avx2>(rows, begin, end, buffer);
 }
-VITFAST_SIMD void quantize_rows(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
-  quantize_loop(rows, begin, end, buffer);
+
+template <typename scalar_t>
+VITFAST_TARGET("avx512f,avx512bw,avx512vl")
+void quantize_avx512(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
+  quantize_loop<Simd::avx512>(rows, begin, end, buffer);
+}
+#endif
+
+template <typename scalar_t>
+QuantizeRows<scalar_t> quantize_here() {
+#ifdef VITFAST_SIMD_LEVELS
+  if (simd_level() >= Simd::avx512_vnni) return &quantize_avx512<scalar_t>;
+  if (simd_level() >= Simd::avx2) return &quantize_avx2<scalar_t>;
+#endif
+  return &quantize_standard<scalar_t>;
 }
 
 template <typename scalar_t>
@@ -70,19 +98,17 @@ void run(const at::Tensor& values, const at::Tensor& scales, const at::Tensor& x
          const Optional& bias, double eps) {
   // Copied if need be.
   const at::Tensor source = contiguous(kOp, "x", x);
-  const Optional w = contiguous(kOp, "norm_weight", weight), b = contiguous(kOp, "norm_bias", bias);
+  const Optional w = padded_columns(kOp, "norm_weight", weight), b = padded_columns(kOp, "norm_bias", bias);
   const Rows<scalar_t> rows{values.mutable_data_ptr<int8_t>(),
                             scales.mutable_data_ptr<float>(),
                             read<scalar_t>(kOp, "x", source),
-                            read<scalar_t>(kOp, "norm_weight", w),
-                            read<scalar_t>(kOp, "norm_bias", b),
+                            read<float>(kOp, "norm_weight", w),
+                            read<float>(kOp, "norm_bias", b),
                             x.size(-1),
                             static_cast<float>(eps)};
-  const int64_t size = (Size(kOp, x.size(-1)) * 2).value();
+  const int64_t bytes = ((Size(kOp, x.size(-1)) + kWide) * 2 * sizeof(float)).value();
   at::parallel_for(0, rows_of(kOp, x), kMinRows, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor buffer = at::empty({size}, at::kFloat);
-    quantize_rows(rows, begin, end, buffer.mutable_data_ptr<float>());
+    quantize_here<scalar_t>()(rows, begin, end, static_cast<float*>(Scratch::of(bytes)));
   });
 }
 

@@ -174,7 +174,7 @@ VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t f
     e.scales[at] = scale.scale;
     int8_t* values = e.values + m * e.n + first;
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
-      const Bytes bytes = scale.inverse == 0.0f ? Bytes{} : scale.rounded(v);
+      const Bytes bytes = scale.rounded<level>(v);
       std::memcpy(values + j, &bytes, sizeof(bytes));
       return v;
     });
@@ -206,7 +206,7 @@ VITFAST_INLINE void finish_row(const TileEpilogue& e, int64_t m, int64_t first, 
     store<kWide>(sums + i, value[0]);
   }
   const int64_t at = m * e.chunks() + first / kNarrowChunk;
-  if (e.values) e.scales[at] = quantize_row(sums, width, e.values + m * e.n + first);
+  if (e.values) e.scales[at] = quantize_row<level>(sums, width, e.values + m * e.n + first);
   if (e.stats) chunk_stats(sums, width, e.stats + 2 * at);
 }
 

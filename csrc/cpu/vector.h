@@ -110,21 +110,4 @@ VITFAST_INLINE Vector<lanes> exp_of_negative(const Vector<lanes>& x) {
   return x < -87.3f ? Vector<lanes>{} : p * power;
 }
 
-// The same to 9e-5, for results that are rounded to bf16.
-template <int lanes>
-VITFAST_INLINE Vector<lanes> rough_exp_of_negative(const Vector<lanes>& x) {
-  using Ints = typename VectorOf<lanes>::ints;
-  constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f, kRound = 12583039.0f;
-  const Vector<lanes> shifted = x * kLog2E + kRound, r = x - (shifted - kRound) * kLog2;
-  Vector<lanes> p = r * 0.16566839f + 0.50496334f;
-  p = p * r + 1.00016419f;
-  p = p * r + 0.99992807f;
-  Ints bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = bits << 23;
-  Vector<lanes> power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.3f ? Vector<lanes>{} : p * power;
-}
-
 }  // namespace vitfast
