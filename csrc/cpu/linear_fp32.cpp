@@ -174,8 +174,8 @@ VITFAST_INLINE void multiply_panel(const Call& c, Share of_x, int64_t count, con
   for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
     for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
       depth = c.depth(k, of_x.end);
-      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, ahead,
-                                          k, sums + j);
+      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, ahead, k,
+                                          sums + j);
     }
   }
 }

@@ -96,13 +96,15 @@ VITFAST_INLINE void each(Floats (&x)[vectors], const Function& f) {
   for (int j = 0; j < vectors; ++j) x[j] = f(x[j], j * kWide);
 }
 
-template <Simd level, int vectors>
+// rough: to fewer digits than fp32 has, where that costs less.
+template <Simd level, bool rough, int vectors>
 VITFAST_INLINE void activate_each(Activation activation, Floats (&x)[vectors]) {
   switch (activation) {
     case Activation::kGelu:
       return each(x, [](const Floats& v, int) VITFAST_INLINE_LAMBDA {
 #ifdef VITFAST_SIMD_LEVELS
-        if constexpr (level >= Simd::avx512) return gelu_by_table(v);
+        if constexpr (level >= Simd::avx512 && rough) return gelu_by_table(v, kRoughGelu);
+        if constexpr (level >= Simd::avx512) return gelu_by_table(v, kGelu);
 #endif
         return gelu<kWide>(v);
       });
@@ -148,7 +150,7 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
     finish_product(e, m, n + e.up, sums + kUpSums + i, up);
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return gated<kWide>(v, up[j / kWide]); });
   } else {
-    activate_each<level>(e.activation, value);
+    activate_each<level, !std::is_same_v<scalar_t, float>>(e.activation, value);
   }
   if (e.layer_scale)
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return v * load_floats(e.layer_scale + n + j); });
