@@ -85,12 +85,12 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
   }
 }
 
-constexpr int64_t kAheadSteps = 16;  // at least as many as a tile has rows
-
-// What a product asks for while it is computed, as it is far away when it is wanted: a panel of columns of y and of
-// residual, a line of a row a step, and x of the next tile.
+// What a product asks for in its first steps, a line of each a step, as it is far away when it is wanted: a panel of
+// columns of y and of residual, and x of the next tile.
 class Ahead {
  public:
+  static constexpr int64_t kRun = 16;  // steps, at least as many as a tile has rows
+
   // Of rows m and on, and columns `first` and on.
   Ahead(const TileEpilogue& e, int64_t m, int64_t first)
       : y_(static_cast<const float*>(e.y) + m * e.n + first),
@@ -98,13 +98,15 @@ class Ahead {
         residual_(e.residual ? static_cast<const float*>(e.residual) - static_cast<const float*>(e.y) : 0),
         x_(y_) {}
 
-  // `step` numbers of x a step.
-  void next_tile(const float* x, int64_t step) { x_ = x, x_step_ = step; }
+  // `step` numbers of x a step, in k steps.
+  void next_tile(const float* x, int64_t step, int64_t k) { x_ = x, x_step_ = step, steps_ = std::max(steps_, k); }
 
-  // What to ask for from step k on, a multiple of kAheadSteps, in as many steps.
+  int64_t steps() const { return steps_; }
+
+  // What to ask for from step k on, in kRun steps.
   VITFAST_INLINE Ahead from(int64_t k) const {
     Ahead there = *this;
-    there.y_ += k / kAheadSteps * kLine % kPanel;
+    there.y_ += k / kRun * kLine % kPanel;
     there.x_ += k * x_step_;
     return there;
   }
@@ -120,7 +122,7 @@ class Ahead {
   const float* y_;
   int64_t row_, residual_;
   const float* x_;
-  int64_t x_step_ = 0;
+  int64_t x_step_ = 0, steps_ = kRun * kPanel / kLine;
 };
 
 // A packed tile of x [depth, rows]; other rows come by FromRows.
@@ -136,19 +138,25 @@ template <int lanes, int rows, int vectors, typename From>
 VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ahead& ahead, int64_t from, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
   constexpr int64_t kAhead = 24;
-  for (int64_t k = 0; k < depth;) {
+  const auto step = [&]() VITFAST_INLINE_LAMBDA {
+    __builtin_prefetch(panel + kAhead * kPanel);
+    __builtin_prefetch(panel + kAhead * kPanel + 16);
+    Vector<lanes> column[vectors];
+    for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vectors; ++j) sum[i][j] += x.at(i) * column[j];
+    }
+    x.next(), panel += kPanel;
+  };
+  int64_t k = 0;
+  for (const int64_t asking = std::min(depth, ahead.steps() - from); k < asking;) {
     Ahead asks = ahead.from(from + k);
-    for (const int64_t stop = std::min(k + kAheadSteps, depth); k < stop; ++k, x.next(), panel += kPanel) {
+    for (const int64_t stop = std::min(k + Ahead::kRun, asking); k < stop; ++k) {
       asks.ask();
-      __builtin_prefetch(panel + kAhead * kPanel);
-      __builtin_prefetch(panel + kAhead * kPanel + 16);
-      Vector<lanes> column[vectors];
-      for (int j = 0; j < vectors; ++j) column[j] = load<lanes>(panel + j * lanes);
-      for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < vectors; ++j) sum[i][j] += x.at(i) * column[j];
-      }
+      step();
     }
   }
+  for (; k < depth; ++k) step();
   for (int i = 0; i < rows; ++i, sums += kNarrowChunk) {
     for (int j = 0; j < vectors; ++j) {
       store<lanes>(sums + j * lanes, from == 0 ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
@@ -224,7 +232,7 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
               const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
               Ahead ahead(e, tile.begin, first);
               if (n == columns.begin && p == 0 && !packs) {
-                ahead.next_tile(c.x + tile.end * c.k, rows_);
+                ahead.next_tile(c.x + tile.end * c.k, rows_, c.k);
               }
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
