@@ -148,7 +148,8 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
       const Scaled sink{scores + n, l.score_stride, c.scale};
       const auto multiply = [&](auto vectors) VITFAST_INLINE_LAMBDA {
         multiply_tile_rows<Bfloat16Pairs, kTileRows, vectors()>(count, FromRows<>(queries, l.head_words),
-                                                                words + n * l.head_words, l.head_words, nullptr, sink);
+                                                                words + n * l.head_words, l.head_words, nullptr,
+                                                                NothingAhead(), sink);
       };
       if (seen - n > kWide) {
         multiply(std::integral_constant<int, 2>());
@@ -167,7 +168,7 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
     }
     for (int64_t d = 0; d < c.head_dim; d += kNarrowPanel) {
       multiply_tile_rows<Bfloat16Pairs>(count, FromRows<>(chances, l.chance_stride), values + d * l.key_words,
-                                        width / 2, nullptr, Scaled{sums + d, columns, 1.0f});
+                                        width / 2, nullptr, NothingAhead(), Scaled{sums + d, columns, 1.0f});
     }
     for (int64_t i = 0; i < count; ++i) {
       write_head<at::BFloat16, Simd::avx512_bf16>(c, b, first + i, h, inverse[i], sums + i * columns);

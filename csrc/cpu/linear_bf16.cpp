@@ -18,10 +18,10 @@ constexpr const char* kOp = "linear";
 #ifdef VITFAST_SIMD_LEVELS
 #define VITFAST_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
 
-VITFAST_BF16 void multiply(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
-                           const int32_t* start, const AddScaled& sink) {
-  x.visit([&](const auto& from)
-              VITFAST_INLINE_LAMBDA { multiply_tile_rows<Bfloat16Pairs>(count, from, panel, words, start, sink); });
+VITFAST_BF16 void multiply(const NarrowTile& t, const Ahead& ahead, bool) {
+  t.x.visit([&](const auto& from) VITFAST_INLINE_LAMBDA {
+    multiply_tile_rows<Bfloat16Pairs>(t.count, from, t.panel, t.words, t.start, ahead, StoreSums<>{t.sums});
+  });
 }
 
 VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {

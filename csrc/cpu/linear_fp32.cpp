@@ -85,46 +85,6 @@ VITFAST_INLINE void pack_tile(const float* x, int64_t stride, int64_t count, int
   }
 }
 
-// What a product asks for in its first steps, a line of each a step, as it is far away when it is wanted: a panel of
-// columns of y and of residual, and x of the next tile.
-class Ahead {
- public:
-  static constexpr int64_t kRun = 16;  // steps, at least as many as a tile has rows
-
-  // Of rows m and on, and columns `first` and on.
-  Ahead(const TileEpilogue& e, int64_t m, int64_t first)
-      : y_(static_cast<const float*>(e.y) + m * e.n + first),
-        row_(e.n),
-        residual_(e.residual ? static_cast<const float*>(e.residual) - static_cast<const float*>(e.y) : 0),
-        x_(y_) {}
-
-  // `step` numbers of x a step, in k steps.
-  void next_tile(const float* x, int64_t step, int64_t k) { x_ = x, x_step_ = step, steps_ = std::max(steps_, k); }
-
-  int64_t steps() const { return steps_; }
-
-  // What to ask for from step k on, in kRun steps.
-  VITFAST_INLINE Ahead from(int64_t k) const {
-    Ahead there = *this;
-    there.y_ += k / kRun * kLine % kPanel;
-    there.x_ += k * x_step_;
-    return there;
-  }
-  VITFAST_INLINE void ask() {
-    __builtin_prefetch(y_, 1);
-    __builtin_prefetch(y_ + residual_);
-    __builtin_prefetch(x_, 0, 2);
-    y_ += row_, x_ += x_step_;
-  }
-
- private:
-  static constexpr int64_t kLine = 16;
-  const float* y_;
-  int64_t row_, residual_;
-  const float* x_;
-  int64_t x_step_ = 0, steps_ = kRun * kPanel / kLine;
-};
-
 // A packed tile of x [depth, rows]; other rows come by FromRows.
 template <int rows>
 struct FromPacked {
@@ -150,7 +110,7 @@ VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ah
   };
   int64_t k = 0;
   for (const int64_t asking = std::min(depth, ahead.steps() - from); k < asking;) {
-    Ahead asks = ahead.from(from + k);
+    Ahead asks = ahead.after(from + k);
     for (const int64_t stop = std::min(k + Ahead::kRun, asking); k < stop; ++k) {
       asks.ask();
       step();
@@ -232,7 +192,7 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
               const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
               Ahead ahead(e, tile.begin, first);
               if (n == columns.begin && p == 0 && !packs) {
-                ahead.next_tile(c.x + tile.end * c.k, rows_, c.k);
+                ahead.next_tile(c.x + tile.end * c.k, rows_ * static_cast<int64_t>(sizeof(float)), c.k);
               }
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;

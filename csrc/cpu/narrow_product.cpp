@@ -25,6 +25,7 @@ void pack_tile(const void* x, int64_t bytes, int64_t count, int32_t* words) {
     for (; k + 4 <= whole; k += 4) {
       Vector<4> square[4];
       for (int r = 0; r < 4; ++r) std::memcpy(&square[r], rows[r] + 4 * k, sizeof(square[r]));
+      __builtin_prefetch(rows[k / 4 % 4] + kTileRows * bytes + 4 * (k / 16 * 16), 0, 2);  // of the next tile
       store_transposed(to + k * kTileStride + i, kTileStride, square);
     }
     for (; k < whole; ++k) {
@@ -105,19 +106,28 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Sha
         const NarrowRows x = packs ? NarrowRows{memory + (t - block) * l.tile, 0}
                                    : NarrowRows{reinterpret_cast<const int32_t*>(c.x) + tile.begin * words, words};
         const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
-        const auto multiply = [&](const int32_t* panel, float* to_sums) {
+        const auto multiply = [&](const int32_t* panel, const Ahead& ahead, float* to_sums) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t from = g * c.group, to = std::min(from + c.group, words);
             const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
-            steps.multiply(tile.size(), {x.words + from * (packs ? kTileStride : 1), x.stride},
-                           panel + from * kNarrowPanel, to - from, start + g * kTileStride,
-                           {to_sums, scale, groups, g == 0});
+            steps.multiply({tile.size(),
+                            {x.words + from * (packs ? kTileStride : 1), x.stride},
+                            panel + from * kNarrowPanel,
+                            to - from,
+                            start + g * kTileStride,
+                            scale,
+                            groups,
+                            to_sums},
+                           ahead.after(from), g > 0);
           }
         };
         for (int64_t p = n; p < n_end; p += kNarrowPanel) {
-          prefetch_outputs(c.epilogue, tile, p, std::min(p + kNarrowPanel, c.n));
-          multiply(panel_at(c.packed, p, c.n, words, wide), sums + (p - n));
-          if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), sums + kUpSums + (p - n));
+          Ahead ahead(c.epilogue, tile.begin, p);
+          if (p == columns.begin && !packs && !steps.start) {  // what the sums start with has read x
+            ahead.next_tile(c.x + tile.end * c.row_bytes, kTileRows * 4, words);
+          }
+          multiply(panel_at(c.packed, p, c.n, words, wide), ahead, sums + (p - n));
+          if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), ahead, sums + kUpSums + (p - n));
         }
         steps.finish(c.epilogue, tile.begin, tile.size(), n, sums);
       }

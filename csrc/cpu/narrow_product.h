@@ -23,12 +23,23 @@ struct NarrowCall {
   int64_t groups() const { return (words() + group - 1) / group; }
 };
 
+// A tile of rows of x times `words` words of a panel.
+struct NarrowTile {
+  int64_t count;  // rows
+  NarrowRows x;
+  const int32_t* panel;
+  int64_t words;
+  const int32_t* start;  // what the sums begin with
+  const float* scale;    // of the first row of x, those of the others `scale_stride` apart; or null
+  int64_t scale_stride;
+  float* sums;  // [count, kNarrowChunk]
+};
+
 // The steps of a product, compiled for the instruction that multiplies.
 struct NarrowSteps {
   // start [groups, kTileStride]: what the sums of a tile of rows of x [count, row_bytes] begin with. Null for zero.
   void (*start)(const NarrowCall& c, const char* x, int64_t count, int32_t* start);
-  void (*multiply)(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words, const int32_t* start,
-                   const AddScaled& sink);
+  void (*multiply)(const NarrowTile& t, const Ahead& ahead, bool adds);  // adds: to the sums that are there
   void (*finish)(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums);
   bool reads_rows;  // multiply takes rows of x where they lie, aligned to words, or else tiles only
 };

@@ -81,9 +81,17 @@ struct NarrowRows {
   }
 };
 
+struct NothingAhead {
+  static constexpr int64_t kRun = kTileStride;
+  static constexpr int64_t steps() { return 0; }
+  VITFAST_INLINE NothingAhead after(int64_t) const { return {}; }
+  VITFAST_INLINE void ask() const {}
+};
+
 // Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
-template <typename P, int rows, int vectors, typename From, typename Sink>
-VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Sink& sink) {
+template <typename P, int rows, int vectors, typename From, typename Asked, typename Sink>
+VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Asked& ahead,
+                                  const Sink& sink) {
   typename P::Sum sum[rows][vectors];
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
@@ -92,7 +100,7 @@ VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, c
     if constexpr (vectors == 2) sum[i][1] = sum[i][0];
   }
   constexpr int64_t kAhead = 8;
-  for (int64_t k = 0; k < words; ++k, panel += kNarrowPanel, x.next()) {
+  const auto step = [&]() VITFAST_INLINE_LAMBDA {
     Words weight[vectors];
 #pragma GCC unroll 2
     for (int j = 0; j < vectors; ++j) {
@@ -105,7 +113,17 @@ VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, c
 #pragma GCC unroll 2
       for (int j = 0; j < vectors; ++j) sum[i][j] = P::add(sum[i][j], word, weight[j]);
     }
+    x.next(), panel += kNarrowPanel;
+  };
+  int64_t k = 0;
+  for (const int64_t asking = std::min(words, ahead.steps()); k < asking;) {
+    Asked asks = ahead.after(k);
+    for (const int64_t stop = std::min(k + Asked::kRun, asking); k < stop; ++k) {
+      asks.ask();
+      step();
+    }
   }
+  for (; k < words; ++k) step();
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
@@ -114,28 +132,28 @@ VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, c
 }
 
 // The same for `count` rows, 1 .. rows.
-template <typename P, int rows = kTileRows, int vectors = 2, typename From, typename Sink>
+template <typename P, int rows = kTileRows, int vectors = 2, typename From, typename Asked, typename Sink>
 VITFAST_INLINE void multiply_tile_rows(int64_t count, const From& x, const int32_t* panel, int64_t words,
-                                       const int32_t* start, const Sink& sink) {
+                                       const int32_t* start, const Asked& ahead, const Sink& sink) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_tile_rows<P, rows - 1, vectors>(count, x, panel, words, start, sink);
+    if (count < rows) return multiply_tile_rows<P, rows - 1, vectors>(count, x, panel, words, start, ahead, sink);
   }
-  multiply_tile<P, rows, vectors>(x, panel, words, start, sink);
+  multiply_tile<P, rows, vectors>(x, panel, words, start, ahead, sink);
 }
 
-// to [kNarrowChunk a row] = the sums; or (+)= the sums times a scale of the row, the first time and then.
-struct AddScaled {
+// to [kNarrowChunk a row] = the sums; those of integers times a scale of the row, and added to what is there.
+template <bool adds = false>
+struct StoreSums {
   float* to;
-  const float* scale;
-  int64_t scale_stride;
-  bool first;
+  const float* scale = nullptr;
+  int64_t scale_stride = 0;
   VITFAST_INLINE void operator()(int i, int j, const Floats& sums) const {
     store<kWide>(to + i * kNarrowChunk + j * kWide, sums);
   }
   VITFAST_INLINE void operator()(int i, int j, const Words& sums) const {
     float* at = to + i * kNarrowChunk + j * kWide;
     const Floats scaled = __builtin_convertvector(sums, Floats) * scale[i * scale_stride];
-    store<kWide>(at, first ? scaled : load<kWide>(at) + scaled);
+    store<kWide>(at, adds ? load<kWide>(at) + scaled : scaled);
   }
 };
 

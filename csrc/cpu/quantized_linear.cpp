@@ -34,10 +34,19 @@ constexpr int64_t kGroups[] = {128, 64};  // columns of x that may share a scale
 #define VITFAST_VNNI_BF16 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")
 #define VITFAST_AVX2 VITFAST_TARGET("avx2,fma")
 
-VITFAST_VNNI void multiply(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
-                           const int32_t* start, const AddScaled& sink) {
-  x.visit([&](const auto& from)
-              VITFAST_INLINE_LAMBDA { multiply_tile_rows<Int8Fours>(count, from, panel, words, start, sink); });
+// f of how sums are stored.
+template <typename Function>
+VITFAST_INLINE void visit_store(const NarrowTile& t, bool adds, const Function& f) {
+  if (adds) return f(StoreSums<true>{t.sums, t.scale, t.scale_stride});
+  f(StoreSums<false>{t.sums, t.scale, t.scale_stride});
+}
+
+VITFAST_VNNI void multiply(const NarrowTile& t, const Ahead& ahead, bool adds) {
+  t.x.visit([&](const auto& from) VITFAST_INLINE_LAMBDA {
+    visit_store(t, adds, [&](const auto& sink) VITFAST_INLINE_LAMBDA {
+      multiply_tile_rows<Int8Fours>(t.count, from, t.panel, t.words, t.start, ahead, sink);
+    });
+  });
 }
 
 // -128 times the sum of each group of columns of each row.
@@ -65,9 +74,12 @@ VITFAST_VNNI_BF16 void finish_bf16(const TileEpilogue& e, int64_t m, int64_t cou
   finish_rows<at::BFloat16, Simd::avx512_bf16>(e, m, count, first, sums);
 }
 
-VITFAST_AVX2 void multiply_avx2(int64_t count, const NarrowRows& x, const int32_t* panel, int64_t words,
-                                const int32_t* start, const AddScaled& sink) {
-  multiply_tile_rows_avx2(count, x.words, panel, words, start, sink);
+VITFAST_AVX2 void multiply_avx2(const NarrowTile& t, const Ahead& ahead, bool adds) {
+  Ahead asks = ahead;
+  for (int64_t k = 0; k < std::min(Ahead::kRun, ahead.steps()); ++k) asks.ask();
+  visit_store(t, adds, [&](const auto& sink) VITFAST_INLINE_LAMBDA {
+    multiply_tile_rows_avx2(t.count, t.x.words, t.panel, t.words, t.start, sink);
+  });
 }
 
 VITFAST_AVX2 void start_sums_avx2(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {

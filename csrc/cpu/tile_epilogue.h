@@ -17,6 +17,8 @@
 
 namespace vitfast {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 // A null pointer leaves its part out. What there is a number of for each column is fp32, and padded to whole panels.
 struct TileEpilogue {
   const float* weight_scale = nullptr;                                  // [N], of the weight, as bias and weight_sum
@@ -34,22 +36,69 @@ struct TileEpilogue {
   int64_t up = 0;  // swiglu: column of the product where the up projection begins, n; else 0
 
   int64_t chunks() const { return (n + kNarrowChunk - 1) / kNarrowChunk; }
-  int64_t element_bytes() const { return static_cast<int64_t>(c10::elementSize(dtype)); }
+  int64_t element_bytes() const { return dtype == at::kFloat ? 4 : 2; }
+  int64_t y_bytes() const { return values ? 1 : element_bytes(); }
+  const char* y_at(int64_t row, int64_t column) const {
+    return (values ? reinterpret_cast<const char*>(values) : static_cast<const char*>(y)) +
+           (row * n + column) * y_bytes();
+  }
+  const char* residual_at(int64_t row, int64_t column) const {
+    return static_cast<const char*>(residual) + (row * n + column) * element_bytes();
+  }
 };
 
-// Asks for columns [first, end) of rows of y and of residual, which are far away when the epilogue wants them.
-VITFAST_INLINE void prefetch_outputs(const TileEpilogue& e, Share rows, int64_t first, int64_t end) {
-  constexpr int64_t kLine = 64;
-  const int64_t bytes = e.element_bytes(), y_bytes = e.values ? 1 : bytes;
-  const char* y = e.values ? reinterpret_cast<const char*>(e.values) : static_cast<const char*>(e.y);
-  const char* residual = static_cast<const char*>(e.residual);
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t row = m * e.n;
-    for (int64_t i = (row + first) * y_bytes; i < (row + end) * y_bytes; i += kLine) __builtin_prefetch(y + i, 1);
-    if (!residual) continue;
-    for (int64_t i = (row + first) * bytes; i < (row + end) * bytes; i += kLine) __builtin_prefetch(residual + i);
-  }
+// Asks for columns [first, end) of row m of y and of residual.
+VITFAST_INLINE void prefetch_outputs(const TileEpilogue& e, int64_t m, int64_t first, int64_t end) {
+  const char *y = e.y_at(m, first), *y_end = e.y_at(m, end);
+  for (; y < y_end; y += kLine) __builtin_prefetch(y, 1);
+  if (!e.residual) return;
+  const char *residual = e.residual_at(m, first), *residual_end = e.residual_at(m, end);
+  for (; residual < residual_end; residual += kLine) __builtin_prefetch(residual);
 }
+
+// What a product asks for in its first steps, a line of each a step, as it is far away when it is wanted: a panel of
+// columns of y and of residual, and x of the next tile.
+class Ahead {
+ public:
+  static constexpr int64_t kRun = 16;  // steps, at least as many as a tile has rows
+
+  // Of rows m and on, and columns `first` and on.
+  Ahead(const TileEpilogue& e, int64_t m, int64_t first)
+      : y_(e.y_at(m, first)),
+        row_(e.y_at(m + 1, first) - y_),
+        residual_(e.residual ? e.residual_at(m, first) - y_ : 0),
+        x_(y_),
+        steps_(kRun * std::max<int64_t>(1, kNarrowPanel * e.y_bytes() / kLine)) {}
+
+  // `bytes` of x a step, in `steps`.
+  void next_tile(const void* x, int64_t bytes, int64_t steps) {
+    x_ = static_cast<const char*>(x), x_step_ = bytes, steps_ = std::max(steps_, steps);
+  }
+
+  int64_t steps() const { return steps_; }
+
+  // After so many steps, a multiple of kRun.
+  VITFAST_INLINE Ahead after(int64_t steps) const {
+    Ahead there = *this;
+    there.y_ += steps / kRun % kLines * kLine;
+    there.x_ += steps * x_step_;
+    there.steps_ -= steps;
+    return there;
+  }
+  VITFAST_INLINE void ask() {
+    __builtin_prefetch(y_, 1);
+    __builtin_prefetch(y_ + residual_);
+    __builtin_prefetch(x_, 0, 2);
+    y_ += row_, x_ += x_step_;
+  }
+
+ private:
+  static constexpr int64_t kLines = 2;  // of a panel of a row, at most
+  const char* y_;
+  int64_t row_, residual_;
+  const char* x_;
+  int64_t x_step_ = 0, steps_;
+};
 
 // A number for each column, as TileEpilogue wants it; copied if need be.
 inline at::Tensor padded_columns(const char* op, const char* name, const at::Tensor& columns) {
@@ -217,7 +266,7 @@ template <typename scalar_t, Simd level>
 VITFAST_INLINE void finish_rows(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
   const int64_t end = std::min(first + kNarrowChunk, e.n);
   for (int64_t i = 0; i < count; ++i, sums += kNarrowChunk) {
-    if (i + 2 < count) prefetch_outputs(e, {m + i + 2, m + i + 3}, first, end);  // by now it left the first cache
+    if (i + 2 < count) prefetch_outputs(e, m + i + 2, first, end);  // by now it left the first cache
     finish_row<scalar_t, level>(e, m + i, first, sums);
   }
 }
