@@ -62,7 +62,17 @@ VITFAST_INLINE void sum_groups(const NarrowCall& c, const char* x, int64_t count
 }
 
 VITFAST_VNNI void start_sums(const NarrowCall& c, const char* x, int64_t count, int32_t* start) {
-  sum_groups(c, x, count, start);
+  constexpr int64_t kBytes = 4 * kWide;
+  if (c.groups() > 1 || c.row_bytes % kBytes) return sum_groups(c, x, count, start);
+  const Words ones = Words{} + 0x01010101;
+  for (int64_t i = 0; i < count; ++i, x += c.row_bytes) {
+    Words total{};
+    for (int64_t k = 0; k < c.row_bytes; k += kBytes) total = Int8Fours::add(total, load_words(x + k), ones);
+    int32_t lanes[kWide], sum = 0;
+    std::memcpy(lanes, &total, sizeof(lanes));
+    for (int32_t lane : lanes) sum += lane;
+    start[i] = -128 * sum;
+  }
 }
 
 template <typename scalar_t>
