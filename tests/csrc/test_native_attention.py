@@ -161,12 +161,13 @@ def test_rows_that_see_nothing(level, dtype):
     assert torch.equal(actual[:, 10], v[:, 69])
 
 
-def test_infinite_huge_and_nan_bias(level):
-    q, k, v = inputs(1, 40, 70, 2, 64)
-    bias = make(40, 70, seed=5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_huge_and_nan_bias(level, dtype):
+    q, k, v = inputs(1, 40, 70, 2, 64, dtype)
+    bias = make(40, 70, seed=5, dtype=dtype)
     bias[:, :65] = float("-inf")
     bias[4] = float("-inf")
-    bias[5] = torch.finfo(FP32).min  # no key is better than another: a plain average
+    bias[5] = torch.finfo(dtype).min  # no key is better than another: a plain average
     check(q, k, v, bias=bias)
     assert not native(q, k, v, bias=bias)[:, 4].any()
     bias[1, 3], bias[2, 69] = float("inf"), float("nan")

@@ -170,6 +170,20 @@ def test_quantize(width, dtype, norm, level):
     check_op(call, reference.quantize, strided(x), *map(strided, affine), dtype=INT8)
 
 
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512f", "avx512_bf16"], indirect=True)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("at", [0, 33, 99])
+def test_rows_that_are_not_finite_are_zeros_with_a_scale_of_nan(at, dtype, norm, level):
+    x = make(6, 100, dtype=dtype).cpu()
+    x[1, at], x[2, at], x[3, at] = float("nan"), float("inf"), float("-inf")
+    x[4] = 0
+    affine = [torch.ones(100, dtype=dtype), torch.zeros(100, dtype=dtype)] if norm else []
+    values, scale = registry.backend("quantize", "native").call(x, *affine, dtype=INT8)
+    assert scale[1:4].isnan().all() and not values[1:5].any()
+    assert scale[[0, 4, 5]].isfinite().all() and (values[[0, 5]].abs().amax(-1) == 127).all()
+
+
 def test_a_misspelt_level_is_refused():
     pytest.importorskip("vitfast._C", reason="vitfast._C is not built (a C++ compiler builds it on install)")
     script = "from vitfast.ops import registry; print(registry.backend('linear', 'native').missing)"
