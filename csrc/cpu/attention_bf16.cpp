@@ -73,7 +73,7 @@ VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t
         Bits pair[2] = {};
         for (int64_t i = 0; i < 2; ++i) {
           if (2 * w + i >= c.keys || count == 0) continue;
-          pair[i] = bits_of(load_floats(from + (2 * w + i) * stride + d, count));
+          pair[i] = bits_of(load_floats<Simd::avx512_bf16>(from + (2 * w + i) * stride + d, count));
         }
         const Bits words = pair[0] >> 16 | pair[1];
         std::memcpy(to + j, &words, sizeof(words));

@@ -32,8 +32,8 @@ struct Rows {
   float eps;
 };
 
-// by_instruction: y is rounded to bf16 by the machine's own.
-template <bool by_instruction, typename scalar_t>
+// level: of the function this is inlined into, as far as its own instructions read and round bf16.
+template <Simd level, typename scalar_t>
 VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t end, float* buffer) {
   const int64_t n = rows.width;
   for (int64_t r = begin; r < end; ++r) {
@@ -46,14 +46,14 @@ VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t
       }
       x = total;
     }
-    const float* row = widened(x, n, buffer);
+    const float* row = widened<level>(x, n, buffer);
     const auto [mean, rstd] = moments_of(row, n, rows.eps);
     scalar_t* y = rows.y + r * n;
     int64_t i = 0;
     for (; i + kWide <= n; i += kWide) {
-      const Floats weight = load_floats(rows.weight + i), bias = load_floats(rows.bias + i);
+      const Floats weight = load_floats<level>(rows.weight + i), bias = load_floats<level>(rows.bias + i);
       const Floats value = (load<kWide>(row + i) - mean) * rstd * weight + bias;
-      if constexpr (by_instruction) {
+      if constexpr (level >= Simd::avx512_bf16) {
         store_by_instruction(y + i, value);
       } else {
         store_rounded(y + i, value);
@@ -67,15 +67,15 @@ VITFAST_INLINE void norm_loop(const Rows<scalar_t>& rows, int64_t begin, int64_t
 }
 
 VITFAST_SIMD void norm(const Rows<float>& rows, int64_t begin, int64_t end, float* buffer) {
-  norm_loop<false>(rows, begin, end, buffer);
+  norm_loop<Simd::standard>(rows, begin, end, buffer);
 }
 VITFAST_SIMD void norm_rounding(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
-  norm_loop<false>(rows, begin, end, buffer);
+  norm_loop<Simd::standard>(rows, begin, end, buffer);
 }
 #ifdef VITFAST_SIMD_LEVELS
 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
 void norm_by_instruction(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {
-  norm_loop<true>(rows, begin, end, buffer);
+  norm_loop<Simd::avx512_bf16>(rows, begin, end, buffer);
 }
 #endif
 void norm(const Rows<at::BFloat16>& rows, int64_t begin, int64_t end, float* buffer) {

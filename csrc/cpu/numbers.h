@@ -33,12 +33,32 @@ VITFAST_INLINE Floats floats_of(const Bits& bits) {
   return x;
 }
 
-VITFAST_INLINE Floats load_floats(const float* from) { return load<kWide>(from); }
-VITFAST_INLINE Floats load_floats(const at::Half* from) { return load_as_float<kWide>(from); }
+// bf16 as floats. level: of the function this is inlined into.
+template <Simd level = Simd::standard>
+VITFAST_INLINE Floats floats_of(const Halves& halves) {
+#ifdef VITFAST_SIMD_LEVELS
+  if constexpr (level >= Simd::avx512) {
+    Bits words;  // of the conversion, GCC 12 makes two halves
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "v"(halves));
+    return floats_of(words << 16);
+  }
+#endif
+  return floats_of(__builtin_convertvector(halves, Bits) << 16);
+}
+
+template <Simd level = Simd::standard>
+VITFAST_INLINE Floats load_floats(const float* from) {
+  return load<kWide>(from);
+}
+template <Simd level = Simd::standard>
+VITFAST_INLINE Floats load_floats(const at::Half* from) {
+  return load_as_float<kWide>(from);
+}
+template <Simd level = Simd::standard>
 VITFAST_INLINE Floats load_floats(const at::BFloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return floats_of(__builtin_convertvector(halves, Bits) << 16);
+  return floats_of<level>(halves);
 }
 
 // x as the dtype of `to` has it, there and in what is returned.
@@ -67,13 +87,13 @@ VITFAST_INLINE Floats store_by_instruction(at::BFloat16* to, const Floats& x) {
   Halves halves;  // not as an intrinsic, whose type has no name in every GCC
   asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
   std::memcpy(to, &halves, sizeof(halves));
-  return floats_of(__builtin_convertvector(halves, Bits) << 16);
+  return floats_of<Simd::avx512_bf16>(halves);
 }
 
 // The first `count` of 16 numbers, `beyond` in place of the others.
-template <typename scalar_t>
+template <Simd level = Simd::standard, typename scalar_t>
 VITFAST_INLINE Floats load_floats(const scalar_t* from, int64_t count, float beyond = 0.0f) {
-  if (count >= kWide) return load_floats(from);
+  if (count >= kWide) return load_floats<level>(from);
   scalar_t some[kWide];
   std::fill(some, some + kWide, static_cast<scalar_t>(beyond));
   std::copy(from, from + count, some);
@@ -180,7 +200,7 @@ template <Simd level, typename scalar_t>
 VITFAST_INLINE void round_row(const scalar_t* row, int64_t n, const Int8Scale& scale, int8_t* values) {
   int64_t i = 0;
   for (; i + kWide <= n; i += kWide) {
-    const Bytes bytes = scale.rounded<level>(load_floats(row + i));
+    const Bytes bytes = scale.rounded<level>(load_floats<level>(row + i));
     std::memcpy(values + i, &bytes, sizeof(bytes));
   }
   if (i < n) {

@@ -47,7 +47,7 @@ VITFAST_INLINE void quantize_loop(const Rows<scalar_t>& rows, int64_t begin, int
       rows.scales[r] = quantize_row<level>(x, n, values);
       continue;
     }
-    const float* row = widened(x, n, buffer);
+    const float* row = widened<level>(x, n, buffer);
     const Moments moments = moments_of(row, n, rows.eps);
     Bits most{};
     for (int64_t i = 0; i < n; i += kWide) {  // weight and bias are 0 beyond the end

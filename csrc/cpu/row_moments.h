@@ -36,12 +36,15 @@ VITFAST_INLINE Sums sums_about(const float* x, int64_t n, float shift) {
   return s;
 }
 
-// x [n] in fp32: itself, or a copy in `buffer`.
-VITFAST_INLINE const float* widened(const float* x, int64_t, float*) { return x; }
-template <typename scalar_t>
+// x [n] in fp32: itself, or a copy in `buffer`. level: of the function this is inlined into.
+template <Simd level>
+VITFAST_INLINE const float* widened(const float* x, int64_t, float*) {
+  return x;
+}
+template <Simd level, typename scalar_t>
 VITFAST_INLINE const float* widened(const scalar_t* x, int64_t n, float* buffer) {
   int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) store<kWide>(buffer + i, load_floats(x + i));
+  for (; i + kWide <= n; i += kWide) store<kWide>(buffer + i, load_floats<level>(x + i));
   for (; i < n; ++i) buffer[i] = static_cast<float>(x[i]);
   return buffer;
 }

@@ -206,7 +206,7 @@ VITFAST_INLINE void finish_vectors(const TileEpilogue& e, int64_t m, int64_t fir
   if (e.residual) {
     const scalar_t* residual = static_cast<const scalar_t*>(e.residual) + m * e.n + n;
     each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
-      return v + (vectors > 1 ? load_floats(residual + j) : load_floats(residual, width));
+      return v + (vectors > 1 ? load_floats<level>(residual + j) : load_floats<level>(residual, width));
     });
   }
 }
@@ -233,11 +233,15 @@ VITFAST_INLINE void finish_whole_row(const TileEpilogue& e, int64_t m, int64_t f
   }
   scalar_t* y = static_cast<scalar_t*>(e.y) + m * e.n + first;
   each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA {
-    if constexpr (instruction) return store_by_instruction(y + j, v);
-    return store_rounded(y + j, v);
+    if constexpr (instruction) {
+      store_by_instruction(y + j, v);
+    } else {
+      store_rounded(y + j, v);
+    }
+    return v;
   });
   if (!e.stats) return;
-  each(value, [&](const Floats& v, int j) VITFAST_INLINE_LAMBDA { return store<kWide>(sums + j, v), v; });
+  for (int64_t j = 0; j < vectors * kWide; j += kWide) store<kWide>(sums + j, load_floats<level>(y + j));
   chunk_stats(sums, vectors * kWide, e.stats + 2 * at);
 }
 
