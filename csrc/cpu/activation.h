@@ -3,6 +3,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 
@@ -24,8 +25,12 @@ inline Activation activation_named(const char* op, const std::optional<std::stri
 }
 
 template <int lanes>
-VITFAST_INLINE Vector<lanes> magnitude(const Vector<lanes>& x) {
-  return x < 0.0f ? -x : x;
+VITFAST_INLINE Vector<lanes> magnitude(Vector<lanes> x) {
+  typename VectorOf<lanes>::ints bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits &= 0x7fffffffu;
+  std::memcpy(&x, &bits, sizeof(bits));
+  return x;
 }
 
 // 1 / (1 + exp(-x)), without overflow on either side.

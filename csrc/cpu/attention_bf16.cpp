@@ -85,8 +85,9 @@ VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t
 // exp(x - shift) to 8e-5, for what is rounded to bf16; 0 where x is -infinity.
 VITFAST_INLINE Floats rough_exp(const Floats& x, float shift) {
   constexpr float kLog2E = 1.44269504f, kLeast = -200.0f;  // whose power of two is 0
-  const Floats log2 = (x - shift) * kLog2E, t = log2 < kLeast ? kLeast - Floats{} : log2;
-  Floats n, power;  // not as intrinsics, whose headers give warnings with GCC 12
+  const Floats log2 = (x - shift) * kLog2E, least = kLeast - Floats{};
+  Floats t, n, power;  // not as intrinsics, whose headers give warnings with GCC 12
+  asm("vmaxps %2, %1, %0" : "=v"(t) : "v"(least), "v"(log2));  // NaN for NaN
   asm("vrndscaleps $0, %1, %0" : "=v"(n) : "v"(t));
   const Floats f = t - n;
   Floats p = f * 0.0551717728f + 0.242611378f;

@@ -84,7 +84,9 @@ VITFAST_INLINE Floats look_up(const float (&table)[2][kWide], const Bits& index)
 template <size_t powers>
 VITFAST_INLINE Floats gelu_by_table(const Floats& x, const float (&table)[powers][2][kWide]) {
   constexpr float kEnd = (2 * kWide - 1) * kGeluStep, kRound = 0x1.8p23f;  // a sum with it ends in an integer's bits
-  const Floats size = magnitude<kWide>(x), a = size < kEnd ? size : kEnd - Floats{};
+  const Floats end = kEnd - Floats{};
+  Floats a;  // the smaller one; of ?: GCC 12 makes two instructions
+  asm("vminps %2, %1, %0" : "=v"(a) : "v"(magnitude<kWide>(x)), "v"(end));
   const Floats shifted = a * (1.0f / kGeluStep) + kRound, from = a - (shifted - kRound) * kGeluStep;
   const Bits i = bits_of(shifted);
   Floats q = look_up(table[powers - 1], i);
