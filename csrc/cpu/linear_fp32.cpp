@@ -95,7 +95,7 @@ struct FromPacked {
 
 // sums [rows, vectors * lanes of kNarrowChunk] (+)= x [rows, depth] panel [depth, vectors * lanes of kPanel].
 template <int lanes, int rows, int vectors, typename From>
-VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ahead& ahead, int64_t from, float* sums) {
+VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ahead& ahead, bool first, float* sums) {
   Vector<lanes> sum[rows][vectors] = {};
   constexpr int64_t kAhead = 24;
   const auto step = [&]() VITFAST_INLINE_LAMBDA {
@@ -109,8 +109,8 @@ VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ah
     x.next(), panel += kPanel;
   };
   int64_t k = 0;
-  for (const int64_t asking = std::min(depth, ahead.steps() - from); k < asking;) {
-    Ahead asks = ahead.after(from + k);
+  for (const int64_t asking = std::min(depth, ahead.steps()); k < asking;) {
+    Ahead asks = ahead.after(k);
     for (const int64_t stop = std::min(k + Ahead::kRun, asking); k < stop; ++k) {
       asks.ask();
       step();
@@ -119,7 +119,7 @@ VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ah
   for (; k < depth; ++k) step();
   for (int i = 0; i < rows; ++i, sums += kNarrowChunk) {
     for (int j = 0; j < vectors; ++j) {
-      store<lanes>(sums + j * lanes, from == 0 ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
+      store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);
     }
   }
 }
@@ -127,11 +127,11 @@ VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ah
 // The same for `count` rows, 1 .. rows.
 template <int lanes, int rows, int vectors, typename From>
 VITFAST_INLINE void multiply_rows(int64_t count, const From& x, const float* panel, int64_t depth, const Ahead& ahead,
-                                  int64_t from, float* sums) {
+                                  bool first, float* sums) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, ahead, from, sums);
+    if (count < rows) return multiply_rows<lanes, rows - 1, vectors>(count, x, panel, depth, ahead, first, sums);
   }
-  multiply<lanes, rows, vectors>(x, panel, depth, ahead, from, sums);
+  multiply<lanes, rows, vectors>(x, panel, depth, ahead, first, sums);
 }
 
 // sums [count, kPanel of kNarrowChunk] (+)= columns of_x of a tile of x times a panel. x_at: column -> where it is
@@ -142,7 +142,8 @@ VITFAST_INLINE void multiply_panel(const Call& c, Share of_x, int64_t count, con
   for (int64_t j = 0; j < kPanel; j += vectors * lanes) {
     for (int64_t k = of_x.begin, depth; k < of_x.end; k += depth) {
       depth = c.depth(k, of_x.end);
-      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + (k - of_x.begin) * kPanel + j, depth, ahead, k,
+      const int64_t steps = k - of_x.begin;
+      multiply_rows<lanes, rows, vectors>(count, x_at(k), panel + steps * kPanel + j, depth, ahead.after(steps), k == 0,
                                           sums + j);
     }
   }
@@ -159,7 +160,7 @@ VITFAST_INLINE void widen_last_panel(const Call& c, Share of_x, float* panel) {
 // Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
 template <Simd level, int lanes, int rows_, int vectors>
 VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
-  static_assert(kPanel % (vectors * lanes) == 0 && rows_ <= kMostTileRows);
+  static_assert(kPanel % (vectors * lanes) == 0 && rows_ <= kMostTileRows && kMostTileRows <= Ahead::kRun);
   const Memory memory(c, rows_);
   const TileEpilogue& e = c.epilogue;
   const int64_t tiles = (rows.size() + rows_ - 1) / rows_, most = kRows / rows_;
@@ -190,12 +191,13 @@ VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
             float* sums = memory.sums + t * c.tile_sums();
             for (int64_t p = pass; p < pass_end; ++p) {
               const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
-              Ahead ahead(e, tile.begin, first);
-              if (n == columns.begin && p == 0 && !packs) {
-                ahead.next_tile(c.x + tile.end * c.k, rows_ * static_cast<int64_t>(sizeof(float)), c.k);
-              }
               const float* panel =
                   first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
+              Ahead ahead = of_x.end == c.k && part == 0 ? Ahead(e, tile.begin, first) : Ahead(panel);
+              if (n == columns.begin && p == 0 && !packs) {
+                ahead.next_tile(c.x + tile.end * c.k + of_x.begin * rows_, rows_ * static_cast<int64_t>(sizeof(float)),
+                                of_x.size());
+              }
               const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
                 multiply_panel<lanes, rows_, vectors>(c, of_x, tile.size(), x_at, panel, ahead,
                                                       sums + part * kUpSums + column);

@@ -81,6 +81,7 @@ struct NarrowRows {
   }
 };
 
+// For a product that asks for nothing while it is computed; linear's have Ahead of tile_epilogue.h.
 struct NothingAhead {
   static constexpr int64_t kRun = kTileStride;
   static constexpr int64_t steps() { return 0; }

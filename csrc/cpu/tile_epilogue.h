@@ -70,6 +70,9 @@ class Ahead {
         x_(y_),
         steps_(kRun * std::max<int64_t>(1, kNarrowPanel * e.y_bytes() / kLine)) {}
 
+  // Nothing: `near` is at hand.
+  explicit Ahead(const void* near) : y_(static_cast<const char*>(near)), row_(0), residual_(0), x_(y_), steps_(0) {}
+
   // `bytes` of x a step, in `steps`.
   void next_tile(const void* x, int64_t bytes, int64_t steps) {
     x_ = static_cast<const char*>(x), x_step_ = bytes, steps_ = std::max(steps_, steps);
