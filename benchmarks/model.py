@@ -26,6 +26,10 @@ from vitfast.models import libraries
 from vitfast.models.config import NAMED
 from vitfast.ops.accuracy import PEER_TOLERANCE
 
+SETTLE_MS = 250.0
+"""On a CPU a shorter forward runs once more before it is timed: the threads of another engine spin for some milliseconds
+after its call, each on a core that this one's threads then wait for."""
+
 LATENCY_BATCH = 8
 """Up to this batch size a call is timed until its result is there (latency); above, calls follow each other."""
 
@@ -121,6 +125,7 @@ def compare(
     try:
         times, telemetry = timing.time_interleaved(
             programs, device, rounds, seconds=start + seconds - time.perf_counter(), failed=failed,
+            settle_ms=SETTLE_MS if device.torch_device.type == "cpu" else 0.0,
             before=lambda provider: watch.begin(case, provider, "being timed"),
         )  # fmt: skip
     except ContextLost as error:

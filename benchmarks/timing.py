@@ -40,6 +40,7 @@ def time_interleaved(
     rounds: int,
     *,
     seconds: float = math.inf,
+    settle_ms: float = 0.0,
     before: Callable[[str], None] = lambda name: None,
     failed: dict[str, Exception] | None = None,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
@@ -47,6 +48,7 @@ def time_interleaved(
 
     Args:
         seconds: stop early after so long, but not before FEWEST_ROUNDS rounds.
+        settle_ms: a program that takes less runs once before it is timed, in every round.
         before: told the name of the program that is about to run.
         failed: takes the error of a program that fails, which then has no times; without it the error is raised.
     """
@@ -57,8 +59,11 @@ def time_interleaved(
             break
         for name in tuple(order):
             before(name)
+            program, measured = programs[name], times[name]
             try:
-                times[name].append(device.time(programs[name]) / programs[name].calls)
+                if (measured[-1] if measured else 0.0) * program.calls < settle_ms:
+                    device.time(program)
+                measured.append(device.time(program) / program.calls)
             except Exception as error:  # whatever a library raises
                 if failed is None:
                     raise

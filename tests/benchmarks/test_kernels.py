@@ -262,6 +262,25 @@ def test_rounds_interleave_in_changing_order():
     assert all(len(values) == 3 for values in times.values())
 
 
+def test_a_short_program_runs_once_more_before_it_is_timed():
+    """Also one of several calls, whose times are those of one call."""
+    counted, programs = CountedDevice(), {}
+
+    def call(name, ms):
+        counted.order.append(name)
+        counted.now += ms
+
+    for name, ms in (("short", 1.0), ("long", 50.0)):
+        programs[name] = counted.prepare([functools.partial(call, name, ms)] * 4)
+    counted.order.clear()
+    times, _ = timing.time_interleaved(programs, counted, rounds=3, settle_ms=100.0)
+    assert (counted.order.count("short"), counted.order.count("long")) == (
+        4 * 6,
+        4 * 4,
+    )  # how long is not known at first
+    assert times["short"] == pytest.approx([1.0] * 3, abs=1e-3) and times["long"] == pytest.approx([50.0] * 3, abs=1e-3)
+
+
 def test_times_are_per_call_and_ratios_of_medians():
     counted = CountedDevice()
     counted.cache_bytes = 10**5  # many copies, each called once a round

@@ -163,6 +163,8 @@ def model(
             )
         providers = named or model_providers.defaults(measured.torch_device.type, quantized)
         method = {"baseline": model_providers.BASELINE, "rounds": rounds, "budget": budget}
+        if measured.torch_device.type == "cpu":
+            method["settle_ms"] = module.SETTLE_MS
         withhold(without)
         file = Results("model", measured, method, json_file, resume=resume)
         todo = [(name, size) for name in model for size in batch or [8 if measured.slug == "cpu" else 256]]
