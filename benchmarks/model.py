@@ -27,8 +27,8 @@ from vitfast.models.config import NAMED
 from vitfast.ops.accuracy import PEER_TOLERANCE
 
 SETTLE_MS = 250.0
-"""On a CPU a shorter forward runs once more before it is timed: the threads of another engine spin for some milliseconds
-after its call, each on a core that this one's threads then wait for."""
+"""On a CPU a shorter forward runs once more before it is timed: threads of the engine before it spin for some
+milliseconds after its call, each on a core that this one's then wait for."""
 
 LATENCY_BATCH = 8
 """Up to this batch size a call is timed until its result is there (latency); above, calls follow each other."""
