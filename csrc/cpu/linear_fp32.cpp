@@ -108,15 +108,7 @@ VITFAST_INLINE void multiply(From x, const float* panel, int64_t depth, const Ah
     }
     x.next(), panel += kPanel;
   };
-  int64_t k = 0;
-  for (const int64_t asking = std::min(depth, ahead.steps()); k < asking;) {
-    Ahead asks = ahead.after(k);
-    for (const int64_t stop = std::min(k + Ahead::kRun, asking); k < stop; ++k) {
-      asks.ask();
-      step();
-    }
-  }
-  for (; k < depth; ++k) step();
+  run_asking(ahead, depth, step);
   for (int i = 0; i < rows; ++i, sums += kNarrowChunk) {
     for (int j = 0; j < vectors; ++j) {
       store<lanes>(sums + j * lanes, first ? sum[i][j] : load<lanes>(sums + j * lanes) + sum[i][j]);

@@ -89,6 +89,20 @@ struct NothingAhead {
   VITFAST_INLINE void ask() const {}
 };
 
+// `count` steps of a product; the first of them ask for what is ahead.
+template <typename Asked, typename Step>
+VITFAST_INLINE void run_asking(const Asked& ahead, int64_t count, const Step& step) {
+  int64_t k = 0;
+  for (const int64_t asking = std::min(count, ahead.steps()); k < asking;) {
+    Asked asks = ahead.after(k);
+    for (const int64_t stop = std::min(k + Asked::kRun, asking); k < stop; ++k) {
+      asks.ask();
+      step();
+    }
+  }
+  for (; k < count; ++k) step();
+}
+
 // Hands `sink` the sums of rows i and vectors j: start[i] + x [words] of row i panel [words, kNarrowPanel].
 template <typename P, int rows, int vectors, typename From, typename Asked, typename Sink>
 VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, const int32_t* start, const Asked& ahead,
@@ -116,15 +130,7 @@ VITFAST_INLINE void multiply_tile(From x, const int32_t* panel, int64_t words, c
     }
     x.next(), panel += kNarrowPanel;
   };
-  int64_t k = 0;
-  for (const int64_t asking = std::min(words, ahead.steps()); k < asking;) {
-    Asked asks = ahead.after(k);
-    for (const int64_t stop = std::min(k + Asked::kRun, asking); k < stop; ++k) {
-      asks.ask();
-      step();
-    }
-  }
-  for (; k < words; ++k) step();
+  run_asking(ahead, words, step);
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
