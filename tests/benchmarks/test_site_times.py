@@ -106,7 +106,8 @@ def test_a_slow_site_is_where_it_is_seen():
     rows = measured(made)
     assert rows["proj"]["median_ms"] >= 30 * SMALL.depth
     assert rows["forward"]["median_ms"] >= rows["proj"]["median_ms"]
-    assert max(row["median_ms"] for name, row in rows.items() if name not in ("proj", "forward")) < 30
+    others = [row["median_ms"] for name, row in rows.items() if name not in ("proj", "forward")]
+    assert max(others) < rows["proj"]["median_ms"]
     assert made.plan is slow
 
 

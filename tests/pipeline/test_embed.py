@@ -172,12 +172,13 @@ def test_decoding_stays_a_bounded_way_ahead(photos, monkeypatch):
         return original(path)
 
     monkeypatch.setattr(item, "regular_file", counting)
+    others = set(threading.enumerate())
     results = embed_images(FakeEngine(), [photos / "p0.png"] * 500, batch_size=4, workers=2)
     next(results)
     assert len(started) < 40
-    before = threading.active_count()
+    assert set(threading.enumerate()) - others
     results.close()
-    assert threading.active_count() < before
+    assert set(threading.enumerate()) <= others
 
 
 def test_a_thread_that_hangs_does_not_outlast_an_interrupt(photos, monkeypatch):
