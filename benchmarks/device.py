@@ -12,6 +12,7 @@ import gc
 import importlib
 import os
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,25 @@ class CpuDevice(Device):
     def facts(self) -> dict[str, Any]:
         """The cores this process may use, and how busy the machine is."""
         return {"cores": sorted(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "cache_bytes": self.cache_bytes}
+
+    def telemetry(self) -> dict[str, Any]:
+        """instruction_tflops: see `instruction_tflops`; nothing where there is none."""
+        return {"instruction_tflops": rates} if (rates := instruction_tflops()) else {}
+
+
+def instruction_tflops(loops: int = 9) -> dict[str, float]:
+    """TFLOP/s by dtype that the CPU's own product instructions reach at this moment, on torch's threads, in loops that
+    stay in registers; nothing without the C++ extension. They fall with the clock and with what others take of a core.
+
+    Args:
+        loops: of which the median is taken; one of every dtype takes 2 to 6 ms.
+    """
+    try:
+        extension = importlib.import_module("vitfast._C")
+    except ImportError:
+        return {}
+    rates = [extension.product_roofs() for _ in range(loops)]
+    return {dtype: statistics.median(rate[dtype] for rate in rates) / 1e12 for dtype in rates[0]}
 
 
 class CudaDevice(Device):

@@ -194,13 +194,14 @@ def _add_roof_share(rows: Sequence[dict[str, Any]], roofs: dict[str, Any]) -> No
     """`roof_share`: the time that the measured roofs allow, by the time taken. Above 1: served from a cache.
 
     For a kernel the longer of its product at the product's roof and its bytes at the copy's; for a whole model, whose
-    bytes depend on how it is cut into kernels, the product alone: its share of this device's own matrix rate.
+    bytes depend on how it is cut into kernels, the product alone: its share of this device's own matrix rate. A row's
+    own roof, measured between its rounds, goes before that of the file.
     """
     if not roofs:
         return
     products = product_roofs(roofs)
     for row in rows:
-        product = products.get(row.get("dtype", ""))
+        product = {**products, **row.get("instruction_tflops", {})}.get(row.get("dtype", ""))
         if "median_ms" not in row or "flops" not in row or (row["flops"] and not product):
             continue
         floors = {"memory": row.get("bytes", 0) / roofs["copy_gb_per_s"] / 1e6}
@@ -221,8 +222,10 @@ def _add_site_shares(sites: Sequence[dict[str, Any]], roofs: Mapping[str, float]
     forward that of all its sites. Left out where a dtype has no such roof.
 
     Args:
-        sites: rows of `vitfast.benchmarks.site_times`. roofs: TFLOP/s by dtype.
+        sites: rows of `vitfast.benchmarks.site_times`. roofs: TFLOP/s by dtype, where the forward's row has none.
     """
+    forward = next(site for site in sites if site["site"] == FORWARD)
+    roofs = forward.get("instruction_tflops", roofs)
     floors: list[float] = []
     products = [site for site in sites if "dtype" in site]
     for site in products:
@@ -230,7 +233,6 @@ def _add_site_shares(sites: Sequence[dict[str, Any]], roofs: Mapping[str, float]
             floors.append(site["flops"] / roof / 1e9)
             site["roof_share"] = floors[-1] / site["median_ms"]
     if floors and len(floors) == len(products):
-        forward = next(site for site in sites if site["site"] == FORWARD)
         forward["roof_share"] = sum(floors) / forward["median_ms"]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,8 +26,8 @@ def measure(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 7) -> d
     """TFLOP/s of a square product in each dtype, on a GPU in all there are, and GB/s of a copy (both directions count).
 
     Returns:
-        tflops: by dtype; side: of the square; instruction_tflops: on a CPU, see `_instructions`; copy_gb_per_s;
-        copy_bytes; refused: dtype -> why it has no product; and clock and power meanwhile.
+        tflops: by dtype; side: of the square; copy_gb_per_s; copy_bytes; refused: dtype -> why it has no product; and
+        clock and power meanwhile, of a CPU the rates of its instructions (see `Device.telemetry`).
     """
     kind, where = device.torch_device.type, device.torch_device
     side = SIDES[kind]
@@ -54,19 +53,7 @@ def measure(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 7) -> d
         "copy_bytes": COPY_BYTES[kind],
         "refused": refused,
         **timing.clocks(telemetry),
-        **(_instructions(rounds) if kind == "cpu" else {}),
     }
-
-
-def _instructions(rounds: int) -> dict[str, Any]:
-    """instruction_tflops: by dtype, the best of some loops of the CPU's product instructions in registers; nothing
-    without the C++ extension. No product can be faster, torch's own included."""
-    try:
-        extension = importlib.import_module("vitfast._C")
-    except ImportError:
-        return {}
-    measured = [extension.product_roofs() for _ in range(rounds)]
-    return {"instruction_tflops": {name: max(one[name] for one in measured) / 1e12 for name in measured[0]}}
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from vitfast.benchmarks import timing
+from vitfast.benchmarks.device import CpuDevice
 from vitfast.benchmarks.result_file import FORWARD
 from vitfast.engine.cases import Case
 from vitfast.engine.engine import Engine
@@ -47,9 +48,10 @@ class _Spent:
 
 @dataclass
 class _Round:
-    """One forward."""
+    """One forward, and the rates of the CPU's product instructions right before it."""
 
     sites: Mapping[str, _Spent]
+    telemetry: Mapping[str, Any]
     whole: _Spent = field(default_factory=_Spent)
 
     def rest(self) -> _Spent:
@@ -64,20 +66,22 @@ def measure(engine: Engine, images: Tensor, rounds: int) -> list[dict[str, Any]]
     Returns:
         A row for every site that is called, in the order of its table, one for REST and one for FORWARD: site, calls a
         forward, median_ms of these together with p20_ms and p80_ms over the rounds, page_faults a forward (the median);
-        and, where there are products, flops, dtype (of the operands) and gflop_per_s. FORWARD has the sum of all flops.
+        and, where there are products, flops, dtype (of the operands) and gflop_per_s. FORWARD has the sum of all flops
+        and instruction_tflops, which the machine allowed meanwhile (see `vitfast.benchmarks.device`).
 
     Raises:
         ValueError: if the engine is not on a CPU, where an op has not ended when its call returns.
     """
     if engine.device.type != "cpu":
         raise ValueError(f"sites are timed by the CPU's clock, which does not see what a {engine.device.type} does")
-    done = [_forward(engine, images) for _ in range(rounds)]
+    device = CpuDevice()
+    done = [_forward(engine, images, device.telemetry()) for _ in range(rounds)]
     rows = [
         _row(name, [one.sites[name] for one in done]) | _work(engine, name, len(images), done[0].sites[name].calls)
         for name in SITES
         if name in engine.plan.backends and done[0].sites[name].calls
     ]
-    total = {"flops": sum(row.get("flops", 0) for row in rows)}
+    total = {"flops": sum(row.get("flops", 0) for row in rows)} | timing.clocks([one.telemetry for one in done])
     rows += [_row(REST, [one.rest() for one in done]), _row(FORWARD, [one.whole for one in done]) | total]
     for row in rows:
         if row.get("flops"):
@@ -85,10 +89,10 @@ def measure(engine: Engine, images: Tensor, rounds: int) -> list[dict[str, Any]]
     return rows
 
 
-def _forward(engine: Engine, images: Tensor) -> _Round:
+def _forward(engine: Engine, images: Tensor, telemetry: Mapping[str, Any]) -> _Round:
     """One forward with its sites counted; the engine's plan is its own again afterwards."""
     runner, plan = engine.runner, engine.plan
-    made = _Round({site: _Spent() for site in plan.backends})
+    made = _Round({site: _Spent() for site in plan.backends}, telemetry)
 
     def counted(call: Callable[..., Any], spent: _Spent) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

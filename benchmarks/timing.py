@@ -94,7 +94,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def clocks(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Median clock and power over the rounds, the highest temperature, and all reasons for throttling.
+    """Median clock, power and rates over the rounds, the highest temperature, and all reasons for throttling.
 
     What no sample has is left out, and `nvml_refused` says why.
     """
@@ -108,5 +108,10 @@ def clocks(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "temperature_c": max,
         "throttled_by": lambda lists: sorted({reason for reasons in lists for reason in reasons}),
         "nvml_refused": lambda refusals: {name: why for refused in refusals for name, why in refused.items()},
+        "instruction_tflops": _medians,
     }
     return {name: reduce(samples[name]) for name, reduce in reduced.items() if name in samples}
+
+
+def _medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}

@@ -240,7 +240,17 @@ def test_cpu_times_by_the_wall_clock():
     assert (program.how, program.calls) == ("wall", 3)
     assert 0 < cpu.time(program) < 1000
     assert cpu.cache_bytes >= 2**15
-    assert cpu.telemetry() == {}
+    assert cpu.telemetry().keys() == ({"instruction_tflops"} if device.instruction_tflops() else set())
+
+
+def test_a_cpus_rates_are_medians_of_loops_and_of_rounds(monkeypatch):
+    given = iter([{"float32": rate * 1e12, "int8": 4e12} for rate in (1, 5, 2, 3, 9, 4, 6, 7, 8)])
+    monkeypatch.setitem(sys.modules, "vitfast._C", SimpleNamespace(product_roofs=lambda: next(given)))
+    samples = [{"instruction_tflops": device.instruction_tflops(loops=3)} for _ in range(3)]
+    assert samples[0] == {"instruction_tflops": {"float32": 2.0, "int8": 4.0}}
+    assert timing.clocks(samples) == {"instruction_tflops": {"float32": 4.0, "int8": 4.0}}
+    monkeypatch.setitem(sys.modules, "vitfast._C", None)  # not built
+    assert device.instruction_tflops() == {} == CpuDevice().telemetry()
 
 
 def test_threads_are_pinned_to_distinct_cores(monkeypatch):

@@ -115,6 +115,9 @@ def test_products_are_held_against_the_cpus_own_instructions(tmp_path):
     shares = [one["roof_share"] for one in (*made.values(), bare, whole_model)]
     assert shares == pytest.approx([0.5, 0.125, 2.5, 0.5, 0.125])
     assert [bare["roof_bound"], made["int8"]["roof_bound"]] == ["memory", "product"]
+    meanwhile = row("float32", ms=4.0, flops=1e9, bytes=1e6, dtype="float32", instruction_tflops={"float32": 0.25})
+    file.add([meanwhile])
+    assert meanwhile["roof_share"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,10 @@ def test_shares_of_the_roofs_by_hand(tmp_path):
     assert shares["qkv"] == pytest.approx(0.5) and shares["quantized_fc1"] == pytest.approx(0.4)
     assert shares["forward"] == pytest.approx((0.5 + 0.2) / 2)
     assert shares["layer_norm"] is None and shares["rest"] is None
+    sites = by_hand()
+    sites[-1]["instruction_tflops"] = {"float32": 0.5, "int8": 1.0}  # what the machine allowed in these very rounds
+    file.add([model_row(sites)])
+    assert [sites[i]["roof_share"] for i in (0, 1, -1)] == pytest.approx([1.0, 0.8, 0.7])
 
 
 @pytest.mark.parametrize("known", [{}, {"instruction_tflops": {"float32": 1.0}}])
