@@ -6,7 +6,6 @@
 // by the values. Both products are one register-blocked micro kernel. Bound by the products' FLOPs; beside
 // torch's scaled_dot_product_attention it saves the rescaling of running sums and the copy of the output.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
@@ -20,6 +19,7 @@
 #include "../ops.h"
 #include "attention_scores.h"
 #include "memory.h"
+#include "work.h"
 
 namespace vitfast {
 namespace {
@@ -27,6 +27,7 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "attention";
+constexpr int64_t kBlocks = 2;  // of queries, that a thread takes at a time
 // Of what memory holds already; Size has its own for what it may not.
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -126,19 +127,18 @@ VITFAST_INLINE void pack_values(const AttentionCall& c, const Layout& l, int64_t
 
 // Blocks [begin, end) of all blocks of queries, numbered head by head.
 template <typename T, typename scalar_t>
-VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
+VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, AttentionState& state) {
   constexpr int lanes = T::lanes, rows = T::rows;
   const Layout l = Layout::of<T>(c);
   const int64_t blocks = c.blocks(T::block);
+  float* memory = state.memory;
   float *keys = memory + l.keys, *values = memory + l.values, *queries = memory + l.queries;
   float *scores = memory + l.scores, *sums = memory + l.sums;
   float shift[T::block], inverse[T::block];
-  NextHead next{};
 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
-    if (block == begin || block % blocks == 0) {
-      next = {block / blocks + 1, (end + blocks - 1) / blocks};
+    if (state.turns_to(block / blocks)) {
       pack_keys<T, scalar_t>(c, l, b, h, keys);
       pack_values<T, scalar_t>(c, l, b, h, values);
     }
@@ -152,7 +152,7 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
 
     for (int64_t n = 0; n < width; n += T::panel) {
       for (int64_t i = 0; i < tiled; i += rows) {
-        next.ask<scalar_t>(c);
+        state.next.ask<scalar_t>(c);
         ask_outputs<scalar_t>(c, b, first, count, h, (n / T::panel * (tiled / rows) + i / rows) * 2);
         multiply_panel<lanes, rows, T::vectors>((l.key_columns - n) / lanes, queries + i * c.head_dim, c.head_dim,
                                                 keys + n * c.head_dim, c.head_dim, scores + i * l.score_stride + n,
@@ -179,23 +179,23 @@ VITFAST_INLINE void attend(const AttentionCall& c, int64_t begin, int64_t end, f
 
 using Standard = Tile<Simd::standard, 4, 4, 3>;  // 16 registers
 template <typename scalar_t>
-void attend_standard(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
-  attend<Standard, scalar_t>(c, begin, end, memory);
+void attend_standard(const AttentionCall& c, int64_t begin, int64_t end, AttentionState& state) {
+  attend<Standard, scalar_t>(c, begin, end, state);
 }
 
 #ifdef VITFAST_SIMD_LEVELS
 using Avx2 = Tile<Simd::avx2, 8, 6, 2>;  // 16 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx2,fma")
-void attend_avx2(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
-  attend<Avx2, scalar_t>(c, begin, end, memory);
+void attend_avx2(const AttentionCall& c, int64_t begin, int64_t end, AttentionState& state) {
+  attend<Avx2, scalar_t>(c, begin, end, state);
 }
 
 using Avx512 = Tile<Simd::avx512, 16, 6, 4>;  // 32 registers
 template <typename scalar_t>
 VITFAST_TARGET("avx512f")
-void attend_avx512(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
-  attend<Avx512, scalar_t>(c, begin, end, memory);
+void attend_avx512(const AttentionCall& c, int64_t begin, int64_t end, AttentionState& state) {
+  attend<Avx512, scalar_t>(c, begin, end, state);
 }
 #endif
 
@@ -238,9 +238,10 @@ void run(const AttentionCall& call) {
   if (in_bf16 && simd_level() >= Simd::avx512_bf16) chosen = attention_bf16(call);
 #endif
   const int64_t blocks = product(kOp, {call.batch, call.heads, call.blocks(chosen.block)});
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  share_out(blocks, kBlocks, [&] {
     const Size bytes = Size(kOp, chosen.memory) * sizeof(float);
-    chosen.run(call, begin, end, static_cast<float*>(Scratch::of(bytes.value())));
+    return [&, state = AttentionState{static_cast<float*>(Scratch::of(bytes.value()))}](
+               int64_t begin, int64_t end) mutable { chosen.run(call, begin, end, state); };
   });
 }
 

@@ -121,17 +121,16 @@ struct Scaled {
 };
 
 VITFAST_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
-void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
+void attend(const AttentionCall& c, int64_t begin, int64_t end, AttentionState& state) {
   const Layout l(c);
   const int64_t blocks = c.blocks(kTileRows), columns = padded(c.head_dim, kNarrowPanel);
+  float* memory = state.memory;
   int32_t* words = reinterpret_cast<int32_t*>(memory);
   int32_t *values = words + l.values, *queries = words + l.queries, *chances = words + l.chances;
   float *scores = memory + l.scores, *sums = memory + l.sums;
-  NextHead next{};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks / c.heads, h = block / blocks % c.heads;
-    if (block == begin || block % blocks == 0) {
-      next = {block / blocks + 1, (end + blocks - 1) / blocks};
+    if (state.turns_to(block / blocks)) {
       pack_keys(c, l, b, h, words);
       pack_values(c, l, b, h, values);
     }
@@ -144,7 +143,7 @@ void attend(const AttentionCall& c, int64_t begin, int64_t end, float* memory) {
     }
     const int64_t seen = c.causal ? std::min(c.keys, first + count) : c.keys, width = padded(seen, kWide);
     for (int64_t n = 0; n < seen; n += kNarrowPanel) {
-      next.ask<at::BFloat16>(c);
+      state.next.ask<at::BFloat16>(c);
       ask_outputs<at::BFloat16>(c, b, first, count, h, n / kWide);
       const Scaled sink{scores + n, l.score_stride, c.scale};
       const auto multiply = [&](auto vectors) VITFAST_INLINE_LAMBDA {

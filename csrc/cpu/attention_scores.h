@@ -44,12 +44,11 @@ struct AttentionCall {
 
 // Asks for two rows of q, k and v of a head, by and by for all: they are far away when its turn comes.
 struct NextHead {
-  int64_t head, end;  // heads before `end` are this thread's
-  int64_t row = 0;
+  int64_t head = 0, row = 0;
 
   template <typename scalar_t>
   VITFAST_INLINE void ask(const AttentionCall& c) {
-    if (head >= end || row >= std::max(c.keys, c.queries)) return;
+    if (head >= c.batch * c.heads || row >= std::max(c.keys, c.queries)) return;
     const int64_t b = head / c.heads, h = head % c.heads;
     for (const int64_t stop = row + 2; row < stop; ++row) {
       if (row < c.keys) ask_row(c.k.at<scalar_t>(b, row, h), c.head_dim);
@@ -79,11 +78,26 @@ VITFAST_INLINE void ask_outputs(const AttentionCall& c, int64_t b, int64_t first
   c.values ? ask(c.values) : ask(static_cast<const scalar_t*>(c.out));
 }
 
+// What a thread keeps from block to block: its memory, the head whose keys and values are packed there, and the one
+// that comes next, probably.
+struct AttentionState {
+  float* memory;
+  int64_t head = -1;
+  NextHead next = {};
+
+  // Whether the keys and values of a head are to be packed.
+  VITFAST_INLINE bool turns_to(int64_t to) {
+    if (to == head) return false;
+    head = to, next = {to + 1};
+    return true;
+  }
+};
+
 // How a SIMD level goes about it.
 struct AttentionVariant {
   int64_t block, memory;  // queries in a block; floats of memory that a thread needs
   // Blocks [begin, end) of all blocks of queries, numbered head by head.
-  void (*run)(const AttentionCall&, int64_t, int64_t, float*);
+  void (*run)(const AttentionCall&, int64_t, int64_t, AttentionState&);
 };
 
 // Both products in bf16, where there is AVX512-BF16.

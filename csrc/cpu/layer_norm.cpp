@@ -2,10 +2,8 @@
 //
 // Bound by memory.
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <cstdint>
 #include <tuple>
@@ -15,13 +13,14 @@
 #include "../ops.h"
 #include "memory.h"
 #include "row_moments.h"
+#include "work.h"
 
 namespace vitfast {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-constexpr int64_t kMinRows = 16;  // a thread is worth waking for
+constexpr int64_t kRows = 16;  // that a thread takes at a time: worth waking for
 
 // Rows [M, C]; strides in elements.
 template <typename scalar_t>
@@ -125,10 +124,9 @@ void run(const char* op, const at::Tensor& y, const Optional& total, const at::T
                             residual_stride,
                             x.size(-1),
                             static_cast<float>(eps)};
-  at::parallel_for(0, rows_of(op, x), kMinRows, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
-    const at::Tensor buffer = at::empty({rows.width}, at::kFloat);
-    norm(rows, begin, end, buffer.mutable_data_ptr<float>());
+  share_out(rows_of(op, x), kRows, [&] {
+    auto* buffer = static_cast<float*>(Scratch::of((Size(op, rows.width) * sizeof(float)).value()));
+    return [&rows, buffer](int64_t begin, int64_t end) { norm(rows, begin, end, buffer); };
   });
 }
 

@@ -149,86 +149,98 @@ VITFAST_INLINE void widen_last_panel(const Call& c, Share of_x, float* panel) {
   for (int64_t k = 0; k < of_x.size(); ++k) std::copy_n(from + k * width, width, panel + k * kPanel);
 }
 
-// Rows x columns of y, block by block. rows_, vectors: how many fit in the registers at a width of `lanes`.
-template <Simd level, int lanes, int rows_, int vectors>
-VITFAST_INLINE void compute(const Call& c, Share rows, Share columns) {
-  static_assert(kPanel % (vectors * lanes) == 0 && rows_ <= kMostTileRows && kMostTileRows <= Ahead::kRun);
-  const Memory memory(c, rows_);
+using Item = ProductWork::Item;
+
+// An item of y. rows, vectors: how many fit in the registers at a width of `lanes`.
+template <Simd level, int lanes, int rows, int vectors>
+VITFAST_INLINE void compute(const Call& c, const Memory& memory, const Item& item) {
+  static_assert(kPanel % (vectors * lanes) == 0 && rows <= kMostTileRows && kMostTileRows <= Ahead::kRun);
   const TileEpilogue& e = c.epilogue;
-  const int64_t tiles = (rows.size() + rows_ - 1) / rows_, most = kRows / rows_;
-  const int64_t blocks = (tiles + most - 1) / most, spans = c.spans();
+  const int64_t n = item.columns.begin, count = item.tiles.size(), spans = c.spans();
   const bool packs = c.packs();
-  for (int64_t b = 0; b < blocks; ++b) {
-    // As many tiles in each block, rather than a few in the last, for which the weight would be read again.
-    const int64_t first_tile = tiles * b / blocks, count = tiles * (b + 1) / blocks - first_tile;
-    const auto tile_at = [&](int64_t t) VITFAST_INLINE_LAMBDA { return tile_of(rows, first_tile + t, tiles); };
-    for (int64_t k = 0; packs && k < c.k; k += kDepth) {
+  const auto tile_at = [&](int64_t t) VITFAST_INLINE_LAMBDA { return item.blocks.tile(item.tiles.begin + t); };
+  for (int64_t k = 0; packs && item.fresh && k < c.k; k += kDepth) {
+    for (int64_t t = 0; t < count; ++t) {
+      const Share tile = tile_at(t);
+      pack_tile<rows>(c.x + tile.begin * c.k + k, c.k, tile.size(), std::min(kDepth, c.k - k),
+                      memory.x + (k * count + t * kDepth) * rows);
+    }
+  }
+  const int64_t panels = (item.columns.size() + kPanel - 1) / kPanel, all = c.parts() * panels;
+  for (int64_t span = 0; span < spans; ++span) {
+    const Share of_x = share_of(c.k, kDepth, span, spans);
+    if (item.columns.end == e.n && e.n % kPanel) widen_last_panel(c, of_x, memory.panel);
+    for (int64_t pass = 0; pass < all; pass += c.pass_panels()) {
+      const int64_t pass_end = std::min(pass + c.pass_panels(), all);
+      const bool ends = of_x.end == c.k && pass_end == all;
       for (int64_t t = 0; t < count; ++t) {
         const Share tile = tile_at(t);
-        pack_tile<rows_>(c.x + tile.begin * c.k + k, c.k, tile.size(), std::min(kDepth, c.k - k),
-                         memory.x + (k * count + t * kDepth) * rows_);
-      }
-    }
-    for (int64_t n = columns.begin; n < columns.end; n += kNarrowChunk) {
-      const Share block{n, std::min(n + kNarrowChunk, columns.end)};
-      for (int64_t span = 0; span < spans; ++span) {
-        const Share of_x = share_of(c.k, kDepth, span, spans);
-        if (block.end == e.n && e.n % kPanel) widen_last_panel(c, of_x, memory.panel);
-        const int64_t panels = (block.size() + kPanel - 1) / kPanel, all = c.parts() * panels;
-        for (int64_t pass = 0; pass < all; pass += c.pass_panels()) {
-          const int64_t pass_end = std::min(pass + c.pass_panels(), all);
-          const bool ends = of_x.end == c.k && pass_end == all;
-          for (int64_t t = 0; t < count; ++t) {
-            const Share tile = tile_at(t);
-            float* sums = memory.sums + t * c.tile_sums();
-            for (int64_t p = pass; p < pass_end; ++p) {
-              const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
-              const float* panel =
-                  first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
-              Ahead ahead = of_x.end == c.k && part == 0 ? Ahead(e, tile.begin, first) : Ahead(panel);
-              if (n == columns.begin && p == 0 && !packs) {
-                ahead.next_tile(c.x + tile.end * c.k + of_x.begin * rows_, rows_ * static_cast<int64_t>(sizeof(float)),
-                                of_x.size());
-              }
-              const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
-                multiply_panel<lanes, rows_, vectors>(c, of_x, tile.size(), x_at, panel, ahead,
-                                                      sums + part * kUpSums + column);
-              };
-              if (packs) {
-                multiply([&](int64_t k) VITFAST_INLINE_LAMBDA {
-                  return FromPacked<rows_>{memory.x + (k * count + t * kDepth) * rows_};
-                });
-              } else {
-                multiply([&](int64_t k)
-                             VITFAST_INLINE_LAMBDA { return FromRows<float, rows_>(c.x + tile.begin * c.k + k, c.k); });
-              }
-            }
-            if (ends) finish_rows<float, level>(e, tile.begin, tile.size(), n, sums);
+        float* sums = memory.sums + t * c.tile_sums();
+        for (int64_t p = pass; p < pass_end; ++p) {
+          const int64_t part = p / panels, column = p % panels * kPanel, first = n + column;
+          const float* panel =
+              first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
+          Ahead ahead = of_x.end == c.k && part == 0 ? Ahead(e, tile.begin, first) : Ahead(panel);
+          if (item.fresh && p == 0 && !packs) {
+            ahead.next_tile(c.x + tile.end * c.k + of_x.begin * rows, rows * static_cast<int64_t>(sizeof(float)),
+                            of_x.size());
+          }
+          const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
+            multiply_panel<lanes, rows, vectors>(c, of_x, tile.size(), x_at, panel, ahead,
+                                                 sums + part * kUpSums + column);
+          };
+          if (packs) {
+            multiply([&](int64_t k) VITFAST_INLINE_LAMBDA {
+              return FromPacked<rows>{memory.x + (k * count + t * kDepth) * rows};
+            });
+          } else {
+            multiply([&](int64_t k)
+                         VITFAST_INLINE_LAMBDA { return FromRows<float, rows>(c.x + tile.begin * c.k + k, c.k); });
           }
         }
+        if (ends) finish_rows<float, level>(e, tile.begin, tile.size(), n, sums);
       }
     }
   }
 }
 
-using Compute = void (*)(const Call&, Share, Share);
+// For a level: how an item is computed, and how many rows its tiles have.
+struct Kernel {
+  void (*compute)(const Call&, const Memory&, const Item&);
+  int64_t rows;
+};
 
-void compute_standard(const Call& c, Share rows, Share columns) { compute<Simd::standard, 4, 4, 2>(c, rows, columns); }
+void compute_standard(const Call& c, const Memory& memory, const Item& item) {
+  compute<Simd::standard, 4, 4, 2>(c, memory, item);
+}
 
 #ifdef VITFAST_SIMD_LEVELS
 VITFAST_TARGET("avx2,fma")
-void compute_avx2(const Call& c, Share rows, Share columns) { compute<Simd::avx2, 8, 6, 2>(c, rows, columns); }
+void compute_avx2(const Call& c, const Memory& memory, const Item& item) {
+  compute<Simd::avx2, 8, 6, 2>(c, memory, item);
+}
 
 VITFAST_TARGET("avx512f,avx512bw,avx512vl")
-void compute_avx512(const Call& c, Share rows, Share columns) { compute<Simd::avx512, 16, 12, 2>(c, rows, columns); }
+void compute_avx512(const Call& c, const Memory& memory, const Item& item) {
+  compute<Simd::avx512, 16, 12, 2>(c, memory, item);
+}
 #endif
 
-Compute compute_here() {
+Kernel kernel_here() {
 #ifdef VITFAST_SIMD_LEVELS
-  if (simd_level() >= Simd::avx512) return &compute_avx512;
-  if (simd_level() >= Simd::avx2) return &compute_avx2;
+  if (simd_level() >= Simd::avx512) return {&compute_avx512, 12};
+  if (simd_level() >= Simd::avx2) return {&compute_avx2, 6};
 #endif
-  return &compute_standard;
+  return {&compute_standard, 4};
+}
+
+void run(const Call& c, int64_t threads) {
+  const Kernel kernel = kernel_here();
+  ProductWork work(Grid(c.m, c.epilogue.n, kNarrowChunk, threads), kernel.rows, kRows / kernel.rows);
+  work.run([&] {
+    const Memory memory(c, kernel.rows);
+    return [&c, &kernel, memory](const Item& item) { kernel.compute(c, memory, item); };
+  });
 }
 
 // rows [width, K] -> panel [K, width], four by four numbers at a time.
@@ -267,20 +279,12 @@ void pack_panels(const at::Tensor& weight, float* packed) {
 void multiply_packed(const float* x, int64_t rows, const at::Tensor& packed, float* y) {
   TileEpilogue epilogue;
   epilogue.y = y, epilogue.n = packed.size(0);
-  const Call call{rows, packed.size(1), x, read<float>(kOp, "weight", packed), epilogue};
-  compute_here()(call, {0, rows}, {0, epilogue.n});
+  run({rows, packed.size(1), x, read<float>(kOp, "weight", packed), epilogue}, 1);
 }
 
 void linear_fp32(const at::Tensor& x, int64_t m, const at::Tensor& packed, const TileEpilogue& epilogue) {
-  const Call call{m, packed.size(1), read<float>(kOp, "x", x), read<float>(kOp, "weight", packed), epilogue};
-  const Compute compute = compute_here();
-  const Grid grid(m, epilogue.n, kNarrowChunk, at::get_num_threads());
-  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      compute(call, share_of(m, 1, i / grid.columns, grid.rows),
-              share_of(epilogue.n, kNarrowChunk, i % grid.columns, grid.columns));
-    }
-  });
+  run({m, packed.size(1), read<float>(kOp, "x", x), read<float>(kOp, "weight", packed), epilogue},
+      at::get_num_threads());
 }
 
 }  // namespace vitfast

@@ -84,70 +84,61 @@ struct Layout {
   }
 };
 
-// Rows x columns of y. A block of tiles of x meets the weight, chunk of columns by chunk.
-void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, Share rows, Share columns,
-             int32_t* memory) {
-  const int64_t words = c.words(), groups = c.groups(), tiles = (rows.size() + kTileRows - 1) / kTileRows;
-  const int64_t up = c.epilogue.up;
+// An item of y: a block of tiles of x meets a chunk of columns of the weight.
+void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, int32_t* memory,
+             const ProductWork::Item& item) {
+  const int64_t words = c.words(), groups = c.groups(), up = c.epilogue.up, block = item.tiles.begin;
   const bool packs = !steps.reads_rows || c.row_bytes % 4 || crowds_cache(c.row_bytes);
   int32_t* wide = memory + l.panel;
-  if (columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
+  if (item.columns.end == c.n) widen_last_panel(c.packed, c.n, words, wide);
+  for (int64_t t = block; item.fresh && t < item.tiles.end; ++t) {
+    const Share tile = item.blocks.tile(t);
+    const char* x = c.x + tile.begin * c.row_bytes;
+    if (packs) pack_tile(x, c.row_bytes, tile.size(), memory + (t - block) * l.tile);
+    if (steps.start) steps.start(c, x, tile.size(), memory + l.starts + (t - block) * groups * kTileStride);
+  }
   alignas(64) float sums[2 * kUpSums];
-  for (int64_t block = 0; block < tiles; block += l.tiles) {
-    const int64_t block_end = std::min(block + l.tiles, tiles);
-    for (int64_t t = block; t < block_end; ++t) {
-      const Share tile = tile_of(rows, t, tiles);
-      const char* x = c.x + tile.begin * c.row_bytes;
-      if (packs) pack_tile(x, c.row_bytes, tile.size(), memory + (t - block) * l.tile);
-      if (steps.start) steps.start(c, x, tile.size(), memory + l.starts + (t - block) * groups * kTileStride);
-    }
-    for (int64_t n = columns.begin; n < columns.end; n += kNarrowChunk) {
-      const int64_t n_end = std::min(n + kNarrowChunk, columns.end);
-      for (int64_t t = block; t < block_end; ++t) {
-        const Share tile = tile_of(rows, t, tiles);
-        const NarrowRows x = packs ? NarrowRows{memory + (t - block) * l.tile, 0}
-                                   : NarrowRows{reinterpret_cast<const int32_t*>(c.x) + tile.begin * words, words};
-        const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
-        const auto multiply = [&](const int32_t* panel, const Ahead& ahead, float* to_sums) {
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t from = g * c.group, to = std::min(from + c.group, words);
-            const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
-            steps.multiply({tile.size(),
-                            {x.words + from * (packs ? kTileStride : 1), x.stride},
-                            panel + from * kNarrowPanel,
-                            to - from,
-                            start + g * kTileStride,
-                            scale,
-                            groups,
-                            to_sums},
-                           ahead.after(from), g > 0);
-          }
-        };
-        for (int64_t p = n; p < n_end; p += kNarrowPanel) {
-          Ahead ahead(c.epilogue, tile.begin, p);
-          if (p == columns.begin && !packs && !steps.start) {  // what the sums start with has read x
-            ahead.next_tile(c.x + tile.end * c.row_bytes, kTileRows * 4, words);
-          }
-          multiply(panel_at(c.packed, p, c.n, words, wide), ahead, sums + (p - n));
-          if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), ahead, sums + kUpSums + (p - n));
-        }
-        steps.finish(c.epilogue, tile.begin, tile.size(), n, sums);
+  const int64_t n = item.columns.begin;
+  for (int64_t t = block; t < item.tiles.end; ++t) {
+    const Share tile = item.blocks.tile(t);
+    const NarrowRows x = packs ? NarrowRows{memory + (t - block) * l.tile, 0}
+                               : NarrowRows{reinterpret_cast<const int32_t*>(c.x) + tile.begin * words, words};
+    const int32_t* start = memory + l.starts + (t - block) * groups * kTileStride;
+    const auto multiply = [&](const int32_t* panel, const Ahead& ahead, float* to_sums) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = g * c.group, to = std::min(from + c.group, words);
+        const float* scale = c.x_scale ? c.x_scale + tile.begin * groups + g : nullptr;
+        steps.multiply({tile.size(),
+                        {x.words + from * (packs ? kTileStride : 1), x.stride},
+                        panel + from * kNarrowPanel,
+                        to - from,
+                        start + g * kTileStride,
+                        scale,
+                        groups,
+                        to_sums},
+                       ahead.after(from), g > 0);
       }
+    };
+    for (int64_t p = n; p < item.columns.end; p += kNarrowPanel) {
+      Ahead ahead(c.epilogue, tile.begin, p);
+      if (item.fresh && p == n && !packs && !steps.start) {  // what the sums start with has read x
+        ahead.next_tile(c.x + tile.end * c.row_bytes, kTileRows * 4, words);
+      }
+      multiply(panel_at(c.packed, p, c.n, words, wide), ahead, sums + (p - n));
+      if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), ahead, sums + kUpSums + (p - n));
     }
+    steps.finish(c.epilogue, tile.begin, tile.size(), n, sums);
   }
 }
 
 }  // namespace
 
 void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
-  const Grid grid(c.m, c.n, kNarrowChunk, at::get_num_threads());
   const Layout layout(c);
-  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+  ProductWork work(Grid(c.m, c.n, kNarrowChunk, at::get_num_threads()), kTileRows, layout.tiles);
+  work.run([&] {
     auto* memory = static_cast<int32_t*>(Scratch::of((Size(c.op, layout.size) * sizeof(int32_t)).value()));
-    for (int64_t i = begin; i < end; ++i) {
-      compute(c, steps, layout, share_of(c.m, 1, i / grid.columns, grid.rows),
-              share_of(c.n, kNarrowChunk, i % grid.columns, grid.columns), memory);
-    }
+    return [&, memory](const ProductWork::Item& item) { compute(c, steps, layout, memory, item); };
   });
 }
 

@@ -1,7 +1,6 @@
 // quantize on the CPU in int8, as vitfast/ops/reference.py defines it: rows of x, or of its LayerNorm, with a scale for
 // each. One pass over a row after the first has brought it into cache. Bound by memory.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
@@ -16,6 +15,7 @@
 #include "numbers.h"
 #include "row_moments.h"
 #include "tile_epilogue.h"
+#include "work.h"
 
 namespace vitfast {
 namespace {
@@ -23,7 +23,7 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "quantize";
-constexpr int64_t kMinRows = 16;  // a thread is worth waking for
+constexpr int64_t kRows = 16;  // that a thread takes at a time: worth waking for
 
 template <typename scalar_t>
 struct Rows {
@@ -107,8 +107,9 @@ void run(const at::Tensor& values, const at::Tensor& scales, const at::Tensor& x
                             x.size(-1),
                             static_cast<float>(eps)};
   const int64_t bytes = ((Size(kOp, x.size(-1)) + kWide) * 2 * sizeof(float)).value();
-  at::parallel_for(0, rows_of(kOp, x), kMinRows, [&](int64_t begin, int64_t end) {
-    quantize_here<scalar_t>()(rows, begin, end, static_cast<float*>(Scratch::of(bytes)));
+  share_out(rows_of(kOp, x), kRows, [&] {
+    auto* buffer = static_cast<float*>(Scratch::of(bytes));
+    return [&rows, buffer](int64_t begin, int64_t end) { quantize_here<scalar_t>()(rows, begin, end, buffer); };
   });
 }
 
