@@ -27,10 +27,10 @@ namespace {
 constexpr const char* kOp = "linear";
 
 constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per panel
-constexpr int64_t kDepth = 128;        // columns of x per sum in registers; up to half as many more where that is all
-constexpr int64_t kSpan = 6 * kDepth;  // columns of x for which a tile of sums stays in the first cache
+constexpr int64_t kDepth = 192;        // columns of x per sum in registers; up to half as many more where that is all
+constexpr int64_t kSpan = 4 * kDepth;  // columns of x for which a tile of sums stays in the first cache
 constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
-constexpr int64_t kRows = 216;         // rows per block: kSpan columns of x, and a panel, stay in the second cache
+constexpr int64_t kRows = 96;          // rows per block: kSpan columns of x, and a panel, fill half of the second cache
 
 struct Call {
   int64_t m, k;

@@ -14,7 +14,7 @@ namespace {
 
 static_assert(kTileRows <= Ahead::kRun);
 
-constexpr int64_t kBlockBytes = 1 << 19;  // of tiles of x, which stay in cache while the weight goes by
+constexpr int64_t kBlockBytes = 1 << 18;  // of tiles of x, which stay in cache while the weight goes by
 
 // x [count, bytes] -> words [ceil(bytes / 4), kTileStride], what is beyond the end of a row or of the tile zero.
 void pack_tile(const void* x, int64_t bytes, int64_t count, int32_t* words) {
