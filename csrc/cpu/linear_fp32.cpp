@@ -26,7 +26,8 @@ namespace {
 
 constexpr const char* kOp = "linear";
 
-constexpr int64_t kPanel = 32;         // rows of the weight, columns of y, per panel
+constexpr int64_t kPanel = 32;  // rows of the weight, columns of y, per panel
+constexpr int64_t kPanelLines = kPanel * sizeof(float) / kLine;
 constexpr int64_t kDepth = 192;        // columns of x per sum in registers; up to half as many more where that is all
 constexpr int64_t kSpan = 4 * kDepth;  // columns of x for which a tile of sums stays in the first cache
 constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
@@ -181,9 +182,12 @@ VITFAST_INLINE void compute(const Call& c, const Memory& memory, const Item& ite
           const float* panel =
               first + kPanel > e.n ? memory.panel : c.packed + (first + part * e.up) * c.k + of_x.begin * kPanel;
           Ahead ahead = of_x.end == c.k && part == 0 ? Ahead(e, tile.begin, first) : Ahead(panel);
-          if (item.fresh && p == 0 && !packs) {
-            ahead.next_tile(c.x + tile.end * c.k + of_x.begin * rows, rows * static_cast<int64_t>(sizeof(float)),
+          if (item.fresh && p == 0 && !packs) {  // x of the next tile
+            ahead.and_later(c.x + tile.end * c.k + of_x.begin * rows, rows * static_cast<int64_t>(sizeof(float)),
                             of_x.size());
+          } else {  // the panel that comes after this pass: each tile its part
+            const int64_t lines = (of_x.size() * kPanelLines + count - 1) / count;
+            ahead.and_later(panel + c.pass_panels() * kPanel * c.k + t * lines * (kPanel / kPanelLines), kLine, lines);
           }
           const auto multiply = [&](const auto& x_at) VITFAST_INLINE_LAMBDA {
             multiply_panel<lanes, rows, vectors>(c, of_x, tile.size(), x_at, panel, ahead,

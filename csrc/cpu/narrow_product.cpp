@@ -122,7 +122,7 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, int
     for (int64_t p = n; p < item.columns.end; p += kNarrowPanel) {
       Ahead ahead(c.epilogue, tile.begin, p);
       if (item.fresh && p == n && !packs && !steps.start) {  // what the sums start with has read x
-        ahead.next_tile(c.x + tile.end * c.row_bytes, kTileRows * 4, words);
+        ahead.and_later(c.x + tile.end * c.row_bytes, kTileRows * 4, words);
       }
       multiply(panel_at(c.packed, p, c.n, words, wide), ahead, sums + (p - n));
       if (up) multiply(panel_at(c.packed, p + up, c.n + up, words, wide), ahead, sums + kUpSums + (p - n));

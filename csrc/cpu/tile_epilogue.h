@@ -57,7 +57,7 @@ VITFAST_INLINE void prefetch_outputs(const TileEpilogue& e, int64_t m, int64_t f
 }
 
 // What a product asks for in its first steps, a line of each a step, as it is far away when it is wanted: a panel of
-// columns of y and of residual, and x of the next tile.
+// columns of y and of residual, and something that comes later.
 class Ahead {
  public:
   static constexpr int64_t kRun = 16;  // steps, at least as many as a tile has rows
@@ -67,15 +67,15 @@ class Ahead {
       : y_(e.y_at(m, first)),
         row_(e.y_at(m + 1, first) - y_),
         residual_(e.residual ? e.residual_at(m, first) - y_ : 0),
-        x_(y_),
+        later_(y_),
         steps_(kRun * std::max<int64_t>(1, kNarrowPanel * e.y_bytes() / kLine)) {}
 
   // Nothing: `near` is at hand.
-  explicit Ahead(const void* near) : y_(static_cast<const char*>(near)), row_(0), residual_(0), x_(y_), steps_(0) {}
+  explicit Ahead(const void* near) : y_(static_cast<const char*>(near)), row_(0), residual_(0), later_(y_), steps_(0) {}
 
-  // `bytes` of x a step, in `steps`.
-  void next_tile(const void* x, int64_t bytes, int64_t steps) {
-    x_ = static_cast<const char*>(x), x_step_ = bytes, steps_ = std::max(steps_, steps);
+  // What comes later: `bytes` a step, in `steps`.
+  void and_later(const void* later, int64_t bytes, int64_t steps) {
+    later_ = static_cast<const char*>(later), later_step_ = bytes, steps_ = std::max(steps_, steps);
   }
 
   int64_t steps() const { return steps_; }
@@ -84,23 +84,23 @@ class Ahead {
   VITFAST_INLINE Ahead after(int64_t steps) const {
     Ahead there = *this;
     there.y_ += steps / kRun % kLines * kLine;
-    there.x_ += steps * x_step_;
+    there.later_ += steps * later_step_;
     there.steps_ -= steps;
     return there;
   }
   VITFAST_INLINE void ask() {
     __builtin_prefetch(y_, 1);
     __builtin_prefetch(y_ + residual_);
-    __builtin_prefetch(x_, 0, 2);
-    y_ += row_, x_ += x_step_;
+    __builtin_prefetch(later_, 0, 2);
+    y_ += row_, later_ += later_step_;
   }
 
  private:
   static constexpr int64_t kLines = 2;  // of a panel of a row, at most
   const char* y_;
   int64_t row_, residual_;
-  const char* x_;
-  int64_t x_step_ = 0, steps_;
+  const char* later_;
+  int64_t later_step_ = 0, steps_;
 };
 
 // A number for each column, as TileEpilogue wants it; copied if need be.
