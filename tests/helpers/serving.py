@@ -113,6 +113,7 @@ def client(engines=None, limits: Limits | None = None, **options) -> Iterator[Te
     with TestClient(create_app(service)) as made:
         while not service.ready:
             assert service.failed is None, service.failed
+            time.sleep(0.01)  # spinning, it would keep the interpreter from what warms up
         made.service = service
         yield made
 
