@@ -11,7 +11,8 @@
 namespace vitfast {
 
 // Items of work in shares, one for each thread. It takes those of its own in order, and when there are no more, the
-// last one of the share that has most left.
+// last one of the share that has most left (work stealing: Blumofe and Leiserson 1999, "Scheduling multithreaded
+// computations by work stealing").
 class Work {
  public:
   struct Item {
