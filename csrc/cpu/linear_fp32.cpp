@@ -30,8 +30,9 @@ constexpr int64_t kPanel = 32;  // rows of the weight, columns of y, per panel
 constexpr int64_t kPanelLines = kPanel * sizeof(float) / kLine;
 constexpr int64_t kDepth = 192;        // columns of x per sum in registers; up to half as many more where that is all
 constexpr int64_t kSpan = 4 * kDepth;  // columns of x for which a tile of sums stays in the first cache
-constexpr int64_t kMostTileRows = 12;  // rows of a tile of sums in registers, at the widest level
-constexpr int64_t kRows = 96;          // rows per block: kSpan columns of x, and a panel, fill half of the second cache
+constexpr int kTileRowsStandard = 4, kTileRowsAvx2 = 6, kTileRowsAvx512 = 12;  // of sums in registers
+constexpr int64_t kMostTileRows = kTileRowsAvx512;
+constexpr int64_t kRows = 96;  // rows per block: kSpan columns of x, and a panel, fill half of the second cache
 
 struct Call {
   int64_t m, k;
@@ -215,27 +216,27 @@ struct Kernel {
 };
 
 void compute_standard(const Call& c, const Memory& memory, const Item& item) {
-  compute<Simd::standard, 4, 4, 2>(c, memory, item);
+  compute<Simd::standard, 4, kTileRowsStandard, 2>(c, memory, item);
 }
 
 #ifdef VITFAST_SIMD_LEVELS
 VITFAST_TARGET("avx2,fma")
 void compute_avx2(const Call& c, const Memory& memory, const Item& item) {
-  compute<Simd::avx2, 8, 6, 2>(c, memory, item);
+  compute<Simd::avx2, 8, kTileRowsAvx2, 2>(c, memory, item);
 }
 
 VITFAST_TARGET("avx512f,avx512bw,avx512vl")
 void compute_avx512(const Call& c, const Memory& memory, const Item& item) {
-  compute<Simd::avx512, 16, 12, 2>(c, memory, item);
+  compute<Simd::avx512, 16, kTileRowsAvx512, 2>(c, memory, item);
 }
 #endif
 
 Kernel kernel_here() {
 #ifdef VITFAST_SIMD_LEVELS
-  if (simd_level() >= Simd::avx512) return {&compute_avx512, 12};
-  if (simd_level() >= Simd::avx2) return {&compute_avx2, 6};
+  if (simd_level() >= Simd::avx512) return {&compute_avx512, kTileRowsAvx512};
+  if (simd_level() >= Simd::avx2) return {&compute_avx2, kTileRowsAvx2};
 #endif
-  return {&compute_standard, 4};
+  return {&compute_standard, kTileRowsStandard};
 }
 
 void run(const Call& c, int64_t threads) {
