@@ -47,7 +47,7 @@ def test_native_sums_are_short():
     columns = zip(x.split(1, 1), weight.split(1, 1), strict=True)
     one_sum = sum((a * b.T for a, b in columns), torch.zeros(64, 96)) + bias
     error = (implementation("native")(x, weight, bias) - exact).square().mean().sqrt()
-    assert error < 0.5 * (one_sum - exact).square().mean().sqrt()
+    assert error < 0.33 * (one_sum - exact).square().mean().sqrt()
 
 
 def test_native_infinities_and_nan():
