@@ -118,6 +118,7 @@ def test_threads_share_a_pool():
 
 
 def test_a_steady_state_has_no_page_faults():
+    """In the quietest of some rounds: what else the process and the system do in the meantime has faults of its own."""
     importlib.import_module("vitfast._C")
     packed = native.pack(torch.randn(2048, 64))
     x = torch.randn(4096, 64)
@@ -130,4 +131,4 @@ def test_a_steady_state_has_no_page_faults():
 
     with native.memory_pool():
         faults()
-        assert faults() < 100  # 32 MiB are 8192 pages
+        assert min(faults() for _ in range(8)) < 10  # memory that is new costs 80 in huge pages, 40960 in small ones
