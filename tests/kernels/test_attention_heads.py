@@ -236,7 +236,10 @@ def test_one_tensor_that_wants_a_gradient_is_enough(which):
     (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
     assert gradient.abs().max() > 0
     with torch.no_grad():
-        assert_close(ops.attention(q, k, v, rope=rope, qk_norm=norm, backend="triton"), out.double(), out)
+        oracle = expected(q, k, v, rope, norm)
+        plain = ops.attention(q, k, v, rope=rope, qk_norm=norm, backend="torch")
+        assert_close(out, oracle, plain)
+        assert_close(ops.attention(q, k, v, rope=rope, qk_norm=norm, backend="triton"), oracle, plain)
 
 
 def test_log_sum_exp():
