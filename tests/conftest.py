@@ -4,6 +4,7 @@ VITFAST_EXECUTE=90 (or 80) runs what the compiler makes of the kernels for that 
 """
 
 import os
+import threading
 
 import torch
 
@@ -47,6 +48,15 @@ def _global_state():
     yield
     if changed := global_state.restore(before):
         pytest.fail(f"the test left changed {'; '.join(changed)}", pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads():
+    """Threads that a module's tests start end with it: one left spinning slows, and disturbs, all that come after."""
+    before = set(threading.enumerate())
+    yield
+    if left := global_state.threads_since(before):
+        pytest.fail(f"threads are left running: {', '.join(left)}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

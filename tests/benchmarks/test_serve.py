@@ -112,7 +112,19 @@ class Slow:
         self.seconds, self.listener = seconds, socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.threads = []
+        self._start(self._accept)
+
+    def _start(self, *call):
+        self.threads.append(threading.Thread(target=call[0], args=call[1:], daemon=True))
+        self.threads[-1].start()
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)  # which wakes who waits for a connection, as closing does not
+        self.listener.close()
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive()
 
     def _accept(self):
         while True:
@@ -120,11 +132,11 @@ class Slow:
                 opened, _ = self.listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._answer, args=(opened,), daemon=True).start()
+            self._start(self._answer, opened)
 
     def _answer(self, opened):
         with opened, opened.makefile("rb") as lines:
-            while head := b"".join(iter(lines.readline, b"\r\n")):
+            while head := self._head(lines):
                 body = lines.read(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
                 if body == b"break":
                     return
@@ -136,12 +148,21 @@ class Slow:
                     opened.sendall(b"HTTP/1.1 429 No\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno")
                     return
 
+    def _head(self, lines):
+        """The lines of one request up to the empty one; nothing when the client has gone."""
+        head = b""
+        while (line := lines.readline()) != b"\r\n":
+            if not line:
+                return b""
+            head += line
+        return head
+
 
 @pytest.fixture
 def slow():
     made = Slow(0.02)
     yield made
-    made.listener.close()
+    made.close()
 
 
 def test_an_open_loop_waits_for_nobody(slow):

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -56,6 +58,15 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def threads_since(before: set[threading.Thread], seconds: float = 10) -> list[str]:
+    """Names of Python's threads that are not of `before` and do not end within some seconds, tqdm's own left out."""
+    end = time.monotonic() + seconds
+    left = [t for t in threading.enumerate() if t not in before and t.name != "tqdm_monitor"]
+    for thread in left:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [thread.name for thread in left if thread.is_alive()]
 
 
 def snapshot() -> dict[str, object]:

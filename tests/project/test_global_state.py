@@ -4,9 +4,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
-from helpers.global_state import SETTINGS, restore, snapshot
+from helpers.global_state import SETTINGS, restore, snapshot, threads_since
 from helpers.scripts import ROOT
 
 CULPRITS = {
@@ -56,3 +57,15 @@ def test_the_culprit_fails_and_no_other(tmp_path):
     assert "ERROR at teardown of test_culprit" in done.stdout, done.stdout
     assert re.search(r"^the test left changed torch's threads: \d+ became \d+$", done.stdout, re.MULTILINE)
     assert "2 passed, 1 error" in done.stdout
+
+
+def test_a_thread_left_behind_is_named():
+    before, end = set(threading.enumerate()), threading.Event()
+    thread = threading.Thread(target=end.wait, name="left behind")
+    thread.start()
+    try:
+        assert threads_since(before, 0.01) == ["left behind"]
+        assert threads_since({*before, thread}, 0.01) == []
+    finally:
+        end.set()
+    assert threads_since(before) == []
