@@ -22,7 +22,7 @@ TORCH_LIBRARY(vitfast_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias=None, Tensor? position=None, Tensor? prefix=None, *, "
       "int[] patch_size, bool channels_last=False) -> Tensor");
-  // The same with what pack_patch_embed made of an fp32 weight; uint8: of images that are.
+  // The same with what pack_patch_embed made of a weight; uint8: of images that are.
   m.def("pack_patch_embed(Tensor weight, *, int[] patch_size, bool channels_last=False, bool uint8=False) -> Tensor");
   // Why pack_patch_embed makes no integers of a weight for uint8 images, or "".
   m.def("why_no_integers(Tensor weight, *, int[] patch_size, bool channels_last=False) -> str");

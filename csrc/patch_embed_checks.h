@@ -16,8 +16,14 @@ inline int64_t pixel_columns(int64_t k, int64_t channels) {
   return (Size(op, k) * 3 + Size(op, channels) * 4 + 16).value();
 }
 
-// The rows of the output, B (P + L). `packed`: the weight is one of pack_patch_embed: of bytes, or its K is followed by
-// a column per channel.
+// Columns of a bf16 weight [C, K] packed in pairs: K rounded up to whole ones, and two a channel.
+inline int64_t pairs_columns(int64_t k, int64_t channels) {
+  const char* op = "patch_embed";
+  return (Size(op, k) + k % 2 + Size(op, channels) * 2).value();
+}
+
+// The rows of the output, B (P + L). `packed`: the weight is one of pack_patch_embed: of bytes, in pairs of bf16, or
+// its K is followed by a column per channel.
 inline int64_t check_patch_embed(const at::Tensor& images, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& position,
                                  const std::optional<at::Tensor>& prefix, at::IntArrayRef patch_size,
@@ -35,12 +41,15 @@ inline int64_t check_patch_embed(const at::Tensor& images, const at::Tensor& wei
   const int64_t height = images.size(channels_last ? 1 : 2), width = images.size(channels_last ? 2 : 3);
   const int64_t channels = images.size(channels_last ? 3 : 1), columns = weight.size(1);
   const bool bytes = packed && weight.scalar_type() == at::kChar;
+  const bool pairs = packed && weight.scalar_type() == at::kBFloat16;
   TORCH_CHECK_VALUE(ph >= 1 && pw >= 1 && height >= ph && width >= pw && height % ph == 0 && width % pw == 0, op,
                     ": image size ", height, "x", width, " is not a positive multiple of the patch ", ph, "x", pw);
   TORCH_CHECK_VALUE(channels >= 1, op, ": images ", layout, " of shape ", shape_text(images.sizes()),
                     " have no channels");
   const int64_t k = product(op, {channels, ph, pw});
-  const int64_t beside = bytes ? pixel_columns(0, channels) : packed ? channels : 0;  // K, or 3 K of bytes
+  int64_t beside = packed ? channels : 0;  // columns beyond K, or 3 K of bytes
+  if (bytes) beside = pixel_columns(0, channels);
+  if (pairs) beside = pairs_columns(k, channels) - k;
   TORCH_CHECK_VALUE(columns == (Size(op, k) * (bytes ? 3 : 1) + beside).value(), op, ": images ", layout, " of shape ",
                     shape_text(images.sizes()), " have ", channels, " channels, so weight needs K = ", channels, "*",
                     ph, "*", pw, " = ", k, ", got ", (columns - beside) / (bytes ? 3 : 1));

@@ -48,4 +48,11 @@ void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const
 #endif
 }
 
+void multiply_packed_bf16(const at::BFloat16* x, int64_t rows, int64_t stride, int64_t n, int64_t k, const char* packed,
+                          float* y) {
+#ifdef VITFAST_SIMD_LEVELS
+  multiply_narrow(reinterpret_cast<const int32_t*>(x), rows, stride / 2, n, (k + 1) / 2, packed, &multiply, y);
+#endif
+}
+
 }  // namespace vitfast

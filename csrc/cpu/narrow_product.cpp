@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "../guards.h"
 #include "memory.h"
@@ -140,6 +141,34 @@ void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
     auto* memory = static_cast<int32_t*>(Scratch::of((Size(c.op, layout.size) * sizeof(int32_t)).value()));
     return [&, memory](const ProductWork::Item& item) { compute(c, steps, layout, memory, item); };
   });
+}
+
+void multiply_narrow(const int32_t* x, int64_t rows, int64_t stride, int64_t n, int64_t words, const void* packed,
+                     void (*multiply)(const NarrowTile& t, const Ahead& ahead, bool adds), float* y) {
+  std::vector<int32_t> wide(n % kNarrowPanel ? words * kNarrowPanel : 0);
+  widen_last_panel(packed, n, words, wide.data());
+  alignas(64) float sums[kTileRows * kNarrowChunk];
+  const Blocks tiles({0, rows}, kTileRows, rows);
+  for (int64_t first = 0; first < n; first += kNarrowChunk) {  // its panels stay in cache
+    const int64_t end = std::min(first + kNarrowChunk, n);
+    for (int64_t t = 0; t < tiles.tiles; ++t) {
+      const Share tile = tiles.tile(t);
+      for (int64_t p = first; p < end; p += kNarrowPanel) {
+        multiply({tile.size(),
+                  {x + tile.begin * stride, stride},
+                  panel_at(packed, p, n, words, wide.data()),
+                  words,
+                  nullptr,
+                  nullptr,
+                  0,
+                  sums + (p - first)},
+                 Ahead(sums), false);
+      }
+      for (int64_t i = 0; i < tile.size(); ++i) {
+        std::copy_n(sums + i * kNarrowChunk, end - first, y + (tile.begin + i) * n + first);
+      }
+    }
+  }
 }
 
 void pack_narrow(const char* rows, int64_t n, int64_t row_bytes, uint32_t flip, char* packed) {

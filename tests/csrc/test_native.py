@@ -1,5 +1,6 @@
 """The C++ extension: its patch_embed against the oracle, its errors, and building without it."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -39,6 +40,8 @@ def test_patch_embed(case, dtype, pixels, channels_last):
 
 # Pixels multiplied as floats, and as integers; without a limit the level is this machine's highest.
 LEVELS = pytest.mark.parametrize("level", ["avx2", "avx512_vnni"], indirect=True)
+WITHOUT_BF16 = pytest.mark.parametrize("level", ["default", "avx2", "avx512_vnni"], indirect=True)
+BF16 = pytest.mark.parametrize("level", ["avx512_bf16"], indirect=True)
 
 
 @needs_extension
@@ -52,11 +55,47 @@ def test_packed_weight(case, channels_last, level):
 
 
 @needs_extension
+@BF16
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
+def test_packed_weight_in_bf16(case, channels_last, pixels, level):
+    images, weight, *rest = inputs(case, torch.bfloat16, pixels, channels_last)
+    kwargs = {"patch_size": case[4], "channels_last": channels_last}
+    testing.check_op(packed, reference.patch_embed, images, testing.strided(weight), *rest, **kwargs)
+
+
+@needs_extension
+@WITHOUT_BF16
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case[-1])
+def test_bf16_without_its_instruction(case, level):
+    args, kwargs = inputs(case, torch.bfloat16, torch.uint8, True), {"patch_size": case[4], "channels_last": True}
+    testing.check_op(native, reference.patch_embed, *args, **kwargs)
+    with pytest.raises(ValueError, match="weight has dtype torch.bfloat16, but there is no AVX512-BF16 here"):
+        packed(*args, **kwargs)
+
+
+@needs_extension
+@BF16
+def test_a_weight_in_pairs_needs_the_instruction(level):
+    images, weight, *rest = inputs(GRID[0], torch.bfloat16, torch.uint8, True)
+    kwargs = {"patch_size": (16, 16), "channels_last": True}
+    ready = ops.native.pack_patch_embed(weight, **kwargs)
+    assert ready.shape == (64, 774)
+    with pytest.raises(ValueError, match=r"needs K = 3\*16\*16 = 768, got 762"):
+        ops.native.patch_embed_packed(images, weight, *rest, **kwargs)
+    importlib.import_module("vitfast._C").limit_simd("avx512_vnni")  # the fixture sets it back
+    with pytest.raises(ValueError, match="weight is packed in pairs of bf16, but there is no AVX512-BF16 here"):
+        ops.native.patch_embed_packed(images, ready, *rest, **kwargs)
+
+
+@needs_extension
 def test_packed_weight_is_checked():
     images, weight, *rest = inputs(GRID[0], torch.float32, torch.uint8, True)
     kwargs = {"patch_size": (16, 16), "channels_last": True}
-    with pytest.raises(ValueError, match=r"pack_patch_embed: weight has dtype torch.bfloat16, allowed: torch.float32"):
-        packed(images, weight.bfloat16(), *rest, **kwargs)
+    allowed = "torch.float32, torch.bfloat16"
+    with pytest.raises(ValueError, match=f"pack_patch_embed: weight has dtype torch.float16, allowed: {allowed}"):
+        packed(images, weight.half(), *rest, **kwargs)
     with pytest.raises(ValueError, match=r"K a multiple of the patch 16x16, got shape \(64, 767\)"):
         packed(images, weight[:, 1:], *rest, **kwargs)
     with pytest.raises(ValueError, match=r"needs K = 3\*16\*16 = 768, got 765"):

@@ -167,7 +167,7 @@ def test_a_packed_weight_of_bytes_is_whole_and_aligned():
         pytest.skip(native.why_no_integers(weight, **layout))
     buffer = torch.zeros(packed.numel() + 1, dtype=torch.int8)
     moved = buffer[1:].view(packed.shape).copy_(packed)
-    with pytest.raises(ValueError, match="packed for integer products is not aligned to 4 bytes"):
+    with pytest.raises(ValueError, match="weight that pack_patch_embed returned is not aligned to 4 bytes"):
         native.patch_embed_packed(images, moved, **layout)
     with pytest.raises(ValueError, match=r"needs K = 3\*4\*4 = 48"):  # two columns more: not a whole number of digits
         native.patch_embed_packed(images, torch.nn.functional.pad(packed, (0, 2)), **layout)

@@ -308,7 +308,7 @@ def patch_embed(m: Maker) -> Case:
     n, dtype = m.size(1, 17, 33), m.random.choice(FLOATS)
     plain = m.tensor(n, k, dtype=dtype, scale=max(k, 1) ** -0.5)
     packed = weight = m.hostile("weight", plain)
-    direct = dtype == torch.float32 and m.chance(0.5)
+    direct = dtype in (torch.float32, torch.bfloat16) and m.chance(0.5)
     pack = lambda: native.pack_patch_embed(plain, **layout, uint8=uint8)  # noqa: E731
     if direct:
         packed = m.hostile("packed", built(pack))
@@ -339,7 +339,8 @@ def patch_embed(m: Maker) -> Case:
 
 def pack_patch_embed(m: Maker) -> Case:
     _, k, _, layout = patches_of(m)
-    weight = m.hostile("weight", m.tensor(m.size(1, 17, 33), k), 0.3)
+    dtype = m.random.choice((*3 * [torch.float32], torch.bfloat16))  # which not every SIMD level has
+    weight = m.hostile("weight", m.tensor(m.size(1, 17, 33), k, dtype=dtype), 0.3)
     uint8 = m.chance(0.5)
     if m.chance(0.3):
         return lambda: len(native.why_no_integers(weight, **layout)), lambda upcast: None

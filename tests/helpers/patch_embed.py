@@ -10,6 +10,7 @@ GRID = [
     (1, 3, 7, 7, (7, 7), 5, 0, "one patch, odd sizes, no prefix"),
     (5, 1, 12, 20, (4, 5), 33, 2, "one channel, oblong patch"),
     (1, 4, 3, 3, (1, 1), 7, 1, "patches of one pixel"),
+    (2, 3, 32, 64, (32, 32), 165, 1, "/32, whose rows crowd a cache; more columns than meet an epilogue at once"),
     (2, 3, 224, 224, (8, 8), 16, 1, "more rows than one chunk"),
 ]
 """Batch, channels, height, width, patch (h, w), C, prefix tokens; and why."""

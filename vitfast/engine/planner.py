@@ -60,8 +60,10 @@ def packed_op(entry: Backend, spec: Spec) -> tuple[Callable[..., Any], Callable[
         return native.pack, native.linear_packed
     if spec.op == "linear" and entry.name == "torch" and not mkldnn.why_not(spec):
         return mkldnn.pack, mkldnn.linear
-    if spec.op == "patch_embed" and entry.name == "native" and spec.device == "cpu" and spec.dtype == torch.float32:
-        return native.pack_patch_embed, native.patch_embed_packed
+    if spec.op == "patch_embed" and entry.name == "native" and spec.device == "cpu":
+        linear = registry.backend("linear", "native")  # whose product in bf16 it is
+        if str(spec.dtype).removeprefix("torch.") not in linear.lacking:
+            return native.pack_patch_embed, native.patch_embed_packed
     return None
 
 

@@ -49,14 +49,18 @@ def attention(
 def pack_patch_embed(
     weight: Tensor, *, patch_size: tuple[int, int], channels_last: bool = False, uint8: bool = False
 ) -> Tensor:
-    """Take an fp32 CPU weight [C, K] apart for `patch_embed_packed`, which alone reads the result.
+    """Take an fp32 or bf16 CPU weight [C, K] apart for `patch_embed_packed`, which alone reads the result.
 
     Args:
         uint8: the images will be uint8. Where `why_no_integers` has no reason against it, the weight becomes
             integers of 24 bits, int8 [C, 3 K + 4 Cin + 16], for uint8 images only.
 
     Returns:
-        That, or [C, K + Cin]: the weight rearranged and its sums over each channel.
+        That, or the weight rearranged and its sums over each channel: fp32 [C, K + Cin], or bf16 [C, K + 2 Cin], where
+        K is rounded up to a multiple of 2.
+
+    Raises:
+        ValueError: for a bf16 weight without AVX512-BF16, where torch's product reads the weight as it is.
     """
     layout = {"patch_size": patch_size, "channels_last": channels_last}
     return torch.ops.vitfast_native.pack_patch_embed(weight, **layout, uint8=uint8)
