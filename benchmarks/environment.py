@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vitfast.benchmarks.device import Device
+from vitfast.engine.plan_cache import cpu_name
 from vitfast.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ def environment(device: Device) -> dict[str, Any]:
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "vitfast": __version__,
         "torch": torch.__version__,
@@ -93,9 +94,3 @@ def _git(*args: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return match[1] if match else platform.processor()

@@ -170,6 +170,27 @@ def test_a_gpus_table_and_the_extension_make_another_key(tmp_path, monkeypatch):
     assert key() == keys[-1] and len({json.dumps(one) for one in keys}) == 4
 
 
+def described(tmp_path, **lines):
+    path = tmp_path / "cpuinfo"
+    path.write_text("".join(f"{key.replace('_', ' ')}\t: {value}\n" for key, value in lines.items()) * 2)
+    return plan_cache.cpu_name(path)
+
+
+def test_cpus_of_one_name_have_plans_of_their_own(tmp_path):
+    """As AMD's of two generations in a virtual machine, or all of Arm's, which have numbers only."""
+    zen4 = described(tmp_path, cpu_family=25, model=17, model_name="AMD EPYC", stepping=1)
+    zen5 = described(tmp_path, cpu_family=26, model=2, model_name="AMD EPYC", stepping=1)
+    assert zen4 == "AMD EPYC, cpu family 25, model 17, stepping 1"
+    assert zen5 == "AMD EPYC, cpu family 26, model 2, stepping 1"
+    arms = [
+        described(tmp_path, CPU_implementer="0x41", CPU_variant="0x1", CPU_part=part) for part in ("0xd40", "0xd4f")
+    ]
+    assert arms[0].endswith(", CPU implementer 0x41, CPU part 0xd40, CPU variant 0x1") and arms[0] != arms[1]
+    assert plan_cache.cpu_name(tmp_path / "none")
+    key = plan_cache.plan_key(SMALL, torch.device("cpu"), torch.float32, 1)
+    assert key["device"] == f"{plan_cache.cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def test_a_user_without_a_home(monkeypatch, measurements):
     monkeypatch.delenv("VITFAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

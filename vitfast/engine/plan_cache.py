@@ -42,7 +42,8 @@ def plan_key(config: ViTConfig, device: torch.device, dtype: torch.dtype, batch:
             "triton": triton.__version__,
         }
     threads, extension = torch.get_num_threads(), _native_ops("cpu")
-    return key | {"device": _cpu_name(), "threads": threads, "extension": extension, "simd": _simd()}
+    name = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return key | {"device": name, "threads": threads, "extension": extension, "simd": _simd()}
 
 
 def _native_ops(device: str) -> list[str]:
@@ -65,10 +66,20 @@ def _simd() -> str:
         return ""
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return f"{match[1] if match else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+_CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+
+
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """This machine's CPU, by its numbers too: in a virtual machine quite different ones may have one name, on Arm none.
+
+    Args:
+        info: where Linux describes it.
+    """
+    text = info.read_text() if info.is_file() else ""
+    found = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", *_CPU_NUMBERS)}
+    name = found.pop("model name")
+    known = name[1] if name else platform.processor() or platform.machine()
+    return ", ".join([known, *(f"{key} {match[1]}" for key, match in found.items() if match)])
 
 
 def digest(key: Mapping[str, Any]) -> str:
