@@ -6,8 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from helpers.scripts import ROOT
 
 
 def _simd() -> str | None:
@@ -61,12 +63,25 @@ def threads(count: int) -> Iterator[None]:
 
 
 def threads_since(before: set[threading.Thread], seconds: float = 10) -> list[str]:
-    """Names of Python's threads that are not of `before` and do not end within some seconds, tqdm's own left out."""
+    """Names of Python's threads that are not of `before`, and still execute code of this project after some seconds.
+
+    Those that libraries keep for themselves, or a pool for its next task, do not.
+    """
     end = time.monotonic() + seconds
-    left = [t for t in threading.enumerate() if t not in before and t.name != "tqdm_monitor"]
+    left = [thread for thread in threading.enumerate() if thread not in before and _executes(thread, ROOT)]
     for thread in left:
         thread.join(max(0.0, end - time.monotonic()))
     return [thread.name for thread in left if thread.is_alive()]
+
+
+def _executes(thread: threading.Thread, folder: Path) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(folder) and "site-packages" not in path.parts:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def snapshot() -> dict[str, object]:
