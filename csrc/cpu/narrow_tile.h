@@ -30,6 +30,9 @@ VITFAST_INLINE Words load_words(const void* from) {
   return x;
 }
 
+struct Int8Fours;
+
+#ifdef VITFAST_SIMD_LEVELS
 // Intrinsics would do, but GCC 12 copies and spills their sums.
 struct Bfloat16Pairs {
   using Sum = Floats;
@@ -48,6 +51,7 @@ struct Int8Fours {  // the weight without sign, 128 added; what that adds to the
     return sum;
   }
 };
+#endif
 
 // Where x comes from: tiles [words, kTileStride], or rows [rows, stride] of words.
 struct FromTile {

@@ -82,6 +82,7 @@ VITFAST_INLINE Floats store_rounded(at::BFloat16* to, const Floats& x) {
   return floats_of(kept << 16);
 }
 
+#ifdef VITFAST_SIMD_LEVELS
 // x as bf16 by the instruction, which takes denormals for zero; there and in what is returned.
 VITFAST_INLINE Floats store_by_instruction(at::BFloat16* to, const Floats& x) {
   Halves halves;  // not as an intrinsic, whose type has no name in every GCC
@@ -89,6 +90,7 @@ VITFAST_INLINE Floats store_by_instruction(at::BFloat16* to, const Floats& x) {
   std::memcpy(to, &halves, sizeof(halves));
   return floats_of<Simd::avx512_bf16>(halves);
 }
+#endif
 
 // The first `count` of 16 numbers, `beyond` in place of the others.
 template <Simd level = Simd::standard, typename scalar_t>

@@ -33,6 +33,7 @@ VITFAST_INLINE auto row_value(pixel_t pixel) {
 }
 
 // 16 pixels likewise. level: of the function this is inlined into, as in all that follows.
+#ifdef VITFAST_SIMD_LEVELS
 template <Simd level>
 VITFAST_INLINE Floats row_values(const uint8_t* pixels) {
   typedef uint8_t Pixels __attribute__((vector_size(kWide)));
@@ -47,6 +48,7 @@ template <Simd level, typename pixel_t>
 VITFAST_INLINE Floats row_values(const pixel_t* pixels) {
   return load_floats<level>(pixels);
 }
+#endif
 
 template <Simd level>
 VITFAST_INLINE void store_row(float* row, const Floats& x) {
@@ -54,11 +56,10 @@ VITFAST_INLINE void store_row(float* row, const Floats& x) {
 }
 template <Simd level>
 VITFAST_INLINE void store_row(at::BFloat16* row, const Floats& x) {
-  if constexpr (level >= Simd::avx512_bf16) {
-    store_by_instruction(row, x);
-  } else {
-    store_rounded(row, x);
-  }
+#ifdef VITFAST_SIMD_LEVELS
+  if constexpr (level >= Simd::avx512_bf16) return static_cast<void>(store_by_instruction(row, x));
+#endif
+  store_rounded(row, x);
 }
 template <Simd level, typename row_t>
 VITFAST_INLINE void store_row(row_t* row, const Floats& x, int64_t count) {
@@ -82,9 +83,11 @@ VITFAST_INLINE void gather_run(const pixel_t* run, int64_t count, row_t* row) {
     copy_run(reinterpret_cast<const char*>(run), count * sizeof(row_t), reinterpret_cast<char*>(row));
   } else {
     int64_t k = 0;
+#ifdef VITFAST_SIMD_LEVELS
     if constexpr (level >= Simd::avx512) {
       for (; k + kWide <= count; k += kWide) store_row<level>(row + k, row_values<level>(run + k));
     }
+#endif
     for (; k < count; ++k) row[k] = row_value<row_t>(run[k]);
   }
 }
@@ -152,6 +155,7 @@ VITFAST_INLINE void center(const Order& order, bool whole, row_t* row, float* le
   for (int64_t j = 0, c = 0; j < order.width; ++j, c = order.after(c)) run[j] = levels[c];
   subtract_columns<level>(row, k, order.width, run);
 }
+
 // level [channels] = the last pixel of each channel.
 void last_pixels(const Order& order, const uint8_t* row, int64_t k, float* level) {
   for (int64_t c = 0; c < order.channels; ++c) {
