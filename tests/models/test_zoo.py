@@ -58,7 +58,9 @@ def test_what_is_not_equal_is_refused_with_a_reason():
     cases = [*zoo.timm_cases(), *zoo.transformers_cases(), *zoo.torchvision_cases()]
     results = [zoo.tried(case) for case in cases]
     assert not [(r.case.name, r.reason) for r in results if r.status == "different"]
-    assert all("not supported" in r.reason for r in results if r.status == "refused")
+    reasons = ("not supported", "does not fit its architecture")  # a part that it has and we not, or we have and it not
+    told = [(r.case.name, r.reason) for r in results if r.status == "refused"]
+    assert not [one for one in told if not any(reason in one[1] for reason in reasons)]
     assert sum(r.status == "equal" for r in results if r.case.library == "timm") >= 325
     assert sum(r.status == "equal" for r in results if r.case.library == "transformers") >= 90
 
