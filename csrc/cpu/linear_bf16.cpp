@@ -24,8 +24,14 @@ VITFAST_BF16 void multiply(const NarrowTile& t, const Ahead& ahead, bool) {
   });
 }
 
+template <typename scalar_t>
 VITFAST_BF16 void finish(const TileEpilogue& e, int64_t m, int64_t count, int64_t first, float* sums) {
-  finish_rows<at::BFloat16, Simd::avx512_bf16>(e, m, count, first, sums);
+  finish_rows<scalar_t, Simd::avx512_bf16>(e, m, count, first, sums);
+}
+
+NarrowCall call_of(const void* x, int64_t m, int64_t k, const void* packed, const TileEpilogue& epilogue) {
+  return {kOp,         m,       epilogue.n, 2 * k, static_cast<const char*>(x), static_cast<const char*>(packed),
+          (k + 1) / 2, nullptr, epilogue};
 }
 #endif
 
@@ -41,17 +47,16 @@ void pack_linear_bf16(const at::Tensor& weight, const at::Tensor& packed) {
 
 void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const TileEpilogue& epilogue) {
 #ifdef VITFAST_SIMD_LEVELS
-  const int64_t row_bytes = 2 * x.size(-1);
-  run_narrow({kOp, m, epilogue.n, row_bytes, static_cast<const char*>(read(kOp, "x", x)),
-              static_cast<const char*>(read(kOp, "weight", packed)), (row_bytes + 3) / 4, nullptr, epilogue},
-             {nullptr, &multiply, &finish, true});
+  run_narrow(call_of(read(kOp, "x", x), m, x.size(-1), read(kOp, "weight", packed), epilogue),
+             {nullptr, &multiply, &finish<at::BFloat16>, true});
 #endif
 }
 
-void multiply_packed_bf16(const at::BFloat16* x, int64_t rows, int64_t stride, int64_t n, int64_t k, const char* packed,
-                          float* y) {
+void multiply_packed_bf16(const at::BFloat16* x, int64_t rows, int64_t n, int64_t k, const char* packed, float* y) {
 #ifdef VITFAST_SIMD_LEVELS
-  multiply_narrow(reinterpret_cast<const int32_t*>(x), rows, stride / 2, n, (k + 1) / 2, packed, &multiply, y);
+  TileEpilogue epilogue;
+  epilogue.y = y, epilogue.n = n;
+  run_narrow(call_of(x, rows, k, packed, epilogue), {nullptr, &multiply, &finish<float>, true}, 1);
 #endif
 }
 

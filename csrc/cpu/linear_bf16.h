@@ -15,9 +15,7 @@ void pack_linear_bf16(const at::Tensor& weight, const at::Tensor& packed);
 // y = epilogue(x [M, K] weight^T); x is contiguous, `packed` is the weight as pack_linear_bf16 writes it.
 void linear_bf16(const at::Tensor& x, int64_t m, const at::Tensor& packed, const TileEpilogue& epilogue);
 
-// y [rows, N] = x [rows, K] weight^T in fp32, on the calling thread alone. Rows of x are `stride` numbers apart, an
-// even number, and aligned to pairs; if K is odd, a zero follows it.
-void multiply_packed_bf16(const at::BFloat16* x, int64_t rows, int64_t stride, int64_t n, int64_t k, const char* packed,
-                          float* y);
+// y [rows, N] = x [rows, K] weight^T in fp32, on the calling thread alone, likewise; x is aligned to pairs.
+void multiply_packed_bf16(const at::BFloat16* x, int64_t rows, int64_t n, int64_t k, const char* packed, float* y);
 
 }  // namespace vitfast

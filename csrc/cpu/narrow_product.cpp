@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "../guards.h"
 #include "memory.h"
@@ -134,41 +133,13 @@ void compute(const NarrowCall& c, const NarrowSteps& steps, const Layout& l, int
 
 }  // namespace
 
-void run_narrow(const NarrowCall& c, const NarrowSteps& steps) {
+void run_narrow(const NarrowCall& c, const NarrowSteps& steps, int64_t threads) {
   const Layout layout(c);
-  ProductWork work(Grid(c.m, c.n, kNarrowChunk, at::get_num_threads()), kTileRows, layout.tiles);
+  ProductWork work(Grid(c.m, c.n, kNarrowChunk, threads), kTileRows, layout.tiles);
   work.run([&] {
     auto* memory = static_cast<int32_t*>(Scratch::of((Size(c.op, layout.size) * sizeof(int32_t)).value()));
     return [&, memory](const ProductWork::Item& item) { compute(c, steps, layout, memory, item); };
   });
-}
-
-void multiply_narrow(const int32_t* x, int64_t rows, int64_t stride, int64_t n, int64_t words, const void* packed,
-                     void (*multiply)(const NarrowTile& t, const Ahead& ahead, bool adds), float* y) {
-  std::vector<int32_t> wide(n % kNarrowPanel ? words * kNarrowPanel : 0);
-  widen_last_panel(packed, n, words, wide.data());
-  alignas(64) float sums[kTileRows * kNarrowChunk];
-  const Blocks tiles({0, rows}, kTileRows, rows);
-  for (int64_t first = 0; first < n; first += kNarrowChunk) {  // its panels stay in cache
-    const int64_t end = std::min(first + kNarrowChunk, n);
-    for (int64_t t = 0; t < tiles.tiles; ++t) {
-      const Share tile = tiles.tile(t);
-      for (int64_t p = first; p < end; p += kNarrowPanel) {
-        multiply({tile.size(),
-                  {x + tile.begin * stride, stride},
-                  panel_at(packed, p, n, words, wide.data()),
-                  words,
-                  nullptr,
-                  nullptr,
-                  0,
-                  sums + (p - first)},
-                 Ahead(sums), false);
-      }
-      for (int64_t i = 0; i < tile.size(); ++i) {
-        std::copy_n(sums + i * kNarrowChunk, end - first, y + (tile.begin + i) * n + first);
-      }
-    }
-  }
 }
 
 void pack_narrow(const char* rows, int64_t n, int64_t row_bytes, uint32_t flip, char* packed) {

@@ -2,6 +2,7 @@
 // int8 have in common.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -44,12 +45,7 @@ struct NarrowSteps {
   bool reads_rows;  // multiply takes rows of x where they lie, aligned to words, or else tiles only
 };
 
-void run_narrow(const NarrowCall& call, const NarrowSteps& steps);
-
-// y [rows, N] = x [rows, stride] weight^T in words, on the calling thread alone; `multiply` reads rows where they lie,
-// and starts with nothing.
-void multiply_narrow(const int32_t* x, int64_t rows, int64_t stride, int64_t n, int64_t words, const void* packed,
-                     void (*multiply)(const NarrowTile& t, const Ahead& ahead, bool adds), float* y);
+void run_narrow(const NarrowCall& call, const NarrowSteps& steps, int64_t threads = at::get_num_threads());
 
 // Rows [N, row_bytes] of a weight to panels of words [N, row_bytes rounded up to words], `flip` exclusive-ored to each.
 void pack_narrow(const char* rows, int64_t n, int64_t row_bytes, uint32_t flip, char* packed);

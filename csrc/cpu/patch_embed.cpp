@@ -29,8 +29,8 @@
 #include "memory.h"
 #include "patches.h"
 #include "pixel_product.h"
-#include "shares.h"
 #include "simd.h"
+#include "work.h"
 
 namespace vitfast {
 namespace {
@@ -103,13 +103,8 @@ void finish_rows(const Patches& p, int64_t begin, int64_t end, const product_t* 
   }
 }
 
-// What a weight [C, K] is, and how many numbers are from one row of patches to the next.
-enum class Weight { floats, pixels, bf16, bf16_pairs };  // all but bf16 as pack_patch_embed_cpu makes it
-int64_t row_stride(Weight kind, int64_t k) {
-  if (kind != Weight::bf16_pairs) return k;
-  const int64_t even = round_up(Size(kOp, k), 2).value();  // whose words are read where they lie
-  return crowds_cache(2 * even) ? even + kLine / 2 : even;
-}
+// What a weight [C, K] is; all but bf16 as pack_patch_embed_cpu makes it.
+enum class Weight { floats, pixels, bf16, bf16_pairs };
 
 // The tokens of images; `weight` is C rows, without what follows them.
 at::Tensor embed(const at::Tensor& images, const Patches& p, Weight kind, const at::Tensor& weight, const float* sums,
@@ -125,11 +120,10 @@ at::Tensor embed(const at::Tensor& images, const Patches& p, Weight kind, const 
   if (out.numel() == 0) return out;
   const at::Tensor flat = out.view({rows, n});
 
-  const int64_t threads = at::get_num_threads(), stride = row_stride(kind, k);
-  const int64_t chunks = round_up(Size(kOp, (rows + kChunk - 1) / kChunk), threads).value();
+  const int64_t chunks = round_up(Size(kOp, (rows + kChunk - 1) / kChunk), at::get_num_threads()).value();
   share_out(rows, std::max(kMinRows, (rows + chunks - 1) / chunks), [&] {
     const int64_t most = std::min(kChunk, rows);
-    const at::Tensor buffer = at::empty({most, stride}, gathered), levels = at::empty({most, p.order.channels});
+    const at::Tensor buffer = at::empty({most, k}, gathered), levels = at::empty({most, p.order.channels});
     const at::Tensor products = at::empty({kind == Weight::bf16_pairs ? most : 0, n});
     return [&, buffer, levels, products](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd_in_this_thread;
@@ -138,7 +132,7 @@ at::Tensor embed(const at::Tensor& images, const Patches& p, Weight kind, const 
       gather(images, p, begin, end, buffer, level);
       if (kind == Weight::bf16_pairs) {
         float* y = products.mutable_data_ptr<float>();
-        multiply_packed_bf16(read<at::BFloat16>(kOp, "images", buffer), count, stride, n, k,
+        multiply_packed_bf16(read<at::BFloat16>(kOp, "images", buffer), count, n, k,
                              static_cast<const char*>(read(kOp, "weight", weight)), y);
         return finish_rows<at::BFloat16>(p, begin, end, y, level, added, flat);
       }

@@ -219,14 +219,16 @@ template <typename pixel_t, typename row_t>
 void gather_rows_of(const at::Tensor& images, const Patches& p, int64_t begin, int64_t end, const at::Tensor& rows,
                     float* levels) {
   const auto take_patch = take_patch_here<pixel_t, row_t>();
-  const int64_t k = p.inner(), stride = rows.size(1);
+  const int64_t k = p.inner();
   const pixel_t* data = read<pixel_t>(kOp, "images", images);
   row_t* row = rows.mutable_data_ptr<row_t>();
   std::vector<float> run(p.order.width + kWide);  // hardly longer than a row
-  for (int64_t r = begin; r < end; ++r, row += stride, levels += p.order.channels) {
+  for (int64_t r = begin; r < end; ++r, row += k, levels += p.order.channels) {
     const int64_t patch = r % p.tokens() - p.prefix;
-    std::fill(row + (patch < 0 ? 0 : k), row + stride, row_t(0));
-    if (patch < 0) continue;
+    if (patch < 0) {
+      std::fill(row, row + k, row_t(0));
+      continue;
+    }
     const pixel_t* image = data + r / p.tokens() * p.image_stride;
     take_patch(image + patch / p.grid_w * p.down + patch % p.grid_w * p.right, p, row, levels, run.data());
   }

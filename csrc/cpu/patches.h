@@ -31,8 +31,8 @@ struct Patches {
   int64_t inner() const { return size[0] * size[1] * size[2]; }
 };
 
-// Rows [begin, end) of all B (P + L), those of prefix tokens zero, to `rows` [end - begin, K or more], what is beyond
-// K zero; their levels to `levels` [end - begin, channels].
+// Rows [begin, end) of all B (P + L), those of prefix tokens zero, to `rows` [end - begin, K]; their levels to `levels`
+// [end - begin, channels].
 using GatherRows = void (*)(const at::Tensor& images, const Patches& p, int64_t begin, int64_t end,
                             const at::Tensor& rows, float* levels);
 

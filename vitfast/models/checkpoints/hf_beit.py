@@ -107,7 +107,12 @@ def _weights(source: Source, config: ViTConfig, facts: Settings, prefix: str, ar
         )
     common.layout(source.state, prefix, _FILE, _MEMORY).read(source, config, prefix, key_bias=False)
     if facts.use_mean_pooling:
-        source.norm("pool_norm", f"{prefix}pooler.layernorm.")
+        pooler = f"{prefix}pooler.layernorm."
+        pools = any(f"{pooler}{part}" in source for part in ("weight", "bias"))
+        require(
+            pools, "the mean of the patch tokens (use_mean_pooling) without its norm (pooler.layernorm)", source.what
+        )
+        source.norm("pool_norm", pooler)
     else:
         source.norm("norm", f"{prefix}layernorm.")
 
